@@ -1,0 +1,1 @@
+"""Lower a checkpoint to a bundle: ONNX graphs, weights, manifest."""

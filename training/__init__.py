@@ -1,0 +1,1 @@
+"""Produce AiM checkpoints: the two networks, their training, reading published files."""

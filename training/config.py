@@ -131,9 +131,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         if self.channels % 32:
-            raise ValueError(
-                f"channels is {self.channels}; GroupNorm(32) needs a multiple of 32"
-            )
+            raise ValueError(f"channels is {self.channels}; GroupNorm(32) needs a multiple of 32")
 
     @property
     def downsampling(self) -> int:
