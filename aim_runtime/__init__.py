@@ -1,0 +1,1 @@
+"""Run AiM bundles: pictures from a class name on a CPU, without PyTorch."""

@@ -1,0 +1,1 @@
+"""One module a backend; `aim_runtime.engine` finds and loads them."""
