@@ -141,7 +141,7 @@ def write_tiny_bundle(out: Path) -> Path:
             "words": normal(VOCAB, WIDTH),
             "places": normal(TOKENS + 1, WIDTH, scale=0.5),
             "mix": normal(WIDTH, WIDTH, scale=0.5),
-            "head": normal(WIDTH, VOCAB),
+            "head": normal(WIDTH, VOCAB, scale=0.3),
             "zero": np.array(0, np.int64),
             "zero_f": np.array(0, np.float32),
             "decay": np.array(0.8, np.float32),

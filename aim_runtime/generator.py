@@ -1,0 +1,539 @@
+"""The Generator: classes in, images out.
+
+One inner loop (`Generator._draw`) advances a request token by token; `generate` drains it, `stream`
+looks at it on the way. A request owns its rows, tokens and noise, the generator itself never
+changes, so any number of threads may use one generator, and a request that was cancelled, abandoned
+or failed leaves nothing behind.
+
+Image i of a request uses the seed `seed + i` and depends on (bundle, class, that seed, options)
+only. Images are decoded one at a time, which keeps the decoder's memory small and makes an image's
+pixels independent of its batch.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import difflib
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.bundle import Bundle
+from aim_runtime.engine import Engine, load_engine
+from aim_runtime.errors import AimError, BundleError, RequestCancelled
+from aim_runtime.manifest import Manifest
+from aim_runtime.noise import uniforms
+from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
+from aim_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+UNDECIDED = -1
+"""Stands for a token that is not drawn yet."""
+
+UNDECIDED_GRAY = 128
+"""The value of all three channels where the token is not drawn yet."""
+
+MAX_SEED = 2**64 - 1
+
+# The decoder's working memory in bytes for each pixel of the image: four activations of 128
+# float32 channels at full resolution are alive at once in the published tokenizer.
+_DECODER_BYTES_PER_PIXEL = 4 * 128 * 4
+# Inside a step, one layer's state exists in up to this many intermediate copies.
+_STATE_TEMPORARIES = 3
+# The sampler's copies of one image's scores: guided float32, weights, their order and sums.
+_SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
+
+ClassLike = int | str
+Progress = Callable[[int, int], None]
+
+
+def models_dir() -> Path:
+    """The folder of the models that are installed with the package."""
+    return Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a request is split to stay within the memory limit.
+
+    Attributes:
+        batch_size: Images advanced together.
+        batches: How many such batches run, one after another.
+        bytes_per_image: Working memory that each image of a batch takes.
+        total: Working memory of the whole request, the decoder's included, on top of the model.
+    """
+
+    batch_size: int
+    batches: int
+    bytes_per_image: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The images of one request and what it takes to draw each of them again."""
+
+    tokens: NDArray[np.int64]
+    """(N, T)"""
+    array: NDArray[np.uint8]
+    """(N, height, width, 3)"""
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    options: SamplingOptions
+    seconds: float
+    backend: str
+    bundle: str
+    """Name of the bundle."""
+    bundle_sha256: str
+    """Checksum of the bundle's manifest, which holds those of all its files."""
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """The images as PIL images."""
+        return _pil_images(self.array)
+
+    def settings(self, index: int) -> dict[str, Any]:
+        """Everything that reproduces image `index`, ready for JSON."""
+        return {
+            "class": self.classes[index],
+            "class_name": self.class_names[index],
+            "seed": self.seeds[index],
+            "cfg_scale": self.options.cfg_scale,
+            "temperature": self.options.temperature,
+            "top_k": self.options.top_k,
+            "top_p": self.options.top_p,
+            "bundle": self.bundle,
+            "bundle_sha256": self.bundle_sha256,
+            "backend": self.backend,
+            "version": __version__,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """A request on its way. Images are decoded when asked for, so progress alone costs nothing."""
+
+    tokens: NDArray[np.int64]
+    """(N, T), -1 where undecided."""
+    done_tokens: int
+    total_tokens: int
+    _generator: Generator
+
+    @property
+    def done(self) -> bool:
+        """Whether every token of every image is decided."""
+        return self.done_tokens == self.total_tokens
+
+    @cached_property
+    def array(self) -> NDArray[np.uint8]:
+        """(N, height, width, 3); flat gray where undecided."""
+        return self._generator._preview(self.tokens)
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """The images as PIL images; flat gray where undecided."""
+        return _pil_images(self.array)
+
+
+@dataclass(frozen=True)
+class _Request:
+    class_ids: NDArray[np.int64]  # (N,)
+    seeds: tuple[int, ...]
+    options: SamplingOptions
+    plan: BatchPlan
+
+
+class Generator:
+    """A loaded bundle that draws images. Thread-safe.
+
+    `memory_limit_mb` bounds what one request takes on top of the model (see `plan`); requests that
+    run at the same time each take their own.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, *, memory_limit_mb: float = 512) -> None:
+        if not 0 < memory_limit_mb < float("inf"):
+            raise ValueError(f"memory_limit_mb is {memory_limit_mb!r}; it must be a number above 0")
+        self.bundle = bundle
+        self.manifest: Manifest = bundle.manifest
+        self.backend = engine.backend
+        self.class_names = bundle.manifest.class_names
+        defaults = bundle.manifest.sampling
+        self.sampling = SamplingOptions(
+            defaults.cfg_scale, defaults.temperature, defaults.top_k, defaults.top_p
+        )
+        self._memory_limit = int(memory_limit_mb * 2**20)
+        self._engine: Engine | None = engine
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        memory_limit_mb: float = 512,
+    ) -> Generator:
+        """Load the bundle at `path` (a folder or a .zip), or the model installed with the package.
+
+        Args:
+            path: The bundle; None for the model in the box.
+            backend: "auto" for the fastest that works here, or the name of one.
+            device: Where the backend runs; "auto" leaves it to the backend.
+            threads: CPU threads; None for all cores this process may use.
+            memory_limit_mb: Working memory of one request, in MiB; longer ones are split.
+
+        Raises:
+            BundleError: The bundle is missing, damaged, unsafe or too new.
+            BackendError: The backend is unknown or cannot run here.
+            ValueError: An argument is out of range.
+        """
+        if threads is not None:
+            threads = _whole_number("threads", threads, 1, 1024)
+        if path is None:
+            path = models_dir() / "emoji"
+            if not path.is_dir():
+                raise BundleError(
+                    "this installation of aim-runtime has no model in the box; "
+                    "give the path of a bundle"
+                )
+        bundle = Bundle.open(path)
+        engine = load_engine(bundle, backend=backend, device=device, threads=threads)
+        return cls(bundle, engine, memory_limit_mb=memory_limit_mb)
+
+    def close(self) -> None:
+        """Let go of the model; its memory is free once requests still running have ended.
+
+        Requests made afterwards raise AimError.
+        """
+        self._engine = None
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def class_index(self, class_: ClassLike) -> int:
+        """The index of a class given by index, by name or by one of a name's comma-parted synonyms.
+
+        Case does not matter. Raises ValueError, with close matches, when there is no such class.
+        """
+        names = self.class_names
+        if isinstance(class_, str):
+            wanted = class_.strip().casefold()
+            found = self._classes_by_name.get(wanted)
+            if found is None and wanted.isascii() and wanted.isdigit() and len(wanted) < 10:
+                return self.class_index(int(wanted))
+            if found is None:
+                close = difflib.get_close_matches(wanted, self._classes_by_name, n=3)
+                hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+                raise ValueError(
+                    f"class {class_!r} is unknown: it must be a class name "
+                    f"or a whole number from 0 to {len(names) - 1}{hint}"
+                )
+            if len(found) > 1:
+                raise ValueError(
+                    f"class {class_!r} is the name of several classes; "
+                    f"give one of the numbers {', '.join(map(str, found))}"
+                )
+            return found[0]
+        return _whole_number("class", class_, 0, len(names) - 1, "or a class name")
+
+    def plan(self, n: int, cfg_scale: float | None = None) -> BatchPlan:
+        """How `n` images are batched within the memory limit, and the memory that takes.
+
+        An image's share is, for each of its rows (two with guidance): the state twice (old and
+        new), three copies of the largest state tensor inside the step, conditioning and scores;
+        plus the sampler's copies of its scores. The decoder adds 2 KiB a pixel for the one image
+        it works on. All are estimates of the peak, without the model itself and the results.
+        Raises ValueError when not even one image fits.
+        """
+        n = _whole_number("n", n, 1, 2**31)
+        options = self.sampling.replace(cfg_scale=cfg_scale)
+        manifest, model = self.manifest, self.manifest.model
+        states = [manifest.graphs["step"].input(pair.input) for pair in manifest.state]
+        row = (
+            2 * manifest.state_bytes_per_row
+            + _STATE_TEMPORARIES * max(spec.bytes_per_row for spec in states)
+            + sum(spec.bytes_per_row for spec in manifest.conditioning)
+            + 4 * model.vocab_size
+        )
+        rows = 1 if options.cfg_scale in (0, 1) else 2
+        image = rows * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
+        decoder = _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
+        largest = (self._memory_limit - decoder) // image
+        if largest < 1:
+            needed = -(-(image + decoder) // 2**20)
+            raise ValueError(
+                f"memory_limit_mb is {self._memory_limit / 2**20:g}; one image of this model "
+                f"needs {needed}: give memory_limit_mb={needed} or more"
+            )
+        batches = -(-n // largest)
+        size = -(-n // batches)  # even batches: the last is not a small rest
+        return BatchPlan(size, batches, image, size * image + decoder)
+
+    def generate(
+        self,
+        classes: ClassLike | Sequence[ClassLike],
+        *,
+        seed: int = 0,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Result:
+        """Draw one image for each of `classes`.
+
+        Args:
+            classes: Class indices or names, one an image.
+            seed: Image i uses seed + i, so each image can be drawn again alone.
+            cfg_scale: Guidance, as in `SamplingOptions`; None takes the bundle's default.
+            temperature: As in `SamplingOptions`; None takes the bundle's default.
+            top_k: As in `SamplingOptions`; None takes the bundle's default.
+            top_p: As in `SamplingOptions`; None takes the bundle's default.
+            progress: Called after each step with (tokens drawn, tokens in all).
+            cancel: Once set, the request ends at the next step with RequestCancelled.
+
+        Raises:
+            ValueError: An argument is out of range, or one image exceeds the memory limit.
+            RequestCancelled: `cancel` was set.
+            BackendError: The backend failed.
+        """
+        started = time.perf_counter()
+        request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
+        tokens = self._undecided(request)
+        with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
+            for done in steps:
+                if progress is not None:
+                    progress(done, tokens.size)
+        array = self._decode(tokens, cancel)
+        return Result(
+            tokens=tokens,
+            array=array,
+            classes=tuple(request.class_ids.tolist()),
+            class_names=tuple(self.class_names[index] for index in request.class_ids),
+            seeds=request.seeds,
+            options=request.options,
+            seconds=time.perf_counter() - started,
+            backend=self.backend,
+            bundle=self.manifest.name,
+            bundle_sha256=self.bundle.manifest_sha256,
+        )
+
+    def stream(
+        self,
+        classes: ClassLike | Sequence[ClassLike],
+        *,
+        every: int = 16,
+        seed: int = 0,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Preview]:
+        """Like `generate`, but yields a preview every `every` steps; the last one is `done`.
+
+        Its tokens and images are those of `generate`. Arguments are checked by the call itself;
+        the work is done as the previews are asked for, and closing the iterator stops it.
+        """
+        every = _whole_number("every", every, 1, 2**31)
+        request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
+        return self._previews(request, every, cancel)
+
+    def logits(
+        self,
+        tokens: Any,
+        classes: ClassLike | Sequence[ClassLike],
+        *,
+        cfg_scale: float | None = None,
+    ) -> NDArray[np.float32]:
+        """Teacher-forced scores: [n, s] are those of token s of image n, given those before it.
+
+        `tokens` is (N, T) whole numbers, `classes` one class an image, `cfg_scale` as in
+        `generate`. Returns (N, T, V) float32, before temperature, top-k and top-p.
+        Raises ValueError for arguments out of range.
+        """
+        model = self.manifest.model
+        request = self._request(classes, 0, cfg_scale, None, None, None)
+        forced = np.asarray(tokens)
+        shape = (len(request.seeds), model.num_tokens)
+        if forced.shape != shape or forced.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens is {forced.dtype} of shape {forced.shape}; "
+                f"it must be whole numbers of shape {shape}, one row for each of classes"
+            )
+        if forced.min() < 0 or forced.max() >= model.vocab_size:
+            raise ValueError(
+                f"tokens has values from {forced.min()} to {forced.max()}; "
+                f"they must be from 0 to {model.vocab_size - 1}"
+            )
+        forced = forced.astype(np.int64)
+        out = np.empty((*shape, model.vocab_size), np.float32)  # (N, T, V)
+        for start, stop in _batches(request):
+            for step, scores in self._scores(request, forced, start, stop):
+                out[start:stop, step] = scores
+        return out
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _classes_by_name(self) -> dict[str, list[int]]:
+        """Casefolded names, and the synonyms within them, to indices; whole names win."""
+        whole: dict[str, list[int]] = {}
+        parts: dict[str, list[int]] = {}
+        for index, name in enumerate(self.class_names):
+            whole.setdefault(name.strip().casefold(), []).append(index)
+            for part in {part.strip().casefold() for part in name.split(",")} - {""}:
+                parts.setdefault(part, []).append(index)
+        return parts | whole
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise AimError("this generator is closed; load it again")
+        return self._engine
+
+    def _request(
+        self,
+        classes: ClassLike | Sequence[ClassLike],
+        seed: int,
+        cfg_scale: float | None,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+    ) -> _Request:
+        self._open_engine()
+        alone = isinstance(classes, str) or not hasattr(classes, "__iter__")
+        wanted: list[Any] = [classes] if alone else list(classes)  # type: ignore[arg-type]
+        if not wanted:
+            raise ValueError("classes is empty; it must name at least one class")
+        class_ids = np.array([self.class_index(item) for item in wanted], np.int64)
+        n = len(wanted)
+        seed = _whole_number("seed", seed, 0, MAX_SEED - (n - 1))
+        options = self.sampling.replace(
+            cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        plan = self.plan(n, options.cfg_scale)
+        return _Request(class_ids, tuple(range(seed, seed + n)), options, plan)
+
+    def _undecided(self, request: _Request) -> NDArray[np.int64]:
+        shape = (len(request.seeds), self.manifest.model.num_tokens)
+        return np.full(shape, UNDECIDED, np.int64)
+
+    def _scores(
+        self, request: _Request, tokens: NDArray[np.int64], start: int, stop: int
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Advance images `start` to `stop` together: yields (step, guided scores (n, V)).
+
+        Token `step` of each image must be in `tokens` when the next item is asked for.
+        """
+        engine = self._open_engine()
+        model, cfg_scale = self.manifest.model, request.options.cfg_scale
+        classes = row_classes(request.class_ids[start:stop], cfg_scale, model.num_classes)  # (R,)
+        n, rows = stop - start, len(classes)
+        previous = np.zeros(rows, np.int64)
+        with engine.start(rows, engine.prologue(classes)) as state:
+            for step in range(model.num_tokens):
+                if step:
+                    previous = np.tile(tokens[start:stop, step - 1], rows // n)  # (R,)
+                logits = state.step(previous, np.full(rows, step, np.int64))  # (R, V)
+                yield step, guide(logits, n, cfg_scale)  # (n, V)
+
+    def _draw(
+        self, request: _Request, tokens: NDArray[np.int64], cancel: threading.Event | None
+    ) -> collections.abc.Generator[int]:
+        """Fill `tokens` (N, T) batch by batch, step by step; yields how many are decided."""
+        steps = tokens.shape[1]
+        _check_cancel(cancel)
+        for start, stop in _batches(request):
+            noise = uniforms(request.seeds[start:stop], steps)  # (n, T)
+            for step, scores in self._scores(request, tokens, start, stop):
+                tokens[start:stop, step] = sample(scores, noise[:, step], request.options)
+                yield start * steps + (step + 1) * (stop - start)
+                _check_cancel(cancel)
+
+    def _previews(
+        self, request: _Request, every: int, cancel: threading.Event | None
+    ) -> Iterator[Preview]:
+        tokens = self._undecided(request)
+        with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
+            for count, done in enumerate(steps, start=1):
+                if count % every == 0 or done == tokens.size:
+                    yield Preview(tokens.copy(), done, tokens.size, self)
+
+    def _decode(
+        self, tokens: NDArray[np.int64], cancel: threading.Event | None = None
+    ) -> NDArray[np.uint8]:
+        """Images (N, height, width, 3) of decided `tokens` (N, T), one after another."""
+        engine = self._open_engine()
+        images = []
+        for index in range(len(tokens)):
+            _check_cancel(cancel)
+            images.append(engine.decode(tokens[index : index + 1]))
+        return np.concatenate(images)
+
+    def _preview(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images of partly decided `tokens`, gray where they are undecided."""
+        model = self.manifest.model
+        shape = (len(tokens), model.image_height, model.image_width, 3)
+        array = np.full(shape, UNDECIDED_GRAY, np.uint8)
+        side, (down, across) = model.token_side, model.grid
+        for image, row in zip(array, tokens, strict=True):
+            decided = row != UNDECIDED
+            if not decided.any():
+                continue
+            # The decoder wants all tokens; the last one drawn disturbs its neighbours least.
+            filled = np.where(decided, row, row[decided][-1])
+            pixels = np.kron(decided.reshape(down, across), np.ones((side, side), bool))
+            image[pixels] = self._decode(filled[None])[0][pixels]
+        return array
+
+
+def _batches(request: _Request) -> Iterator[tuple[int, int]]:
+    n, size = len(request.seeds), request.plan.batch_size
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
+
+
+def _check_cancel(cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise RequestCancelled("the request was cancelled")
+
+
+def _whole_number(name: str, value: Any, low: int, high: int, also: str = "") -> int:
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        allowed = " ".join(filter(None, [f"a whole number from {low} to {high}", also]))
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    return number
+
+
+def _pil_images(array: NDArray[np.uint8]) -> list[Image]:
+    from PIL import Image  # here: importing the package stays quick
+
+    return [Image.fromarray(image) for image in array]

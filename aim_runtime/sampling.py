@@ -1,0 +1,131 @@
+"""From scores to tokens: the specification of the sampler, against which others are tested.
+
+The order is the published one (spec, "One step", 5): guidance, temperature, top-k, top-p, one draw.
+Each draw consumes one uniform number, inverted through the cumulative distribution in token order,
+and every operation works on one row alone, so that a token never depends on its batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.errors import BackendError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn from the model's scores; checked when made (ValueError).
+
+    Attributes:
+        cfg_scale: Guidance, 0 or more. 1 is no guidance (the class alone), 0 ignores the class,
+            larger values follow the class more closely and vary less.
+        temperature: Divides the scores, 0 or more. 0 always takes the best token.
+        top_k: Only the `top_k` best tokens may be drawn (and those that tie with the last).
+            0, or the codebook's size and more, means all.
+        top_p: Above 0, up to 1. The least probable tokens that share 1 - top_p are not drawn.
+    """
+
+    cfg_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__  # frozen: normalised to plain numbers here, once
+        put(self, "cfg_scale", _number("cfg_scale", self.cfg_scale, "a number from 0 up"))
+        put(self, "temperature", _number("temperature", self.temperature, "a number from 0 up"))
+        put(self, "top_p", _number("top_p", self.top_p, "a number above 0, up to 1"))
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; it must be a number above 0, up to 1")
+        put(self, "top_k", _count("top_k", self.top_k))
+
+    def replace(self, **overrides: Any) -> SamplingOptions:
+        """These options with those overrides that are not None."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return dataclasses.replace(self, **given)
+
+
+def _number(name: str, value: Any, allowed: str) -> float:
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    return number
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from 0 up (0 means all)")
+    return count
+
+
+def guide(logits: NDArray[np.float32], images: int, cfg_scale: float) -> NDArray[np.float32]:
+    """Classifier-free guidance in float32: uncond + cfg_scale * (cond - uncond).
+
+    `logits` is (2 * images, V), first the rows with the class, then those without; or, when one row
+    an image was enough (see `row_classes`), (images, V), returned as it is. Returns (images, V).
+    """
+    if len(logits) == images:
+        return logits
+    cond, uncond = logits[:images], logits[images:]  # (N, V) each
+    with np.errstate(over="ignore", invalid="ignore"):  # `sample` reports what is not finite
+        return uncond + np.float32(cfg_scale) * (cond - uncond)
+
+
+def row_classes(class_ids: NDArray[np.int64], cfg_scale: float, no_class: int) -> NDArray[np.int64]:
+    """The class of every row that guidance needs: (N,) for scales 0 and 1, otherwise (2N,)."""
+    if cfg_scale == 1:
+        return class_ids
+    without = np.full_like(class_ids, no_class)
+    return without if cfg_scale == 0 else np.concatenate([class_ids, without])
+
+
+def sample(
+    logits: NDArray[np.float32], u: NDArray[np.float64], options: SamplingOptions
+) -> NDArray[np.int64]:
+    """Draw one token a row from guided scores `logits` (N, V) with the uniforms `u` (N,).
+
+    Returns (N,). Raises BackendError when a row's scores are not finite.
+    """
+    best = logits.max(axis=1)  # (N,); a NaN or an infinity anywhere above ends up here
+    if not np.isfinite(best).all():
+        raise BackendError(
+            "the model's scores are not finite; the bundle or the guidance scale is at fault"
+        )
+    if options.temperature == 0:
+        return logits.argmax(axis=1)
+    return np.array([_draw(*row, options) for row in zip(logits, best, u, strict=True)], np.int64)
+
+
+def _draw(
+    row: NDArray[np.float32], best: np.float32, u: np.float64, options: SamplingOptions
+) -> int:
+    kept = np.arange(row.size)
+    if 0 < options.top_k < row.size:
+        kth = np.partition(row, -options.top_k)[-options.top_k]
+        kept = np.flatnonzero(row >= kth)  # ties with the k-th stay
+    with np.errstate(over="ignore"):  # tiny temperatures send all but the best to -inf
+        weights = np.exp((row[kept].astype(np.float64) - best) / options.temperature)
+    if options.top_p < 1:
+        # A token falls iff all tokens no likelier than it share at most 1 - top_p. So the tokens
+        # that stay are those at least as likely as the first, from below, to exceed that share.
+        ascending = np.sort(weights)
+        share = np.cumsum(ascending)
+        first = np.searchsorted(share, (1 - options.top_p) * share[-1], side="right")
+        stays = weights >= ascending[min(first, ascending.size - 1)]
+        kept, weights = kept[stays], weights[stays]
+    cumulative = np.cumsum(weights)
+    return int(kept[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
