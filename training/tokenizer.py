@@ -226,8 +226,10 @@ class Quantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Indices (rows,) int64 of the codes nearest to the unit vectors z (rows, E)."""
         codes = self.codes().t()  # (E, V)
-        # Among unit vectors the smallest distance is the largest dot product.
-        return torch.cat([(part @ codes).argmax(-1) for part in z.split(_SEARCH_ROWS)])
+        # Among unit vectors the smallest distance is the largest dot product. It stays out of
+        # autocast: half precision would confuse close codes.
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([(part @ codes).argmax(-1) for part in z.split(_SEARCH_ROWS)])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors (..., E) of indices (...)."""
@@ -305,14 +307,12 @@ class VQTokenizer(nn.Module):
     def forward(self, images: Tensor) -> TokenizerOutput:
         """One training pass: gradients reach the encoder straight through the codebook."""
         z = self.encode_vectors(images)  # (B, h, w, E)
-        # The codebook stays out of autocast: half precision would confuse close codes.
-        with torch.autocast(images.device.type, enabled=False):
-            with torch.no_grad():
-                indices = self.quantize.nearest(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
-            quantized = self.quantize.lookup(indices)  # (B, h, w, E)
-            codebook_loss = F.mse_loss(quantized, z.detach())
-            commitment_loss = F.mse_loss(z, quantized.detach())
-            straight = z + (quantized - z).detach()
+        with torch.no_grad():
+            indices = self.quantize.nearest(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
+        quantized = self.quantize.lookup(indices)  # (B, h, w, E)
+        codebook_loss = F.mse_loss(quantized, z.detach())
+        commitment_loss = F.mse_loss(z, quantized.detach())
+        straight = z + (quantized - z).detach()
         features = self.decoder.features(self.post_quant_conv(straight.permute(0, 3, 1, 2)))
         return TokenizerOutput(
             image=self.decoder.conv_out(features),

@@ -1,0 +1,70 @@
+"""What a person sees while a network trains: one line that rewrites itself, or lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+
+class Progress:
+    """Loss, images per second and the time left, on standard error.
+
+    Args:
+        done: steps that earlier calls trained.
+        total: steps of the whole training.
+        unit: what ``count`` counts, for the speed ("images").
+        quiet: show nothing (every process but the main one).
+    """
+
+    def __init__(self, done: int, total: int, unit: str = "images", quiet: bool = False) -> None:
+        self.total = total
+        self.unit = unit
+        self.quiet = quiet
+        self.live = sys.stderr.isatty()
+        self._width = 0
+        self._since = (time.monotonic(), done)
+
+    def show(self, step: int, values: Mapping[str, float], count: int, limit_s: float) -> float:
+        """Shows where training stands.
+
+        Args:
+            step: steps done.
+            values: numbers to name.
+            count: units a step.
+            limit_s: seconds left at most, infinite without a time limit.
+
+        Returns:
+            Units per second since the last call.
+        """
+        now = time.monotonic()
+        then, before = self._since
+        self._since = (now, step)
+        per_step = (now - then) / max(1, step - before)
+        speed = count / per_step if per_step else 0.0
+        left = min((self.total - step) * per_step, limit_s)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = (
+            f"step {step}/{self.total}  {numbers}  {speed:.0f} {self.unit}/s  {duration(left)} left"
+        )
+        if not self.quiet:
+            end = "" if self.live else "\n"
+            start = "\r" if self.live else ""
+            print(f"{start}{text:<{self._width}}", end=end, file=sys.stderr, flush=True)
+            self._width = len(text) if self.live else 0
+        return speed
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        if not self.quiet:
+            start = "\r" if self.live and self._width else ""
+            print(f"{start}{text:<{self._width}}", file=sys.stderr, flush=True)
+            self._width = 0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
