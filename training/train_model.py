@@ -1,0 +1,250 @@
+"""Trains AiM on the codes of a folder of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from aim_training.checkpoint import load_checkpoint, save_checkpoint
+from aim_training.codes import CodeRequest, cached_codes, weights_digest
+from aim_training.config import PRESETS, ModelConfig
+from aim_training.data import BatchOrder, Crop, ImageFolder
+from aim_training.loop import Learner, Task, TrainingError, autocast, make_accelerator, train
+from aim_training.model import AiM
+from aim_training.options import ModelTrainingOptions, recipe
+from aim_training.pictures import contact_sheet
+from aim_training.sampling import sample
+from aim_training.tokenizer import VQTokenizer
+
+#: Codes that stay on the device at most, bytes; larger ones are read from the disk.
+_RESIDENT_BYTES = 8 * 2**30
+
+
+def train_model(options: ModelTrainingOptions) -> Path:
+    """Trains a model, resuming where the run folder holds a checkpoint.
+
+    Returns:
+        ``RUN/model.safetensors``: the averaged weights and the tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+        DataError: the images cannot be used.
+        TrainingError: the run folder holds another run, or training diverged.
+        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    accelerator = make_accelerator(options)
+    # The state-space sums run in float32 even under bf16; TF32 is precise enough for training.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        torch.manual_seed(options.seed)
+        return train(ModelTask(options, accelerator), options, accelerator)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def model_config(
+    options: ModelTrainingOptions, vocab_size: int, num_classes: int, num_tokens: int
+) -> ModelConfig:
+    """The geometry that the options ask for, over these codes and classes.
+
+    Raises:
+        ValueError: impossible.
+    """
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "num_tokens": num_tokens}
+    if options.preset is not None:
+        return replace(PRESETS[options.preset], **sizes)
+    return ModelConfig(
+        **sizes,
+        d_model=options.d_model,
+        num_layers=options.layers,
+        d_state=options.d_state,
+        head_dim=options.head_dim,
+        adaln_groups=options.adaln_groups,
+    )
+
+
+class CodeBatch(NamedTuple):
+    """Codes (B, T) int64 and classes (B,) int64, some of them C: "no class"."""
+
+    codes: Tensor
+    classes: Tensor
+
+
+class ModelTask(Task):
+    """Next-code prediction."""
+
+    def __init__(self, options: ModelTrainingOptions, accelerator: Accelerator) -> None:
+        self.options = options
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        tokenizer = load_checkpoint(options.tokenizer).tokenizer
+        if tokenizer is None:
+            raise TrainingError(
+                f"{options.tokenizer} holds no tokenizer; expected what `aim train tokenizer` "
+                "wrote, or a published tokenizer"
+            )
+        factor = tokenizer.config.downsampling
+        if options.size % factor:
+            raise ValueError(
+                f"size is {options.size}; a token of this tokenizer covers {factor} pixels, so it "
+                f"must be a multiple of {factor}"
+            )
+        tokenizer = tokenizer.to(self.device, memory_format=torch.channels_last)
+        self.tokenizer: VQTokenizer = tokenizer.requires_grad_(False)
+        self.folder = ImageFolder.scan(options.data)
+        crop = Crop(options.size, options.resize_factor, options.flip)
+        request = CodeRequest(self.folder, crop, options.variants, options.seed)
+        self.codes = self._codes("train", request)
+        self.held_out: CodeBatch | None = None
+        if options.val_data is not None:
+            folder = ImageFolder.scan(options.val_data, self.folder.class_names)
+            codes = self._codes("val", CodeRequest(folder, crop, 0, 0))
+            self.held_out = CodeBatch(
+                torch.from_numpy(codes[0].astype(np.int64)), torch.from_numpy(folder.labels)
+            )
+        self.labels = torch.from_numpy(self.folder.labels).to(self.device)
+        self.resident: Tensor | None = None
+        if self.codes.nbytes <= _RESIDENT_BYTES:
+            # PyTorch gathers no uint16, so the bits travel as int16.
+            signed = np.array(self.codes).view(f"i{self.codes.itemsize}")
+            self.resident = torch.from_numpy(signed).to(self.device)  # (variants, images, T)
+        self.order = BatchOrder(
+            len(self.folder),
+            options.batch_size,
+            options.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        config = model_config(
+            options,
+            tokenizer.config.codebook_size,
+            len(self.folder.class_names),
+            self.codes.shape[-1],
+        )
+        network = AiM(config, dropout=options.dropout).initialise()
+        self.model = Learner(network, accelerator, options, average=True)
+        self.learners = {"model": self.model}
+
+    def _codes(self, name: str, request: CodeRequest) -> NDArray[Any]:
+        cache = self.options.cache or self.options.out / "codes"
+        # The main process encodes; the others then find its cache.
+        with self.accelerator.main_process_first():
+            return cached_codes(
+                cache / f"{name}.npy",
+                request,
+                self.tokenizer,
+                self.device,
+                workers=self.options.workers,
+                resident_limit_mb=self.options.resident_limit_mb,
+                quiet=not self.accelerator.is_main_process,
+            )
+
+    def batches(self, first: int, last: int) -> Iterator[CodeBatch]:
+        """A random variant of every image; some lose their class."""
+        unknown = len(self.folder.class_names)
+        for step in range(first, last):
+            draws = self.order.batch(step)
+            variant = (draws.uniform[:, 0] * len(self.codes)).astype(np.int64)
+            dropped = draws.uniform[:, 1] < self.options.class_dropout
+            chosen = self._to_device(np.stack([variant, draws.index, dropped]))  # (3, B)
+            if self.resident is not None:
+                codes = self.resident[chosen[0], chosen[1]].long()
+                if self.codes.dtype == np.uint16:
+                    codes = codes & 0xFFFF
+            else:
+                codes = self._to_device(self.codes[variant, draws.index].astype(np.int64))
+            classes = torch.where(chosen[2].bool(), unknown, self.labels[chosen[1]])
+            yield CodeBatch(codes, classes)
+
+    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def train_step(self, step: int, progress: float, batch: CodeBatch) -> dict[str, Tensor]:
+        """Cross-entropy over all T tokens."""
+        with autocast(self.options, self.device):
+            logits = self.model.wrapped(batch.codes, batch.classes)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.codes.flatten())
+        norm = self.model.update(loss)
+        detached = loss.detach()
+        return {
+            "loss": detached,
+            "bits_per_token": detached / math.log(2),
+            "gradient_norm": norm.detach(),
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Bits a token of the held-out images given their class, and without it."""
+        if self.held_out is None:
+            return {}
+        model = self._averaged()
+        share = max(1, self.options.batch_size // self.accelerator.num_processes)
+        known = unknown = 0.0
+        parts = zip(*(part.split(share) for part in self.held_out), strict=True)
+        for codes, classes in parts:
+            codes, classes = codes.to(self.device), classes.to(self.device)
+            no_class = torch.full_like(classes, model.config.num_classes)
+            known += self._bits(model, codes, classes)
+            unknown += self._bits(model, codes, no_class)
+        tokens = self.held_out.codes.numel()
+        return {"bits_per_token": known / tokens, "bits_per_token_no_class": unknown / tokens}
+
+    def _bits(self, model: AiM, codes: Tensor, classes: Tensor) -> float:
+        with autocast(self.options, self.device):
+            logits = model(codes, classes)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="sum")
+        return float(nats) / math.log(2)
+
+    @torch.no_grad()
+    def picture(self) -> Image.Image:
+        """Images of classes spread over all, drawn with guidance."""
+        model, count = self._averaged(), self.options.sample_count
+        spread = torch.linspace(0, model.config.num_classes - 1, count, device=self.device)
+        codes = sample(model, spread.round().long(), self.options.sample_guidance, seed=0)
+        return contact_sheet(self.tokenizer.decode(codes), columns=math.ceil(math.sqrt(count)))
+
+    def _averaged(self) -> AiM:
+        assert self.model.ema is not None
+        return self.model.ema.module
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        return {
+            "kind": "model",
+            "geometry": self.model.network.config.to_dict(),
+            "batch_size": self.options.batch_size,
+            "seed": self.options.seed,
+            "variants": self.options.variants,
+            "data_digest": self.folder.digest,
+            "tokenizer_sha256": weights_digest(self.tokenizer),
+        }
+
+    def export(self, facts: Mapping[str, Any]) -> Path:
+        """Writes ``RUN/model.safetensors`` with both halves, as the published files have them."""
+        path = self.options.out / "model.safetensors"
+        if self.accelerator.is_main_process:
+            metadata = {
+                "class_names": list(self.folder.class_names),
+                "training": recipe(self.options) | dict(facts),
+                "image_size": self.options.size,
+                "data_digest": self.folder.digest,
+                "tokenizer_sha256": weights_digest(self.tokenizer),
+            }
+            save_checkpoint(path, self._averaged(), self.tokenizer, metadata)
+        self.accelerator.wait_for_everyone()
+        return path
