@@ -1,0 +1,5 @@
+from .tiny_bundle import VOCAB
+
+
+def test():
+    assert VOCAB == 16
