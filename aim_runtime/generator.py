@@ -131,7 +131,7 @@ class Preview:
     """(N, T), -1 where undecided."""
     done_tokens: int
     total_tokens: int
-    _generator: Generator
+    _engine: Engine
 
     @property
     def done(self) -> bool:
@@ -141,7 +141,7 @@ class Preview:
     @cached_property
     def array(self) -> NDArray[np.uint8]:
         """(N, height, width, 3); flat gray where undecided."""
-        return self._generator._preview(self.tokens)
+        return _preview(self._engine, self.tokens)
 
     @cached_property
     def images(self) -> list[Image]:
@@ -151,6 +151,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class _Request:
+    engine: Engine
     class_ids: NDArray[np.int64]  # (N,)
     seeds: tuple[int, ...]
     options: SamplingOptions
@@ -175,7 +176,7 @@ class Generator:
         self.sampling = SamplingOptions(
             defaults.cfg_scale, defaults.temperature, defaults.top_k, defaults.top_p
         )
-        self._memory_limit = int(memory_limit_mb * 2**20)
+        self._memory_limit_mb = memory_limit_mb
         self._engine: Engine | None = engine
 
     @classmethod
@@ -281,11 +282,11 @@ class Generator:
         rows = 1 if options.cfg_scale in (0, 1) else 2
         image = rows * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
         decoder = _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
-        largest = (self._memory_limit - decoder) // image
+        largest = int((self._memory_limit_mb * 2**20 - decoder) // image)
         if largest < 1:
             needed = -(-(image + decoder) // 2**20)
             raise ValueError(
-                f"memory_limit_mb is {self._memory_limit / 2**20:g}; one image of this model "
+                f"memory_limit_mb is {self._memory_limit_mb!r}; one image of this model "
                 f"needs {needed}: give memory_limit_mb={needed} or more"
             )
         batches = -(-n // largest)
@@ -328,7 +329,7 @@ class Generator:
             for done in steps:
                 if progress is not None:
                     progress(done, tokens.size)
-        array = self._decode(tokens, cancel)
+        array = _decode(request.engine, tokens, cancel)
         return Result(
             tokens=tokens,
             array=array,
@@ -410,11 +411,6 @@ class Generator:
                 parts.setdefault(part, []).append(index)
         return parts | whole
 
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise AimError("this generator is closed; load it again")
-        return self._engine
-
     def _request(
         self,
         classes: ClassLike | Sequence[ClassLike],
@@ -424,7 +420,9 @@ class Generator:
         top_k: int | None,
         top_p: float | None,
     ) -> _Request:
-        self._open_engine()
+        engine = self._engine
+        if engine is None:
+            raise AimError("this generator is closed; load it again")
         alone = isinstance(classes, str) or not hasattr(classes, "__iter__")
         wanted: list[Any] = [classes] if alone else list(classes)  # type: ignore[arg-type]
         if not wanted:
@@ -436,7 +434,7 @@ class Generator:
             cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
         plan = self.plan(n, options.cfg_scale)
-        return _Request(class_ids, tuple(range(seed, seed + n)), options, plan)
+        return _Request(engine, class_ids, tuple(range(seed, seed + n)), options, plan)
 
     def _undecided(self, request: _Request) -> NDArray[np.int64]:
         shape = (len(request.seeds), self.manifest.model.num_tokens)
@@ -449,7 +447,7 @@ class Generator:
 
         Token `step` of each image must be in `tokens` when the next item is asked for.
         """
-        engine = self._open_engine()
+        engine = request.engine
         model, cfg_scale = self.manifest.model, request.options.cfg_scale
         classes = row_classes(request.class_ids[start:stop], cfg_scale, model.num_classes)  # (R,)
         n, rows = stop - start, len(classes)
@@ -481,34 +479,35 @@ class Generator:
         with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
             for count, done in enumerate(steps, start=1):
                 if count % every == 0 or done == tokens.size:
-                    yield Preview(tokens.copy(), done, tokens.size, self)
+                    yield Preview(tokens.copy(), done, tokens.size, request.engine)
 
-    def _decode(
-        self, tokens: NDArray[np.int64], cancel: threading.Event | None = None
-    ) -> NDArray[np.uint8]:
-        """Images (N, height, width, 3) of decided `tokens` (N, T), one after another."""
-        engine = self._open_engine()
-        images = []
-        for index in range(len(tokens)):
-            _check_cancel(cancel)
-            images.append(engine.decode(tokens[index : index + 1]))
-        return np.concatenate(images)
 
-    def _preview(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images of partly decided `tokens`, gray where they are undecided."""
-        model = self.manifest.model
-        shape = (len(tokens), model.image_height, model.image_width, 3)
-        array = np.full(shape, UNDECIDED_GRAY, np.uint8)
-        side, (down, across) = model.token_side, model.grid
-        for image, row in zip(array, tokens, strict=True):
-            decided = row != UNDECIDED
-            if not decided.any():
-                continue
-            # The decoder wants all tokens; the last one drawn disturbs its neighbours least.
-            filled = np.where(decided, row, row[decided][-1])
-            pixels = np.kron(decided.reshape(down, across), np.ones((side, side), bool))
-            image[pixels] = self._decode(filled[None])[0][pixels]
-        return array
+def _decode(
+    engine: Engine, tokens: NDArray[np.int64], cancel: threading.Event | None = None
+) -> NDArray[np.uint8]:
+    """Images (N, height, width, 3) of decided `tokens` (N, T), one after another."""
+    images = []
+    for index in range(len(tokens)):
+        _check_cancel(cancel)
+        images.append(engine.decode(tokens[index : index + 1]))
+    return np.concatenate(images)
+
+
+def _preview(engine: Engine, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images of partly decided `tokens`, gray where they are undecided."""
+    model = engine.manifest.model
+    shape = (len(tokens), model.image_height, model.image_width, 3)
+    array = np.full(shape, UNDECIDED_GRAY, np.uint8)
+    square = np.ones((model.token_side, model.token_side), bool)
+    for image, row in zip(array, tokens, strict=True):
+        decided = row != UNDECIDED
+        if not decided.any():
+            continue
+        # The decoder wants all tokens; the last one drawn disturbs its neighbours least.
+        filled = np.where(decided, row, row[decided][-1])
+        pixels = np.kron(decided.reshape(model.grid), square)  # (height, width)
+        image[pixels] = _decode(engine, filled[None])[0][pixels]
+    return array
 
 
 def _batches(request: _Request) -> Iterator[tuple[int, int]]:

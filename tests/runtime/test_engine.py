@@ -13,7 +13,7 @@ from aim_runtime import BackendError, Bundle, BundleError, available_backends
 from aim_runtime.engine import Engine, load_engine
 from aim_runtime.engines.onnxruntime_cpu import usable_cores
 
-from .tiny_bundle import CLASSES, PATCH, SIDE, TOKENS, VOCAB
+from .tiny_bundle import CLASSES, PATCH, SIDE, TOKENS, VOCAB, copy_bundle
 
 # Backends may round differently; tiny scores are of order 1.
 TOLERANCE = {"cpu": 1e-5}
@@ -194,10 +194,7 @@ def test_a_model_that_was_loaded_no_longer_needs_its_files(
     tiny: Path, tmp_path: Path, forced: np.ndarray
 ) -> None:
     """Weights are mapped while loading; a file changed later must not change the images."""
-    copy = tmp_path / "bundle"
-    copy.mkdir()
-    for file in tiny.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = copy_bundle(tiny, tmp_path / "bundle")
     loaded = load_engine(Bundle.open(copy))
     expected = play(loaded, CLASS_OF_ROW, forced)
     for file in copy.iterdir():

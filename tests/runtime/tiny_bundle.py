@@ -7,6 +7,9 @@ logits. The numbers mean nothing; they are seeded and the same on every machine.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -209,6 +212,21 @@ def zip_bundle(folder: Path, path: Path) -> Path:
         for file in sorted(folder.iterdir()):
             archive.write(file, file.name)
     return path
+
+
+def copy_bundle(folder: Path, out: Path) -> Path:
+    """A copy of the bundle `folder` that a test may damage."""
+    return Path(shutil.copytree(folder, out))
+
+
+def rehash(folder: Path) -> None:
+    """Make the manifest's sizes and checksums those of the files as they are now."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        entry |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _save(
