@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from aim_runtime import Bundle, BundleError, Generator, write_bundle
+
+from .tiny_bundle import copy_bundle, rehash, tiny_manifest, zip_bundle
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return copy_bundle(tiny, tmp_path / "copy")
+
+
+@pytest.fixture
+def source(tiny: Path) -> Path:
+    """The folder of loose files that the tiny bundle was made from."""
+    return tiny.with_name("tiny-source")
+
+
+def refused(path: Path) -> str:
+    """Why loading `path` fails, wherever it does: opening, or reading the graphs."""
+    with pytest.raises(BundleError) as caught:
+        Generator.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def test_a_folder_and_its_zip_hold_the_same(tiny: Path, tmp_path: Path) -> None:
+    folder = Bundle.open(tiny)
+    packed = Bundle.open(zip_bundle(tiny, tmp_path / "tiny.zip"))
+    assert packed.manifest == folder.manifest
+    assert packed.manifest_sha256 == folder.manifest_sha256
+    for name in folder.manifest.files:
+        assert bytes(packed.read(name)) == bytes(folder.read(name)) == (tiny / name).read_bytes()
+    folder.verify()
+    packed.verify()
+    drawn = [Generator.load(bundle.path).generate([0, 1]).tokens for bundle in (folder, packed)]
+    assert drawn[0].tolist() == drawn[1].tolist()
+
+
+def test_things_that_are_no_bundle(tmp_path: Path) -> None:
+    assert "there is no bundle here" in refused(tmp_path / "absent")
+    assert "it has no manifest.json" in refused(tmp_path)
+    text = tmp_path / "text.zip"
+    text.write_text("hello")
+    assert "neither a bundle folder nor a readable .zip" in refused(text)
+    empty = tmp_path / "empty.zip"
+    empty.touch()
+    assert "neither" in refused(empty)
+    other = tmp_path / "other.zip"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("a/manifest.json", "{}")
+    assert "no manifest.json at" in refused(other)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert "neither" in refused(fifo)
+    with pytest.raises(BundleError):
+        Bundle.open("a\0b")
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "step.weights", "decoder.onnx", "manifest.json"])
+def test_a_missing_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    assert name in refused(copy)
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "step.weights", "prologue.weights"])
+def test_a_file_cut_short_grown_or_altered(copy: Path, name: str) -> None:
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[:-1])
+    assert f"{name} is cut short ({len(data) - 1} bytes, the manifest says" in refused(copy)
+    (copy / name).write_bytes(data + b"\0")
+    assert f"{name} is altered" in refused(copy)
+    (copy / name).write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    Bundle.open(copy)  # sizes agree; the checksum is compared when the file is read
+    assert f"{name} is altered" in refused(copy)
+    with pytest.raises(BundleError, match=name):
+        Bundle.open(copy).verify()
+
+
+def test_only_listed_files_are_read(copy: Path) -> None:
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match=r"lists no file 'notes\.txt'"):
+        Bundle.open(copy).read("notes.txt")
+    with pytest.raises(BundleError, match="lists no file"):
+        Bundle.open(copy).read("manifest.json")
+
+
+def test_a_manifest_that_is_not_text_or_too_long(copy: Path) -> None:
+    (copy / "manifest.json").write_bytes(b"\xff\xfe{}")
+    assert "not UTF-8" in refused(copy)
+    (copy / "manifest.json").write_bytes(b" " * ((4 << 20) + 1))
+    assert "at most 4194304" in refused(copy)
+
+
+def test_links_stay_inside(copy: Path, tmp_path: Path) -> None:
+    (copy / "step.weights").rename(copy / "elsewhere")
+    (copy / "step.weights").symlink_to("elsewhere")
+    Generator.load(copy).generate([0])  # a link within the bundle is fine
+    outside = tmp_path / "outside"
+    shutil.move(copy / "elsewhere", outside)
+    (copy / "step.weights").unlink()
+    (copy / "step.weights").symlink_to(outside)
+    assert "step.weights is a link that leads outside" in refused(copy)
+    (copy / "step.weights").unlink()
+    (copy / "step.weights").symlink_to("step.weights")
+    assert "step.weights cannot be read" in refused(copy)
+    (copy / "step.weights").unlink()
+    (copy / "step.weights").symlink_to("gone")
+    assert "step.weights is missing" in refused(copy)
+    (copy / "step.weights").unlink()
+    (copy / "step.weights").mkdir()
+    assert "not a regular file" in refused(copy)
+    shutil.move(copy / "manifest.json", tmp_path / "manifest.json")
+    (copy / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    assert "manifest.json is a link that leads outside" in refused(copy)
+
+
+def test_a_bundle_reached_through_a_link_works(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tiny)
+    assert Generator.load(tmp_path / "link").generate([0]).tokens.shape == (1, 9)
+
+
+# -- zips -----------------------------------------------------------------------------------------
+
+
+def rezip(folder: Path, path: Path, extra: list[tuple[zipfile.ZipInfo | str, bytes]]) -> Path:
+    zip_bundle(folder, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for info, data in extra:
+            archive.writestr(info, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "C:evil", "a/.."]
+)
+def test_a_zip_with_an_unsafe_path(tiny: Path, tmp_path: Path, name: str) -> None:
+    path = rezip(tiny, tmp_path / "x.zip", [(name, b"x")])
+    assert "unsafe path" in refused(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_a_name_twice(tiny: Path, tmp_path: Path) -> None:
+    path = rezip(tiny, tmp_path / "x.zip", [("step.onnx", b"x")])
+    assert "'step.onnx' twice" in refused(path)
+
+
+def test_a_zip_with_a_link(tiny: Path, tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    assert "is a link" in refused(rezip(tiny, tmp_path / "x.zip", [(info, b"/etc/passwd")]))
+
+
+def test_a_zip_with_harmless_extras(tiny: Path, tmp_path: Path) -> None:
+    path = rezip(tiny, tmp_path / "x.zip", [("notes/read me.txt", b"x"), ("notes/", b"")])
+    Generator.load(path).generate([0])
+
+
+def test_a_zip_whose_sizes_differ_is_not_unpacked(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "step.weights").write_bytes(bytes(1 << 20))
+    path = zip_bundle(copy, tmp_path / "x.zip")
+    opened = []
+    unpack = zipfile.ZipFile.open
+    monkeypatch.setattr(
+        zipfile.ZipFile,
+        "open",
+        lambda self, info, *rest: opened.append(info.filename) or unpack(self, info, *rest),
+    )
+    assert "step.weights is altered (1048576 bytes" in refused(path)
+    assert opened == ["manifest.json"]
+
+
+def test_a_zip_bomb_is_refused_by_its_ratio(copy: Path, tmp_path: Path) -> None:
+    (copy / "step.weights").write_bytes(bytes(65 << 20))
+    rehash(copy)
+    assert "which no model does" in refused(zip_bundle(copy, tmp_path / "x.zip"))
+
+
+def test_a_damaged_zip(tiny: Path, tmp_path: Path) -> None:
+    path = zip_bundle(tiny, tmp_path / "x.zip")
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("step.onnx").header_offset + 60
+    path.write_bytes(data[:start] + bytes(8) + data[start + 8 :])
+    assert "step.onnx" in refused(path)
+    path.write_bytes(data[: len(data) // 2])
+    assert "neither" in refused(path)
+
+
+def test_an_encrypted_zip(tiny: Path, tmp_path: Path) -> None:
+    path = zip_bundle(tiny, tmp_path / "x.zip")
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"PK\x01\x02")
+    data[at + 8] |= 1
+    path.write_bytes(bytes(data))
+    assert "encrypted" in refused(path)
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_lists_every_file(source: Path, tmp_path: Path) -> None:
+    extra = copy_bundle(source, tmp_path / "source")
+    (extra / "LICENSES.md").write_text("MIT")
+    (extra / "manifest.json").write_text("ignored")
+    bundle = write_bundle(tiny_manifest(), extra, tmp_path / "new" / "out")
+    bundle.verify()
+    assert "LICENSES.md" in bundle.manifest.files
+    assert len(bundle.manifest.files) == 7
+    assert listing(tmp_path / "new") == ["out"]
+    assert listing(tmp_path / "new" / "out") == sorted([*bundle.manifest.files, "manifest.json"])
+
+
+def test_write_never_replaces_without_being_told(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_bundle(tiny_manifest(), source, out)  # an empty folder is free
+    before = (out / "manifest.json").read_bytes()
+    renamed = dataclasses.replace(tiny_manifest(), name="renamed")
+    with pytest.raises(BundleError, match="holds a bundle already"):
+        write_bundle(renamed, source, out)
+    assert (out / "manifest.json").read_bytes() == before
+    assert write_bundle(renamed, source, out, overwrite=True).manifest.name == "renamed"
+    assert listing(tmp_path) == ["out"]
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(BundleError, match="with other things in it"):
+            write_bundle(renamed, source, other, overwrite=overwrite)
+        with pytest.raises(BundleError, match="not a folder"):
+            write_bundle(renamed, source, other / "thesis.txt", overwrite=overwrite)
+    assert (other / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("where", ["_copy", "_replace"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interruption_leaves_nothing_behind(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    where: str,
+    existing: bool,
+) -> None:
+    out = tmp_path / "out"
+    if existing:
+        write_bundle(tiny_manifest(), source, out)
+    import aim_runtime.bundle as module
+
+    real, calls = getattr(module, where), []
+
+    def fails(*args: object) -> object:
+        calls.append(args)
+        if where == "_copy" and len(calls) < 3:
+            return real(*args)
+        raise failure
+
+    monkeypatch.setattr(module, where, fails)
+    expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else BundleError
+    with pytest.raises(expected) as caught:
+        write_bundle(dataclasses.replace(tiny_manifest(), name="new"), source, out, overwrite=True)
+    if expected is BundleError:
+        assert str(caught.value) == f"cannot write the bundle {out}: No space left"
+    assert listing(tmp_path) == (["out"] if existing else [])
+    if existing:
+        assert Bundle.open(out).manifest.name == "tiny"
+
+
+def test_a_replacement_that_fails_puts_the_old_bundle_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_bundle(tiny_manifest(), source, out)
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(BundleError, match="Permission denied"):
+        write_bundle(tiny_manifest(), source, out, overwrite=True)
+    assert listing(tmp_path) == ["out"]
+    Bundle.open(out).verify()
+
+
+def test_a_manifest_that_could_not_be_read_is_not_written(source: Path, tmp_path: Path) -> None:
+    bad = dataclasses.replace(tiny_manifest(), precision="int3")
+    with pytest.raises(BundleError, match="precision is 'int3'"):
+        write_bundle(bad, source, tmp_path / "out")
+    assert listing(tmp_path) == []
+
+
+def test_an_unwritable_place(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="cannot write the bundle"):
+        write_bundle(tiny_manifest(), source, tmp_path / "file" / "out")
+
+
+def test_files_that_cannot_go_into_a_bundle(source: Path, tmp_path: Path) -> None:
+    odd = copy_bundle(source, tmp_path / "odd")
+    (odd / "a b.txt").write_text("x")
+    with pytest.raises(BundleError, match=r"a b\.txt cannot go into a bundle"):
+        write_bundle(tiny_manifest(), odd, tmp_path / "out")
+    assert listing(tmp_path) == ["odd"]
+
+
+def test_the_manifest_is_readable_json(tiny: Path) -> None:
+    text = (tiny / "manifest.json").read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    assert json.loads(text)["name"] == "tiny"

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aim_runtime import BundleError, Manifest
+from aim_runtime.manifest import FORMAT_VERSION, ModelCard, TensorSpec, is_plain_file_name
+
+from .tiny_bundle import tiny_manifest
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def document(tiny: Path) -> dict[str, Any]:
+    return dict(json.loads((tiny / "manifest.json").read_text(encoding="utf-8")))
+
+
+def refused(document: dict[str, Any]) -> str:
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(json.dumps(document))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+def test_to_json_and_back(tiny: Path) -> None:
+    text = (tiny / "manifest.json").read_text(encoding="utf-8")
+    manifest = Manifest.from_json(text)
+    assert manifest.to_json() == text
+    assert dataclasses.replace(manifest, files={}) == tiny_manifest()
+    assert manifest.model.grid == (3, 3)
+    assert manifest.state_bytes_per_row == 4 * (8 + 2 * 8)
+    assert [spec.name for spec in manifest.conditioning] == [
+        "class_embedding",
+        "modulation",
+        "final_modulation",
+    ]
+    assert manifest.graphs["step"].input("conv_state_0").concrete_shape(5) == (5, 2, 8)
+
+
+def test_the_json_is_what_the_format_says(document: dict[str, Any]) -> None:
+    assert list(document)[:3] == ["format", "format_version", "name"]
+    assert document["format"] == "aim-bundle"
+    assert document["format_version"] == 1
+    assert document["graphs"]["prologue"]["inputs"] == [
+        {"name": "class_id", "dtype": "int64", "shape": ["rows"]}
+    ]
+    assert document["state"][0] == {"input": "ssm_state_0", "output": "next_ssm_state_0"}
+    assert set(document["files"]["step.onnx"]) == {"sha256", "size"}
+
+
+def test_names_in_any_language_survive() -> None:
+    names = ("Füchse", "猫", "family: 👩\u200d👩\u200d👧")
+    manifest = dataclasses.replace(tiny_manifest(), class_names=names)
+    files = {name: {"sha256": "0" * 64, "size": 1} for name in manifest_files(manifest)}
+    document = json.loads(manifest.to_json()) | {"files": files}
+    assert Manifest.from_json(json.dumps(document)).class_names == names
+
+
+def manifest_files(manifest: Manifest) -> list[str]:
+    return [name for graph in manifest.graphs.values() for name in (graph.file, graph.weights)]
+
+
+def test_a_newer_format_says_upgrade_whatever_else_it_holds() -> None:
+    newer = {"format": "aim-bundle", "format_version": FORMAT_VERSION + 1, "new": {}}
+    message = refused(newer)
+    assert "made by a newer aim-runtime" in message
+    assert "upgrade aim-runtime" in message
+
+
+# (what to change, what the message must say: the field, what it got, what it may be)
+EDITS: dict[str, tuple[Edit, list[str]]] = {
+    "not a bundle": (lambda d: d.update(format="zip"), ['"format": "aim-bundle"']),
+    "version 0": (lambda d: d.update(format_version=0), ["format_version is 0"]),
+    "version text": (lambda d: d.update(format_version="1"), ["format_version is '1'"]),
+    "missing key": (lambda d: d.pop("license"), ["top level lacks the key 'license'"]),
+    "unknown key": (lambda d: d.update(extra=1), ["unknown key 'extra'"]),
+    "name empty": (lambda d: d.update(name=" "), ["name is ' '", "1 to 256 characters"]),
+    "name newline": (lambda d: d.update(name="a\nb"), ["name is 'a\\nb'", "control"]),
+    "name surrogate": (lambda d: d.update(name="\ud800"), ["name is", "surrogates"]),
+    "name long": (lambda d: d.update(name="x" * 10**5), ["name is 'xxx", "256"]),
+    "model list": (lambda d: d.update(model=[]), ["model is a list of 0 items", "an object"]),
+    "model key": (lambda d: d["model"].pop("d_model"), ["model lacks the key 'd_model'"]),
+    "negative": (lambda d: d["model"].update(d_model=-3), ["model.d_model is -3", "1 to 65536"]),
+    "zero": (lambda d: d["model"].update(num_layers=0), ["model.num_layers is 0"]),
+    "float": (lambda d: d["model"].update(d_state=1.0), ["model.d_state is 1.0", "whole"]),
+    "bool": (lambda d: d["model"].update(d_state=True), ["model.d_state is true"]),
+    "null": (lambda d: d["model"].update(d_state=None), ["model.d_state is null"]),
+    "absurd": (lambda d: d["model"].update(vocab_size=10**300), ["model.vocab_size is 1000"]),
+    "offset": (lambda d: d["model"].update(position_offset=2), ["position_offset is 2", "0 to 1"]),
+    "conditioning": (
+        lambda d: d["model"].update(conditioning="film"),
+        ["model.conditioning is 'film'", "'adaln', 'adaln-group'"],
+    ),
+    "no squares": (lambda d: d["model"].update(num_tokens=8), ["num_tokens is 8", "6x6 pixels"]),
+    "names too few": (lambda d: d["class_names"].pop(), ["class_names has 2", "says 3"]),
+    "name type": (lambda d: d["class_names"].__setitem__(1, 5), ["class_names[1] is 5"]),
+    "precision": (lambda d: d.update(precision="int8"), ["precision is 'int8'", "'fp32', 'fp16'"]),
+    "top_p": (lambda d: d["sampling"].update(top_p=0), ["sampling.top_p is 0", "above 0"]),
+    "temperature": (
+        lambda d: d["sampling"].update(temperature=-1),
+        ["sampling.temperature is -1"],
+    ),
+    "top_k": (lambda d: d["sampling"].update(top_k=1.5), ["sampling.top_k is 1.5"]),
+    "no graph": (lambda d: d["graphs"].pop("step"), ["graphs lacks the key 'step'"]),
+    "graph path": (
+        lambda d: d["graphs"]["step"].update(file="../step.onnx"),
+        ["graphs.step.file is '../step.onnx'", "plain file name"],
+    ),
+    "graph file unlisted": (
+        lambda d: d["graphs"]["step"].update(weights="other.weights"),
+        ["graphs.step.weights is 'other.weights'", "does not list"],
+    ),
+    "tensor dtype": (
+        lambda d: d["graphs"]["step"]["inputs"][2].update(dtype="object"),
+        ["graphs.step.inputs[2].dtype is 'object'", "'float32'"],
+    ),
+    "tensor rows": (
+        lambda d: d["graphs"]["step"]["inputs"][2]["shape"].__setitem__(0, 2),
+        ["graphs.step.inputs[2].shape[0] is 2", '"rows"'],
+    ),
+    "tensor size": (
+        lambda d: d["graphs"]["step"]["inputs"][2]["shape"].__setitem__(1, -8),
+        ["graphs.step.inputs[2].shape[1] is -8"],
+    ),
+    "tensor huge": (
+        lambda d: d["graphs"]["step"]["inputs"][3].update(shape=["rows", 1 << 20, 1 << 20]),
+        ["graphs.step.inputs[3] takes", "bytes a row"],
+    ),
+    "tensor name": (
+        lambda d: d["graphs"]["step"]["inputs"][2].update(name="a b"),
+        ["graphs.step.inputs[2].name is 'a b'"],
+    ),
+    "tensor twice": (
+        lambda d: d["graphs"]["step"]["inputs"][2].update(name="token"),
+        ["graphs.step.inputs names a tensor twice"],
+    ),
+    "logits shape": (
+        lambda d: d["graphs"]["step"]["outputs"][0]["shape"].__setitem__(1, 15),
+        ["graphs.step.outputs gives 'logits' as float32 [rows, 15]", "float32 [rows, 16]"],
+    ),
+    "image dtype": (
+        lambda d: d["graphs"]["decoder"]["outputs"][0].update(dtype="float32"),
+        ["graphs.decoder.outputs gives 'image'", "must be uint8 [rows, 6, 6, 3]"],
+    ),
+    "extra output": (
+        lambda d: d["graphs"]["decoder"]["outputs"].append(
+            {"name": "more", "dtype": "uint8", "shape": ["rows"]}
+        ),
+        ["graphs.decoder.outputs has the tensor 'more', which has no use"],
+    ),
+    "prologue and step differ": (
+        lambda d: d["graphs"]["prologue"]["outputs"][1].update(dtype="float16"),
+        ["graphs.step.inputs gives 'modulation' as float32", "must be float16"],
+    ),
+    "state grows": (
+        lambda d: d["graphs"]["step"]["outputs"][1].update(shape=["rows", 9]),
+        ["'next_ssm_state_0' as float32 [rows, 9]", "must be float32 [rows, 8]"],
+    ),
+    "state unknown": (
+        lambda d: d["state"][0].update(input="nothing"),
+        ["state[0].input is 'nothing'", "an input of graphs.step"],
+    ),
+    "state twice": (
+        lambda d: d["state"].append(dict(d["state"][0])),
+        ["one tensor of graphs.step.inputs two meanings"],
+    ),
+    "state none": (lambda d: d.update(state=[]), ["state is a list of 0 items"]),
+    "state dropped": (
+        lambda d: d["state"].pop(),
+        ["graphs.step.inputs has the tensor 'conv_state_0', which has no use"],
+    ),
+    "sha256": (
+        lambda d: d["files"]["step.onnx"].update(sha256="AB"),
+        ["files['step.onnx'].sha256 is 'AB'", "64 lower-case"],
+    ),
+    "size": (
+        lambda d: d["files"]["step.onnx"].update(size=-1),
+        ["files['step.onnx'].size is -1"],
+    ),
+    "size absurd": (
+        lambda d: d["files"]["step.onnx"].update(size=1 << 60),
+        ["files['step.onnx'].size is 1152921504606846976"],
+    ),
+    "file path": (
+        lambda d: d["files"].update({"/etc/passwd": d["files"]["step.onnx"]}),
+        ["files key is '/etc/passwd'", "plain file name"],
+    ),
+    "file case": (
+        lambda d: d["files"].update({"STEP.onnx": d["files"]["step.onnx"]}),
+        ["differ only in case"],
+    ),
+    "provenance": (lambda d: d.update(provenance="me"), ["provenance is 'me'", "an object"]),
+    "provenance text": (
+        lambda d: d["provenance"].update(exported_by={"a": ["x\x00"]}),
+        ["provenance.exported_by.a[0] is 'x\\x00'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_is_wrong_is_named(document: dict[str, Any], name: str) -> None:
+    edit, says = EDITS[name]
+    Manifest.from_json(json.dumps(document))
+    edit(document)
+    message = refused(document)
+    for words in says:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("null", "not one of a bundle"),
+        ("[]", "not one of a bundle"),
+        ('{"format": "aim-bundle"}', "format_version is null"),
+        ('{"format": "aim-bundle", "format_version": 1' + "0" * 5000 + "}", "not valid JSON"),
+        ('{"a": 1, "a": 2}', "the key 'a' twice"),
+        ('{"a": NaN}', "holds NaN"),
+        ('{"a": -Infinity}', "holds -Infinity"),
+        (" " * (5 << 20), "at most"),
+    ],
+)
+def test_text_that_is_no_manifest(text: str, says: str) -> None:
+    with pytest.raises(BundleError, match=says) as caught:
+        Manifest.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_overflow_are_refused(tiny: Path) -> None:
+    text = (tiny / "manifest.json").read_text(encoding="utf-8")
+    for old in ('"cfg_scale": 2.0', '"max_error": 0.0'):
+        assert old in text
+        with pytest.raises(BundleError, match="is inf"):
+            Manifest.from_json(text.replace(old, old.split(":")[0] + ": 1e999"))
+
+
+def test_deep_provenance_is_refused(document: dict[str, Any]) -> None:
+    for _ in range(20):
+        document["provenance"] = {"a": document["provenance"]}
+    assert "levels deep" in refused(document)
+
+
+@pytest.mark.parametrize("name", ["a", "step.onnx", "A-b_c.1", "x" * 128])
+def test_plain_names(name: str) -> None:
+    assert is_plain_file_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "/a",
+        "a\\b",
+        "C:x",
+        "a b",
+        "ä",
+        "a\n",
+        "a.",
+        "a\0",
+        "x" * 129,
+    ]
+    + ["manifest.json", "Manifest.JSON"],
+)
+def test_names_that_are_not_plain(name: str) -> None:
+    assert not is_plain_file_name(name)
+
+
+def test_token_squares() -> None:
+    card = dataclasses.replace(
+        tiny_manifest().model, image_height=256, image_width=128, num_tokens=128
+    )
+    assert card.token_side == 16
+    assert card.grid == (16, 8)
+    for height, width, tokens in ((256, 256, 250), (6, 10, 4), (9, 4, 1), (4, 4, 64)):
+        bad = dataclasses.replace(card, image_height=height, image_width=width, num_tokens=tokens)
+        assert isinstance(bad, ModelCard)
+        assert bad.token_side == 0
+
+
+def test_bytes_per_row() -> None:
+    assert TensorSpec("x", "float16", ("rows", 3, 5)).bytes_per_row == 30
