@@ -1,0 +1,121 @@
+"""``aim bench``: how fast and how large, each figure from a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aim_cli import human
+from aim_cli.dataclass_options import CommaSeparated
+from aim_cli.measure import Measurement, Workload, measure
+from aim_cli.options import bundle_option, engine_options
+from aim_cli.terminal import progress_bar, table
+from aim_runtime.version import __version__
+
+
+@click.command("bench")
+@click.option(
+    "--batch",
+    "batches",
+    type=CommaSeparated(int),
+    default="1,4,16",
+    show_default=True,
+    metavar="N,...",
+    help="Images a request; each size is measured in its own process.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Requests timed after a first one; the median counts.",
+)
+@bundle_option
+@engine_options
+@click.option("--quiet", "-q", is_flag=True, help="Print the JSON line alone.")
+def command(
+    batches: tuple[int, ...],
+    repeats: int,
+    bundle: Path | None,
+    backend: str,
+    threads: int | None,
+    memory_limit_mb: int,
+    quiet: bool,
+) -> None:
+    """Measure seconds an image, images a second, the first image and peak memory.
+
+    'first' is what a person waits for: a new process, imports, loading the model and the first
+    request. The last line is everything as JSON.
+    """
+    if not batches or min(batches) < 1:
+        raise click.BadParameter("sizes must be 1 or more.", param_hint="--batch")
+    path = None if bundle is None else str(bundle)
+    rows = []
+    label = f"Measuring {human.count(len(batches), 'size')}"
+    with progress_bar(label, len(batches), quiet=quiet) as show:
+        for done, batch in enumerate(batches, start=1):
+            workload = Workload(path, batch, repeats, backend, threads, memory_limit_mb)
+            rows.append(measure(workload))
+            show(done)
+    if not quiet:
+        click.echo(bench_table(rows))
+    facts = {"bundle": path or "the model in the box", "threads": threads, "repeats": repeats}
+    click.echo(json.dumps(facts | machine() | {"rows": [row.to_dict() for row in rows]}))
+
+
+def bench_table(rows: list[Measurement]) -> str:
+    """A line for each measurement."""
+    cells = [("images", "s an image", "images/s", "first", "load", "peak memory", "backend")]
+    for row in rows:
+        cells.append(
+            (
+                str(row.batch) if row.rows == row.batch else f"{row.batch} ({row.rows} at once)",
+                human.duration(row.seconds_per_request / row.batch),
+                human.rate(row.images_per_second),
+                human.duration(row.process_seconds),
+                human.duration(row.load_seconds),
+                "unknown" if row.peak_bytes is None else human.size(row.peak_bytes),
+                row.backend,
+            )
+        )
+    return table(cells)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the bundle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "aim_runtime": __version__,
+        "onnxruntime": _version("onnxruntime", "onnxruntime-gpu"),
+        "numpy": _version("numpy"),
+    }
+
+
+def _version(*distributions: str) -> str:
+    """The version of the first of these that is installed."""
+    for name in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,153 @@
+"""``aim export``: from a checkpoint to a bundle that was held against it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from aim_cli import human
+from aim_cli.errors import Interrupted, requires
+from aim_cli.terminal import fields, table
+
+if TYPE_CHECKING:
+    from aim_export import ParityReport
+
+
+@click.command("export")
+@click.option(
+    "--ckpt",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PATH",
+    help="AiM weights: ours or published, .safetensors, .bin or .pt, or a folder with one.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="VQ tokenizer. [default: the one inside the checkpoint]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the new bundle.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="How weights are stored; fp16 halves the bundle. A CPU computes in fp32 either way.",
+)
+@click.option(
+    "--position-offset",
+    type=click.IntRange(0, 1),
+    help="Position embedding of the token at s: row s-1 plus this. 0 is what training uses, 1 what "
+    "the published sampler does. [default: what the checkpoint says, else 1]",
+)
+@click.option(
+    "--class-names",
+    "class_names_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text file, one class name a line. [default: the checkpoint's, or ImageNet's for 1000]",
+)
+@click.option("--name", metavar="TEXT", help="Name of the bundle. [default: the checkpoint's]")
+@click.option("--description", metavar="TEXT", help="A sentence for the model card.")
+@click.option("--license", "license_", metavar="TEXT", help="Licence of the weights.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def command(
+    ckpt: Path,
+    tokenizer: Path | None,
+    out: Path,
+    precision: Literal["fp32", "fp16"],
+    position_offset: int | None,
+    class_names_file: Path | None,
+    name: str | None,
+    description: str | None,
+    license_: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Turn a checkpoint into a bundle of ONNX graphs.
+
+    \b
+    aim export --ckpt aim_l.safetensors --tokenizer vq_ds16_c2i.pt --out aim-l
+
+    The bundle is compared with PyTorch over every step before it is written; if they differ by
+    more than rounding, nothing is.
+    """
+    with requires("export", "aim export"):
+        from aim_export import export_bundle
+    class_names = None if class_names_file is None else read_class_names(class_names_file)
+    started = time.perf_counter()
+    try:
+        bundle, parity = export_bundle(
+            ckpt,
+            out,
+            tokenizer=tokenizer,
+            precision=precision,
+            position_offset=position_offset,
+            class_names=class_names,
+            name=name,
+            description=description,
+            license=license_,
+            overwrite=overwrite,
+            report=None if quiet else lambda line: click.echo(line, err=True),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; nothing was written") from None
+    if quiet:
+        return
+    stored = human.size(sum(entry.size for entry in bundle.manifest.files.values()))
+    took = human.duration(time.perf_counter() - started)
+    click.echo(parity_table(parity))
+    click.echo()
+    click.echo(fields([("bundle", f"{out} ({stored})"), ("time", took)]))
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The lines of a text file; a blank one is no name and only allowed at the end.
+
+    Raises:
+        UsageError: the file is not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{path} is not a text file in UTF-8") from error
+
+
+def parity_table(parity: ParityReport) -> str:
+    """What was measured beside what is allowed."""
+    from aim_export.parity import TOLERANCES
+
+    allowed = TOLERANCES[parity.precision]
+    exact = "identical" if parity.psnr_db >= 999 else f"{parity.psnr_db:.1f} dB"
+    rows = [
+        (f"parity over {parity.steps} steps, {parity.images} images", "measured", "allowed"),
+        (
+            "PyTorch step by step and whole sequence, relative error",
+            f"{parity.sequence_error:.1e}",
+            f"{allowed.sequence_error:.0e}",
+        ),
+        (
+            "logits of ONNX Runtime and PyTorch, relative error",
+            f"{parity.logits_error:.1e}",
+            f"{allowed.logits_error:.0e}",
+        ),
+        ("    largest difference of one logit", f"{parity.logits_max_error:.1e}", ""),
+        (
+            "same token drawn",
+            f"{parity.token_agreement:.2%}",
+            f"{allowed.token_agreement:.0%}",
+        ),
+        ("decoded pixels, PSNR", exact, f"{allowed.psnr_db:.0f} dB"),
+    ]
+    return table(rows)

@@ -1,0 +1,64 @@
+"""The entry point: the ``aim`` group, and where every failure leaves the program."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from aim_cli.errors import report, silence_stdout
+from aim_cli.lazy import LazyCommand, LazyGroup
+from aim_runtime.version import __version__
+
+
+class AimGroup(LazyGroup):
+    """The top group; its ``main`` turns exceptions into one sentence and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line and leave by ``SystemExit``: 0, 1 (a bug), 2 or 130."""
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)
+            # Here and not at interpreter exit: a full disk behind a redirection is an error too.
+            sys.stdout.flush()
+        except Exception as error:
+            code = report(error)
+            silence_stdout()
+            sys.exit(code)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+@click.command(
+    cls=AimGroup,
+    commands=[
+        LazyCommand("generate", "Draw images. Start here.", "aim_cli.generate"),
+        LazyCommand("info", "What a bundle is, holds and needs.", "aim_cli.info"),
+        LazyCommand("sample", "Draw a data set for FID, restartable.", "aim_cli.sample"),
+        LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.bench"),
+        LazyCommand("export", "Turn a checkpoint into a bundle.", "aim_cli.export"),
+        LazyCommand("train", "Train a tokenizer or a model.", "aim_cli.train"),
+    ],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="'aim COMMAND --help' explains a command. Exit codes: 0 done, 2 a problem that the "
+    "message names, 130 interrupted, 1 a bug in aim (AIM_DEBUG=1 shows the traceback).",
+)
+@click.version_option(__version__, prog_name="aim")
+def aim() -> None:
+    """Draw images with AiM, the Mamba-2 image generator, from a small ONNX bundle.
+
+    'aim generate' needs nothing else: a model comes in the box.
+    """
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Leave by an exception, so that files half written are removed on the way out."""
+    sys.exit(128 + signum)
+
+
+def main() -> None:
+    """The console script ``aim``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    aim(prog_name="aim")

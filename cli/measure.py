@@ -1,0 +1,171 @@
+"""One measurement in a fresh process, so that times and memory are those of this work alone.
+
+``python -m aim_cli.measure '{"batch": 4, ...}'`` draws and prints one JSON object;
+`measure` starts it and adds what only the parent sees: the time from the start of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What to measure.
+
+    Attributes:
+        bundle: path of the bundle; None for the model in the box.
+        batch: N, images a request.
+        repeats: requests timed after the first one.
+        backend: name, or "auto".
+        threads: CPU threads; None for the backend's choice.
+        memory_limit_mb: memory of a request, MiB.
+        cfg_scale: guidance; None for the bundle's.
+    """
+
+    bundle: str | None
+    batch: int
+    repeats: int
+    backend: str = "auto"
+    threads: int | None = None
+    memory_limit_mb: int = 512
+    cfg_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What came out; times in seconds.
+
+    Attributes:
+        batch: N, images a request.
+        rows: images advanced together within the memory limit.
+        backend: what ran.
+        import_seconds: importing ``aim_runtime``.
+        load_seconds: opening the bundle and making the sessions.
+        first_request_seconds: the first request, nothing warmed up before it.
+        request_seconds: every later request.
+        process_seconds: from the start of the process until the first request was done,
+            interpreter, imports and load included.
+        peak_bytes: largest resident memory of the process; None where it cannot be told.
+    """
+
+    batch: int
+    rows: int
+    backend: str
+    import_seconds: float
+    load_seconds: float
+    first_request_seconds: float
+    request_seconds: tuple[float, ...]
+    process_seconds: float
+    peak_bytes: int | None
+
+    @property
+    def seconds_per_request(self) -> float:
+        """The median of the repeats, or the first request where there are none."""
+        times = sorted(self.request_seconds) or [self.first_request_seconds]
+        middle = len(times) // 2
+        return times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput once the model is loaded."""
+        return self.batch / self.seconds_per_request
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and what follows from them, as JSON values."""
+        return asdict(self) | {
+            "seconds_per_image": self.seconds_per_request / self.batch,
+            "images_per_second": self.images_per_second,
+        }
+
+
+def measure(workload: Workload) -> Measurement:
+    """Run a workload in a process of its own.
+
+    Raises:
+        ClickException: the process failed; its message is passed on.
+    """
+    command = [sys.executable, "-m", "aim_cli.measure", json.dumps(asdict(workload))]
+    started = time.time()
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        said = finished.stderr.strip().splitlines() or ["it said nothing"]
+        raise click.ClickException(said[-1].removeprefix("Error: "))
+    found = json.loads(finished.stdout)
+    found["process_seconds"] = found.pop("first_image_time") - started
+    return Measurement(**found | {"request_seconds": tuple(found["request_seconds"])})
+
+
+def peak_bytes() -> int | None:
+    """Largest resident memory of this process so far.
+
+    Linux is asked through /proc: ``ru_maxrss`` there starts at the size of the parent process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _run(workload: Workload) -> dict[str, Any]:
+    """The child's part: load, draw, look at the clock."""
+    started = time.perf_counter()
+    from aim_runtime import Generator
+
+    imported = time.perf_counter()
+    with Generator.load(
+        workload.bundle,
+        backend=workload.backend,
+        threads=workload.threads,
+        memory_limit_mb=workload.memory_limit_mb,
+    ) as generator:
+        loaded = time.perf_counter()
+        total = len(generator.class_names)
+        classes = [index % total for index in range(workload.batch)]
+        times = []
+        first_image_time = 0.0
+        for repeat in range(1 + workload.repeats):
+            result = generator.generate(classes, seed=repeat, cfg_scale=workload.cfg_scale)
+            times.append(result.seconds)
+            first_image_time = first_image_time or time.time()
+        rows = generator.plan(workload.batch, workload.cfg_scale).batch_size
+        return {
+            "batch": workload.batch,
+            "rows": rows,
+            "backend": generator.backend,
+            "import_seconds": imported - started,
+            "load_seconds": loaded - imported,
+            "first_request_seconds": times[0],
+            "request_seconds": times[1:],
+            "first_image_time": first_image_time,
+            "peak_bytes": peak_bytes(),
+        }
+
+
+def _child() -> None:
+    """``python -m aim_cli.measure JSON``: one JSON line on stdout, errors as the CLI's."""
+    from aim_cli.errors import report
+
+    try:
+        print(json.dumps(_run(Workload(**json.loads(sys.argv[1])))))
+    except Exception as error:
+        sys.exit(report(error))
+
+
+if __name__ == "__main__":
+    _child()

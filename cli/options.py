@@ -1,0 +1,118 @@
+"""Options that several commands share, with the same words in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_MAX_SEED = 2**64 - 1
+_MAX_THREADS = 1024
+
+
+def check_seed(seed: int, images: int) -> None:
+    """Raise ValueError unless images may take ``seed``, ``seed + 1`` and so on."""
+    if not 0 <= seed <= _MAX_SEED - (images - 1):
+        raise ValueError(
+            f"seed is {seed}; for {images} images it must be from 0 to {_MAX_SEED - (images - 1)}"
+        )
+
+
+def _check_threads(ctx: click.Context, param: click.Parameter, threads: int | None) -> int | None:
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise click.BadParameter(f"{threads} is not in the range 1 to {_MAX_THREADS}.")
+    return threads
+
+
+def bundle_option(function: Function) -> Function:
+    """``--bundle PATH``."""
+    return click.option(
+        "--bundle",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Bundle to run, a folder or a .zip. [default: the model in the box]",
+    )(function)
+
+
+def engine_options(function: Function) -> Function:
+    """``--backend``, ``--threads`` and ``--memory-limit``."""
+    for decorator in (
+        click.option(
+            "--memory-limit",
+            "memory_limit_mb",
+            type=click.IntRange(min=1),
+            default=512,
+            show_default=True,
+            metavar="MB",
+            help="Memory for images in the making. More images than fit are drawn in batches; the "
+            "pictures are the same.",
+        ),
+        click.option(
+            "--threads",
+            type=int,
+            callback=_check_threads,
+            metavar="N",
+            help="CPU threads. [default: one a core]",
+        ),
+        click.option(
+            "--backend",
+            default="auto",
+            show_default=True,
+            metavar="NAME",
+            help="Engine to run on; 'auto' takes the fastest that works, 'aim info' lists them.",
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+def seed_option(function: Function) -> Function:
+    """``--seed``."""
+    return click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Seed of the first image; the next ones take N+1, N+2, ... The same seed, class and "
+        "settings draw the same picture.",
+    )(function)
+
+
+def sampling_options(function: Function) -> Function:
+    """``--cfg-scale``, ``--temperature``, ``--top-k`` and ``--top-p``, None where not given.
+
+    Their ranges are checked by the runtime, which knows the model.
+    """
+    for decorator in (
+        click.option(
+            "--top-p",
+            type=float,
+            metavar="P",
+            help="Draw from the likeliest tokens that together have probability P; 1 takes all.",
+        ),
+        click.option(
+            "--top-k",
+            type=int,
+            metavar="K",
+            help="Draw from the K likeliest tokens; 0 takes all.",
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            metavar="T",
+            help="Below 1 calmer, above 1 wilder; 0 always takes the likeliest token.",
+        ),
+        click.option(
+            "--cfg-scale",
+            type=float,
+            metavar="G",
+            help="Guidance: how strongly the class steers; 1 turns it off and is twice as fast.",
+        ),
+    ):
+        function = decorator(function)
+    return function

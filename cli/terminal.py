@@ -1,0 +1,66 @@
+"""What differs between a person watching and a log file: bars, colours, Unicode."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+
+def speaks_unicode(stream: object) -> bool:
+    """Whether the stream is a terminal that can show block characters."""
+    encoding = (getattr(stream, "encoding", None) or "").lower().replace("-", "")
+    return bool(getattr(stream, "isatty", lambda: False)()) and encoding == "utf8"
+
+
+@contextmanager
+def progress_bar(
+    label: str, length: int, *, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields ``show(done)``. Not on a terminal, the label alone, once."""
+    if quiet:
+        yield lambda done: None
+        return
+    full, empty = ("█", "░") if speaks_unicode(sys.stderr) else ("#", "-")
+    with click.progressbar(
+        length=length,
+        label=label,
+        file=sys.stderr,
+        fill_char=full,
+        empty_char=empty,
+        bar_template="%(label)s  %(bar)s  %(info)s",
+    ) as bar:
+        yield lambda done: bar.update(done - bar.pos)
+
+
+def table(rows: Sequence[Sequence[str]], *, header: bool = True, indent: str = "") -> str:
+    """Rows as aligned columns: the first to the left, the others to the right.
+
+    With ``header`` a rule is drawn under the first row.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        indent
+        + "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    if header:
+        rule = "─" if speaks_unicode(sys.stdout) else "-"
+        lines.insert(1, indent + "  ".join(rule * width for width in widths))
+    return "\n".join(lines)
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> str:
+    """``name  value`` lines with the values aligned; further lines of a value are indented."""
+    width = max(len(name) for name, _ in pairs)
+    lines = []
+    for name, value in pairs:
+        first, *rest = value.splitlines() or [""]
+        lines.append(click.style(name.ljust(width), bold=True) + "  " + first)
+        lines.extend(" " * (width + 2) + line for line in rest)
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""``aim train model``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aim_cli.dataclass_options import options_from
+from aim_cli.errors import requires
+from aim_cli.terminal import fields
+from aim_cli.train import run
+from aim_training.options import ModelTrainingOptions
+
+
+@click.command("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@options_from(ModelTrainingOptions, skip=["data"])
+def command(**values: Any) -> None:
+    """Train AiM on the images under DATA, one folder per class.
+
+    The images are encoded once with the tokenizer and the codes kept on disk; the model learns to
+    draw them one after another. Pictures under OUT/samples show it learn.
+    """
+    with requires("train", "aim train"):
+        from aim_training.train_model import train_model
+    weights = run(train_model, ModelTrainingOptions, values)
+    then = f"aim export --ckpt {weights} --out ..."
+    click.echo(fields([("weights", str(weights)), ("next", then)]))

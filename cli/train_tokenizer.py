@@ -1,0 +1,30 @@
+"""``aim train tokenizer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aim_cli.dataclass_options import options_from
+from aim_cli.errors import requires
+from aim_cli.terminal import fields
+from aim_cli.train import run
+from aim_training.options import TokenizerTrainingOptions
+
+
+@click.command("tokenizer")
+@click.argument("data", type=click.Path(path_type=Path))
+@options_from(TokenizerTrainingOptions, skip=["data"])
+def command(**values: Any) -> None:
+    """Train the tokenizer on the images under DATA, one folder per class.
+
+    It learns to turn an image into a grid of codes and back; its reconstructions under OUT/samples
+    show how well. No model can draw better than its tokenizer.
+    """
+    with requires("train", "aim train"):
+        from aim_training.train_tokenizer import train_tokenizer
+    weights = run(train_tokenizer, TokenizerTrainingOptions, values)
+    then = f"aim train model {values['data']} --tokenizer {weights} --out ..."
+    click.echo(fields([("weights", str(weights)), ("next", then)]))
