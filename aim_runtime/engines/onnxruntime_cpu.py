@@ -152,31 +152,40 @@ def _session(bundle: Bundle, graph: GraphSpec, threads: int) -> onnxruntime.Infe
     table = weights if len(weights) else memoryview(b"\0")
     options.add_external_initializers_from_files_in_memory([graph.weights], [table], [len(table)])
     try:
+        # Without "fallback", which prints and tries the same once more.
         session = onnxruntime.InferenceSession(
-            bytes(model), options, providers=["CPUExecutionProvider"]
+            bytes(model), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
+        found_inputs, found_outputs = _found(session.get_inputs()), _found(session.get_outputs())
     except Exception as error:  # its exception types share no base but this
         raise BundleError(
             f"{bundle.path}: {graph.file} is not a graph that ONNX Runtime can run "
             f"({_first_line(error)})"
         ) from error
-    _check_border(bundle, graph.file, "input", graph.inputs, session.get_inputs())
-    _check_border(bundle, graph.file, "output", graph.outputs, session.get_outputs())
+    _check_border(bundle, graph.file, "input", graph.inputs, found_inputs)
+    _check_border(bundle, graph.file, "output", graph.outputs, found_outputs)
     return session
 
 
+# Type and shape of a graph's inputs or outputs by name; a symbol or None stands for an open size.
+_Border = dict[str, tuple[str, list[Any]]]
+
+
+def _found(items: list[Any]) -> _Border:
+    return {item.name: (item.type, list(item.shape)) for item in items}
+
+
 def _check_border(
-    bundle: Bundle, file: str, side: str, promised: tuple[TensorSpec, ...], found: list[Any]
+    bundle: Bundle, file: str, side: str, promised: tuple[TensorSpec, ...], graph: _Border
 ) -> None:
     """The graph's own inputs or outputs must be the manifest's: their sizes decide on buffers."""
-    graph = {item.name: (item.type, list(item.shape)) for item in found}
     if len(graph) != len(promised):
         raise BundleError(
             f"{bundle.path}: {file} has {len(graph)} {side}s, the manifest says {len(promised)}"
         )
     for spec in promised:
         kind, shape = graph.get(spec.name, ("nothing", []))
-        # A dimension the graph leaves open (a symbol) is checked by ONNX Runtime when it runs.
+        # A dimension the graph leaves open is checked by ONNX Runtime when it runs.
         fits = len(shape) == len(spec.shape) and all(
             not isinstance(size, int) or size == wanted
             for size, wanted in zip(shape, spec.shape, strict=True)
@@ -218,4 +227,6 @@ def _failed(error: Exception) -> BackendError:
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     text = lines[0].strip() if lines else type(error).__name__
+    # It may quote names out of a stranger's graph.
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= 200 else text[:197] + "..."
