@@ -281,7 +281,7 @@ def write_bundle(
     Raises BundleError when the target is taken or cannot be written, or the manifest is not valid.
     """
     source, out = Path(source_dir), Path(os.path.abspath(out_dir))
-    _check_target(out, overwrite)
+    check_target(out, overwrite)
     staging = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,12 @@ def write_bundle(
     return Bundle.open(out)
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
+    """Refuse a place that :func:`write_bundle` would not write to, before work is spent on it.
+
+    Raises BundleError when `out` is no folder, holds other things, or holds a bundle and
+    `overwrite` is not set.
+    """
     try:
         if not os.path.lexists(out):
             return

@@ -1,0 +1,190 @@
+"""Does the bundle compute what the checkpoint computes? Asked of every export, before it counts.
+
+The ladder, each rung over all T steps with the state carried through:
+
+1. PyTorch, whole sequence against step by step;
+2. PyTorch step by step against the engine, the same tokens forced on both: logits, and the tokens
+   that the sampler would draw from them with the same noise;
+3. the decoder: pixels of the tokens drawn.
+
+The images are drawn by the PyTorch model itself, by the bundle's own sampler and noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aim_export.decoder import Pictures
+from aim_runtime import Bundle, Generator, SamplingOptions
+from aim_runtime.engine import load_engine
+from aim_runtime.noise import uniforms
+from aim_runtime.sampling import guide, row_classes, sample
+from aim_training.model import AiM
+from aim_training.tokenizer import VQTokenizer
+
+#: Called with steps done and steps in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an export must hold to; PSNR in dB, errors relative in the Euclidean norm."""
+
+    sequence_error: float
+    logits_error: float
+    token_agreement: float
+    psnr_db: float
+
+
+#: By precision of the stored weights. In float32 the two engines differ by rounding alone: a token
+#: changes only where the noise falls within rounding of a boundary, a pixel by one level at most.
+#: Half-precision weights carry a relative error of 2^-11 each, which L layers add up.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-5, 0.99, 50.0),
+    "fp16": Tolerance(1e-4, 2e-2, 0.9, 35.0),
+}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was measured, on ``images`` images of ``steps`` tokens.
+
+    Attributes:
+        precision: how the bundle stores its weights.
+        sequence_error: relative error of the step by step logits against the whole sequence.
+        logits_error: relative error of the bundle's logits against PyTorch's.
+        logits_max_error: largest absolute difference of one logit.
+        token_agreement: share of draws with the same token, given the same past and noise.
+        psnr_db: decoded pixels against PyTorch's; infinite (reported as 999) when equal.
+    """
+
+    precision: str
+    images: int
+    steps: int
+    sequence_error: float
+    logits_error: float
+    logits_max_error: float
+    token_agreement: float
+    psnr_db: float
+
+    @property
+    def failures(self) -> list[str]:
+        """One sentence for each rung that does not hold."""
+        limit = TOLERANCES[self.precision]
+        failures = []
+        for name in ("sequence_error", "logits_error"):
+            measured, allowed = getattr(self, name), getattr(limit, name)
+            if not measured <= allowed:  # also catches NaN
+                failures.append(f"{name} is {measured:.2e}, at most {allowed:.0e} is allowed")
+        for name in ("token_agreement", "psnr_db"):
+            measured, needed = getattr(self, name), getattr(limit, name)
+            if not measured >= needed:
+                failures.append(f"{name} is {measured:.4g}, at least {needed:g} is needed")
+        return failures
+
+    def to_dict(self) -> dict[str, str | int | float]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def check_parity(
+    model: AiM,
+    tokenizer: VQTokenizer,
+    bundle: Bundle,
+    backend: str = "cpu",
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Climb the ladder with two images of two classes, guidance on.
+
+    Args:
+        model: the checkpoint's network.
+        tokenizer: its tokenizer.
+        bundle: what was made of them.
+        backend: the engine to hold against PyTorch.
+        progress: told after each step of the PyTorch model.
+    """
+    config, manifest = model.config, bundle.manifest
+    engine = load_engine(bundle, backend=backend, device="auto", threads=None)
+    generator = Generator(bundle, engine)
+    offset = manifest.model.position_offset
+    classes = np.unique([0, config.num_classes - 1]).astype(np.int64)
+    options = generator.sampling
+    if options.cfg_scale in (0, 1):  # both halves of the guidance must be looked at
+        options = options.replace(cfg_scale=2.0)
+
+    rows = torch.from_numpy(row_classes(classes, options.cfg_scale, config.num_classes))
+    tokens, row_logits = _draw(model, rows, len(classes), offset, options, progress)
+    row_tokens = tokens.repeat(len(rows) // len(classes), 1)  # (R, T)
+    whole = model(row_tokens, rows, position_offset=offset)  # (R, T, V)
+    reference = _guided(row_logits, len(classes), options)  # (N, T, V)
+
+    forced = generator.logits(tokens.numpy(), classes.tolist(), cfg_scale=options.cfg_scale)
+    noise = _noise(len(classes), config.num_tokens)
+    drawn = np.stack(
+        [sample(forced[:, s], noise[:, s], options) for s in range(config.num_tokens)], axis=1
+    )
+    pixels = np.concatenate([engine.decode(row[None]) for row in tokens.numpy()])
+    expected = torch.cat([Pictures(tokenizer)(row[None]) for row in tokens]).numpy()
+    return ParityReport(
+        precision=manifest.precision,
+        images=len(classes),
+        steps=config.num_tokens,
+        sequence_error=_relative_error(row_logits.numpy(), whole.numpy()),
+        logits_error=_relative_error(forced, reference),
+        logits_max_error=float(np.abs(forced - reference).max()),
+        token_agreement=float((drawn == tokens.numpy()).mean()),
+        psnr_db=_psnr_db(pixels, expected),
+    )
+
+
+def _draw(
+    model: AiM,
+    rows: Tensor,
+    images: int,
+    offset: int,
+    options: SamplingOptions,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """Draw step by step: tokens (N, T) and the logits of every row (R, T, V)."""
+    conditioning, state = model.prologue(rows), model.init_state(len(rows))
+    token = torch.zeros(len(rows), dtype=torch.int64)
+    noise = _noise(images, model.config.num_tokens)
+    tokens, logits = [], []
+    for step in range(model.config.num_tokens):
+        position = torch.full_like(token, step)
+        scores, state = model.step(token, position, conditioning, state, offset)
+        guided = guide(scores.numpy(), images, options.cfg_scale)
+        drawn = torch.from_numpy(sample(guided, noise[:, step], options))
+        token = drawn.repeat(len(rows) // images)
+        tokens.append(drawn)
+        logits.append(scores)
+        if progress is not None:
+            progress(step + 1, model.config.num_tokens)
+    return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+def _noise(images: int, steps: int) -> np.ndarray:
+    return uniforms(range(images), steps)
+
+
+def _guided(row_logits: Tensor, images: int, options: SamplingOptions) -> np.ndarray:
+    steps = row_logits.shape[1]
+    return np.stack(
+        [guide(row_logits[:, s].numpy(), images, options.cfg_scale) for s in range(steps)], axis=1
+    )
+
+
+def _relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    difference = np.linalg.norm((ours - reference).ravel().astype(np.float64))
+    return float(difference / np.linalg.norm(reference.ravel().astype(np.float64)))
+
+
+def _psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
+    mean_square = float(np.mean((ours.astype(np.float64) - reference) ** 2))
+    return 999.0 if mean_square == 0 else float(10 * np.log10(255**2 / mean_square))

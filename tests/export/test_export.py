@@ -1,0 +1,137 @@
+"""From published weights to a bundle that gives the published numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from aim_export import ExportError, export_bundle
+from aim_export.bundle import imagenet_class_names
+from aim_runtime import BundleError, Generator
+from aim_training.checkpoint import load_checkpoint, save_checkpoint
+
+from .conftest import Exported, Golden
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def test_bundle_reproduces_the_golden_logits(each_golden: Golden, exported: Exported) -> None:
+    codes, classes = each_golden.tensors["codes"], each_golden.tensors["cond"][:, 0]
+    with Generator.load(exported.bundle.path) as generator:
+        ours = generator.logits(codes.numpy(), classes.tolist(), cfg_scale=each_golden.cfg_scale)
+    assert relative_error(ours, each_golden.tensors["logits_step_cfg"].numpy()) <= 1e-5
+
+
+def test_a_file_without_configuration_gets_the_published_offset(exported: Exported) -> None:
+    assert exported.bundle.manifest.model.position_offset == 1
+    assert any("position offset" in line for line in exported.lines)
+    assert exported.parity.logits_error <= 1e-5
+    assert exported.parity.steps == 64
+
+
+def test_offset_of_our_own_checkpoint_is_kept(golden: Golden, tmp_path: Path) -> None:
+    source = load_checkpoint(golden.checkpoint)
+    assert source.model is not None
+    ours = tmp_path / "ours.safetensors"
+    save_checkpoint(ours, source.model, source.tokenizer)
+    description = json.loads(ours.with_suffix(".json").read_text())
+    description["model"]["position_offset"] = 0
+    description["class_names"] = [f"kind {index}" for index in range(10)]
+    ours.with_suffix(".json").write_text(json.dumps(description))
+    bundle, _ = export_bundle(ours, tmp_path / "out")
+    assert bundle.manifest.model.position_offset == 0
+    assert bundle.manifest.class_names[3] == "kind 3"
+
+
+def test_half_precision_halves_the_weights(golden: Golden, tmp_path: Path) -> None:
+    half, parity = export_bundle(golden.checkpoint, tmp_path / "half", precision="fp16")
+    card = half.manifest.model
+    size = sum(entry.size for entry in half.manifest.files.values())
+    assert size < 1.2 * 2 * (card.parameters + card.decoder_parameters)  # 2 bytes a parameter
+    assert 0 < parity.logits_error <= 2e-2
+    with Generator.load(half.path) as generator:
+        assert generator.generate([1], seed=3).array.shape == (1, 16, 16, 3)
+
+
+def test_graphs_are_checker_clean_and_the_scan_is_one_node_a_layer(exported: Exported) -> None:
+    bundle = exported.bundle
+    layers = bundle.manifest.model.num_layers
+    for name, spec in bundle.manifest.graphs.items():
+        path = Path(bundle.path, spec.file)
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(str(path), load_external_data=False)
+        assert next(o.version for o in model.opset_import if o.domain == "") >= 20
+        assert all(t.type.tensor_type.shape.dim[0].dim_param == "rows" for t in model.graph.input)
+        if name == "step":
+            scans = [node for node in model.graph.node if node.op_type == "StateScan"]
+            assert [f.name for f in model.functions] == ["StateScan"]
+            assert len(scans) == layers
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in scans[0].attribute}
+            assert attributes == {"plugin_namespace": b"aim", "aot": 1}
+
+
+def test_rows_restart_on_their_own(exported: Exported) -> None:
+    """A row at position 0 beside a row in the middle of an image: both as if alone."""
+    from aim_runtime.engine import load_engine
+
+    engine = load_engine(exported.bundle, backend="cpu", device="auto", threads=1)
+    tokens = np.random.default_rng(0).integers(0, 256, 12)
+
+    def run(delay: int) -> list[np.ndarray]:
+        rows = []
+        with engine.start(2, engine.prologue(np.array([2, 5]))) as state:
+            for tick in range(12):
+                own = tick - delay if tick >= delay else tick
+                token = np.array([tokens[tick], tokens[own - 1]])
+                rows.append(state.step(token, np.array([tick, own]))[1].copy())
+        return rows[delay:]
+
+    late, early = run(5), run(0)
+    for ours, expected in zip(late, early, strict=False):
+        assert relative_error(ours, expected) <= 1e-6
+
+
+def test_a_failing_rung_writes_nothing(
+    golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aim_export import lowering
+
+    # A wrong constant in the graph, as a slip in the lowering would leave it.
+    monkeypatch.setattr(lowering, "EPS", 1e-2)
+    with pytest.raises(ExportError, match="nothing was written"):
+        export_bundle(golden.checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_and_tokenizer_must_belong_together(golden: Golden, tmp_path: Path) -> None:
+    source = load_checkpoint(golden.checkpoint)
+    assert source.model is not None
+    assert source.tokenizer is not None
+    alone = save_checkpoint(tmp_path / "alone.safetensors", source.model)
+    with pytest.raises(ExportError, match="holds no tokenizer"):
+        export_bundle(alone, tmp_path / "out")
+    with pytest.raises(ExportError, match="holds no VQ tokenizer"):
+        export_bundle(alone, tmp_path / "out", tokenizer=alone)
+    source.tokenizer.quantize.embedding = torch.nn.Embedding(128, 8)
+    other = save_checkpoint(tmp_path / "other.safetensors", tokenizer=source.tokenizer)
+    with pytest.raises(ExportError, match="do not belong together"):
+        export_bundle(alone, tmp_path / "out", tokenizer=other)
+    with pytest.raises(ExportError, match="3 class names were given"):
+        export_bundle(golden.checkpoint, tmp_path / "out", class_names=["a", "b", "c"])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter.txt").write_text("mine")
+    with pytest.raises(BundleError, match="other things"):
+        export_bundle(golden.checkpoint, tmp_path / "taken")
+    assert not (tmp_path / "out").exists()
+
+
+def test_imagenet_names() -> None:
+    names = imagenet_class_names()
+    assert (len(names), names[88], names[207]) == (1000, "macaw", "golden retriever")
