@@ -353,14 +353,14 @@ def test_a_graph_that_is_not_what_the_manifest_says(tiny: Path, tmp_path: Path) 
     )
     assert "step.onnx" in wrong_type
 
-    def twice_as_many_logits(graph: onnx.GraphProto) -> None:
-        """Declares an open size, returns another than the buffer has."""
+    def twice_as_many_rows(graph: onnx.GraphProto) -> None:
+        """Returns more than the buffer holds, which no declared shape gives away."""
         node = next(node for node in graph.node if node.output[0] == "logits")
         node.output[0] = "half"
-        graph.node.append(onnx.helper.make_node("Concat", ["half", "half"], ["logits"], axis=1))
-        graph.output[0].type.tensor_type.shape.dim[1].dim_param = "open"
+        graph.node.append(onnx.helper.make_node("Concat", ["half", "half"], ["logits"], axis=0))
+        graph.output[0].type.tensor_type.shape.dim[0].dim_param = "open"
 
-    assert "failed while running" in edited(twice_as_many_logits)
+    assert "failed while running" in edited(twice_as_many_rows)
 
     def one_row_less(graph: onnx.GraphProto) -> None:
         node = next(node for node in graph.node if node.output[0] == "image")
