@@ -1,0 +1,43 @@
+"""The state-space sums on a GPU, by our plain form and by mamba-ssm's kernels where installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from aim_training import ssd as module
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+#: Relative error of outputs and gradients by dtype of x, b and c.
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}  # float32 products may run as TF32
+
+
+def inputs(dtype: torch.dtype) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 256, 4, 64), "b": (2, 256, 128), "c": (2, 256, 128)}
+    x, b, c = (torch.randn(s, generator=draw).to(dtype) for s in shapes.values())
+    dt = torch.rand(2, 256, 4, generator=draw) * 0.1
+    a = -torch.rand(4, generator=draw) * 15 - 1
+    return [t.cuda().requires_grad_() for t in (x, dt, a, b, c)]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("kernel", ["plain", "mamba-ssm"])
+def test_form_equals_the_recurrence(kernel: str, dtype: torch.dtype) -> None:
+    if kernel == "mamba-ssm" and module._mamba_ssm_kernel() is None:
+        pytest.skip("mamba-ssm is not installed")
+    form = module.ssd if kernel == "mamba-ssm" else module.ssd_chunked
+    given = inputs(dtype)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    reference = module.ssd_recurrent(*exact)
+    ours = form(*given)
+    upstream = torch.randn(reference.shape, dtype=torch.float64, device="cuda")
+    gradients = torch.autograd.grad(ours, given, upstream.to(ours.dtype))
+    expected = torch.autograd.grad(reference, exact, upstream)
+    for mine, theirs in zip([ours, *gradients], [reference, *expected], strict=True):
+        error = float((mine.double() - theirs).norm() / theirs.norm())
+        assert error <= TOLERANCES[dtype]
