@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aim_training import ssd as module
 from torch import Tensor
+
+from aim_training import ssd as module
 
 pytestmark = [
     pytest.mark.gpu,
