@@ -17,7 +17,6 @@ from aim_cli.dataclass_options import CommaSeparated
 from aim_cli.measure import Measurement, Workload, measure
 from aim_cli.options import bundle_option, engine_options
 from aim_cli.terminal import progress_bar, table
-from aim_runtime.version import __version__
 
 
 @click.command("bench")
@@ -91,6 +90,8 @@ def bench_table(rows: list[Measurement]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on besides the bundle."""
+    from aim_runtime import __version__
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu_name(),

@@ -69,10 +69,15 @@ def bad_arguments() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
+def debugging() -> bool:
+    """Whether ``AIM_DEBUG`` asks for tracebacks and warnings."""
+    return os.environ.get("AIM_DEBUG", "0") not in ("", "0")
+
+
 def report(error: Exception) -> int:
     """Print what went wrong in one sentence to stderr; returns the exit code."""
     sentence, code = describe(error)
-    if os.environ.get("AIM_DEBUG"):
+    if debugging():
         traceback.print_exception(error)
     if sentence:
         with contextlib.suppress(OSError):
@@ -149,7 +154,7 @@ def _expected_classes() -> tuple[type[Exception], ...]:
 
 def _see_help(error: click.UsageError) -> str:
     """Where to read on, for a mistake in the command line."""
-    return f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
+    return f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
 
 
 def _one_line(text: str) -> str:

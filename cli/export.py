@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--position-offset",
+    metavar="0|1",
     type=click.IntRange(0, 1),
     help="Position embedding of the token at s: row s-1 plus this. 0 is what training uses, 1 what "
     "the published sampler does. [default: what the checkpoint says, else 1]",

@@ -51,7 +51,8 @@ class LazyGroup(click.Group):
         """Find the command, or say which one may have been meant."""
         name = args[0]
         if name not in self.lazy and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self.lazy, n=1)
+            near = [known for known in self.lazy if known.startswith(name)]
+            near = near or difflib.get_close_matches(name, self.lazy, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "there are " + ", ".join(self.lazy)
             ctx.fail(f"there is no command '{name}'; {hint}")
         return super().resolve_command(ctx, args)

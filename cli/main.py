@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Any
 
 import click
 
-from aim_cli.errors import report, silence_stdout
+from aim_cli.errors import debugging, report, silence_stdout
 from aim_cli.lazy import LazyCommand, LazyGroup
-from aim_runtime.version import __version__
 
 
 class AimGroup(LazyGroup):
@@ -45,7 +45,7 @@ class AimGroup(LazyGroup):
     epilog="'aim COMMAND --help' explains a command. Exit codes: 0 done, 2 a problem that the "
     "message names, 130 interrupted, 1 a bug in aim (AIM_DEBUG=1 shows the traceback).",
 )
-@click.version_option(__version__, prog_name="aim")
+@click.version_option(package_name="aim-runtime", prog_name="aim")
 def aim() -> None:
     """Draw images with AiM, the Mamba-2 image generator, from a small ONNX bundle.
 
@@ -61,4 +61,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The console script ``aim``."""
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.warnoptions and not debugging():
+        # Notes of one library to another's authors would bury our one sentence.
+        warnings.simplefilter("ignore")
     aim(prog_name="aim")

@@ -47,7 +47,8 @@ def staged(folder: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
-        if isinstance(error, OSError) and error.errno is not None:
-            # The hidden name means nothing to the user, and image writers give no name at all.
-            raise OSError(error.errno, error.strerror, str(folder)) from error
+        # The hidden name means nothing to the user, and image writers often give no name at all.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise OSError(cause.errno, cause.strerror, str(folder)) from error
         raise

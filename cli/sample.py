@@ -181,9 +181,11 @@ class Sample:
         else:
             with staged(self.out) as folder:
                 _write_json(folder / RECORD, record)
-        (self.out / "images").mkdir(exist_ok=True)
-        with staged(self.out / "images"):
-            pass  # the folder of an older run may have become read-only, the disk full
+        images = self.out / "images"
+        with staged(images):
+            pass  # an older run's folder may have become read-only, its disk full
+        for stale in images.glob(".*.tmp"):  # a kill in the middle of writing an image
+            stale.unlink()
 
     def record(self, preset: str) -> dict[str, Any]:
         """What the images are: whoever reads the figures can draw the same ones again."""

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aim_cli.measure import Measurement, Workload, measure, peak_bytes
+
+from .conftest import Cli, refused
+
+
+def test_table_and_json_line(cli: Cli, bundle: Path) -> None:
+    done = cli("bench", "--bundle", bundle, "--batch", "1,3", "--repeats", 2, "--threads", 1)
+    assert done.exit_code == 0
+    *lines, last = done.stdout.splitlines()
+    assert lines[0].split("  ")[0] == "images"
+    assert [line.split()[0] for line in lines[2:]] == ["1", "3"]
+    found = json.loads(last)
+    assert found["cores"] >= 1
+    assert found["threads"] == 1
+    for row, batch in zip(found["rows"], (1, 3), strict=True):
+        assert row["batch"] == row["rows"] == batch
+        assert len(row["request_seconds"]) == 2
+        assert row["seconds_per_image"] * row["images_per_second"] == pytest.approx(1)
+        loading = row["import_seconds"] + row["load_seconds"] + row["first_request_seconds"]
+        assert row["process_seconds"] > loading
+        assert 10e6 < row["peak_bytes"] < 1e9
+
+
+def test_quiet_prints_the_json_line_alone(cli: Cli, bundle: Path) -> None:
+    done = cli("bench", "-q", "--bundle", bundle, "--batch", 1, "--repeats", 1)
+    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["rows"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--batch", "0"], "1 or more"),
+        (["--batch", "1,x"], "'1,x' is not a list like 1,4,16"),
+        (["--batch", ""], "is not a list"),
+        (["--repeats", "0"], "--repeats"),
+        (["--backend", "abacus"], "backend is 'abacus'"),
+    ],
+)
+def test_bad_arguments(cli: Cli, bundle: Path, args: list[str], words: str) -> None:
+    refused(cli("bench", "--bundle", bundle, *args), words)
+
+
+def test_memory_is_the_childs_own(bundle: Path) -> None:
+    """A large parent must not show in the figure, as it would in ru_maxrss on Linux."""
+    ballast = bytearray(300 << 20)
+    measured = measure(Workload(str(bundle), batch=1, repeats=0)).peak_bytes
+    assert len(ballast) == 300 << 20
+    ours = peak_bytes()
+    assert measured is not None
+    assert ours is not None
+    assert measured < 300 << 20 < ours
+
+
+def test_the_median_of_the_repeats_counts() -> None:
+    def row(*repeats: float) -> Measurement:
+        return Measurement(2, 2, "cpu", 0.1, 0.2, 9.0, repeats, 10.0, None)
+
+    assert row(3.0, 1.0, 2.0).seconds_per_request == 2.0
+    assert row(3.0, 1.0).seconds_per_request == 2.0
+    assert row().seconds_per_request == 9.0
+    assert row(4.0).images_per_second == 0.5

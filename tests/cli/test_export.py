@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from .conftest import Cli, Spawn, refused, tree
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnx")
+
+from aim_training.checkpoint import save_checkpoint  # noqa: E402
+from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
+from aim_training.model import AiM  # noqa: E402
+from aim_training.tokenizer import VQTokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    """Networks this small lose more to waiting for threads than they gain."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with random weights, its tokenizer, and names for its classes."""
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(
+        TokenizerConfig(
+            codebook_size=32,
+            channels=32,
+            channel_multipliers=(1, 1),
+            z_channels=32,
+            encoder_blocks=1,
+            decoder_blocks=1,
+        )
+    )
+    config = ModelConfig(
+        vocab_size=32, num_classes=3, num_tokens=9, d_model=32, num_layers=1, d_state=16
+    )
+    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
+    names = {"class_names": ["cat", "dog", "red panda"]}
+    return save_checkpoint(path, AiM(config).initialise(), tokenizer, names)
+
+
+def test_export_reports_parity_and_the_bundle_draws(
+    cli: Cli, checkpoint: Path, folder: Path
+) -> None:
+    (folder / "names.txt").write_text("one\ntwo\nthree\n")
+    done = cli(
+        *("export", "--ckpt", checkpoint, "--out", "made", "--class-names", "names.txt"),
+        *("--name", "numbers", "--license", "CC0", "--description", "Draws numbers."),
+    )
+    assert done.exit_code == 0
+    assert "parity over 9 steps, 2 images" in done.stdout
+    assert "same token drawn" in done.stdout
+    assert "100.00%" in done.stdout
+    assert "bundle  made (" in done.stdout
+    assert "comparing 9 steps with PyTorch" in done.stderr
+    shown = json.loads(cli("info", "made", "--json").stdout)
+    assert shown["name"] == "numbers"
+    assert shown["license"] == "CC0"
+    assert shown["description"] == "Draws numbers."
+    assert shown["class_names"] == ["one", "two", "three"]
+    assert shown["provenance"]["parity"]["token_agreement"] == 1
+    assert cli("generate", "--bundle", "made", "-c", "two").exit_code == 0
+    assert (folder / "aim-images" / "two_seed0.png").exists()
+    refused(cli("export", "--ckpt", checkpoint, "--out", "made"), "made", "holds a bundle already")
+
+
+class Code:
+    """What a malicious checkpoint would hold."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nothing there", "no checkpoint at"),
+        ("wrong shape", "wrong shapes"),
+        ("code", "is not a plain weights file"),
+        ("cut short", "cannot be read"),
+        ("no tensors", "holds no tensors"),
+        ("tokenizer only", "holds a tokenizer only"),
+    ],
+)
+def test_bad_checkpoints(cli: Cli, checkpoint: Path, folder: Path, kind: str, words: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "bad.pt"
+    state = load_file(checkpoint)
+    if kind == "wrong shape":
+        state["mamba.backbone.norm_f.weight"] = torch.zeros(5)
+        torch.save(state, path)
+    elif kind == "code":
+        path.write_bytes(pickle.dumps({"model": Code()}, protocol=2))
+    elif kind == "cut short":
+        path = folder / "bad.safetensors"
+        path.write_bytes(checkpoint.read_bytes()[:1000])
+    elif kind == "no tensors":
+        torch.save({"epoch": 3}, path)
+    elif kind == "tokenizer only":
+        path = folder / "bad.safetensors"
+        save_file({n: t for n, t in state.items() if n.startswith("vqvae.")}, path)
+    before = tree(folder)
+    refused(cli("export", "--ckpt", path, "--out", "made"), words)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "--out"),
+        (["--out", "made", "--precision", "int4"], "int4"),
+        (["--out", "made", "--position-offset", "2"], "--position-offset"),
+        (["--out", "made", "--tokenizer", "nowhere"], "no checkpoint at nowhere"),
+        (["--out", "made", "--class-names", "nowhere"], "'nowhere' does not exist"),
+        (["--out", "made", "--class-names", "one.txt"], "the model has 3 classes"),
+        (["--out", "made", "--class-names", "binary"], "not a text file"),
+        (["--out", "mine"], "mine"),
+        (["--out", "one.txt"], "one.txt"),
+    ],
+)
+def test_bad_arguments(
+    cli: Cli, checkpoint: Path, folder: Path, args: list[str], words: str
+) -> None:
+    (folder / "one.txt").write_text("one\n")
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("important")
+    before = tree(folder)
+    refused(cli("export", "--ckpt", checkpoint, *args), words)
+    assert tree(folder) == before
+
+
+def test_interrupted(
+    cli: Cli, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aim_export.bundle.lower_prologue", interrupt)
+    stopped = cli("export", "--ckpt", checkpoint, "--out", "new/made")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith("Error: interrupted; nothing was written\n")
+    assert tree(folder) == set()
+
+
+def test_needs_no_training_packages(spawn: Spawn) -> None:
+    program = "import sys; sys.modules['accelerate'] = None; import aim_export"
+    assert spawn(python=("-c", program)).communicate(timeout=60)[1] == ""

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import aim_runtime
+from aim_cli.generate import columns, file_stems
+from aim_runtime import Generator
+
+from .conftest import Cli, Spawn, refused, tree
+
+
+def settings(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        found: dict[str, Any] = json.loads(image.info["aim"])
+        return found
+
+
+def test_writes_one_png_an_image_and_a_contact_sheet(cli: Cli, bundle: Path, folder: Path) -> None:
+    done = cli("generate", "--class", "dog", "--class", 2, "-n", 2, "--seed", 5, "--bundle", bundle)
+    assert done.exit_code == 0
+    assert tree(folder) == {
+        "aim-images",
+        "aim-images/dog_seed5.png",
+        "aim-images/dog_seed6.png",
+        "aim-images/red-panda_seed7.png",
+        "aim-images/red-panda_seed8.png",
+        "aim-images/contact-sheet.png",
+    }
+    assert "4 images       aim-images/" in done.stdout
+    assert "cpu" in done.stdout
+    assert "images/s" in done.stdout
+
+
+def test_an_image_can_be_drawn_again_from_its_settings(
+    cli: Cli, bundle: Path, folder: Path
+) -> None:
+    cli("generate", "-c", "cat", "-n", 3, "--top-k", 5, "--cfg-scale", 3, "--bundle", bundle)
+    path = folder / "aim-images" / "cat_seed2.png"
+    kept = settings(path)
+    names = ("seed", "cfg_scale", "temperature", "top_k", "top_p")
+    with Generator.load(bundle) as generator:
+        again = generator.generate(kept["class"], **{name: kept[name] for name in names})
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), again.array[0])
+    assert kept["bundle_sha256"] == again.bundle_sha256
+    assert kept["seed"] == 2
+
+
+def test_without_a_class_it_draws_a_spread(cli: Cli, bundle: Path, folder: Path) -> None:
+    assert cli("generate", "--bundle", bundle).exit_code == 0
+    drawn = {settings(path)["class"] for path in (folder / "aim-images").glob("*_seed*.png")}
+    assert drawn == {0, 1, 2}
+
+
+def test_one_image_needs_no_contact_sheet(cli: Cli, bundle: Path, folder: Path) -> None:
+    done = cli("generate", "-c", 0, "--bundle", bundle, "--out", "x")
+    assert tree(folder) == {"x", "x/cat_seed0.png"}
+    assert str(Path("x", "cat_seed0.png")) in done.stdout
+    cli("generate", "-c", 0, "--bundle", bundle, "--out", "y", "--grid")
+    assert "y/contact-sheet.png" in tree(folder)
+    cli("generate", "-c", 0, "-n", 2, "--bundle", bundle, "--out", "z", "--no-grid")
+    assert "z/contact-sheet.png" not in tree(folder)
+
+
+def test_quiet_prints_nothing(cli: Cli, bundle: Path) -> None:
+    done = cli("generate", "-q", "--bundle", bundle)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_same_request_again_replaces_its_files(cli: Cli, bundle: Path, folder: Path) -> None:
+    for _ in range(2):
+        assert cli("generate", "--bundle", bundle).exit_code == 0
+    assert len(tree(folder)) == 5
+
+
+def test_pictures_with_other_settings_are_kept(cli: Cli, bundle: Path, folder: Path) -> None:
+    cli("generate", "-c", 0, "--bundle", bundle)
+    picture = folder / "aim-images" / "cat_seed0.png"
+    before = picture.read_bytes()
+    other = ("generate", "-c", 0, "--bundle", bundle, "--temperature", 0.5)
+    refused(cli(*other), "cat_seed0.png", "--overwrite")
+    assert picture.read_bytes() == before
+    assert cli(*other, "--overwrite").exit_code == 0
+    assert settings(picture)["temperature"] == 0.5
+
+
+def test_files_that_are_not_ours_are_kept(cli: Cli, bundle: Path, folder: Path) -> None:
+    mine = folder / "aim-images" / "contact-sheet.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"my holiday")
+    refused(cli("generate", "-c", 0, "-n", 2, "--bundle", bundle), "contact-sheet.png")
+    assert tree(folder) == {"aim-images", "aim-images/contact-sheet.png"}
+    assert mine.read_bytes() == b"my holiday"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["-c", "caat"], ["'caat' is unknown", "did you mean 'cat'"]),
+        (["-c", "3"], ["class is 3", "0 to 2"]),
+        (["-n", "0"], ["-n", "0 is not in the range"]),
+        (["-n", "-4"], ["-n"]),
+        (["-n", "many"], ["-n", "many"]),
+        (["--top-p", "0"], ["top_p is 0.0", "above 0, up to 1"]),
+        (["--top-p", "1.5"], ["top_p is 1.5"]),
+        (["--top-p", "nan"], ["top_p is nan"]),
+        (["--top-k", "-1"], ["top_k is -1"]),
+        (["--temperature", "-1"], ["temperature is -1"]),
+        (["--cfg-scale", "-0.5"], ["cfg_scale is -0.5"]),
+        (["--seed", "-1"], ["seed is -1"]),
+        (["--seed", str(2**64 - 2)], ["seed is", "for 3 images"]),
+        (["--threads", "0"], ["--threads"]),
+        (["--memory-limit", "0"], ["--memory-limit"]),
+        (["--backend", "abacus"], ["backend is 'abacus'", "'cpu'"]),
+        (["--frobnicate"], ["--frobnicate"]),
+    ],
+)
+def test_bad_arguments(
+    cli: Cli, bundle: Path, folder: Path, args: list[str], words: list[str]
+) -> None:
+    refused(cli("generate", "--bundle", bundle, "-c", 0, "-c", 1, "-c", 2, *args), *words)
+    assert tree(folder) == set()
+
+
+def test_a_memory_limit_below_one_image(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aim_runtime.generator._DECODER_BYTES_PER_PIXEL", 2**20)
+    refused(cli("generate", "--bundle", bundle, "--memory-limit", 1), "memory_limit_mb")
+    assert tree(folder) == set()
+
+
+@pytest.mark.parametrize("out", ["file/images", "file", "a/b/c"])
+def test_unwritable_output_is_found_before_the_work(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (folder / "file").write_text("a file, not a folder")
+    monkeypatch.setattr(Generator, "load", None)  # would fail the test as a bug
+    if out == "a/b/c":  # as root no permission is missing, so the system call says it
+
+        def denied(*args: object, **kwargs: object) -> str:
+            raise PermissionError(errno.EACCES, "Permission denied", ".hidden")
+
+        monkeypatch.setattr("aim_cli.output.tempfile.mkdtemp", denied)
+    words = {"file/images": "is a file", "file": "is a file", "a/b/c": "no permission"}
+    refused(cli("generate", "--bundle", bundle, "--out", out), out, words[out].split()[-1])
+    assert tree(folder) == {"file"}
+
+
+def test_disk_full_before_the_work(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(cli("generate", "--bundle", bundle), "the disk is full", "aim-images")
+    assert tree(folder) == set()
+
+
+@pytest.mark.parametrize("written", [0, 2, 3])
+def test_disk_full_in_the_middle_leaves_nothing(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    (folder / "aim-images").mkdir()
+    (folder / "aim-images" / "mine.txt").write_text("stays")
+    save, count = Image.Image.save, 0
+
+    def fill_up(image: Image.Image, file: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > written:
+            file.write(b"\x89PNG half a picture")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(image, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fill_up)
+    refused(cli("generate", "--bundle", bundle), "the disk is full", "aim-images")
+    assert count == written + 1
+    assert tree(folder) == {"aim-images", "aim-images/mine.txt"}
+
+
+def test_a_bug_says_that_it_is_one(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*args: object, **kwargs: object) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(Generator, "generate", bug)
+    failed = cli("generate", "--bundle", bundle)
+    assert failed.exit_code == 1
+    assert "unexpected ValueError: operands could not be broadcast" in failed.stderr
+    assert "AIM_DEBUG=1" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert tree(folder) == set()
+    monkeypatch.setenv("AIM_DEBUG", "1")
+    assert "Traceback" in cli("generate", "--bundle", bundle).stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_in_the_middle(
+    spawn: Spawn, bundle: Path, folder: Path, number: signal.Signals, code: int
+) -> None:
+    process = spawn("generate", "--bundle", bundle, "-n", 20_000, "--out", "new/images")
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Drawing 60,000 images")
+    assert tree(folder)  # the hidden folder is there
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert out == ""
+    if number == signal.SIGINT:
+        assert err.strip() == "Error: interrupted; nothing was written"
+    assert tree(folder) == set()
+
+
+def test_file_names() -> None:
+    names = ("tench, Tinca tinca", "crane", "crane", "Jack-o'-lantern", "???", "smiley/../x")
+    assert file_stems(names) == [
+        "tench",
+        "crane-1",
+        "crane-2",
+        "jack-o-lantern",
+        "class",
+        "smiley-x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ((0,) * 16, None),
+        (tuple(range(16)), None),
+        ((0, 0, 0, 1, 1, 1), 3),
+        ((0,) * 16 + (1,) * 16, 4),
+        ((0,) * 7 + (1,) * 7, 7),
+    ],
+)
+def test_classes_get_whole_rows_of_the_contact_sheet(
+    classes: tuple[int, ...], expected: int | None
+) -> None:
+    assert columns(classes) == expected
+
+
+def test_the_command_draws_what_the_library_draws(cli: Cli, bundle: Path, folder: Path) -> None:
+    cli("generate", "-c", 1, "-n", 4, "--bundle", bundle, "--memory-limit", 1, "--threads", 1)
+    with aim_runtime.Generator.load(bundle) as generator:
+        expected = generator.generate([1] * 4)
+    for i in range(4):
+        with Image.open(folder / "aim-images" / f"dog_seed{i}.png") as image:
+            assert np.array_equal(np.asarray(image), expected.array[i])

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aim_runtime import BackendStatus
+
+from .conftest import Cli, refused
+
+
+def test_the_card(cli: Cli, bundle: Path) -> None:
+    shown = cli("info", bundle)
+    assert shown.exit_code == 0
+    for words in (
+        "tiny",
+        "A recurrence for tests.",
+        "MIT",
+        "6x6 pixels",
+        "cat, dog, red panda",
+        "1 k parameters: 1 layer of width 8",
+        "3x3 = 9 tokens of 16",
+        "guidance 2, temperature 1, top-k all, top-p 1",
+        "96 B a row",
+        "exported_by: tests",
+        "parity.max_error: 0.0",
+        "cpu: available",
+    ):
+        assert words in shown.stdout
+    assert [line.split()[0] for line in shown.stdout.splitlines() if " KiB" in line][-3:] == [
+        "1",
+        "16",
+        "64",
+    ]
+
+
+def test_classes_are_listed_one_a_line(cli: Cli, bundle: Path) -> None:
+    assert cli("info", bundle, "--classes").stdout == "0\tcat, feline\n1\tdog\n2\tred panda\n"
+
+
+def test_json_says_what_memory_is_needed(cli: Cli, bundle: Path) -> None:
+    found = json.loads(cli("info", bundle, "--json").stdout)
+    one, sixteen, many = found["memory"]["requests"]
+    assert [one["images"], sixteen["images"], many["images"]] == [1, 16, 64]
+    assert one["bytes"] < sixteen["bytes"] < many["bytes"]
+    assert sixteen["bytes"] - one["bytes"] == 15 * one["bytes_per_image"]
+    assert found["memory"]["state_bytes_per_row"] == 96
+    assert found["backends"] == [{"name": "cpu", "available": True, "reason": ""}]
+    assert len(found["manifest_sha256"]) == 64
+
+
+def test_an_unavailable_backend_says_why(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = BackendStatus("abacus", False, "there are no beads; buy some")
+    monkeypatch.setattr("aim_runtime.available_backends", lambda: [status])
+    assert "abacus: there are no beads; buy some" in cli("info", bundle).stdout
+
+
+def test_a_model_that_needs_much_memory_is_described(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aim_runtime.generator._DECODER_BYTES_PER_PIXEL", 2**30)
+    shown = cli("info", bundle)
+    assert shown.exit_code == 0
+    assert "more than the default --memory-limit" in shown.stdout
+    assert json.loads(cli("info", bundle, "--json").stdout)["memory"]["requests"] == []
+
+
+def test_without_a_model_in_the_box(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aim_runtime.models_dir", lambda: folder)
+    refused(cli("info"), "no model in the box")

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aim_training.options import ModelTrainingOptions, TokenizerTrainingOptions
+
+from .conftest import Cli, refused, tree
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+TOKENIZER = {
+    "data": Path("data"),
+    "out": Path("run"),
+    "size": 64,
+    "flip": False,
+    "channel_multipliers": (1, 2),
+    "max_minutes": 1.5,
+}
+TINY = "--size 16 --steps 2 --batch-size 4 --warmup-steps 1 --workers 1 --resize-factor 1"
+TINY_TOKENIZER = (
+    "--codebook-size 32 --channels 32 --channel-multipliers 1,1 --z-channels 32 "
+    "--encoder-blocks 1 --decoder-blocks 1 --discriminator-weight 0"
+)
+TINY_MODEL = "--d-model 32 --layers 1 --d-state 16 --variants 1 --sample-count 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    """Networks this small lose more to waiting for threads than they gain."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data(folder: Path) -> Path:
+    """Two classes of four flat pictures."""
+    for name, colour in (("blue", 200), ("red", 40)):
+        (folder / "data" / name).mkdir(parents=True)
+        for index in range(4):
+            picture = np.full((16, 16, 3), colour + index, np.uint8)
+            Image.fromarray(picture).save(folder / "data" / name / f"{index}.png")
+    return folder / "data"
+
+
+def test_options_reach_the_trainer(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def train(options: Any) -> Path:
+        seen.append(options)
+        return Path("run/tokenizer.safetensors")
+
+    monkeypatch.setattr("aim_training.train_tokenizer.train_tokenizer", train)
+    done = cli(
+        *("train", "tokenizer", "data", "--out", "run", "--size", 64, "--no-flip"),
+        *("--channel-multipliers", "1,2", "--max-minutes", 1.5),
+    )
+    assert done.exit_code == 0
+    assert seen == [TokenizerTrainingOptions(**TOKENIZER)]
+    assert "weights  run/tokenizer.safetensors" in done.stdout
+    assert "aim train model data --tokenizer run/tokenizer.safetensors" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("tokenizer", TokenizerTrainingOptions), ("model", ModelTrainingOptions)],
+)
+def test_every_option_is_explained(cli: Cli, command: str, options: type[Any]) -> None:
+    shown = cli("train", command, "--help").stdout
+    for field in fields(options):
+        if field.name != "data":
+            assert f"--{field.name.replace('_', '-')} " in shown
+    assert "[default: 0.0001]" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["tokenizer", "data"], "--out"),
+        (["tokenizer", "--out", "run"], "DATA"),
+        (["tokenizer", "data", "--out", "run", "--steps", "0"], "steps is 0; it must be 1 or more"),
+        (["tokenizer", "data", "--out", "run", "--size", "40"], "size is 40"),
+        (["tokenizer", "nowhere", "--out", "run"], "nowhere is not a folder"),
+        (["tokenizer", "data", "--out", "run", "--precision", "int4"], "int4"),
+        (["tokenizer", "data", "--out", "file/run"], "file/run"),
+        (["model", "data", "--out", "run"], "--tokenizer"),
+        (["model", "data", "--out", "run", "--tokenizer", "no.pt"], "no checkpoint at no.pt"),
+    ],
+)
+def test_bad_arguments(cli: Cli, data: Path, folder: Path, args: list[str], words: str) -> None:
+    (folder / "file").write_text("")
+    before = tree(folder)
+    refused(cli("train", *args), words)
+    assert tree(folder) - {"run"} == before
+
+
+def test_a_bug_in_training_is_not_called_an_argument(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(options: Any) -> Path:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("aim_training.train_tokenizer.train_tokenizer", bug)
+    failed = cli("train", "tokenizer", "data", "--out", "run")
+    assert failed.exit_code == 1
+    assert "this is a bug" in failed.stderr
+
+
+def test_interrupted_says_how_to_go_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aim_training.loop import TrainingInterrupted
+
+    def stop(options: Any) -> Path:
+        raise TrainingInterrupted("stopped after step 7; the same command goes on from there")
+
+    monkeypatch.setattr("aim_training.train_model.train_model", stop)
+    stopped = cli("train", "model", "data", "--out", "run", "--tokenizer", "t.safetensors")
+    assert stopped.exit_code == 130
+    assert stopped.stderr == "Error: stopped after step 7; the same command goes on from there\n"
+
+
+def test_from_pictures_to_pictures(cli: Cli, data: Path, folder: Path) -> None:
+    """The whole way a person goes, through the commands alone."""
+    for line in (
+        f"train tokenizer data --out tok {TINY} {TINY_TOKENIZER}",
+        f"train model data --tokenizer tok/tokenizer.safetensors --out aim {TINY} {TINY_MODEL}",
+        "export --ckpt aim/model.safetensors --out bundle",
+        "generate --bundle bundle --class red",
+    ):
+        done = cli(*line.split())
+        assert done.exit_code == 0, done.stderr
+    with Image.open(folder / "aim-images" / "red_seed0.png") as image:
+        assert image.size == (16, 16)
