@@ -241,7 +241,7 @@ class TokenizerOutput(NamedTuple):
 
     Attributes:
         image: reconstruction, (B, 3, height, width), about [-1, 1].
-        features: input of the decoder's last conv, (B, C, height, width).
+        features: input of the decoder's last conv, (B, C, height, width), without gradient.
         indices: codes in raster order, (B, T) int64.
         codebook_loss: scalar, pulls codes towards the encoder's vectors.
         commitment_loss: scalar, not weighted, pulls the encoder's vectors towards their codes.
@@ -316,7 +316,7 @@ class VQTokenizer(nn.Module):
         features = self.decoder.features(self.post_quant_conv(straight.permute(0, 3, 1, 2)))
         return TokenizerOutput(
             image=self.decoder.conv_out(features),
-            features=features,
+            features=features.detach(),
             indices=indices.flatten(1),  # (B, T)
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
