@@ -171,14 +171,20 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     """The process group and device of this run; refuses a run folder that cannot be written.
 
     Raises:
-        TrainingError: the run folder cannot be made.
+        TrainingError: the run folder cannot be made, or there is no GPU to compile for.
     """
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot write to the run folder {options.out}: {error}") from error
     # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
-    return Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no")
+    if options.compile and accelerator.device.type != "cuda":
+        # For CPUs, PyTorch 2.13 compiles the gradient of bf16 upsampling to zeros.
+        raise TrainingError(
+            f"compile needs an NVIDIA GPU, and this run would use {accelerator.device.type}"
+        )
+    return accelerator
 
 
 def autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
