@@ -96,7 +96,10 @@ class Learner(Generic[Network]):
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         if self.ema is not None:
             state["ema"] = self.ema.module.state_dict()
             state["ema_updates"] = self.ema.updates

@@ -11,13 +11,15 @@ Letters as in :mod:`aim_training.config`; here also E = ``codebook_dim``, (h, w)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aim_training.config import TokenizerConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 #: Rows of the code search done at once: bounds its (rows, V) table of similarities.
 _SEARCH_ROWS = 16384
@@ -321,6 +323,12 @@ class VQTokenizer(nn.Module):
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
         )
+
+
+def channels_last(network: Network) -> Network:
+    """Lays the convs' weights out channels last, which GPUs want; returns the network."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+    return network
 
 
 def tokenizer_config_from_state(shapes: Mapping[str, tuple[int, ...]]) -> TokenizerConfig:

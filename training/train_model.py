@@ -25,7 +25,7 @@ from aim_training.model import AiM
 from aim_training.options import ModelTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
 from aim_training.sampling import sample
-from aim_training.tokenizer import VQTokenizer
+from aim_training.tokenizer import VQTokenizer, channels_last
 
 #: Codes that stay on the device at most, bytes; larger ones are read from the disk.
 _RESIDENT_BYTES = 8 * 2**30
@@ -101,8 +101,8 @@ class ModelTask(Task):
                 f"size is {options.size}; a token of this tokenizer covers {factor} pixels, so it "
                 f"must be a multiple of {factor}"
             )
-        tokenizer = tokenizer.to(self.device, memory_format=torch.channels_last)
-        self.tokenizer: VQTokenizer = tokenizer.requires_grad_(False)
+        self.tokenizer: VQTokenizer = channels_last(tokenizer.to(self.device))
+        self.tokenizer.requires_grad_(False)
         self.folder = ImageFolder.scan(options.data)
         crop = Crop(options.size, options.resize_factor, options.flip)
         request = CodeRequest(self.folder, crop, options.variants, options.seed)

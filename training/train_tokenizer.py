@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from PIL import Image
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import TokenizerConfig
@@ -28,7 +29,7 @@ from aim_training.loop import Learner, Task, autocast, make_accelerator, train
 from aim_training.losses import edge_loss, load_perceptual, pixel_loss
 from aim_training.options import TokenizerTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
-from aim_training.tokenizer import TokenizerOutput, VQTokenizer
+from aim_training.tokenizer import TokenizerOutput, VQTokenizer, channels_last
 
 #: Images that an evaluation looks at, at most; and those in a sample picture.
 _EVALUATED = 1024
@@ -99,12 +100,12 @@ class TokenizerTask(Task):
             accelerator.process_index,
             accelerator.num_processes,
         )
-        tokenizer = VQTokenizer(config).to(memory_format=torch.channels_last)
+        tokenizer = channels_last(VQTokenizer(config))
         self.tokenizer = Learner(tokenizer, accelerator, options, average=True)
         self.learners = {"tokenizer": self.tokenizer}
         self.discriminator: Learner[PatchDiscriminator] | None = None
         if options.discriminator_weight:
-            network = PatchDiscriminator().to(memory_format=torch.channels_last)
+            network = channels_last(PatchDiscriminator())
             self.discriminator = Learner(network, accelerator, options, average=False)
             self.learners["discriminator"] = self.discriminator
         self.perceptual, line = load_perceptual(self.device)
@@ -186,9 +187,7 @@ class TokenizerTask(Task):
         weight = self.tokenizer.network.decoder.conv_out.weight
         with torch.no_grad():
             norms = [
-                torch.nn.grad.conv2d_weight(
-                    features, weight.shape, part.to(features.dtype), padding=1
-                ).norm()
+                conv2d_weight(features, weight.shape, part.to(features.dtype), padding=1).norm()
                 for part in (reconstruction, adversarial)
             ]
             ratio = (norms[0] / (norms[1] + 1e-8)).float().clamp(max=1e4)
