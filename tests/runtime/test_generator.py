@@ -328,7 +328,7 @@ def test_threads_get_what_they_would_get_alone(generator: Generator) -> None:
 
 
 def test_the_plan_is_kept_and_fits_the_limit(tiny: Path, spy: SpyEngine) -> None:
-    limit = 100_000
+    limit = 200_000
     small = Generator(Bundle.open(tiny), spy, memory_limit_mb=limit / 2**20)
     for n in (1, 7, 40, 101):
         for cfg_scale, rows in ((1, 1), (3, 2)):
