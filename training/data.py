@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -254,9 +254,9 @@ class ResidentImages:
         """Images (B, 3, size, size) float32 in [-1, 1] of each of ``draws``."""
         height, width = self.pixels.shape[1:3]
         for draw in draws:
-            rows, columns = self.crop.windows(draw.uniform, height, width)
+            windows = self.crop.windows(draw.uniform, height, width)
             index, rows, columns = (
-                _to_device(part, self.pixels.device) for part in (draw.index, rows, columns)
+                _to_device(part, self.pixels.device) for part in (draw.index, *windows)
             )
             cut = self.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
             yield to_pixels(cut)  # (B, 3, size, size)
@@ -318,7 +318,7 @@ class _Crops(Dataset[Tensor]):
         return torch.from_numpy(image[rows[0][:, None], columns[0][None]])  # (size, size, 3)
 
 
-def _as_is(batch: Tensor | str) -> Tensor | str:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
