@@ -131,12 +131,17 @@ def test_any_row_is_drawn_as_the_definition_says(
 
 
 def test_top_p_drops_what_shares_exactly_the_rest() -> None:
-    scores = np.log(np.array([[0.25, 0.25, 0.5]], np.float32) * 4)  # exact: 0, 0, log 2
+    scores = np.array([[-1, -1, 0]], np.float32)
+    temperature = 1 / math.log(2)  # so the two that tie weigh exactly half the best
+    assert np.exp(np.float64(-1) / temperature) == 0.5
     u = (np.arange(100) + 0.5) / 100
-    kept = set(sample(np.repeat(scores, 100, 0), u, SamplingOptions(top_p=0.5)).tolist())
-    assert kept == {2}  # the two others tie and share exactly 0.5
-    kept = set(sample(np.repeat(scores, 100, 0), u, SamplingOptions(top_p=0.51)).tolist())
-    assert kept == {0, 1, 2}
+
+    def kept(top_p: float) -> set[int]:
+        options = SamplingOptions(temperature=temperature, top_p=top_p)
+        return set(sample(np.repeat(scores, 100, 0), u, options).tolist())
+
+    assert kept(0.5) == {2}  # the two others together have exactly the 0.5 that may go
+    assert kept(0.501) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
