@@ -166,7 +166,8 @@ class Generator:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, *, memory_limit_mb: float = 512) -> None:
-        if not 0 < memory_limit_mb < float("inf"):
+        number = isinstance(memory_limit_mb, (int, float)) and not isinstance(memory_limit_mb, bool)
+        if not number or not 0 < memory_limit_mb < float("inf"):
             raise ValueError(f"memory_limit_mb is {memory_limit_mb!r}; it must be a number above 0")
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
@@ -354,7 +355,7 @@ class Generator:
         top_k: int | None = None,
         top_p: float | None = None,
         cancel: threading.Event | None = None,
-    ) -> Iterator[Preview]:
+    ) -> collections.abc.Generator[Preview]:
         """Like `generate`, but yields a preview every `every` steps; the last one is `done`.
 
         Its tokens and images are those of `generate`. Arguments are checked by the call itself;
@@ -474,7 +475,7 @@ class Generator:
 
     def _previews(
         self, request: _Request, every: int, cancel: threading.Event | None
-    ) -> Iterator[Preview]:
+    ) -> collections.abc.Generator[Preview]:
         tokens = self._undecided(request)
         with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
             for count, done in enumerate(steps, start=1):

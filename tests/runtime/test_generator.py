@@ -278,7 +278,7 @@ def test_an_abandoned_stream_stops_the_work(spied: Generator, spy: SpyEngine) ->
     stream = spied.stream([0, 1], every=2, seed=6)
     next(stream)
     assert spy.open_rows == 1
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert (spy.steps, spy.open_rows) == (6, 0)
     assert list(stream) == []
     assert same(spied.generate([0, 1], seed=6), expected)
@@ -431,9 +431,9 @@ def test_bad_arguments_of_the_other_calls(generator: Generator, tiny: Path) -> N
     for n in (0, -1):
         with pytest.raises(ValueError, match=f"n is {n}"):
             generator.plan(n)
-    for limit in (0, -1, float("nan"), float("inf")):
+    for limit in (0, -1, float("nan"), float("inf"), "512", None, True):
         with pytest.raises(ValueError, match="memory_limit_mb is"):
-            Generator.load(tiny, memory_limit_mb=limit)
+            Generator.load(tiny, memory_limit_mb=limit)  # type: ignore[arg-type]
     for threads in (0, -2, 1.5, 10**6):
         with pytest.raises(ValueError, match="threads is"):
             Generator.load(tiny, threads=threads)  # type: ignore[arg-type]

@@ -133,7 +133,8 @@ def test_any_row_is_drawn_as_the_definition_says(
 def test_top_p_drops_what_shares_exactly_the_rest() -> None:
     scores = np.array([[-1, -1, 0]], np.float32)
     temperature = 1 / math.log(2)  # so the two that tie weigh exactly half the best
-    assert np.exp(np.float64(-1) / temperature) == 0.5
+    if np.exp(np.float64(-1) / temperature) != 0.5:
+        pytest.skip("this machine's exp is off by one bit, so there is no exact border here")
     u = (np.arange(100) + 0.5) / 100
 
     def kept(top_p: float) -> set[int]:
