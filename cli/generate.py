@@ -214,13 +214,18 @@ def draw(generator: Generator, request: Request, *, quiet: bool) -> Result:
     """Run the request with a progress bar."""
     images = len(request.classes)
     tokens = images * generator.manifest.model.num_tokens
-    label = f"Drawing {human.count(images, 'image')}"
-    with progress_bar(label, tokens, quiet=quiet) as show:
+    what = human.count(images, "image")
+    with progress_bar(f"Drawing {what}", tokens, quiet=quiet) as show:
+
+        def progress(done: int, total: int) -> None:
+            # Turning the tokens into pixels comes after them and can take seconds an image.
+            show(done, f"Decoding {what}" if done == total else None)
+
         return generator.generate(
             request.classes,
             seed=request.seed,
             **asdict(request.options),
-            progress=lambda done, total: show(done),
+            progress=progress,
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import click
 
@@ -15,13 +16,18 @@ def speaks_unicode(stream: object) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)()) and encoding == "utf8"
 
 
+class Show(Protocol):
+    """Tells a progress bar how much is done and, where it changes, what is being done."""
+
+    def __call__(self, done: int, label: str | None = None) -> None:
+        """Move the bar to ``done``."""
+
+
 @contextmanager
-def progress_bar(
-    label: str, length: int, *, quiet: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields ``show(done)``. Not on a terminal, the label alone, once."""
+def progress_bar(label: str, length: int, *, quiet: bool = False) -> Iterator[Show]:
+    """A bar on stderr, moved by what it yields. Not on a terminal, each label once on a line."""
     if quiet:
-        yield lambda done: None
+        yield lambda done, label=None: None
         return
     full, empty = ("█", "░") if speaks_unicode(sys.stderr) else ("#", "-")
     with click.progressbar(
@@ -32,7 +38,12 @@ def progress_bar(
         empty_char=empty,
         bar_template="%(label)s  %(bar)s  %(info)s",
     ) as bar:
-        yield lambda done: bar.update(done - bar.pos)
+
+        def show(done: int, label: str | None = None) -> None:
+            bar.label = label or bar.label
+            bar.update(done - bar.pos)
+
+        yield show
 
 
 def table(rows: Sequence[Sequence[str]], *, header: bool = True, indent: str = "") -> str:

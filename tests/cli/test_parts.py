@@ -100,9 +100,10 @@ def test_a_log_file_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not speaks_unicode(log)
     monkeypatch.setattr("sys.stderr", log)
     with progress_bar("Drawing", 10) as show:
-        for done in range(11):
+        for done in range(10):
             show(done)
-    assert log.getvalue() == "Drawing\n"
+        show(10, "Decoding")
+    assert log.getvalue() == "Drawing\nDecoding\n"
 
 
 def test_staged_files_appear_together(tmp_path: Path) -> None:
