@@ -25,8 +25,21 @@ Network = TypeVar("Network", bound=nn.Module)
 _SEARCH_ROWS = 16384
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """GroupNorm(32) in the dtype of its input.
+
+    Autocast would widen it, and the swish after it, to float32; at full resolution these passes
+    over memory are most of a training step. Statistics are summed in float32 either way.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) to the same shape and dtype."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -38,9 +51,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs)
+        self.norm1 = Norm(inputs)
         self.conv1 = _conv3(inputs, outputs)
-        self.norm2 = _norm(outputs)
+        self.norm2 = Norm(outputs)
         self.conv2 = _conv3(outputs, outputs)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
@@ -57,7 +70,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = Norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -162,7 +175,7 @@ class Encoder(nn.Module):
             for level in range(len(widths))
         )
         self.mid = _middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = Norm(widths[-1])
         self.conv_out = _conv3(widths[-1], config.z_channels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -194,7 +207,7 @@ class Decoder(nn.Module):
             )
             for level in range(len(widths))
         )
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = Norm(widths[-1])
         self.conv_out = _conv3(widths[-1], 3)
 
     def features(self, z: Tensor) -> Tensor:
