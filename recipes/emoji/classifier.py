@@ -44,7 +44,7 @@ class ClassifierOptions:
         seed: decides initial weights, order and augmentation.
     """
 
-    epochs: int = 20
+    epochs: int = 40
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.05

@@ -58,6 +58,9 @@ COPY_QUANTILE = 0.95
 THUMBNAIL = 32
 """Side of the thumbnails that are compared to find copies, in pixels."""
 
+KNOWN_COPIES = 200
+"""Most training pictures that are made known copies."""
+
 BUNDLE_IMAGES = 8
 """Held-out pictures that the bundle scores too, to show that it is the model measured."""
 
@@ -253,7 +256,10 @@ def bundle_bits(generator: Generator, codes: NDArray[Any], classes: NDArray[np.i
 
 
 def frequency_bits(codes: NDArray[Any], train_codes: NDArray[Any], vocab_size: int) -> float:
-    """Return the bits a token that knowing the codes' training frequencies alone would cost."""
+    """Return the bits a token that knowing the codes' training frequencies alone would cost.
+
+    Every code is counted once more than it occurs, lest an unseen one cost infinitely much.
+    """
     counts = np.bincount(train_codes.ravel(), minlength=vocab_size) + 1.0
     return float(-np.log2(counts / counts.sum())[codes].mean())
 
@@ -595,11 +601,11 @@ def evaluate(
         request = CodeRequest(folder, crop, variants, settings.seed)
         return encode(tokenizer, request, work / "codes" / f"{name}.npy", device)
 
-    all_codes = codes_of(subject.train, "train")
-    codes = all_codes[some]
+    codes = codes_of(part_of(subject.train, some), "train")
     held_out_codes = codes_of(subject.held_out, "held-out")
     # As a model that learned by heart would draw them: cropped anywhere, through the tokenizer.
-    known_codes = codes_of(part_of(subject.train, some), "known-copies", variants=1)
+    copied = some[choose(len(some), KNOWN_COPIES, settings.seed)]
+    known_codes = codes_of(part_of(subject.train, copied), "known-copies", variants=1)
     train_drawn = reconstruct(tokenizer, codes, "training pictures")
     held_out_drawn = reconstruct(tokenizer, held_out_codes, "held-out pictures")
     known_drawn = reconstruct(tokenizer, known_codes, "known copies")
@@ -636,16 +642,16 @@ def evaluate(
         "codes": {
             "vocab_size": vocab_size,
             "held_out": code_use(held_out_codes, vocab_size),
-            "train": code_use(all_codes, vocab_size),
+            "train": code_use(codes, vocab_size),
         },
         "bits_per_token": {
             "uniform": math.log2(vocab_size),
             "held_out": {
-                "code_frequencies": frequency_bits(held_out_codes, all_codes, vocab_size),
+                "code_frequencies": frequency_bits(held_out_codes, codes, vocab_size),
                 **bits_per_token(subject.model, held_out_codes, held_out_labels, "held-out codes"),
             },
             "train": {
-                "code_frequencies": frequency_bits(codes, all_codes, vocab_size),
+                "code_frequencies": frequency_bits(codes, codes, vocab_size),
                 **bits_per_token(subject.model, codes, train_labels, "training codes"),
             },
             "bundle": {
@@ -806,9 +812,10 @@ def pick_device(name: str) -> torch.device:
 )
 @click.option(
     "--train-images",
-    default=1000,
+    default=600,
     type=click.IntRange(min=1),
-    help="Training pictures to measure, drawn at random.",
+    help="Training pictures to measure, drawn at random. About as many as are held out make the "
+    "two columns comparable: more pictures use more codes.",
 )
 @click.option(
     "--classifier-epochs",
