@@ -54,6 +54,7 @@ def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
             )
     finally:
         exporter_log.setLevel(level)
+    assert program is not None  # nothing is returned only where a file was asked for
     model: ModelProto = program.model_proto
     model.producer_name = "aim-runtime"
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -66,7 +66,7 @@ class GraphBuilder:
         name = f"const/{array.dtype}/{'x'.join(map(str, array.shape))}/{array.tolist()}"
         return self.weight(name, array)
 
-    def op(self, op_type: str, *inputs: str, result: str = "", **attributes: object) -> str:
+    def op(self, op_type: str, *inputs: str, result: str = "", **attributes: Any) -> str:
         """Append a node with one output, called ``result`` if given."""
         return self.ops(op_type, *inputs, results=[result], **attributes)[0]
 
@@ -76,7 +76,7 @@ class GraphBuilder:
         *inputs: str,
         results: Sequence[str],
         domain: str = "",
-        **attributes: object,
+        **attributes: Any,
     ) -> list[str]:
         """Append a node; an empty string among ``results`` stands for a name made up here."""
         node_name = f"{self._scope}{op_type}_{len(self._nodes)}"

@@ -66,8 +66,8 @@ def lower_prologue(model: AiM) -> ModelProto:
     if config.adaln_groups:
         grouped = project(
             "adaln_group",
-            net.adaln_group[1].weight,
-            net.adaln_group[1].bias,
+            net.adaln_group.linear.weight,
+            net.adaln_group.linear.bias,
             [-1, config.adaln_groups, 3, width],
         )
         members = [index % config.adaln_groups for index in range(len(layers))]
@@ -75,8 +75,8 @@ def lower_prologue(model: AiM) -> ModelProto:
         tables = np.concatenate([_array(layer.scale_shift_table) for layer in layers])
         modulation = g.op("Add", chosen, g.weight("scale_shift_table", tables))
     else:
-        weights = [layer.adaLN_modulation[1].weight for layer in layers]
-        biases = [layer.adaLN_modulation[1].bias for layer in layers]
+        weights = [layer.adaLN_modulation.linear.weight for layer in layers]
+        biases = [layer.adaLN_modulation.linear.bias for layer in layers]
         stacked = [
             project(f"adaln.{i}", w, b, [-1, 1, 3, width])
             for i, (w, b) in enumerate(zip(weights, biases, strict=True))
@@ -92,7 +92,10 @@ def lower_prologue(model: AiM) -> ModelProto:
 
     final = net.final_layer
     projected = project(
-        "final", final.adaLN_modulation[1].weight, final.adaLN_modulation[1].bias, [-1, 2, width]
+        "final",
+        final.adaLN_modulation.linear.weight,
+        final.adaLN_modulation.linear.bias,
+        [-1, 2, width],
     )
     norm = _array(final.norm_final.weight)
     g.op(

@@ -9,6 +9,7 @@ The mathematics is the step of the Mamba-2 block (arXiv 2405.21060, section 7), 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
@@ -95,12 +96,12 @@ class _Body:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
 
-    def ops(self, op_type: str, *inputs: str, results: int, **attributes: object) -> list[str]:
+    def ops(self, op_type: str, *inputs: str, results: int, **attributes: Any) -> list[str]:
         names = [f"{op_type}_{len(self.nodes)}_{index}" for index in range(results)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
         return names
 
-    def op(self, op_type: str, *inputs: str, result: str = "", **attributes: object) -> str:
+    def op(self, op_type: str, *inputs: str, result: str = "", **attributes: Any) -> str:
         name = result or f"{op_type}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [name], **attributes))
         return name

@@ -9,7 +9,8 @@ those of :mod:`aim_training.config`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,15 +171,15 @@ class AiM(nn.Module):
             normal(table.weight, 0.02)
         normal(net.cls_embed.embedding_table.weight, 0.02)
         if cfg.adaln_groups:
-            uniform(net.adaln_group[1].weight, cfg.d_model)
-            net.adaln_group[1].bias.zero_()
+            uniform(net.adaln_group.linear.weight, cfg.d_model)
+            net.adaln_group.linear.bias.zero_()
         for layer in net.layers:
             layer.norm.weight.fill_(1.0)
             if cfg.adaln_groups:
                 normal(layer.scale_shift_table, cfg.d_model**-0.5)
             else:
-                layer.adaLN_modulation[1].weight.zero_()
-                layer.adaLN_modulation[1].bias.zero_()
+                layer.adaLN_modulation.linear.weight.zero_()
+                layer.adaLN_modulation.linear.bias.zero_()
             mixer = layer.mixer
             uniform(mixer.in_proj.weight, cfg.d_model)
             uniform(mixer.out_proj.weight, cfg.d_inner, gain=cfg.num_layers**-0.5)
@@ -192,8 +193,8 @@ class AiM(nn.Module):
             mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
         net.norm_f.weight.fill_(1.0)
         net.final_layer.norm_final.weight.fill_(1.0)
-        net.final_layer.adaLN_modulation[1].weight.zero_()
-        net.final_layer.adaLN_modulation[1].bias.zero_()
+        net.final_layer.adaLN_modulation.linear.weight.zero_()
+        net.final_layer.adaLN_modulation.linear.bias.zero_()
         return self
 
 
@@ -206,10 +207,9 @@ class Backbone(nn.Module):
         self.embeddings = Embeddings(config)
         self.cls_embed = ClassEmbedding(config)
         if config.adaln_groups:
-            self.adaln_group = nn.Sequential(
-                nn.SiLU(), nn.Linear(width, 3 * config.adaln_groups * width)
-            )
-        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_layers))
+            self.adaln_group = Modulation(width, 3 * config.adaln_groups)
+        layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_layers))
+        self.layers = cast("Sequence[Layer]", layers)  # PyTorch forgets what a list holds
         self.norm_f = RMSNorm(width)
         self.final_layer = FinalLayer(width)
 
@@ -254,13 +254,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, EPS)
 
 
+class Modulation(nn.Sequential):
+    """Shifts, scales and gates from the class embedding, ``parts`` of them side by side."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+
+    @property
+    def linear(self) -> nn.Linear:
+        """Its layer with weights."""
+        return cast("nn.Linear", self[1])
+
+
 class FinalLayer(nn.Module):
     """The last norm and its modulation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm_final = RMSNorm(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = Modulation(width, 2)
 
 
 class Layer(nn.Module):
@@ -275,7 +287,7 @@ class Layer(nn.Module):
         if config.adaln_groups:
             self.scale_shift_table = nn.Parameter(torch.zeros(1, 3, width))
         else:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+            self.adaLN_modulation = Modulation(width, 3)
 
     def forward(self, residual: Tensor, modulation: Tensor) -> Tensor:
         """Advance the residual (B, T, D) under modulation (B, 3, D)."""
@@ -292,6 +304,15 @@ class Layer(nn.Module):
         return residual + gate * mixed, state
 
 
+class DepthwiseConv(nn.Conv1d):
+    """A convolution of each channel by itself; it always has a bias."""
+
+    bias: nn.Parameter
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels)
+
+
 class Mixer(nn.Module):
     """The Mamba-2 block with one group: projection, causal conv, state space, gated norm."""
 
@@ -300,7 +321,7 @@ class Mixer(nn.Module):
         self.config = config
         inner, channels, heads = config.d_inner, config.conv_channels, config.num_heads
         self.in_proj = nn.Linear(config.d_model, inner + channels + heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, config.conv_width, groups=channels)
+        self.conv1d = DepthwiseConv(channels, config.conv_width)
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
