@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aim_training.config import ModelConfig
-from aim_training.ssd import ssd
+from aim_training.ssd import fastest_ssd
 
 EPS = 1e-5
 
@@ -327,6 +327,7 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(inner)
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.ssd = fastest_ssd()
 
     def forward(self, u: Tensor) -> Tensor:
         """Mix (B, T, D) over positions."""
@@ -340,7 +341,7 @@ class Mixer(nn.Module):
             padded[:, k : k + length] * taps[:, k] for k in range(width)
         )
         x, b, c = self._split(F.silu(convolved))
-        y = ssd(x, self._step_size(dt), -torch.exp(self.A_log), b, c)
+        y = self.ssd(x, self._step_size(dt), -torch.exp(self.A_log), b, c)
         return self._gate(y + self.D.to(x.dtype)[:, None] * x, z)
 
     def step(self, u: Tensor, state: LayerState, started: Tensor) -> tuple[Tensor, LayerState]:

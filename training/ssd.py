@@ -7,7 +7,7 @@ Three forms of the same function (Mamba-2 paper, arXiv 2405.21060, sections 3 an
   PyTorch: differentiable, any device;
 * mamba-ssm's Triton kernels, where that package imports and the tensors are on a GPU.
 
-:func:`ssd` picks between the last two. Shapes: x (B, T, H, P), dt (B, T, H), a (H,),
+:func:`fastest_ssd` picks between the last two. Shapes: x (B, T, H, P), dt (B, T, H), a (H,),
 b and c (B, T, S), one group shared by all heads. The recurrence for each head is
 
     state = exp(dt a) state + (dt x) ⊗ b        state (P, S)
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,38 +29,41 @@ from torch import Tensor
 CHUNK = 64
 
 
-def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The state recurrence over a whole sequence, by the fastest form available here.
-
-    Args:
-        x: (B, T, H, P) inputs.
-        dt: (B, T, H) float32 step sizes, already positive.
-        a: (H,) float32, negative.
-        b: (B, T, S) what is written.
-        c: (B, T, S) what is read.
-
-    Returns:
-        (B, T, H, P) in the dtype of ``x``.
-    """
-    fused = _mamba_ssm_kernel() if x.is_cuda else None
-    if fused is not None:
-        y: Tensor = fused(x, dt, a, b.unsqueeze(2), c.unsqueeze(2), chunk_size=CHUNK)
-        return y
-    return ssd_chunked(x, dt, a, b, c)
+#: A form of the recurrence: ``(x, dt, a, b, c) -> y``.
+Ssd: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @cache
-def _mamba_ssm_kernel() -> Callable[..., Any] | None:
+def fastest_ssd() -> Ssd:
+    """The fastest form that this machine has, on whatever device its tensors are.
+
+    Networks ask when they are made, not when they run: an import is nothing that ``torch.compile``
+    can trace, so each layer would fall apart into several graphs.
+
+    Returns:
+        A function of x (B, T, H, P), dt (B, T, H) float32 and positive, a (H,) float32 and
+        negative, b and c (B, T, S); it gives (B, T, H, P) in the dtype of x.
+    """
+    if not torch.cuda.is_available():
+        return ssd_chunked
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError:
-        return None
-    kernel: Callable[..., Any] = mamba_chunk_scan_combined
-    return kernel
+        return ssd_chunked
+
+    def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return ssd_chunked(x, dt, a, b, c)
+        y: Tensor = mamba_chunk_scan_combined(
+            x, dt, a, b.unsqueeze(2), c.unsqueeze(2), chunk_size=CHUNK
+        )
+        return y
+
+    return ssd
 
 
 def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The definition, one position at a time; shapes as in :func:`ssd`."""
+    """The definition, one position at a time; shapes as in :func:`fastest_ssd`."""
     batch, length, heads, width = x.shape
     state = x.new_zeros(batch, heads, width, b.shape[-1])
     outputs = []
@@ -75,7 +78,7 @@ def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Ten
 def ssd_chunked(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """The chunked form in plain PyTorch; shapes as in :func:`ssd`.
+    """The chunked form in plain PyTorch; shapes as in :func:`fastest_ssd`.
 
     Decays are summed and exponentiated in float32 whatever the dtype of ``x``: a sum of many small
     logarithms is what half precision does worst.
