@@ -55,6 +55,9 @@ _DECODER_BYTES_PER_PIXEL = 8 * 128 * 4
 _STATE_TEMPORARIES = 3
 # The sampler's copies of one image's scores: guided float32, weights, their order and sums.
 _SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
+# In progress, decoding an image counts as the T tokens over this: a guess, the true share of the
+# time varies with the model.
+_DECODING_SHARE = 4
 
 ClassLike = int | str
 Progress = Callable[[int, int], None]
@@ -315,8 +318,9 @@ class Generator:
             temperature: As in `SamplingOptions`; None takes the bundle's default.
             top_k: As in `SamplingOptions`; None takes the bundle's default.
             top_p: As in `SamplingOptions`; None takes the bundle's default.
-            progress: Called after each step with (tokens drawn, tokens in all).
-            cancel: Once set, the request ends at the next step with RequestCancelled.
+            progress: Called after each step and after each decoded image with (work done, work in
+                all). A token counts 1; once all are drawn, decoding an image counts T / 4 more.
+            cancel: Once set, the request ends at the next step or image with RequestCancelled.
 
         Raises:
             ValueError: An argument is out of range, or one image exceeds the memory limit.
@@ -325,15 +329,24 @@ class Generator:
         """
         started = time.perf_counter()
         request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
-        tokens = self._undecided(request)
+        tokens = self._undecided(request)  # (N, T)
+        decoding = -(-tokens.shape[1] // _DECODING_SHARE)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(done, tokens.size + len(tokens) * decoding)
+
         with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
             for done in steps:
-                if progress is not None:
-                    progress(done, tokens.size)
-        array = _decode(request.engine, tokens, cancel)
+                report(done)
+        images = []
+        for row in tokens:  # one at a time: see the top of this file
+            _check_cancel(cancel)
+            images.append(request.engine.decode(row[None]))  # (1, height, width, 3)
+            report(tokens.size + len(images) * decoding)
         return Result(
             tokens=tokens,
-            array=array,
+            array=np.concatenate(images),
             classes=tuple(request.class_ids.tolist()),
             class_names=tuple(self.class_names[index] for index in request.class_ids),
             seeds=request.seeds,
@@ -483,17 +496,6 @@ class Generator:
                     yield Preview(tokens.copy(), done, tokens.size, request.engine)
 
 
-def _decode(
-    engine: Engine, tokens: NDArray[np.int64], cancel: threading.Event | None = None
-) -> NDArray[np.uint8]:
-    """Images (N, height, width, 3) of decided `tokens` (N, T), one after another."""
-    images = []
-    for index in range(len(tokens)):
-        _check_cancel(cancel)
-        images.append(engine.decode(tokens[index : index + 1]))
-    return np.concatenate(images)
-
-
 def _preview(engine: Engine, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Images of partly decided `tokens`, gray where they are undecided."""
     model = engine.manifest.model
@@ -507,7 +509,7 @@ def _preview(engine: Engine, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         # The decoder wants all tokens; the last one drawn disturbs its neighbours least.
         filled = np.where(decided, row, row[decided][-1])
         pixels = np.kron(decided.reshape(model.grid), square)  # (height, width)
-        image[pixels] = _decode(engine, filled[None])[0][pixels]
+        image[pixels] = engine.decode(filled[None])[0][pixels]
     return array
 
 

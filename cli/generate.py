@@ -218,8 +218,8 @@ def draw(generator: Generator, request: Request, *, quiet: bool) -> Result:
     with progress_bar(f"Drawing {what}", tokens, quiet=quiet) as show:
 
         def progress(done: int, total: int) -> None:
-            # Turning the tokens into pixels comes after them and can take seconds an image.
-            show(done, f"Decoding {what}" if done == total else None)
+            # The work in all is that of the tokens and, after them, of turning them into pixels.
+            show(done * tokens // total, f"Decoding {what}" if done >= tokens else None)
 
         return generator.generate(
             request.classes,

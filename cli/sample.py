@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 RECORD = "sample.json"
 _FORMAT = "aim-sample"
 _VERSION = 1
+_BAR_UNITS = 1000
+"""Units of the progress bar an image."""
 
 
 @click.command("sample")
@@ -226,12 +228,16 @@ class Sample:
         self.finished = self.count - len(missing)
         kept = self.finished
         label = f"Drawing {human.count(self.count, 'image')}"
-        tokens = self.generator.manifest.model.num_tokens
-        with progress_bar(label, self.count * tokens, quiet=quiet) as show:
-            show(kept * tokens)
+        with progress_bar(label, self.count * _BAR_UNITS, quiet=quiet) as show:
+            show(kept * _BAR_UNITS)
             for batch in contiguous(missing, batch_size):
-                done = self.finished * tokens
-                self.draw(batch, lambda drawn, total, done=done: show(done + drawn))
+                before, units = self.finished * _BAR_UNITS, len(batch) * _BAR_UNITS
+                self.draw(
+                    batch,
+                    lambda done, total, before=before, units=units: show(
+                        before + done * units // total
+                    ),
+                )
         drawing = time.perf_counter() - started
         write_npz(self.archive, self.pixels(quiet=quiet), self.shape)
         lines = [("images", f"{self.out / 'images'}/"), ("archive", str(self.archive))]

@@ -225,14 +225,30 @@ def test_previews_are_decoded_only_when_looked_at(spied: Generator, spy: SpyEngi
     assert spy.decoded == 2
 
 
-def test_progress_counts_every_token(generator: Generator, tiny: Path) -> None:
+def test_progress_counts_every_token_and_every_decoded_image(
+    generator: Generator, tiny: Path
+) -> None:
+    decoding = -(-TOKENS // 4)
+    work = 8 * TOKENS + 8 * decoding
     for each in (generator, small_batches(tiny, 3, 2)):
         calls: list[tuple[int, int]] = []
         each.generate(CLASSES_OF_8, progress=lambda *call, to=calls: to.append(call))
         assert calls == sorted(calls)
-        assert calls[-1] == (8 * TOKENS, 8 * TOKENS)
-        assert all(total == 8 * TOKENS for _, total in calls)
-    assert calls[0] == (3, 8 * TOKENS)
+        assert all(total == work for _, total in calls)
+        assert [done for done, _ in calls[-9:]] == list(range(8 * TOKENS, work + 1, decoding))
+    assert calls[0] == (3, work)
+
+
+def test_cancel_stops_between_decoded_images(spied: Generator, spy: SpyEngine) -> None:
+    cancel = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        if spy.decoded == 1:
+            cancel.set()
+
+    with pytest.raises(RequestCancelled):
+        spied.generate([0, 1, 2], progress=progress, cancel=cancel)
+    assert spy.decoded == 1
 
 
 def test_cancel_stops_at_the_next_step_and_the_generator_goes_on(
