@@ -334,7 +334,7 @@ def _manifest(value: Any) -> Manifest:
             _state_pair(item, f"state[{index}]")
             for index, item in enumerate(_list(top["state"], "state", 1, MAX_TENSORS))
         ),
-        sampling=_sampling(top["sampling"]),
+        sampling=sampling_from_json(top["sampling"]),
         class_names=tuple(
             _text(item, f"class_names[{index}]", 1024)
             for index, item in enumerate(_list(top["class_names"], "class_names", 1, 1 << 20))
@@ -429,7 +429,8 @@ def _state_pair(value: Any, where: str) -> StatePair:
     return StatePair(**names)
 
 
-def _sampling(value: Any) -> SamplingDefaults:
+def sampling_from_json(value: Any) -> SamplingDefaults:
+    """Check recommended settings given as JSON values. Raises BundleError."""
     found = _object(value, "sampling", ("cfg_scale", "temperature", "top_k", "top_p"))
     top_p = _number(found["top_p"], "sampling.top_p", 0, 1)
     if top_p == 0:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from aim_cli import human
-from aim_cli.errors import Interrupted, requires
-from aim_cli.terminal import fields, table
+from aim_cli.errors import Interrupted, bad_arguments, requires
+from aim_cli.options import sampling_options
+from aim_cli.terminal import Show, fields, progress_bar, table
 
 if TYPE_CHECKING:
     from aim_export import ParityReport
@@ -61,6 +64,16 @@ if TYPE_CHECKING:
 @click.option("--name", metavar="TEXT", help="Name of the bundle. [default: the checkpoint's]")
 @click.option("--description", metavar="TEXT", help="A sentence for the model card.")
 @click.option("--license", "license_", metavar="TEXT", help="Licence of the weights.")
+@sampling_options
+@click.option(
+    "--include",
+    "extra_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Put this file into the bundle too, a licence's text for example; several with several "
+    "--include.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def command(
@@ -73,6 +86,11 @@ def command(
     name: str | None,
     description: str | None,
     license_: str | None,
+    cfg_scale: float | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    extra_files: tuple[Path, ...],
     overwrite: bool,
     quiet: bool,
 ) -> None:
@@ -83,25 +101,42 @@ def command(
 
     The bundle is compared with PyTorch over every step before it is written; if they differ by
     more than rounding, nothing is.
+
+    Guidance, temperature, top-k and top-p are what the bundle will recommend; where not given, what
+    the checkpoint says, or else the published ones.
     """
     with requires("export", "aim export"):
         from aim_export import export_bundle
+        from aim_export.bundle import check_sampling
+    settings = {
+        "cfg_scale": cfg_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    sampling = {name: value for name, value in settings.items() if value is not None}
+    with bad_arguments():
+        check_sampling(sampling)
     class_names = None if class_names_file is None else read_class_names(class_names_file)
     started = time.perf_counter()
     try:
-        bundle, parity = export_bundle(
-            ckpt,
-            out,
-            tokenizer=tokenizer,
-            precision=precision,
-            position_offset=position_offset,
-            class_names=class_names,
-            name=name,
-            description=description,
-            license=license_,
-            overwrite=overwrite,
-            report=None if quiet else lambda line: click.echo(line, err=True),
-        )
+        with late_bar("PyTorch, step by step", quiet=quiet) as progress:
+            bundle, parity = export_bundle(
+                ckpt,
+                out,
+                tokenizer=tokenizer,
+                precision=precision,
+                position_offset=position_offset,
+                class_names=class_names,
+                name=name,
+                description=description,
+                license=license_,
+                sampling=sampling,
+                extra_files=extra_files,
+                overwrite=overwrite,
+                report=None if quiet else lambda line: click.echo(line, err=True),
+                progress=progress,
+            )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
     if quiet:
@@ -111,6 +146,23 @@ def command(
     click.echo(parity_table(parity))
     click.echo()
     click.echo(fields([("bundle", f"{out} ({stored})"), ("time", took)]))
+
+
+@contextlib.contextmanager
+def late_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears with the first (done, in all) and goes once all is done."""
+    with contextlib.ExitStack() as bar:
+        show: Show | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal show
+            if show is None:
+                show = bar.enter_context(progress_bar(label, total, quiet=quiet))
+            show(done)
+            if done == total:
+                bar.close()
+
+        yield progress
 
 
 def read_class_names(path: Path) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -16,10 +17,18 @@ from onnx import ModelProto
 from aim_export.decoder import lower_decoder
 from aim_export.graph import Precision, write_graph
 from aim_export.lowering import lower_prologue, lower_step, next_name, state_shapes
-from aim_export.parity import ParityReport, check_parity
-from aim_runtime import Bundle, Manifest, __version__, write_bundle
+from aim_export.parity import ParityReport, Progress, check_parity
+from aim_runtime import Bundle, BundleError, Manifest, __version__, write_bundle
 from aim_runtime.bundle import check_target
-from aim_runtime.manifest import GraphSpec, ModelCard, SamplingDefaults, StatePair, TensorSpec
+from aim_runtime.manifest import (
+    GraphSpec,
+    ModelCard,
+    SamplingDefaults,
+    StatePair,
+    TensorSpec,
+    is_plain_file_name,
+    sampling_from_json,
+)
 from aim_training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
@@ -29,6 +38,7 @@ PUBLISHED_POSITION_OFFSET = 1
 #: The published sampling settings, for checkpoints that bring none.
 PUBLISHED_SAMPLING = SamplingDefaults(cfg_scale=4.0, temperature=1.0, top_k=600, top_p=0.98)
 
+_GRAPHS = ("prologue", "step", "decoder")
 _DTYPES = {1: "float32", 2: "uint8", 7: "int64"}
 
 #: Called with one line for the user whenever something is decided or begins.
@@ -50,8 +60,11 @@ def export_bundle(
     name: str | None = None,
     description: str | None = None,
     license: str | None = None,
+    sampling: SamplingDefaults | Mapping[str, float] | None = None,
+    extra_files: Sequence[str | Path] = (),
     overwrite: bool = False,
     report: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Bundle, ParityReport]:
     """Lower a checkpoint, hold the result against it, and write the bundle if it agrees.
 
@@ -66,16 +79,22 @@ def export_bundle(
         name: the bundle's name; None takes the checkpoint file's stem.
         description: a sentence or two for the model card; None takes the checkpoint's.
         license: licence of the weights; None takes the checkpoint's.
+        sampling: settings to recommend; a mapping may name some of them only. The others are the
+            checkpoint's, or else the published ones.
+        extra_files: put into the bundle as they are, such as the texts of licences.
         overwrite: replace a bundle that is already there.
         report: told, line by line, what is being done and decided.
+        progress: told (steps done, steps in all) while the bundle is compared with PyTorch.
 
     Returns:
         The bundle and what the parity check measured.
 
     Raises:
         CheckpointError: the checkpoint or the tokenizer cannot be read.
-        ExportError: the two do not belong together, the class names do not fit, or the graphs do
-            not compute what the checkpoint computes. Nothing is written then.
+        ExportError: the two do not belong together, the class names do not fit, an extra file
+            cannot go into a bundle, or the graphs do not compute what the checkpoint computes.
+            Nothing is written then.
+        ValueError: an argument is out of range.
         aim_runtime.BundleError: ``out`` is taken or cannot be written.
     """
     say = report or (lambda line: None)
@@ -83,6 +102,10 @@ def export_bundle(
         raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
     if position_offset not in (None, 0, 1):
         raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
+    chosen = asdict(sampling) if isinstance(sampling, SamplingDefaults) else dict(sampling or {})
+    check_sampling(chosen)
+    included = [Path(path) for path in extra_files]
+    _check_extra_files(included)
     out = Path(out).absolute()
     check_target(out, overwrite)
 
@@ -99,12 +122,15 @@ def export_bundle(
         )
     names = _class_names(class_names, source, config.num_classes, say)
     metadata = source.metadata
+    recommended = replace(_sampling(metadata), **chosen)
 
     # Beside the target, since a whole model may not fit where temporary files usually go.
     existing = next(parent for parent in out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as scratch:
         graphs_dir, draft_dir = Path(scratch, "graphs"), Path(scratch, "bundle")
         graphs_dir.mkdir()
+        for path in included:
+            shutil.copyfile(path, graphs_dir / path.name)
         specs = {}
         for graph, lower in (
             ("prologue", lambda: lower_prologue(model)),
@@ -140,7 +166,7 @@ def export_bundle(
             ),
             graphs=specs,
             state=tuple(StatePair(state, next_name(state)) for state in state_shapes(config)),
-            sampling=_sampling(metadata),
+            sampling=recommended,
             class_names=tuple(names),
             precision=precision,
             provenance={
@@ -154,7 +180,7 @@ def export_bundle(
         )
         draft = write_bundle(manifest, graphs_dir, draft_dir)
         say(f"comparing {config.num_tokens} steps with PyTorch")
-        parity = check_parity(model, vq, draft)
+        parity = check_parity(model, vq, draft, progress=progress)
         if parity.failures:
             raise ExportError(
                 f"the graphs do not compute what {source.path.name} computes, so nothing was "
@@ -217,16 +243,43 @@ def _class_names(
     return [f"class-{index}" for index in range(classes)]
 
 
-def _sampling(metadata: dict[str, Any]) -> SamplingDefaults:
+def check_sampling(settings: Mapping[str, float]) -> None:
+    """Refuse settings that a bundle cannot recommend; some may be missing.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+    try:
+        sampling_from_json(asdict(PUBLISHED_SAMPLING) | dict(settings))
+    except BundleError as error:
+        raise ValueError(str(error).removeprefix("the manifest's ")) from error
+
+
+def _sampling(metadata: Mapping[str, Any]) -> SamplingDefaults:
     found = metadata.get("sampling")
     if found is None:
         return PUBLISHED_SAMPLING
     try:
-        return SamplingDefaults(**found)
-    except TypeError as error:
-        raise CheckpointError(f"the checkpoint's sampling settings are not usable: {error}") from (
-            error
-        )
+        return sampling_from_json(found)
+    except BundleError as error:
+        reason = str(error).removeprefix("the manifest's ")
+        raise CheckpointError(f"the checkpoint's settings cannot be used: {reason}") from error
+
+
+def _check_extra_files(paths: Sequence[Path]) -> None:
+    taken = {f"{graph}.{part}" for graph in _GRAPHS for part in ("onnx", "weights")}
+    for path in paths:
+        if not path.is_file():
+            raise ExportError(f"{path} cannot go into the bundle: there is no such file")
+        if not is_plain_file_name(path.name):
+            raise ExportError(
+                f"{path} cannot go into the bundle: its name must have letters, digits and ._- "
+                "only, and not be manifest.json"
+            )
+        # Not all systems tell large letters from small ones.
+        if path.name.lower() in taken:
+            raise ExportError(f"{path} cannot go into the bundle: it holds a {path.name} already")
+        taken.add(path.name.lower())
 
 
 def _decoder_parameters(vq: VQTokenizer) -> int:

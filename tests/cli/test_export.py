@@ -53,6 +53,7 @@ def test_export_reports_parity_and_the_bundle_draws(
     done = cli(
         *("export", "--ckpt", checkpoint, "--out", "made", "--class-names", "names.txt"),
         *("--name", "numbers", "--license", "CC0", "--description", "Draws numbers."),
+        *("--cfg-scale", 1.5, "--top-k", 8, "--include", "names.txt"),
     )
     assert done.exit_code == 0
     assert "parity over 9 steps, 2 images" in done.stdout
@@ -65,6 +66,9 @@ def test_export_reports_parity_and_the_bundle_draws(
     assert shown["license"] == "CC0"
     assert shown["description"] == "Draws numbers."
     assert shown["class_names"] == ["one", "two", "three"]
+    assert shown["sampling"] == {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 8, "top_p": 0.98}
+    assert (folder / "made" / "names.txt").read_text() == "one\ntwo\nthree\n"
+    assert "names.txt" in shown["files"]
     assert shown["provenance"]["parity"]["token_agreement"] == 1
     assert cli("generate", "--bundle", "made", "-c", "two").exit_code == 0
     assert (folder / "aim-images" / "two_seed0.png").exists()
@@ -122,6 +126,8 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, folder: Path, kind: str, wo
         (["--out", "made", "--class-names", "nowhere"], "'nowhere' does not exist"),
         (["--out", "made", "--class-names", "one.txt"], "the model has 3 classes"),
         (["--out", "made", "--class-names", "binary"], "not a text file"),
+        (["--out", "made", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--out", "made", "--include", "nowhere"], "no such file"),
         (["--out", "mine"], "mine"),
         (["--out", "one.txt"], "one.txt"),
     ],

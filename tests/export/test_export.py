@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from aim_export import ExportError, export_bundle
-from aim_export.bundle import imagenet_class_names
+from aim_export.bundle import PUBLISHED_SAMPLING, imagenet_class_names
 from aim_runtime import BundleError, Generator
+from aim_runtime.manifest import SamplingDefaults
 from aim_training.checkpoint import load_checkpoint, save_checkpoint
 
 from .conftest import Exported, Golden
@@ -50,6 +53,58 @@ def test_offset_of_our_own_checkpoint_is_kept(golden: Golden, tmp_path: Path) ->
     assert bundle.manifest.class_names[3] == "kind 3"
 
 
+def test_sampling_and_extra_files_go_into_the_bundle(golden: Golden, tmp_path: Path) -> None:
+    licence = tmp_path / "LICENSES.md"
+    licence.write_text("Free for all.")
+    steps: list[tuple[int, int]] = []
+    bundle, parity = export_bundle(
+        golden.checkpoint,
+        tmp_path / "out",
+        sampling={"cfg_scale": 2.5, "top_k": 0},
+        extra_files=[licence],
+        progress=lambda *step: steps.append(step),
+    )
+    assert bundle.manifest.sampling == replace(PUBLISHED_SAMPLING, cfg_scale=2.5, top_k=0)
+    assert bytes(bundle.read("LICENSES.md")) == b"Free for all."
+    assert steps == [(step + 1, parity.steps) for step in range(parity.steps)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"top_p": 0.0}, r"top_p is 0"),
+        ({"temperature": -1.0}, r"temperature is -1"),
+        ({"top_k": 2.5}, r"top_k is 2\.5"),
+        ({"guidance": 2.0}, "unknown key 'guidance'"),
+        (SamplingDefaults(float("nan"), 1.0, 0, 1.0), "cfg_scale is nan"),
+    ],
+)
+def test_impossible_sampling_is_refused_before_anything_is_read(
+    sampling: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_bundle(tmp_path / "nowhere", tmp_path / "out", sampling=sampling)
+
+
+def test_extra_files_that_cannot_go_into_a_bundle(tmp_path: Path) -> None:
+    for name in ("two words.md", "manifest.json", "Step.onnx", "a.md"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "A.md").write_text("text")
+    for names, message in (
+        (["two words.md"], "letters, digits"),
+        (["manifest.json"], r"manifest\.json"),
+        (["Step.onnx"], "already"),
+        (["a.md", "other/A.md"], "already"),
+        (["nothing.md"], "no such file"),
+        (["other"], "no such file"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export_bundle(
+                tmp_path / "nowhere", tmp_path / "out", extra_files=[tmp_path / n for n in names]
+            )
+
+
 def test_half_precision_halves_the_weights(golden: Golden, tmp_path: Path) -> None:
     half, parity = export_bundle(golden.checkpoint, tmp_path / "half", precision="fp16")
     card = half.manifest.model
@@ -75,6 +130,13 @@ def test_graphs_are_checker_clean_and_the_scan_is_one_node_a_layer(exported: Exp
             assert len(scans) == layers
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in scans[0].attribute}
             assert attributes == {"plugin_namespace": b"aim", "aot": 1}
+
+
+def test_graphs_tell_nothing_of_the_machine_that_made_them(exported: Exported) -> None:
+    for spec in exported.bundle.manifest.graphs.values():
+        graph = bytes(exported.bundle.read(spec.file))
+        assert b".py" not in graph
+        assert b"site-packages" not in graph
 
 
 def test_rows_restart_on_their_own(exported: Exported) -> None:
