@@ -56,5 +56,18 @@ def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
         exporter_log.setLevel(level)
     assert program is not None  # nothing is returned only where a file was asked for
     model: ModelProto = program.model_proto
+    _forget_tracing(model)
     model.producer_name = "aim-runtime"
     return model
+
+
+def _forget_tracing(model: ModelProto) -> None:
+    """Drop what the exporter notes beside every node: stack traces with the paths of the machine
+    it ran on, nine tenths of the file and no business of whoever opens it."""
+    for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for initializer in model.graph.initializer:
+        initializer.ClearField("metadata_props")
+        initializer.ClearField("doc_string")
+    model.graph.ClearField("value_info")
