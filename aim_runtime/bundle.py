@@ -303,9 +303,16 @@ def write_bundle(
 def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a place that :func:`write_bundle` would not write to, before work is spent on it.
 
-    Raises BundleError when `out` is no folder, holds other things, or holds a bundle and
-    `overwrite` is not set.
+    Raises BundleError when `out` is no folder, lies under a file or in a folder that cannot be
+    written, holds other things, or holds a bundle and `overwrite` is not set.
     """
+    out = Path(os.path.abspath(out))
+    # Bundles are made beside the target and renamed.
+    existing = next(parent for parent in out.parents if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise BundleError(f"cannot write the bundle {out}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BundleError(f"cannot write the bundle {out}: no permission to write to {existing}")
     try:
         if not os.path.lexists(out):
             return

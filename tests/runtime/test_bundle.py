@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from aim_runtime import Bundle, BundleError, Generator, write_bundle
+from aim_runtime.bundle import check_target
 
 from .tiny_bundle import copy_bundle, rehash, tiny_manifest, zip_bundle
 
@@ -319,8 +321,19 @@ def test_a_manifest_that_could_not_be_read_is_not_written(source: Path, tmp_path
 
 def test_an_unwritable_place(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="cannot write the bundle"):
-        write_bundle(tiny_manifest(), source, tmp_path / "file" / "out")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "new" / "out"):
+        with pytest.raises(BundleError, match=r"cannot write the bundle .*file is not a folder"):
+            write_bundle(tiny_manifest(), source, out)
+
+
+def test_a_place_without_permission_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not by chmod: a superuser may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(BundleError, match=f"no permission to write to {re.escape(str(tmp_path))}"):
+        check_target(tmp_path / "new" / "out", False)
+    assert listing(tmp_path) == []
 
 
 def test_files_that_cannot_go_into_a_bundle(source: Path, tmp_path: Path) -> None:
