@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,18 +35,12 @@ def run(train: Callable[[Options], Path], options_class: type[Options], values: 
     """Train with the options given; returns the trained weights.
 
     Raises:
-        UsageError: an option is out of range, alone or for this data.
+        UsageError: an option is out of range.
         Interrupted: Ctrl-C; what to do next is its message.
     """
     with bad_arguments():
         options = options_class(**values)
     try:
         return train(options)
-    except ValueError as error:
-        # Some options can be checked only against the data; those messages begin with the name.
-        names = (field.name for field in dataclasses.fields(options_class))  # type: ignore[arg-type]
-        if str(error).split(" ")[0] in names:
-            raise click.UsageError(str(error)) from error
-        raise
     except KeyboardInterrupt as error:
         raise Interrupted(str(error) or "interrupted before the first step") from error

@@ -11,6 +11,7 @@ generator states and a resumed run continues exactly as the killed one would hav
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -170,16 +171,46 @@ class Task(ABC):
         """Takes up what :meth:`extra_state` gave."""
 
 
-def make_accelerator(options: TrainingOptions) -> Accelerator:
-    """The process group and device of this run; refuses a run folder that cannot be written.
+@contextlib.contextmanager
+def run_folder(out: Path) -> Iterator[None]:
+    """Makes the run folder; if what follows fails before it wrote anything, takes it away again.
 
     Raises:
-        TrainingError: the run folder cannot be made, or there is no GPU to compile for.
+        TrainingError: it cannot be made.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"cannot write to the run folder {out}: {error}") from error
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty, or another process was faster
+            for path in made:
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def options_that_fit() -> Iterator[None]:
+    """A ValueError inside is about options that do not fit each other, the data or the devices.
+
+    Raises:
+        TrainingError: instead of it.
     """
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"cannot write to the run folder {options.out}: {error}") from error
+        yield
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def make_accelerator(options: TrainingOptions) -> Accelerator:
+    """The process group and device of this run.
+
+    Raises:
+        TrainingError: there is no GPU to compile for.
+    """
     # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
     accelerator = Accelerator(mixed_precision="no")
     if options.compile and accelerator.device.type != "cuda":

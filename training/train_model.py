@@ -20,7 +20,16 @@ from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
 from aim_training.data import BatchOrder, Crop, ImageFolder
-from aim_training.loop import Learner, Task, TrainingError, autocast, make_accelerator, train
+from aim_training.loop import (
+    Learner,
+    Task,
+    TrainingError,
+    autocast,
+    make_accelerator,
+    options_that_fit,
+    run_folder,
+    train,
+)
 from aim_training.model import AiM
 from aim_training.options import ModelTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
@@ -40,16 +49,18 @@ def train_model(options: ModelTrainingOptions) -> Path:
     Raises:
         CheckpointError: the tokenizer cannot be read.
         DataError: the images cannot be used.
-        TrainingError: the run folder holds another run, or training diverged.
+        TrainingError: the options do not fit, the run folder holds another run or cannot be
+            written, or training diverged.
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    accelerator = make_accelerator(options)
     # The state-space sums run in float32 even under bf16; TF32 is precise enough for training.
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        torch.manual_seed(options.seed)
-        return train(ModelTask(options, accelerator), options, accelerator)
+        with run_folder(options.out):
+            accelerator = make_accelerator(options)
+            torch.manual_seed(options.seed)
+            return train(ModelTask(options, accelerator), options, accelerator)
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -97,22 +108,38 @@ class ModelTask(Task):
             )
         factor = tokenizer.config.downsampling
         if options.size % factor:
-            raise ValueError(
+            raise TrainingError(
                 f"size is {options.size}; a token of this tokenizer covers {factor} pixels, so it "
                 f"must be a multiple of {factor}"
             )
         self.tokenizer: VQTokenizer = channels_last(tokenizer.to(self.device))
         self.tokenizer.requires_grad_(False)
         self.folder = ImageFolder.scan(options.data)
+        held_out = None
+        if options.val_data is not None:
+            held_out = ImageFolder.scan(options.val_data, self.folder.class_names)
+        with options_that_fit():
+            config = model_config(
+                options,
+                tokenizer.config.codebook_size,
+                len(self.folder.class_names),
+                (options.size // factor) ** 2,
+            )
+            self.order = BatchOrder(
+                len(self.folder),
+                options.batch_size,
+                options.seed,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
         crop = Crop(options.size, options.resize_factor, options.flip)
         request = CodeRequest(self.folder, crop, options.variants, options.seed)
         self.codes = self._codes("train", request)
         self.held_out: CodeBatch | None = None
-        if options.val_data is not None:
-            folder = ImageFolder.scan(options.val_data, self.folder.class_names)
-            codes = self._codes("val", CodeRequest(folder, crop, 0, 0))
+        if held_out is not None:
+            codes = self._codes("val", CodeRequest(held_out, crop, 0, 0))
             self.held_out = CodeBatch(
-                torch.from_numpy(codes[0].astype(np.int64)), torch.from_numpy(folder.labels)
+                torch.from_numpy(codes[0].astype(np.int64)), torch.from_numpy(held_out.labels)
             )
         self.labels = torch.from_numpy(self.folder.labels).to(self.device)
         self.resident: Tensor | None = None
@@ -120,19 +147,6 @@ class ModelTask(Task):
             # PyTorch gathers no uint16, so the bits travel as int16.
             signed = np.array(self.codes).view(f"i{self.codes.itemsize}")
             self.resident = torch.from_numpy(signed).to(self.device)  # (variants, images, T)
-        self.order = BatchOrder(
-            len(self.folder),
-            options.batch_size,
-            options.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        config = model_config(
-            options,
-            tokenizer.config.codebook_size,
-            len(self.folder.class_names),
-            self.codes.shape[-1],
-        )
         network = AiM(config, dropout=options.dropout).initialise()
         self.model = Learner(network, accelerator, options, average=True)
         self.learners = {"model": self.model}

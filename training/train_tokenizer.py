@@ -25,7 +25,15 @@ from aim_training.discriminator import (
     feature_loss,
     generator_loss,
 )
-from aim_training.loop import Learner, Task, autocast, make_accelerator, train
+from aim_training.loop import (
+    Learner,
+    Task,
+    autocast,
+    make_accelerator,
+    options_that_fit,
+    run_folder,
+    train,
+)
 from aim_training.losses import edge_loss, load_perceptual, pixel_loss
 from aim_training.options import TokenizerTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
@@ -46,12 +54,14 @@ def train_tokenizer(options: TokenizerTrainingOptions) -> Path:
 
     Raises:
         DataError: the images cannot be used.
-        TrainingError: the run folder holds another run, or training diverged.
+        TrainingError: the options do not fit, the run folder holds another run or cannot be
+            written, or training diverged.
         TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    accelerator = make_accelerator(options)
-    torch.manual_seed(options.seed)
-    return train(TokenizerTask(options, accelerator), options, accelerator)
+    with run_folder(options.out):
+        accelerator = make_accelerator(options)
+        torch.manual_seed(options.seed)
+        return train(TokenizerTask(options, accelerator), options, accelerator)
 
 
 def tokenizer_config(options: TokenizerTrainingOptions) -> TokenizerConfig:
@@ -84,22 +94,25 @@ class TokenizerTask(Task):
         self.options = options
         self.accelerator = accelerator
         self.device = accelerator.device
-        config = tokenizer_config(options)
         crop = Crop(options.size, options.resize_factor, options.flip)
         self.folder = ImageFolder.scan(options.data)
+        held_out = None
+        if options.val_data is not None:
+            held_out = ImageFolder.scan(options.val_data, self.folder.class_names)
+        with options_that_fit():
+            config = tokenizer_config(options)
+            self.order = BatchOrder(
+                len(self.folder),
+                options.batch_size,
+                options.seed,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
         self.images = self._open(self.folder, crop)
         self.held_out = None
-        if options.val_data is not None:
-            folder = ImageFolder.scan(options.val_data, self.folder.class_names)
-            self.held_out_count = min(len(folder), _EVALUATED)
-            self.held_out = self._open(folder, crop)
-        self.order = BatchOrder(
-            len(self.folder),
-            options.batch_size,
-            options.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        if held_out is not None:
+            self.held_out_count = min(len(held_out), _EVALUATED)
+            self.held_out = self._open(held_out, crop)
         tokenizer = channels_last(VQTokenizer(config))
         self.tokenizer = Learner(tokenizer, accelerator, options, average=True)
         self.learners = {"tokenizer": self.tokenizer}

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from aim_training.checkpoint import load_checkpoint
+from aim_training.checkpoint import CheckpointError, load_checkpoint
+from aim_training.data import DataError
 from aim_training.loop import TrainingError, TrainingInterrupted, rate_fraction
 from aim_training.options import (
     ModelTrainingOptions,
@@ -272,8 +273,33 @@ def test_a_tokenizer_is_needed(squares: Path, tokenizer: Path, tmp_path: Path) -
         data=squares, out=tmp_path / "b", tokenizer=model, steps=1, **TINY_MODEL
     )
     assert train_model(options).is_file()
-    with pytest.raises(ValueError, match="multiple of 4"):
-        train_model(dataclasses.replace(options, size=30))
+    options = dataclasses.replace(options, out=tmp_path / "new" / "run")
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"size": 30}, TrainingError, "size is 30.* multiple of 4"),
+        ({"head_dim": 48}, TrainingError, "head_dim 48"),
+        ({"data": tmp_path / "nowhere"}, DataError, "not a folder"),
+        ({"val_data": tmp_path / "nowhere"}, DataError, "not a folder"),
+        ({"tokenizer": tmp_path / "nowhere"}, CheckpointError, "no checkpoint"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            train_model(dataclasses.replace(options, **change))
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(squares: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "data" / "only"
+    broken.mkdir(parents=True)
+    (broken / "0.png").write_bytes(b"no picture")
+    for data, size, error, message in (
+        (tmp_path / "nowhere", 32, DataError, "not a folder"),
+        (squares, 33, TrainingError, "size is 33"),
+        (broken.parent, 32, DataError, "cannot be read as an image"),
+    ):
+        changes = {**TINY_TOKENIZER, "data": data, "size": size}
+        with pytest.raises(error, match=message):
+            train_tokenizer(TokenizerTrainingOptions(out=tmp_path / "new" / "run", **changes))
+        assert not (tmp_path / "new").exists()
 
 
 def test_an_unwritable_run_folder_is_one_sentence(squares: Path, tmp_path: Path) -> None:
