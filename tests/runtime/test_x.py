@@ -1,5 +1,0 @@
-from .tiny_bundle import VOCAB
-
-
-def test():
-    assert VOCAB == 16
