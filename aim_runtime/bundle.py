@@ -30,6 +30,11 @@ _MAX_ZIP_RATIO = 100
 _ZIP_RATIO_FREE_BYTES = 64 << 20
 
 
+def models_dir() -> Path:
+    """The folder of the models that are installed with the package."""
+    return Path(__file__).parent / "models"
+
+
 class Bundle:
     """An opened bundle: its manifest is checked, its files exist and have the right sizes.
 
@@ -43,11 +48,19 @@ class Bundle:
         self.manifest_sha256 = manifest_sha256
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str] | None = None) -> Bundle:
         """Open the bundle at `path`, a folder or a .zip file, with cheap checks only.
 
-        Raises BundleError when it is not a bundle, or one that is unsafe, incomplete or too new.
+        None opens the model that is installed with the package. Raises BundleError when there is
+        no bundle, or one that is unsafe, incomplete or too new.
         """
+        if path is None:
+            path = models_dir() / "emoji"
+            if not path.is_dir():
+                raise BundleError(
+                    "this installation of aim-runtime has no model in the box; "
+                    "give the path of a bundle"
+                )
         source = _source(Path(path))
         text = source.manifest_bytes()
         try:

@@ -15,25 +15,25 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import difflib
-import operator
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aim_runtime.arguments import whole_number
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import Engine, load_engine
-from aim_runtime.errors import AimError, BundleError, RequestCancelled
+from aim_runtime.errors import AimError, RequestCancelled
 from aim_runtime.manifest import Manifest
 from aim_runtime.noise import uniforms
+from aim_runtime.plan import BatchPlan, check_memory_limit, plan_batches
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 from aim_runtime.version import __version__
 
@@ -48,41 +48,12 @@ UNDECIDED_GRAY = 128
 
 MAX_SEED = 2**64 - 1
 
-# The decoder's working memory in bytes for each pixel of the image. Measured on the published
-# tokenizer (256x256): 243 MB, that is eight activations of 128 float32 channels at full resolution.
-_DECODER_BYTES_PER_PIXEL = 8 * 128 * 4
-# Inside a step, one layer's state exists in up to this many intermediate copies.
-_STATE_TEMPORARIES = 3
-# The sampler's copies of one image's scores: guided float32, weights, their order and sums.
-_SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
 # In progress, decoding an image counts as the T tokens over this: a guess, the true share of the
 # time varies with the model.
 _DECODING_SHARE = 4
 
 ClassLike = int | str
 Progress = Callable[[int, int], None]
-
-
-def models_dir() -> Path:
-    """The folder of the models that are installed with the package."""
-    return Path(__file__).parent / "models"
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a request is split to stay within the memory limit.
-
-    Attributes:
-        batch_size: Images advanced together.
-        batches: How many such batches run, one after another.
-        bytes_per_image: Working memory that each image of a batch takes.
-        total: Working memory of the whole request, the decoder's included, on top of the model.
-    """
-
-    batch_size: int
-    batches: int
-    bytes_per_image: int
-    total: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +140,7 @@ class Generator:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, *, memory_limit_mb: float = 512) -> None:
-        number = isinstance(memory_limit_mb, (int, float)) and not isinstance(memory_limit_mb, bool)
-        if not number or not 0 < memory_limit_mb < float("inf"):
-            raise ValueError(f"memory_limit_mb is {memory_limit_mb!r}; it must be a number above 0")
+        check_memory_limit(memory_limit_mb)
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.backend = engine.backend
@@ -208,14 +177,7 @@ class Generator:
             ValueError: An argument is out of range.
         """
         if threads is not None:
-            threads = _whole_number("threads", threads, 1, 1024)
-        if path is None:
-            path = models_dir() / "emoji"
-            if not path.is_dir():
-                raise BundleError(
-                    "this installation of aim-runtime has no model in the box; "
-                    "give the path of a bundle"
-                )
+            threads = whole_number("threads", threads, 1, 1024)
         bundle = Bundle.open(path)
         engine = load_engine(bundle, backend=backend, device=device, threads=threads)
         return cls(bundle, engine, memory_limit_mb=memory_limit_mb)
@@ -262,40 +224,14 @@ class Generator:
                     f"give one of the numbers {', '.join(map(str, found))}"
                 )
             return found[0]
-        return _whole_number("class", class_, 0, len(names) - 1, "or a class name")
+        return whole_number("class", class_, 0, len(names) - 1, "or a class name")
 
     def plan(self, n: int, cfg_scale: float | None = None) -> BatchPlan:
         """How `n` images are batched within the memory limit, and the memory that takes.
 
-        An image's share is, for each of its rows (two with guidance): the state twice (old and
-        new), three copies of the largest state tensor inside the step, conditioning and scores;
-        plus the sampler's copies of its scores. The decoder adds 4 KiB a pixel for the one image
-        it works on. All are estimates of the peak, without the model itself and the results.
-        Raises ValueError when not even one image fits.
+        See `plan_batches`, which needs no engine. Raises ValueError when not even one image fits.
         """
-        n = _whole_number("n", n, 1, 2**31)
-        options = self.sampling.replace(cfg_scale=cfg_scale)
-        manifest, model = self.manifest, self.manifest.model
-        states = [manifest.graphs["step"].input(pair.input) for pair in manifest.state]
-        row = (
-            2 * manifest.state_bytes_per_row
-            + _STATE_TEMPORARIES * max(spec.bytes_per_row for spec in states)
-            + sum(spec.bytes_per_row for spec in manifest.conditioning)
-            + 4 * model.vocab_size
-        )
-        rows = 1 if options.cfg_scale in (0, 1) else 2
-        image = rows * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
-        decoder = _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
-        largest = int((self._memory_limit_mb * 2**20 - decoder) // image)
-        if largest < 1:
-            needed = -(-(image + decoder) // 2**20)
-            raise ValueError(
-                f"memory_limit_mb is {self._memory_limit_mb!r}; one image of this model "
-                f"needs {needed}: give memory_limit_mb={needed} or more"
-            )
-        batches = -(-n // largest)
-        size = -(-n // batches)  # even batches: the last is not a small rest
-        return BatchPlan(size, batches, image, size * image + decoder)
+        return plan_batches(self.manifest, n, cfg_scale, self._memory_limit_mb)
 
     def generate(
         self,
@@ -374,7 +310,7 @@ class Generator:
         Its tokens and images are those of `generate`. Arguments are checked by the call itself;
         the work is done as the previews are asked for, and closing the iterator stops it.
         """
-        every = _whole_number("every", every, 1, 2**31)
+        every = whole_number("every", every, 1, 2**31)
         request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
         return self._previews(request, every, cancel)
 
@@ -443,7 +379,7 @@ class Generator:
             raise ValueError("classes is empty; it must name at least one class")
         class_ids = np.array([self.class_index(item) for item in wanted], np.int64)
         n = len(wanted)
-        seed = _whole_number("seed", seed, 0, MAX_SEED - (n - 1))
+        seed = whole_number("seed", seed, 0, MAX_SEED - (n - 1))
         options = self.sampling.replace(
             cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
@@ -522,17 +458,6 @@ def _batches(request: _Request) -> Iterator[tuple[int, int]]:
 def _check_cancel(cancel: threading.Event | None) -> None:
     if cancel is not None and cancel.is_set():
         raise RequestCancelled("the request was cancelled")
-
-
-def _whole_number(name: str, value: Any, low: int, high: int, also: str = "") -> int:
-    try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = low - 1
-    if not low <= number <= high:
-        allowed = " ".join(filter(None, [f"a whole number from {low} to {high}", also]))
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
-    return number
 
 
 def _pil_images(array: NDArray[np.uint8]) -> list[Image]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +13,6 @@ from aim_cli.terminal import fields, table
 
 if TYPE_CHECKING:
     from aim_runtime import BatchPlan, Bundle
-    from aim_runtime.engine import Engine
 
 _REQUESTS = (1, 16, 64)
 _FLOAT32_BYTES = 4
@@ -30,12 +28,8 @@ def command(path: Path | None, classes: bool, as_json: bool) -> None:
 
     BUNDLE is a folder or a .zip; without it, the model in the box. Nothing in it is executed.
     """
-    from aim_runtime import Bundle, BundleError, models_dir
+    from aim_runtime import Bundle
 
-    if path is None:
-        path = models_dir() / "emoji"
-        if not path.is_dir():
-            raise BundleError("this installation has no model in the box; give a bundle's path")
     bundle = Bundle.open(path)
     if as_json:
         click.echo(json.dumps(as_dict(bundle), indent=2, ensure_ascii=False))
@@ -51,12 +45,10 @@ def memory_plans(bundle: Bundle) -> dict[int, BatchPlan]:
 
     An image may alone exceed the default limit: then nothing is returned.
     """
-    from aim_runtime import Generator
+    from aim_runtime import plan_batches
 
-    # Planning reads the manifest only, so no engine is loaded for it.
-    generator = Generator(bundle, cast("Engine", SimpleNamespace(backend="")))
     try:
-        return {n: generator.plan(n) for n in _REQUESTS}
+        return {n: plan_batches(bundle.manifest, n) for n in _REQUESTS}
     except ValueError:
         return {}
 

@@ -133,7 +133,7 @@ def test_bad_arguments(
 def test_a_memory_limit_below_one_image(
     cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.generator._DECODER_BYTES_PER_PIXEL", 2**20)
+    monkeypatch.setattr("aim_runtime.plan._DECODER_BYTES_PER_PIXEL", 2**20)
     refused(cli("generate", "--bundle", bundle, "--memory-limit", 1), "memory_limit_mb")
     assert tree(folder) == set()
 

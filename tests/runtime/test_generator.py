@@ -19,6 +19,7 @@ from aim_runtime import (
     Result,
     SamplingOptions,
     models_dir,
+    plan_batches,
 )
 from aim_runtime.engine import Conditioning, Engine, Rows, load_engine
 from aim_runtime.noise import uniforms
@@ -361,6 +362,14 @@ def test_the_plan_is_kept_and_fits_the_limit(tiny: Path, spy: SpyEngine) -> None
     assert small.plan(101, 3).batches > 1
 
 
+def test_a_manifest_is_enough_to_plan(tiny: Path, generator: Generator) -> None:
+    manifest = Bundle.open(tiny).manifest
+    for n, cfg_scale in ((1, None), (300, 1.0), (300, 3.0)):
+        assert plan_batches(manifest, n, cfg_scale) == generator.plan(n, cfg_scale)
+    with pytest.raises(ValueError, match="memory_limit_mb is 0"):
+        plan_batches(manifest, 1, memory_limit_mb=0)
+
+
 def test_a_limit_too_small_for_one_image_says_what_is_needed(
     tiny: Path, generator: Generator
 ) -> None:
@@ -499,9 +508,10 @@ def test_scores_that_are_not_finite_are_an_error_not_an_image(
 def test_no_model_in_the_box_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.generator.models_dir", lambda: tmp_path)
-    with pytest.raises(BundleError, match="no model in the box"):
-        Generator.load()
+    monkeypatch.setattr("aim_runtime.bundle.models_dir", lambda: tmp_path)
+    for load in (Generator.load, Bundle.open):
+        with pytest.raises(BundleError, match="no model in the box"):
+            load()
 
 
 def test_models_dir_lies_in_the_package() -> None:

@@ -1,0 +1,84 @@
+"""How much memory a request takes, and how it is split to stay within a limit.
+
+All of it follows from the manifest: nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aim_runtime.arguments import whole_number
+from aim_runtime.manifest import Manifest
+from aim_runtime.sampling import SamplingOptions
+
+# The decoder's working memory in bytes for each pixel of the image. Measured on the published
+# tokenizer (256x256): 243 MB, that is eight activations of 128 float32 channels at full resolution.
+_DECODER_BYTES_PER_PIXEL = 8 * 128 * 4
+# Inside a step, one layer's state exists in up to this many intermediate copies.
+_STATE_TEMPORARIES = 3
+# The sampler's copies of one image's scores: guided float32, weights, their order and sums.
+_SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a request is split to stay within the memory limit.
+
+    Attributes:
+        batch_size: Images advanced together.
+        batches: How many such batches run, one after another.
+        bytes_per_image: Working memory that each image of a batch takes.
+        total: Working memory of the whole request, the decoder's included, on top of the model.
+    """
+
+    batch_size: int
+    batches: int
+    bytes_per_image: int
+    total: int
+
+
+def plan_batches(
+    manifest: Manifest, n: int, cfg_scale: float | None = None, memory_limit_mb: float = 512
+) -> BatchPlan:
+    """How `n` images are batched within `memory_limit_mb` MiB, and the memory that takes.
+
+    An image's share is, for each of its rows (two with guidance): the state twice (old and
+    new), three copies of the largest state tensor inside the step, conditioning and scores;
+    plus the sampler's copies of its scores. The decoder adds 4 KiB a pixel for the one image
+    it works on. All are estimates of the peak, without the model itself and the results.
+
+    `cfg_scale` is as in `SamplingOptions`; None takes the bundle's default.
+    Raises ValueError for arguments out of range, or when not even one image fits.
+    """
+    n = whole_number("n", n, 1, 2**31)
+    check_memory_limit(memory_limit_mb)
+    defaults = SamplingOptions(cfg_scale=manifest.sampling.cfg_scale)
+    options = defaults.replace(cfg_scale=cfg_scale)
+    model = manifest.model
+    states = [manifest.graphs["step"].input(pair.input) for pair in manifest.state]
+    row = (
+        2 * manifest.state_bytes_per_row
+        + _STATE_TEMPORARIES * max(spec.bytes_per_row for spec in states)
+        + sum(spec.bytes_per_row for spec in manifest.conditioning)
+        + 4 * model.vocab_size
+    )
+    rows = 1 if options.cfg_scale in (0, 1) else 2
+    image = rows * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
+    decoder = _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
+    largest = int((memory_limit_mb * 2**20 - decoder) // image)
+    if largest < 1:
+        needed = -(-(image + decoder) // 2**20)
+        raise ValueError(
+            f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+            f"needs {needed}: give memory_limit_mb={needed} or more"
+        )
+    batches = -(-n // largest)
+    size = -(-n // batches)  # even batches: the last is not a small rest
+    return BatchPlan(size, batches, image, size * image + decoder)
+
+
+def check_memory_limit(memory_limit_mb: float) -> None:
+    """Raises ValueError unless `memory_limit_mb` is a finite number above 0."""
+    number = isinstance(memory_limit_mb, (int, float)) and not isinstance(memory_limit_mb, bool)
+    if not number or not 0 < memory_limit_mb < float("inf"):
+        raise ValueError(f"memory_limit_mb is {memory_limit_mb!r}; it must be a number above 0")
