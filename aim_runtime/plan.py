@@ -62,8 +62,7 @@ def plan_batches(
         + sum(spec.bytes_per_row for spec in manifest.conditioning)
         + 4 * model.vocab_size
     )
-    rows = 1 if options.cfg_scale in (0, 1) else 2
-    image = rows * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
+    image = options.rows_per_image * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
     decoder = _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
     largest = int((memory_limit_mb * 2**20 - decoder) // image)
     if largest < 1:

@@ -46,6 +46,11 @@ class SamplingOptions:
             raise ValueError(f"top_p is {self.top_p!r}; it must be a number above 0, up to 1")
         put(self, "top_k", _count("top_k", self.top_k))
 
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that the model must advance for one image (see `row_classes`)."""
+        return 1 if self.cfg_scale in (0, 1) else 2
+
     def replace(self, **overrides: Any) -> SamplingOptions:
         """These options with those overrides that are not None."""
         given = {name: value for name, value in overrides.items() if value is not None}

@@ -111,7 +111,7 @@ class GraphBuilder:
         )
 
 
-def write_graph(model: ModelProto, directory: Path, name: str, precision: Precision) -> list[Path]:
+def write_graph(model: ModelProto, directory: Path, name: str, precision: Precision) -> None:
     """Write ``name.onnx`` and ``name.weights``, then let the ONNX checker judge them.
 
     Args:
@@ -120,9 +120,6 @@ def write_graph(model: ModelProto, directory: Path, name: str, precision: Precis
         name: stem of both files.
         precision: ``fp16`` stores large matrices in half precision and casts them where they are
             used. Engines fold those casts when they load, so arithmetic stays in float32.
-
-    Returns:
-        The two paths.
     """
     if precision == "fp16":
         _store_half(model)
@@ -137,7 +134,6 @@ def write_graph(model: ModelProto, directory: Path, name: str, precision: Precis
             stream.write(raw)
     graph_file.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(graph_file), full_check=True)
-    return [graph_file, weights_file]
 
 
 def _point_to(tensor: TensorProto, location: str, offset: int, length: int) -> None:
@@ -164,19 +160,19 @@ def _store_half(model: ModelProto) -> None:
             half_name = f"{tensor.name}/half"
             halved[tensor.name] = half_name
             tensor.CopyFrom(numpy_helper.from_array(full.astype(np.float16), half_name))
-    casts, nodes = {}, []
+    cast: set[str] = set()
+    nodes = []
     for node in graph.node:
         if node.op_type == "Gather" and node.input[0] in halved:
             # Look rows up in half precision and cast only those.
             node.input[0] = halved[node.input[0]]
             result, node.output[0] = node.output[0], f"{node.output[0]}/half"
-            cast = _cast_to_float(node.output[0], result)
-            nodes += [node, cast]
+            nodes += [node, _cast_to_float(node.output[0], result)]
             continue
         for name in node.input:
-            if name in halved and name not in casts:
-                casts[name] = _cast_to_float(halved[name], name)
-                nodes.append(casts[name])
+            if name in halved and name not in cast:
+                cast.add(name)
+                nodes.append(_cast_to_float(halved[name], name))
         nodes.append(node)
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_export.decoder import Pictures
@@ -97,7 +98,6 @@ def check_parity(
     model: AiM,
     tokenizer: VQTokenizer,
     bundle: Bundle,
-    backend: str = "cpu",
     progress: Progress | None = None,
 ) -> ParityReport:
     """Climb the ladder with two images of two classes, guidance on.
@@ -106,26 +106,24 @@ def check_parity(
         model: the checkpoint's network.
         tokenizer: its tokenizer.
         bundle: what was made of them.
-        backend: the engine to hold against PyTorch.
         progress: told after each step of the PyTorch model.
     """
     config, manifest = model.config, bundle.manifest
-    engine = load_engine(bundle, backend=backend, device="auto", threads=None)
+    engine = load_engine(bundle, backend="cpu")
     generator = Generator(bundle, engine)
     offset = manifest.model.position_offset
     classes = np.unique([0, config.num_classes - 1]).astype(np.int64)
     options = generator.sampling
-    if options.cfg_scale in (0, 1):  # both halves of the guidance must be looked at
+    if options.rows_per_image == 1:  # both halves of the guidance must be looked at
         options = options.replace(cfg_scale=2.0)
 
     rows = torch.from_numpy(row_classes(classes, options.cfg_scale, config.num_classes))
-    tokens, row_logits = _draw(model, rows, len(classes), offset, options, progress)
+    noise = uniforms(range(len(classes)), config.num_tokens)
+    tokens, row_logits, reference = _draw(model, rows, noise, offset, options, progress)
     row_tokens = tokens.repeat(len(rows) // len(classes), 1)  # (R, T)
     whole = model(row_tokens, rows, position_offset=offset)  # (R, T, V)
-    reference = _guided(row_logits, len(classes), options)  # (N, T, V)
 
     forced = generator.logits(tokens.numpy(), classes.tolist(), cfg_scale=options.cfg_scale)
-    noise = _noise(len(classes), config.num_tokens)
     drawn = np.stack(
         [sample(forced[:, s], noise[:, s], options) for s in range(config.num_tokens)], axis=1
     )
@@ -146,38 +144,27 @@ def check_parity(
 def _draw(
     model: AiM,
     rows: Tensor,
-    images: int,
+    noise: NDArray[np.float64],
     offset: int,
     options: SamplingOptions,
     progress: Progress | None,
-) -> tuple[Tensor, Tensor]:
-    """Draw step by step: tokens (N, T) and the logits of every row (R, T, V)."""
+) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
+    """Draw with noise (N, T): tokens (N, T), logits of every row (R, T, V), guided (N, T, V)."""
+    images, steps = noise.shape
     conditioning, state = model.prologue(rows), model.init_state(len(rows))
     token = torch.zeros(len(rows), dtype=torch.int64)
-    noise = _noise(images, model.config.num_tokens)
-    tokens, logits = [], []
-    for step in range(model.config.num_tokens):
+    tokens, logits, guided = [], [], []
+    for step in range(steps):
         position = torch.full_like(token, step)
         scores, state = model.step(token, position, conditioning, state, offset)
-        guided = guide(scores.numpy(), images, options.cfg_scale)
-        drawn = torch.from_numpy(sample(guided, noise[:, step], options))
+        guided.append(guide(scores.numpy(), images, options.cfg_scale))
+        drawn = torch.from_numpy(sample(guided[-1], noise[:, step], options))
         token = drawn.repeat(len(rows) // images)
         tokens.append(drawn)
         logits.append(scores)
         if progress is not None:
-            progress(step + 1, model.config.num_tokens)
-    return torch.stack(tokens, 1), torch.stack(logits, 1)
-
-
-def _noise(images: int, steps: int) -> np.ndarray:
-    return uniforms(range(images), steps)
-
-
-def _guided(row_logits: Tensor, images: int, options: SamplingOptions) -> np.ndarray:
-    steps = row_logits.shape[1]
-    return np.stack(
-        [guide(row_logits[:, s].numpy(), images, options.cfg_scale) for s in range(steps)], axis=1
-    )
+            progress(step + 1, steps)
+    return torch.stack(tokens, 1), torch.stack(logits, 1), np.stack(guided, 1)
 
 
 def _relative_error(ours: np.ndarray, reference: np.ndarray) -> float:

@@ -80,6 +80,12 @@ class Learner(Generic[Network]):
         self.grad_clip = options.grad_clip
         self._accelerator = accelerator
 
+    @property
+    def averaged(self) -> Network:
+        """The average of the network, in evaluation mode; for learners made to keep one."""
+        assert self.ema is not None
+        return self.ema.module
+
     def update(self, loss: Tensor) -> Tensor:
         """One step down the gradient of ``loss``; returns the gradient's norm before clipping."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -63,29 +63,23 @@ class TrainingOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in [
-            "size",
-            "steps",
-            "batch_size",
-            "log_every",
-            "eval_every",
-            "sample_every",
-            "save_every",
-        ]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ["warmup_steps", "weight_decay", "workers", "resident_limit_mb", "seed"]:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        counts = ("size", "steps", "batch_size")
+        intervals = ("log_every", "eval_every", "sample_every", "save_every")
+        self._at_least(1, *counts, *intervals)
+        self._at_least(0, "warmup_steps", "weight_decay", "workers", "resident_limit_mb", "seed")
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        if self.resize_factor < 1:
-            raise ValueError(f"resize_factor is {self.resize_factor}; it must be 1 or more")
+        self._at_least(1, "resize_factor")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes is {self.max_minutes}; it must be above 0")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +116,15 @@ class TokenizerTrainingOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in [
+        self._at_least(
+            0,
             "commitment_weight",
             "edge_weight",
             "perceptual_weight",
             "discriminator_weight",
             "feature_weight",
             "revive_every",
-        ]:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        )
         if self.discriminator_weight and self.size < 32:
             raise ValueError(
                 f"size is {self.size}; the discriminator needs 32 or more (discriminator_weight 0 "
@@ -169,9 +162,7 @@ class ModelTrainingOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ["variants", "sample_count"]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        self._at_least(1, "variants", "sample_count")
         for name in ("class_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")

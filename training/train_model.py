@@ -113,6 +113,8 @@ class ModelTask(Task):
                 f"must be a multiple of {factor}"
             )
         self.tokenizer: VQTokenizer = channels_last(tokenizer.to(self.device))
+        # Part of every checkpoint's fingerprint, and the tokenizer never changes: hashed once.
+        self.tokenizer_sha256 = weights_digest(self.tokenizer)
         self.tokenizer.requires_grad_(False)
         self.folder = ImageFolder.scan(options.data)
         held_out = None
@@ -206,7 +208,7 @@ class ModelTask(Task):
         """Bits a token of the held-out images given their class, and without it."""
         if self.held_out is None:
             return {}
-        model = self._averaged()
+        model = self.model.averaged
         share = max(1, self.options.batch_size // self.accelerator.num_processes)
         known = unknown = 0.0
         parts = zip(*(part.split(share) for part in self.held_out), strict=True)
@@ -227,14 +229,10 @@ class ModelTask(Task):
     @torch.no_grad()
     def picture(self) -> Image.Image:
         """Images of classes spread over all, drawn with guidance."""
-        model, count = self._averaged(), self.options.sample_count
+        model, count = self.model.averaged, self.options.sample_count
         spread = torch.linspace(0, model.config.num_classes - 1, count, device=self.device)
         codes = sample(model, spread.round().long(), self.options.sample_guidance, seed=0)
         return contact_sheet(self.tokenizer.decode(codes), columns=math.ceil(math.sqrt(count)))
-
-    def _averaged(self) -> AiM:
-        assert self.model.ema is not None
-        return self.model.ema.module
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -245,7 +243,7 @@ class ModelTask(Task):
             "seed": self.options.seed,
             "variants": self.options.variants,
             "data_digest": self.folder.digest,
-            "tokenizer_sha256": weights_digest(self.tokenizer),
+            "tokenizer_sha256": self.tokenizer_sha256,
         }
 
     def export(self, facts: Mapping[str, Any]) -> Path:
@@ -257,8 +255,8 @@ class ModelTask(Task):
                 "training": recipe(self.options) | dict(facts),
                 "image_size": self.options.size,
                 "data_digest": self.folder.digest,
-                "tokenizer_sha256": weights_digest(self.tokenizer),
+                "tokenizer_sha256": self.tokenizer_sha256,
             }
-            save_checkpoint(path, self._averaged(), self.tokenizer, metadata)
+            save_checkpoint(path, self.model.averaged, self.tokenizer, metadata)
         self.accelerator.wait_for_everyone()
         return path

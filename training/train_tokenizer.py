@@ -259,7 +259,7 @@ class TokenizerTask(Task):
         """PSNR and absolute error on centre crops in bytes, and the share of codes they use."""
         if self.held_out is None:
             return {}
-        network = self._averaged()
+        network = self.tokenizer.averaged
         used = torch.zeros_like(self.logged_use)
         psnr, absolute, count = 0.0, 0.0, 0
         index = np.arange(self.held_out_count)
@@ -287,15 +287,11 @@ class TokenizerTask(Task):
             source, count = self.held_out, self.held_out_count
         index = np.unique(np.linspace(0, count - 1, _SHOWN).astype(np.int64))
         (batch,) = source.batches([centre_draws(index)])
-        network = self._averaged()
+        network = self.tokenizer.averaged
         drawn = network.decode(network.encode(batch))
         rows = [row for pair in zip(batch.split(8), drawn.split(8), strict=True) for row in pair]
         rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 8 - len(row)), value=1.0) for row in rows]
         return contact_sheet(torch.cat(rows), columns=8)
-
-    def _averaged(self) -> VQTokenizer:
-        assert self.tokenizer.ema is not None
-        return self.tokenizer.ema.module
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -318,7 +314,7 @@ class TokenizerTask(Task):
                 "image_size": self.options.size,
                 "data_digest": self.folder.digest,
             }
-            save_checkpoint(path, tokenizer=self._averaged(), metadata=metadata)
+            save_checkpoint(path, tokenizer=self.tokenizer.averaged, metadata=metadata)
         self.accelerator.wait_for_everyone()
         return path
 
