@@ -19,7 +19,9 @@ from typing import Any
 from aim_runtime.errors import BundleError
 
 FORMAT = "aim-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format that is read. 2 is 1 and `engines/`: only bundles with engine files say 2."""
+ENGINES_FOLDER = "engines"
 GRAPHS = ("prologue", "step", "decoder")
 ROWS = "rows"
 """The one symbolic dimension: how many rows are in flight. It leads every tensor."""
@@ -170,8 +172,13 @@ class Manifest:
         return _manifest(_parse(text))
 
     def to_json(self) -> str:
-        """The manifest as stable, indented JSON that ends in a newline."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        """The manifest as stable, indented JSON that ends in a newline.
+
+        It gives the lowest format version that has all it holds, so that older runtimes read what
+        they can run.
+        """
+        version = 1 if all(is_plain_file_name(name) for name in self.files) else 2
+        head = {"format": FORMAT, "format_version": version}
         body = head | dataclasses.asdict(self)
         return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -187,8 +194,14 @@ class Manifest:
 
 
 def is_plain_file_name(name: str) -> bool:
-    """Whether `name` may name a file of a bundle: ASCII letters, digits, "._-", no folder."""
+    """Whether `name` may name a file at a bundle's top: ASCII letters, digits, "._-", no folder."""
     return _FILE_NAME.fullmatch(name) is not None and name.lower() != "manifest.json"
+
+
+def is_engine_file_name(name: str) -> bool:
+    """Whether `name` is "engines/ENGINE/FILE" with a plain ENGINE and FILE: that depth exactly."""
+    folder, *rest = name.split("/")
+    return folder == ENGINES_FOLDER and len(rest) == 2 and all(map(is_plain_file_name, rest))
 
 
 # -- JSON to values -------------------------------------------------------------------------------
@@ -341,7 +354,7 @@ def _manifest(value: Any) -> Manifest:
         ),
         precision=_choice(top["precision"], "precision", ("fp32", "fp16")),
         provenance=_provenance(top["provenance"]),
-        files=_files(top["files"]),
+        files=_files(top["files"], version),
     )
     _check_consistency(manifest)
     return manifest
@@ -467,12 +480,13 @@ def _provenance(value: Any) -> dict[str, Any]:
     return value
 
 
-def _files(value: Any) -> dict[str, FileEntry]:
+def _files(value: Any, version: int) -> dict[str, FileEntry]:
     if not isinstance(value, dict):
         raise _wrong("files", value, "an object")
     files = {}
     for name, entry in value.items():
-        _file_name(name, "files key")
+        if version < 2 or not is_engine_file_name(name):
+            _file_name(name, "files key")
         where = f"files[{name!r}]"
         found = _object(entry, where, ("sha256", "size"))
         files[name] = FileEntry(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aim_runtime import Bundle, BundleError, Generator, write_bundle
-from aim_runtime.bundle import check_target
+from aim_runtime.bundle import add_engine, check_target
 
 from .tiny_bundle import copy_bundle, rehash, tiny_manifest, zip_bundle
 
@@ -133,6 +133,18 @@ def test_links_stay_inside(copy: Path, tmp_path: Path) -> None:
     assert "manifest.json is a link that leads outside" in refused(copy)
 
 
+def test_links_to_engine_folders_stay_inside(source: Path, tmp_path: Path) -> None:
+    draft = engine_draft(source, tmp_path)
+    for name in ("engines", "engines/cuda"):
+        out = tmp_path / name.replace("/", "-")
+        write_bundle(tiny_manifest(), draft, out)
+        outside = tmp_path / f"outside-{out.name}"
+        shutil.move(out / name, outside)
+        (out / name).symlink_to(outside)
+        message = refused(out)
+        assert "engines/cuda/constants.bin is a link that leads outside the bundle" in message
+
+
 def test_a_bundle_reached_through_a_link_works(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny)
     assert Generator.load(tmp_path / "link").generate([0]).tokens.shape == (1, 9)
@@ -233,6 +245,116 @@ def test_write_lists_every_file(source: Path, tmp_path: Path) -> None:
     assert len(bundle.manifest.files) == 7
     assert listing(tmp_path / "new") == ["out"]
     assert listing(tmp_path / "new" / "out") == sorted([*bundle.manifest.files, "manifest.json"])
+
+
+def engine_draft(source: Path, tmp_path: Path) -> Path:
+    """Loose files of a bundle with an engine's."""
+    draft = copy_bundle(source, tmp_path / "draft")
+    (draft / "engines" / "cuda").mkdir(parents=True)
+    (draft / "engines" / "cuda" / "plan-fp16.json").write_text("{}")
+    (draft / "engines" / "cuda" / "constants.bin").write_bytes(b"123")
+    return draft
+
+
+def test_engine_files_lie_two_folders_deep(source: Path, tmp_path: Path) -> None:
+    bundle = write_bundle(tiny_manifest(), engine_draft(source, tmp_path), tmp_path / "out")
+    bundle.verify()
+    assert bytes(bundle.read("engines/cuda/constants.bin")) == b"123"
+    assert json.loads((bundle.path / "manifest.json").read_text())["format_version"] == 2
+    packed = Bundle.open(zip_bundle(bundle.path, tmp_path / "x.zip"))
+    packed.verify()
+    assert packed.manifest == bundle.manifest
+    assert Generator.load(bundle.path, backend="cpu").generate([0]).tokens.shape == (1, 9)
+    again = write_bundle(bundle.manifest, bundle.path, tmp_path / "again")
+    assert again.manifest_sha256 == bundle.manifest_sha256
+
+
+@pytest.mark.parametrize(
+    "name", ["engines/x", "engines/cuda/a b", "engines/cuda/deep/x", "engines/.hidden/x", "other/x"]
+)
+def test_folders_that_cannot_go_into_a_bundle(source: Path, tmp_path: Path, name: str) -> None:
+    draft = engine_draft(source, tmp_path)
+    (draft / name).parent.mkdir(parents=True, exist_ok=True)
+    (draft / name).write_text("x")
+    with pytest.raises(BundleError, match="cannot go into a bundle"):
+        write_bundle(tiny_manifest(), draft, tmp_path / "out")
+    assert listing(tmp_path) == ["draft"]
+
+
+def test_an_engine_is_added_to_a_bundle(copy: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    (engine / "plan.json").write_text("first")
+    (copy / "notes.txt").write_text("mine")
+    bundle = add_engine(copy, "cuda", engine)
+    bundle.verify()
+    assert bytes(bundle.read("engines/cuda/plan.json")) == b"first"
+    add_engine(copy, "tensorrt-11", engine)
+    (engine / "plan.json").rename(engine / "other.json")
+    (engine / "other.json").write_text("second")
+    bundle = add_engine(copy, "cuda", engine)
+    bundle.verify()
+    assert sorted(bundle.manifest.files)[2:4] == [
+        "engines/cuda/other.json",
+        "engines/tensorrt-11/plan.json",
+    ]
+    assert listing(copy / "engines") == ["cuda", "tensorrt-11"]
+    assert listing(copy / "engines" / "cuda") == ["other.json"]
+    assert (copy / "notes.txt").read_text() == "mine"
+    assert not [name for name in listing(copy) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("where", ["_copy", "_replace", "_write_manifest"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_an_interrupted_addition_leaves_a_bundle(
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    failure: BaseException,
+) -> None:
+    import aim_runtime.bundle as module
+
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    (engine / "plan.json").write_text("first")
+    add_engine(copy, "cuda", engine)
+    (engine / "plan.json").write_text("second")
+    real, calls = getattr(module, where), []
+
+    def fails(*args: object) -> object:
+        calls.append(args)
+        if where == "_write_manifest" and len(calls) == 1:
+            return real(*args)  # the one without the engine; the one with it fails
+        raise failure
+
+    monkeypatch.setattr(module, where, fails)
+    expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else BundleError
+    with pytest.raises(expected):
+        add_engine(copy, "cuda", engine)
+    bundle = Bundle.open(copy)
+    bundle.verify()
+    has_engine = "engines/cuda/plan.json" in bundle.manifest.files
+    assert has_engine == (where == "_copy")
+    assert not [name for name in listing(copy) if name.startswith(".")]
+    monkeypatch.undo()
+    assert bytes(add_engine(copy, "cuda", engine).read("engines/cuda/plan.json")) == b"second"
+
+
+def test_where_an_engine_cannot_be_added(copy: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    with pytest.raises(BundleError, match="added to a bundle folder; unpack it first"):
+        add_engine(zip_bundle(copy, tmp_path / "x.zip"), "cuda", engine)
+    for name in ("", "..", "a/b", ".cuda"):
+        with pytest.raises(BundleError, match="cannot name an engine"):
+            add_engine(copy, name, engine)
+    with pytest.raises(BundleError, match=r"cannot write to the bundle .*: No such file"):
+        add_engine(copy, "cuda", tmp_path / "absent")
+    (copy / "engines").symlink_to(tmp_path)
+    with pytest.raises(BundleError, match="leads outside the bundle"):
+        add_engine(copy, "engine", engine)
+    assert listing(engine) == []
 
 
 def test_write_never_replaces_without_being_told(source: Path, tmp_path: Path) -> None:

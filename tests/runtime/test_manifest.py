@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from aim_runtime import BundleError, Manifest
-from aim_runtime.manifest import FORMAT_VERSION, ModelCard, TensorSpec, is_plain_file_name
+from aim_runtime.manifest import (
+    FORMAT_VERSION,
+    ModelCard,
+    TensorSpec,
+    is_engine_file_name,
+    is_plain_file_name,
+)
 
 from .tiny_bundle import tiny_manifest
 
@@ -54,6 +60,35 @@ def test_the_json_is_what_the_format_says(document: dict[str, Any]) -> None:
     ]
     assert document["state"][0] == {"input": "ssm_state_0", "output": "next_ssm_state_0"}
     assert set(document["files"]["step.onnx"]) == {"sha256", "size"}
+
+
+def test_only_a_bundle_with_engine_files_needs_format_2(document: dict[str, Any]) -> None:
+    """Runtimes that know format 1 alone read whatever has no such files."""
+    entry = document["files"]["step.onnx"]
+    document["files"]["engines/cuda/plan-fp16.json"] = entry
+    assert "files key is 'engines/cuda/plan-fp16.json'" in refused(document)
+    document["format_version"] = 2
+    manifest = Manifest.from_json(json.dumps(document))
+    assert json.loads(manifest.to_json()) == document
+    del document["files"]["engines/cuda/plan-fp16.json"]
+    assert '"format_version": 1' in Manifest.from_json(json.dumps(document)).to_json()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["engines/cuda", "engines/a/b/c", "engines/../x", "engines/a/..", "engines//x", "Engines/a/b"],
+)
+def test_format_2_allows_no_other_folders(document: dict[str, Any], name: str) -> None:
+    document["format_version"] = 2
+    document["files"][name] = document["files"]["step.onnx"]
+    assert f"files key is {name!r}" in refused(document)
+
+
+def test_a_graph_lies_at_the_top(document: dict[str, Any]) -> None:
+    document["format_version"] = 2
+    document["files"]["engines/cuda/step.onnx"] = document["files"]["step.onnx"]
+    document["graphs"]["step"]["file"] = "engines/cuda/step.onnx"
+    assert "graphs.step.file is 'engines/cuda/step.onnx'" in refused(document)
 
 
 def test_names_in_any_language_survive() -> None:
@@ -267,6 +302,35 @@ def test_names_that_are_not_plain(name: str) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "Manifest.JSON", "x" * 129])
 def test_names_that_are_taken_or_too_long(name: str) -> None:
     assert not is_plain_file_name(name)
+
+
+@pytest.mark.parametrize("name", ["engines/cuda/plan.json", "engines/tensorrt-11.4-sm90/x"])
+def test_engine_names(name: str) -> None:
+    assert is_engine_file_name(name)
+    assert not is_plain_file_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plan.json",
+        "engines",
+        "engines/x",
+        "engines/x/",
+        "engines//x",
+        "/engines/a/b",
+        "engines/a/b/c",
+        "engines/../b",
+        "engines/a/..",
+        "engines/.a/b",
+        "engines/a/manifest.json",
+        "engines\\a\\b",
+        "others/a/b",
+        "engines/a/b\n",
+    ],
+)
+def test_names_that_are_no_engine_files(name: str) -> None:
+    assert not is_engine_file_name(name)
 
 
 def test_token_squares() -> None:

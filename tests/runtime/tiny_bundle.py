@@ -209,8 +209,8 @@ def write_tiny_bundle(out: Path) -> Path:
 def zip_bundle(folder: Path, path: Path) -> Path:
     """Pack the bundle `folder` into the .zip `path`."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, file.name)
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
     return path
 
 
