@@ -1,13 +1,27 @@
 """The one seam between the generator and whatever computes: engines, and how they are found.
 
-An engine runs the three graphs of a bundle. Arguments are checked here, once; a backend is one
-module in `aim_runtime.engines` that fills the hooks and two functions, `unavailable_reason()` and
-`load(bundle, device=, threads=)`.
+An engine draws the tokens of a batch (`draw`), turns tokens into pixels (`decode`) and says how
+many images it advances together (`plan`). What it must be able to do is to run the graphs of a
+bundle step by step (`prologue`, `start`, `Rows.step`); the loop over the steps, with guidance and
+sampler, is here for engines that have none of their own. Arguments are checked here, once.
+
+A backend is one module in `aim_runtime.engines` with an engine and two functions:
+
+    unavailable_reason(bundle=None) -> str | None
+        None if it can run here (and with this bundle), else one sentence: why not and what to do.
+        Cheap, and never raises.
+    load(bundle, *, device, threads, precision) -> Engine
+        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
+        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
 """
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import importlib
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +32,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.errors import BackendError
+from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.manifest import Manifest
+from aim_runtime.plan import BatchPlan, plan_batches
+from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 
 Conditioning = Mapping[str, Any]
 """What the prologue computed, by name; the values belong to the engine that made them."""
 
+
+@dataclass(frozen=True)
+class _Backend:
+    module: str
+    device: str  # what it runs on, "cpu" or "cuda"
+
+
 # Fastest first: the order in which "auto" tries them.
-_BACKENDS: Mapping[str, str] = {"cpu": "aim_runtime.engines.onnxruntime_cpu"}
+_BACKENDS: Mapping[str, _Backend] = {
+    "cpu": _Backend("aim_runtime.engines.onnxruntime_cpu", "cpu"),
+}
 
 
 class Rows(ABC):
@@ -68,13 +93,77 @@ class Rows(ABC):
 
 
 class Engine(ABC):
-    """A loaded bundle on one device. Shared by threads: whatever a request changes is in `Rows`."""
+    """A loaded bundle on one device. Shared by threads: whatever a request changes is its own.
+
+    Attributes:
+        backend: Its name.
+        device: Where it computes: "cpu", "cuda:0".
+        precision: What it computes in: "fp32", "fp16".
+        decode_batch: Images to decode in one call; an image's pixels must not depend on it.
+    """
 
     backend: str
     device: str
+    precision: str
+    decode_batch: int = 1
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+
+    def plan(
+        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
+    ) -> BatchPlan:
+        """How `n` images are batched on this engine, and the memory that takes on its device.
+
+        `cfg_scale` None takes the bundle's default, `memory_limit_mb` None the engine's.
+        Raises ValueError for arguments out of range, or when not even one image fits the limit
+        given; BackendError when the device has too little memory for one.
+        """
+        return plan_batches(self.manifest, n, cfg_scale, memory_limit_mb)
+
+    def draw(
+        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+    ) -> collections.abc.Generator[NDArray[np.int64]]:
+        """Draw the tokens of images that advance together.
+
+        `class_ids` (n,) are the images' classes, `noise` (n, T) the uniform numbers that decide
+        each token (see `aim_runtime.sampling`). Yields the next tokens of all images as they are
+        decided, in blocks (n, k) of k >= 1 steps that make T together; closing it stops the work
+        and frees the memory. Arguments are checked by the call itself.
+        Raises ValueError for arguments of another shape or out of range; on the way BackendError
+        when the backend fails or the scores are not finite.
+        """
+        model = self.manifest.model
+        _check_integers("class_ids", class_ids, None, model.num_classes)
+        if not len(class_ids):
+            raise ValueError("class_ids is empty; it must hold the class of at least one image")
+        shape = (len(class_ids), model.num_tokens)
+        if noise.dtype != np.float64 or noise.shape != shape:
+            raise ValueError(
+                f"noise is {noise.dtype} of shape {noise.shape}; it must be float64 of {shape}"
+            )
+        if not (noise.min() >= 0 and noise.max() < 1):  # a NaN is neither
+            raise ValueError("noise has values outside of 0 <= u < 1")
+        return self._draw(class_ids, noise, options)
+
+    def scores(
+        self, class_ids: NDArray[np.int64], tokens: NDArray[np.int64], cfg_scale: float
+    ) -> collections.abc.Generator[NDArray[np.float32]]:
+        """Advance images of `class_ids` (n,) together; yields each step's guided scores (n, V).
+
+        Column s of `tokens` (n, T) must hold the tokens of step s when the scores of step s + 1
+        are asked for. They are valid until then.
+        """
+        model = self.manifest.model
+        classes = row_classes(class_ids, cfg_scale, model.num_classes)  # (R,)
+        n, rows = len(class_ids), len(classes)
+        previous = np.zeros(rows, np.int64)
+        with self.start(rows, self.prologue(classes)) as state:
+            for step in range(model.num_tokens):
+                if step:
+                    previous = np.tile(tokens[:, step - 1], rows // n)  # (R,)
+                logits = state.step(previous, np.full(rows, step, np.int64))  # (R, V)
+                yield guide(logits, n, cfg_scale)  # (n, V)
 
     def prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         """What depends on the class alone, for rows of `class_ids` (rows,); C is "no class"."""
@@ -90,6 +179,19 @@ class Engine(ABC):
         model = self.manifest.model
         _check_integers("tokens", tokens, (len(tokens), model.num_tokens), model.vocab_size)
         return self._decode(tokens)
+
+    def _draw(
+        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+    ) -> collections.abc.Generator[NDArray[np.int64]]:
+        """`draw` with checked arguments: the loop on the host, one step a block.
+
+        Engines that draw on their device replace it, and nothing returns to the host meanwhile.
+        """
+        tokens = np.zeros(noise.shape, np.int64)  # (n, T)
+        with contextlib.closing(self.scores(class_ids, tokens, options.cfg_scale)) as steps:
+            for step, scores in enumerate(steps):
+                tokens[:, step] = sample(scores, noise[:, step], options)
+                yield tokens[:, step : step + 1].copy()
 
     @abstractmethod
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
@@ -127,36 +229,97 @@ class BackendStatus:
     reason: str
 
 
-def available_backends() -> list[BackendStatus]:
-    """Every backend this version knows, fastest first, with what keeps it from running."""
-    reasons = {name: _module(name).unavailable_reason() for name in _BACKENDS}
-    return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
+def available_backends(bundle: Bundle | None = None) -> list[BackendStatus]:
+    """Every backend this version knows, fastest first, with what keeps it from running.
+
+    With a `bundle`, from running that bundle.
+    """
+    return [_status(name, bundle) for name in _BACKENDS]
+
+
+def require_backend(name: str, bundle: Bundle | None = None) -> None:
+    """Raises BackendError unless there is a backend `name` that can run here (and `bundle`)."""
+    if name not in _BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
+        raise BackendError(f"backend is {name!r}; it may be {known}")
+    status = _status(name, bundle)
+    if not status.available:
+        raise BackendError(f"backend {name!r} cannot run here: {status.reason}")
 
 
 def load_engine(
-    bundle: Bundle, *, backend: str = "auto", device: str = "auto", threads: int | None = None
+    bundle: Bundle,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "auto",
 ) -> Engine:
     """Load `bundle` into the fastest backend that works here, or into the one named.
 
+    `device` is "auto", "cpu", "cuda" or "cuda:N"; with `backend` "auto" it narrows the choice.
+    `precision` is what the arithmetic is done in; "auto" leaves it to the backend.
+
+    Under "auto" a backend that should run here but fails is passed over with a RuntimeWarning.
     Raises BackendError when the backend is unknown or cannot run, BundleError when it refuses the
     bundle's graphs.
     """
-    statuses = {status.name: status for status in available_backends()}
-    if backend == "auto":
-        chosen = next((status for status in statuses.values() if status.available), None)
-        if chosen is None:
-            reasons = "; ".join(f"{item.name}: {item.reason}" for item in statuses.values())
-            raise BackendError(f"no backend can run here ({reasons})")
-    elif backend in statuses:
-        chosen = statuses[backend]
-    else:
-        known = ", ".join(repr(name) for name in ("auto", *statuses))
-        raise BackendError(f"backend is {backend!r}; it may be {known}")
-    if not chosen.available:
-        raise BackendError(f"backend {chosen.name!r} cannot run here: {chosen.reason}")
-    engine: Engine = _module(chosen.name).load(bundle, device=device, threads=threads)
+    kind = _device_kind(device)
+    options: dict[str, Any] = {"device": device, "threads": threads, "precision": precision}
+    if backend != "auto":
+        require_backend(backend, bundle)
+        if kind not in ("auto", _BACKENDS[backend].device):
+            raise BackendError(
+                f"device is {device!r}; the {backend} backend runs on "
+                f"{_BACKENDS[backend].device!r} only"
+            )
+        return _load(backend, bundle, options)
+
+    names = [name for name, entry in _BACKENDS.items() if kind in ("auto", entry.device)]
+    reasons: list[str] = []
+    failed: tuple[str, BackendError | BundleError] | None = None
+    for name in names:
+        status = _status(name, bundle)
+        if not status.available:
+            reasons.append(f"{name}: {status.reason}")
+            continue
+        if failed is not None:
+            warnings.warn(
+                f"backend {failed[0]!r} failed ({failed[1]}); going on with {name!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        try:
+            return _load(name, bundle, options)
+        except (BackendError, BundleError) as error:
+            failed = name, error
+    if failed is not None:
+        raise failed[1]
+    where = "here" if kind == "auto" else f"on {device!r}"
+    raise BackendError(f"no backend can run {where} ({'; '.join(reasons)})")
+
+
+def cuda_index(device: str) -> int:
+    """The number of the GPU that a checked `device` means: 0 for "auto" and "cuda"."""
+    return int(device.partition(":")[2] or 0)
+
+
+def _device_kind(device: str) -> str:
+    found = re.fullmatch(r"auto|cpu|(cuda)(:\d{1,3})?", device, re.ASCII)
+    if found is None:
+        raise BackendError(f"device is {device!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:1'")
+    return found[1] or found[0]
+
+
+def _status(name: str, bundle: Bundle | None) -> BackendStatus:
+    reason = _module(name).unavailable_reason(bundle)
+    return BackendStatus(name, reason is None, reason or "")
+
+
+def _load(name: str, bundle: Bundle, options: dict[str, Any]) -> Engine:
+    engine: Engine = _module(name).load(bundle, **options)
     return engine
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(_BACKENDS[name])
+    return importlib.import_module(_BACKENDS[name].module)

@@ -1,13 +1,13 @@
 """The Generator: classes in, images out.
 
-One inner loop (`Generator._draw`) advances a request token by token; `generate` drains it, `stream`
-looks at it on the way. A request owns its rows, tokens and noise, the generator itself never
-changes, so any number of threads may use one generator, and a request that was cancelled, abandoned
-or failed leaves nothing behind.
+One inner loop (`Generator._draw`) advances a request by the blocks of tokens that its engine
+decides, on a CPU step by step; `generate` drains it, `stream` looks at it on the way. A request
+owns its rows, tokens and noise, the generator itself never changes, so any number of threads may
+use one generator, and a request that was cancelled, abandoned or failed leaves nothing behind.
 
 Image i of a request uses the seed `seed + i` and depends on (bundle, class, that seed, options)
-only. Images are decoded one at a time, which keeps the decoder's memory small and makes an image's
-pixels independent of its batch.
+only. Images are decoded as many at a time as the engine asks for. On a CPU that is one, which keeps
+the decoder's memory small and makes an image's pixels independent of its batch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from aim_runtime.engine import Engine, load_engine
 from aim_runtime.errors import AimError, RequestCancelled
 from aim_runtime.manifest import Manifest
 from aim_runtime.noise import uniforms
-from aim_runtime.plan import BatchPlan, check_memory_limit, plan_batches
-from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
+from aim_runtime.plan import BatchPlan, check_memory_limit
+from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Result:
     options: SamplingOptions
     seconds: float
     backend: str
+    precision: str
     bundle: str
     """Name of the bundle."""
     bundle_sha256: str
@@ -93,6 +94,7 @@ class Result:
             "bundle": self.bundle,
             "bundle_sha256": self.bundle_sha256,
             "backend": self.backend,
+            "precision": self.precision,
             "version": __version__,
         }
 
@@ -135,15 +137,25 @@ class _Request:
 class Generator:
     """A loaded bundle that draws images. Thread-safe.
 
-    `memory_limit_mb` bounds what one request takes on top of the model (see `plan`); requests that
-    run at the same time each take their own.
+    `memory_limit_mb` bounds what one request takes on top of the model (see `plan`), None leaves it
+    to the engine; requests that run at the same time each take their own.
+
+    Attributes:
+        backend: Name of the backend that computes.
+        device: Where it computes: "cpu", "cuda:0".
+        precision: What it computes in: "fp32", "fp16".
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, *, memory_limit_mb: float = 512) -> None:
-        check_memory_limit(memory_limit_mb)
+    def __init__(
+        self, bundle: Bundle, engine: Engine, *, memory_limit_mb: float | None = None
+    ) -> None:
+        if memory_limit_mb is not None:
+            check_memory_limit(memory_limit_mb)
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.backend = engine.backend
+        self.device = engine.device
+        self.precision = engine.precision
         self.class_names = bundle.manifest.class_names
         defaults = bundle.manifest.sampling
         self.sampling = SamplingOptions(
@@ -159,17 +171,23 @@ class Generator:
         *,
         backend: str = "auto",
         device: str = "auto",
+        precision: str = "auto",
         threads: int | None = None,
-        memory_limit_mb: float = 512,
+        memory_limit_mb: float | None = None,
     ) -> Generator:
         """Load the bundle at `path` (a folder or a .zip), or the model installed with the package.
 
         Args:
             path: The bundle; None for the model in the box.
             backend: "auto" for the fastest that works here, or the name of one.
-            device: Where the backend runs; "auto" leaves it to the backend.
+            device: Where to run: "cpu", "cuda" or "cuda:1"; "auto" leaves it to the backend.
+            precision: What to compute in, such as "fp32" or "fp16", as far as backend and bundle
+                have it; "auto" leaves it to the backend.
             threads: CPU threads; None for all cores this process may use.
-            memory_limit_mb: Working memory of one request, in MiB; longer ones are split.
+            memory_limit_mb: Working memory of one request, in MiB; longer ones are split. None
+                means 512 on a CPU and most of what is free on a GPU.
+
+        A backend that should work but fails is passed over under "auto", with a RuntimeWarning.
 
         Raises:
             BundleError: The bundle is missing, damaged, unsafe or too new.
@@ -179,7 +197,9 @@ class Generator:
         if threads is not None:
             threads = whole_number("threads", threads, 1, 1024)
         bundle = Bundle.open(path)
-        engine = load_engine(bundle, backend=backend, device=device, threads=threads)
+        engine = load_engine(
+            bundle, backend=backend, device=device, threads=threads, precision=precision
+        )
         return cls(bundle, engine, memory_limit_mb=memory_limit_mb)
 
     def close(self) -> None:
@@ -229,9 +249,11 @@ class Generator:
     def plan(self, n: int, cfg_scale: float | None = None) -> BatchPlan:
         """How `n` images are batched within the memory limit, and the memory that takes.
 
-        See `plan_batches`, which needs no engine. Raises ValueError when not even one image fits.
+        On a CPU the plan is that of `plan_batches`, which needs no engine.
+        Raises ValueError when not even one image fits, BackendError when a GPU has too little
+        memory for one.
         """
-        return plan_batches(self.manifest, n, cfg_scale, self._memory_limit_mb)
+        return self._open_engine().plan(n, cfg_scale, self._memory_limit_mb)
 
     def generate(
         self,
@@ -255,8 +277,9 @@ class Generator:
             top_k: As in `SamplingOptions`; None takes the bundle's default.
             top_p: As in `SamplingOptions`; None takes the bundle's default.
             progress: Called after each step and after each decoded image with (work done, work in
-                all). A token counts 1; once all are drawn, decoding an image counts T / 4 more.
-            cancel: Once set, the request ends at the next step or image with RequestCancelled.
+                all). A token counts 1; once all are drawn, decoding an image counts T / 4 more. An
+                engine on a GPU may take several steps, or decode several images, at a time.
+            cancel: Once set, the request ends before the next of these with RequestCancelled.
 
         Raises:
             ValueError: An argument is out of range, or one image exceeds the memory limit.
@@ -273,22 +296,25 @@ class Generator:
                 progress(done, tokens.size + len(tokens) * decoding)
 
         with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
-            for done in steps:
+            for _, done in steps:
                 report(done)
-        images = []
-        for row in tokens:  # one at a time: see the top of this file
+        model = self.manifest.model
+        images = np.empty((len(tokens), model.image_height, model.image_width, 3), np.uint8)
+        for start in range(0, len(tokens), request.engine.decode_batch):
             _check_cancel(cancel)
-            images.append(request.engine.decode(row[None]))  # (1, height, width, 3)
-            report(tokens.size + len(images) * decoding)
+            stop = min(start + request.engine.decode_batch, len(tokens))
+            images[start:stop] = request.engine.decode(tokens[start:stop])
+            report(tokens.size + stop * decoding)
         return Result(
             tokens=tokens,
-            array=np.concatenate(images),
+            array=images,
             classes=tuple(request.class_ids.tolist()),
             class_names=tuple(self.class_names[index] for index in request.class_ids),
             seeds=request.seeds,
             options=request.options,
             seconds=time.perf_counter() - started,
             backend=self.backend,
+            precision=self.precision,
             bundle=self.manifest.name,
             bundle_sha256=self.bundle.manifest_sha256,
         )
@@ -307,6 +333,7 @@ class Generator:
     ) -> collections.abc.Generator[Preview]:
         """Like `generate`, but yields a preview every `every` steps; the last one is `done`.
 
+        An engine that decides several steps at a time yields it as soon as it has so many.
         Its tokens and images are those of `generate`. Arguments are checked by the call itself;
         the work is done as the previews are asked for, and closing the iterator stops it.
         """
@@ -344,7 +371,10 @@ class Generator:
         forced = forced.astype(np.int64)
         out = np.empty((*shape, model.vocab_size), np.float32)  # (N, T, V)
         for start, stop in _batches(request):
-            for step, scores in self._scores(request, forced, start, stop):
+            steps = request.engine.scores(
+                request.class_ids[start:stop], forced[start:stop], request.options.cfg_scale
+            )
+            for step, scores in enumerate(steps):
                 out[start:stop, step] = scores
         return out
 
@@ -361,6 +391,12 @@ class Generator:
                 parts.setdefault(part, []).append(index)
         return parts | whole
 
+    def _open_engine(self) -> Engine:
+        engine = self._engine
+        if engine is None:
+            raise AimError("this generator is closed; load it again")
+        return engine
+
     def _request(
         self,
         classes: ClassLike | Sequence[ClassLike],
@@ -370,9 +406,7 @@ class Generator:
         top_k: int | None,
         top_p: float | None,
     ) -> _Request:
-        engine = self._engine
-        if engine is None:
-            raise AimError("this generator is closed; load it again")
+        engine = self._open_engine()
         alone = isinstance(classes, str) or not hasattr(classes, "__iter__")
         wanted: list[Any] = [classes] if alone else list(classes)  # type: ignore[arg-type]
         if not wanted:
@@ -383,52 +417,44 @@ class Generator:
         options = self.sampling.replace(
             cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
-        plan = self.plan(n, options.cfg_scale)
+        plan = engine.plan(n, options.cfg_scale, self._memory_limit_mb)
         return _Request(engine, class_ids, tuple(range(seed, seed + n)), options, plan)
 
     def _undecided(self, request: _Request) -> NDArray[np.int64]:
         shape = (len(request.seeds), self.manifest.model.num_tokens)
         return np.full(shape, UNDECIDED, np.int64)
 
-    def _scores(
-        self, request: _Request, tokens: NDArray[np.int64], start: int, stop: int
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Advance images `start` to `stop` together: yields (step, guided scores (n, V)).
-
-        Token `step` of each image must be in `tokens` when the next item is asked for.
-        """
-        engine = request.engine
-        model, cfg_scale = self.manifest.model, request.options.cfg_scale
-        classes = row_classes(request.class_ids[start:stop], cfg_scale, model.num_classes)  # (R,)
-        n, rows = stop - start, len(classes)
-        previous = np.zeros(rows, np.int64)
-        with engine.start(rows, engine.prologue(classes)) as state:
-            for step in range(model.num_tokens):
-                if step:
-                    previous = np.tile(tokens[start:stop, step - 1], rows // n)  # (R,)
-                logits = state.step(previous, np.full(rows, step, np.int64))  # (R, V)
-                yield step, guide(logits, n, cfg_scale)  # (n, V)
-
     def _draw(
         self, request: _Request, tokens: NDArray[np.int64], cancel: threading.Event | None
-    ) -> collections.abc.Generator[int]:
-        """Fill `tokens` (N, T) batch by batch, step by step; yields how many are decided."""
+    ) -> collections.abc.Generator[tuple[int, int]]:
+        """Fill `tokens` (N, T) batch by batch, block by block.
+
+        Yields for each block how many steps it took and how many tokens are decided by now.
+        """
         steps = tokens.shape[1]
         _check_cancel(cancel)
         for start, stop in _batches(request):
             noise = uniforms(request.seeds[start:stop], steps)  # (n, T)
-            for step, scores in self._scores(request, tokens, start, stop):
-                tokens[start:stop, step] = sample(scores, noise[:, step], request.options)
-                yield start * steps + (step + 1) * (stop - start)
-                _check_cancel(cancel)
+            drawing = request.engine.draw(request.class_ids[start:stop], noise, request.options)
+            done = 0
+            with contextlib.closing(drawing) as blocks:
+                for block in blocks:  # (n, k)
+                    size = block.shape[1]
+                    tokens[start:stop, done : done + size] = block
+                    done += size
+                    yield size, start * steps + done * (stop - start)
+                    _check_cancel(cancel)
 
     def _previews(
         self, request: _Request, every: int, cancel: threading.Event | None
     ) -> collections.abc.Generator[Preview]:
         tokens = self._undecided(request)
-        with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
-            for count, done in enumerate(steps, start=1):
-                if count % every == 0 or done == tokens.size:
+        since = 0  # steps since the last preview
+        with contextlib.closing(self._draw(request, tokens, cancel)) as blocks:
+            for size, done in blocks:
+                since += size
+                if since >= every or done == tokens.size:
+                    since %= every
                     yield Preview(tokens.copy(), done, tokens.size, request.engine)
 
 
@@ -438,14 +464,16 @@ def _preview(engine: Engine, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
     shape = (len(tokens), model.image_height, model.image_width, 3)
     array = np.full(shape, UNDECIDED_GRAY, np.uint8)
     square = np.ones((model.token_side, model.token_side), bool)
-    for image, row in zip(array, tokens, strict=True):
-        decided = row != UNDECIDED
-        if not decided.any():
-            continue
+    decided = tokens != UNDECIDED  # (N, T)
+    begun = np.flatnonzero(decided.any(axis=1))
+    for start in range(0, len(begun), engine.decode_batch):
+        some = begun[start : start + engine.decode_batch]
         # The decoder wants all tokens; the last one drawn disturbs its neighbours least.
-        filled = np.where(decided, row, row[decided][-1])
-        pixels = np.kron(decided.reshape(model.grid), square)  # (height, width)
-        image[pixels] = engine.decode(filled[None])[0][pixels]
+        last = [row[known][-1:] for row, known in zip(tokens[some], decided[some], strict=True)]
+        images = engine.decode(np.where(decided[some], tokens[some], last))
+        for index, image in zip(some, images, strict=True):
+            pixels = np.kron(decided[index].reshape(model.grid), square)  # (height, width)
+            array[index][pixels] = image[pixels]
     return array
 
 

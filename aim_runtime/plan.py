@@ -19,6 +19,9 @@ _STATE_TEMPORARIES = 3
 # The sampler's copies of one image's scores: guided float32, weights, their order and sums.
 _SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
 
+DEFAULT_MEMORY_LIMIT_MB = 512
+"""Working memory of one request on a CPU, in MiB, where nobody says otherwise."""
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -36,9 +39,22 @@ class BatchPlan:
     bytes_per_image: int
     total: int
 
+    @classmethod
+    def split(cls, n: int, largest: int, bytes_per_image: int, fixed: int) -> BatchPlan:
+        """`n` images in the fewest batches of at most `largest`, `fixed` bytes on top of theirs.
+
+        The batches are even: the last is not a small rest.
+        """
+        batches = -(-n // largest)
+        size = -(-n // batches)
+        return cls(size, batches, bytes_per_image, size * bytes_per_image + fixed)
+
 
 def plan_batches(
-    manifest: Manifest, n: int, cfg_scale: float | None = None, memory_limit_mb: float = 512
+    manifest: Manifest,
+    n: int,
+    cfg_scale: float | None = None,
+    memory_limit_mb: float | None = None,
 ) -> BatchPlan:
     """How `n` images are batched within `memory_limit_mb` MiB, and the memory that takes.
 
@@ -47,10 +63,14 @@ def plan_batches(
     plus the sampler's copies of its scores. The decoder adds 4 KiB a pixel for the one image
     it works on. All are estimates of the peak, without the model itself and the results.
 
-    `cfg_scale` is as in `SamplingOptions`; None takes the bundle's default.
+    These are the figures of the CPU and of ONNX Runtime; an engine on a GPU has its own `plan`.
+    `cfg_scale` is as in `SamplingOptions`; None takes the bundle's default. `memory_limit_mb` None
+    means 512.
     Raises ValueError for arguments out of range, or when not even one image fits.
     """
     n = whole_number("n", n, 1, 2**31)
+    if memory_limit_mb is None:
+        memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
     check_memory_limit(memory_limit_mb)
     defaults = SamplingOptions(cfg_scale=manifest.sampling.cfg_scale)
     options = defaults.replace(cfg_scale=cfg_scale)
@@ -71,9 +91,7 @@ def plan_batches(
             f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
             f"needs {needed}: give memory_limit_mb={needed} or more"
         )
-    batches = -(-n // largest)
-    size = -(-n // batches)  # even batches: the last is not a small rest
-    return BatchPlan(size, batches, image, size * image + decoder)
+    return BatchPlan.split(n, largest, image, decoder)
 
 
 def check_memory_limit(memory_limit_mb: float) -> None:

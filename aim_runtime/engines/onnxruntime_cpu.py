@@ -36,7 +36,7 @@ _ORT_TYPES = {
 _FATAL = 4  # log level: its errors reach us as exceptions, once is enough
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(bundle: Bundle | None = None) -> str | None:
     """None if ONNX Runtime imports here, otherwise why not and what to do."""
     try:
         import onnxruntime  # noqa: F401
@@ -46,10 +46,12 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def load(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> OnnxRuntimeCpu:
+def load(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
+) -> OnnxRuntimeCpu:
     """Load `bundle`; `threads` defaults to every core this process may use."""
-    if device not in ("auto", "cpu"):
-        raise BackendError(f"device is {device!r}; the cpu backend runs on 'cpu' only")
+    if precision not in ("auto", "fp32"):
+        raise BackendError(f"precision is {precision!r}; the cpu backend computes in 'fp32' only")
     return OnnxRuntimeCpu(bundle, usable_cores() if threads is None else threads)
 
 
@@ -65,6 +67,7 @@ class OnnxRuntimeCpu(Engine):
 
     backend = "cpu"
     device = "cpu"
+    precision = "fp32"
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         super().__init__(bundle.manifest)

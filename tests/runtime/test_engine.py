@@ -177,7 +177,8 @@ def test_unknown_backend_and_device(tiny: Path) -> None:
 
 def test_a_backend_that_cannot_run_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "aim_runtime.engines.onnxruntime_cpu.unavailable_reason", lambda: "it is not installed"
+        "aim_runtime.engines.onnxruntime_cpu.unavailable_reason",
+        lambda bundle: "it is not installed",
     )
     (status,) = available_backends()
     assert (status.name, status.available, status.reason) == ("cpu", False, "it is not installed")

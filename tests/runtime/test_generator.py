@@ -49,7 +49,7 @@ class SpyRows(Rows):
 class SpyEngine(Engine):
     """A real engine that counts: steps taken, rows open, the most rows ever asked for."""
 
-    backend, device = "spy", "cpu"
+    backend, device, precision = "spy", "cpu", "fp32"
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle.manifest)
@@ -456,7 +456,7 @@ def test_bad_arguments_of_the_other_calls(generator: Generator, tiny: Path) -> N
     for n in (0, -1):
         with pytest.raises(ValueError, match=f"n is {n}"):
             generator.plan(n)
-    for limit in (0, -1, float("nan"), float("inf"), "512", None, True):
+    for limit in (0, -1, float("nan"), float("inf"), "512", True):
         with pytest.raises(ValueError, match="memory_limit_mb is"):
             Generator.load(tiny, memory_limit_mb=limit)  # type: ignore[arg-type]
     for threads in (0, -2, 1.5, 10**6):
