@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: kernels compiled ahead of time, launched as the bundle's plan says."""
