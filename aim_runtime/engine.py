@@ -49,6 +49,7 @@ class _Backend:
 
 # Fastest first: the order in which "auto" tries them.
 _BACKENDS: Mapping[str, _Backend] = {
+    "onnxruntime-cuda": _Backend("aim_runtime.engines.onnxruntime_cuda", "cuda"),
     "cpu": _Backend("aim_runtime.engines.onnxruntime_cpu", "cpu"),
 }
 
@@ -99,7 +100,7 @@ class Engine(ABC):
         backend: Its name.
         device: Where it computes: "cpu", "cuda:0".
         precision: What it computes in: "fp32", "fp16".
-        decode_batch: Images to decode in one call; an image's pixels must not depend on it.
+        decode_batch: How many images to decode in one call.
     """
 
     backend: str

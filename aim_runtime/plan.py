@@ -72,6 +72,19 @@ def plan_batches(
     if memory_limit_mb is None:
         memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
     check_memory_limit(memory_limit_mb)
+    image, decoder = memory_needed(manifest, cfg_scale)
+    largest = int((memory_limit_mb * 2**20 - decoder) // image)
+    if largest < 1:
+        needed = -(-(image + decoder) // 2**20)
+        raise ValueError(
+            f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+            f"needs {needed}: give memory_limit_mb={needed} or more"
+        )
+    return BatchPlan.split(n, largest, image, decoder)
+
+
+def memory_needed(manifest: Manifest, cfg_scale: float | None = None) -> tuple[int, int]:
+    """The bytes that each image of a batch takes, and those of the decoder: see `plan_batches`."""
     defaults = SamplingOptions(cfg_scale=manifest.sampling.cfg_scale)
     options = defaults.replace(cfg_scale=cfg_scale)
     model = manifest.model
@@ -83,15 +96,7 @@ def plan_batches(
         + 4 * model.vocab_size
     )
     image = options.rows_per_image * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
-    decoder = _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
-    largest = int((memory_limit_mb * 2**20 - decoder) // image)
-    if largest < 1:
-        needed = -(-(image + decoder) // 2**20)
-        raise ValueError(
-            f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
-            f"needs {needed}: give memory_limit_mb={needed} or more"
-        )
-    return BatchPlan.split(n, largest, image, decoder)
+    return image, _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
 
 
 def check_memory_limit(memory_limit_mb: float) -> None:

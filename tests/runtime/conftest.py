@@ -19,5 +19,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def generator(tiny: Path) -> Iterator[Generator]:
     """One generator for all tests: whatever a test does, the next must find it usable."""
-    with Generator.load(tiny) as loaded:
+    with Generator.load(tiny, backend="cpu") as loaded:
         yield loaded

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ class SpyEngine(Engine):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle.manifest)
-        self._inner = load_engine(bundle)
+        self._inner = load_engine(bundle, backend="cpu")
         self.steps = self.open_rows = self.most_rows = self.decoded = 0
         self.broken = False
 
@@ -68,6 +69,21 @@ class SpyEngine(Engine):
     def _decode(self, tokens: np.ndarray) -> np.ndarray:
         self.decoded += len(tokens)
         return self._inner.decode(tokens)
+
+
+class BlockEngine(SpyEngine):
+    """Decides up to four steps at a time and decodes up to three images, as a GPU might."""
+
+    decode_batch = 3
+
+    def _draw(self, *args: Any) -> Iterator[np.ndarray]:
+        columns = super()._draw(*args)
+        while block := list(itertools.islice(columns, 4)):
+            yield np.concatenate(block, axis=1)
+
+    def _decode(self, tokens: np.ndarray) -> np.ndarray:
+        assert len(tokens) <= 3
+        return super()._decode(tokens)
 
 
 @pytest.fixture
@@ -86,10 +102,10 @@ def same(a: Result, b: Result) -> bool:
 
 def small_batches(tiny: Path, batch_size: int, cfg_scale: float) -> Generator:
     """A generator whose memory limit is just enough for batches of `batch_size`."""
-    with Generator.load(tiny) as ample:
+    with Generator.load(tiny, backend="cpu") as ample:
         plan = ample.plan(1, cfg_scale)
     needed = plan.total + (batch_size - 1) * plan.bytes_per_image
-    return Generator.load(tiny, memory_limit_mb=(needed + 1) / 2**20)
+    return Generator.load(tiny, backend="cpu", memory_limit_mb=(needed + 1) / 2**20)
 
 
 # -- what an image depends on ---------------------------------------------------------------------
@@ -339,6 +355,40 @@ def test_threads_get_what_they_would_get_alone(generator: Generator) -> None:
         found = [item for part in pool.map(work, range(4)) for item in part]
     assert sorted(i for i, _ in found) == list(range(24))
     assert all(same(result, expected[i]) for i, result in found)
+
+
+# -- engines that take several steps at a time ----------------------------------------------------
+
+
+def test_blocks_of_steps_change_nothing_but_the_pace(generator: Generator, tiny: Path) -> None:
+    blocks = Generator(Bundle.open(tiny), BlockEngine(Bundle.open(tiny)))
+    calls: list[int] = []
+    expected = generator.generate(CLASSES_OF_8, seed=3)
+    found = blocks.generate(CLASSES_OF_8, seed=3, progress=lambda done, total: calls.append(done))
+    assert same(found, expected)
+    work, decoding = 8 * TOKENS, -(-TOKENS // 4)
+    decoded = [work + images * decoding for images in (3, 6, 8)]
+    assert calls == [8 * 4, 8 * 8, 8 * 9, *decoded]
+    for every, steps in ((1, (4, 8, 9)), (3, (4, 8, 9)), (5, (8, 9)), (100, (9,))):
+        previews = list(blocks.stream(CLASSES_OF_8, seed=3, every=every))
+        assert [preview.done_tokens for preview in previews] == [8 * step for step in steps]
+        for preview in previews:
+            decided = preview.tokens >= 0
+            assert np.array_equal(preview.tokens[decided], expected.tokens[decided])
+        assert np.array_equal(previews[-1].array, expected.array)
+
+
+def test_a_request_in_blocks_is_cancelled_between_them(tiny: Path) -> None:
+    engine = BlockEngine(Bundle.open(tiny))
+    blocks = Generator(Bundle.open(tiny), engine)
+    cancel = threading.Event()
+    with pytest.raises(RequestCancelled):
+        blocks.generate([0, 1], progress=lambda done, total: cancel.set(), cancel=cancel)
+    assert engine.steps == 4
+    stream = blocks.stream([0, 1], every=1)
+    next(stream)
+    stream.close()
+    assert engine.steps == 8
 
 
 # -- memory ---------------------------------------------------------------------------------------

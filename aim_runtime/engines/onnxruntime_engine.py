@@ -1,0 +1,281 @@
+"""What the ONNX Runtime backends share: sessions from checked bytes, and rows on any device.
+
+The graphs go in as bytes and their weights as checked, memory-mapped buffers, never as paths, so
+ONNX Runtime reads no file itself. The step runs through I/O binding on two sets of state buffers
+used in turn, on the device that computes: one buffer bound as input and output gives silently wrong
+results. Between two steps only tokens and positions go to that device, and only scores come back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.bundle import Bundle
+from aim_runtime.engine import Conditioning, Engine, Rows
+from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.manifest import GraphSpec, Manifest, TensorSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# What ONNX Runtime calls the tensor types of the manifest.
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "uint8": "tensor(uint8)",
+}
+# In a message, these are the GPU's fault and not the graph's.
+_DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
+_FATAL = 4  # log level: its errors reach us as exceptions, once is enough
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """The three graphs of a bundle, loaded."""
+
+    prologue: onnxruntime.InferenceSession
+    step: onnxruntime.InferenceSession
+    decoder: onnxruntime.InferenceSession
+
+
+class OnnxRuntimeEngine(Engine):
+    """The three graphs of a bundle as ONNX Runtime sessions.
+
+    Attributes:
+        memory: Where ONNX Runtime keeps state and conditioning: the kind of device it names, "cpu"
+            or "cuda", and its number.
+    """
+
+    precision = "fp32"
+
+    def __init__(self, manifest: Manifest, sessions: Sessions, memory: tuple[str, int]) -> None:
+        super().__init__(manifest)
+        self.memory = memory
+        self._sessions = sessions
+
+    def start(self, rows: int, conditioning: Conditioning) -> Rows:
+        """Allocate and bind the buffers of `rows` rows."""
+        return _OnnxRuntimeRows(self, self._sessions.step, rows, conditioning)
+
+    def zeros(self, spec: TensorSpec, rows: int) -> onnxruntime.OrtValue:
+        """A tensor of `rows` rows in the engine's memory, filled with zeros."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(spec, rows), *self.memory)
+
+    def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
+        binding = self._sessions.prologue.io_binding()
+        binding.bind_cpu_input("class_id", class_ids)
+        outputs = self.manifest.graphs["prologue"].outputs
+        for spec in outputs:
+            binding.bind_output(spec.name, *self.memory)
+        try:
+            self._sessions.prologue.run_with_iobinding(binding)
+        except Exception as error:
+            raise _failed(error) from error
+        found = binding.get_outputs()
+        for spec, value in zip(outputs, found, strict=True):
+            _check_shape(spec, tuple(value.shape()), len(class_ids))
+        return {spec.name: value for spec, value in zip(outputs, found, strict=True)}
+
+    def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        try:
+            (image,) = self._sessions.decoder.run(["image"], {"tokens": tokens})
+        except Exception as error:
+            raise _failed(error) from error
+        spec = self.manifest.graphs["decoder"].output("image")
+        _check_shape(spec, image.shape, len(tokens))
+        return image  # (n, height, width, 3)
+
+
+class _OnnxRuntimeRows(Rows):
+    def __init__(
+        self,
+        engine: OnnxRuntimeEngine,
+        session: onnxruntime.InferenceSession,
+        rows: int,
+        conditioning: Conditioning,
+    ) -> None:
+        super().__init__(engine.manifest, rows)
+        step = engine.manifest.graphs["step"]
+        self._session = session
+        try:
+            self._token = engine.zeros(step.input("token"), rows)
+            self._position = engine.zeros(step.input("position"), rows)
+            self._conditioning = dict(conditioning)
+            states = [
+                [engine.zeros(step.input(pair.input), rows) for pair in engine.manifest.state]
+                for _ in range(2)
+            ]
+            # On the host wherever the step runs: the sampler is NumPy. Only here is it copied.
+            self._logits = _zeros(step.output("logits"), rows)  # (rows, V)
+            # Two bindings for the two directions, made once: each reads one set and writes the
+            # other.
+            self._bindings = [
+                self._bind(engine.manifest, *states),
+                self._bind(engine.manifest, *states[::-1]),
+            ]
+        except BackendError:
+            raise
+        except Exception as error:
+            raise _failed(error) from error
+        self._turn = 0
+
+    def close(self) -> None:
+        # The bindings hold the state.
+        self._bindings, self._conditioning = [], {}
+
+    def _bind(
+        self,
+        manifest: Manifest,
+        old: list[onnxruntime.OrtValue],
+        new: list[onnxruntime.OrtValue],
+    ) -> onnxruntime.IOBinding:
+        binding = self._session.io_binding()
+        inputs = {"token": self._token, "position": self._position, **self._conditioning}
+        for pair, value in zip(manifest.state, old, strict=True):
+            inputs[pair.input] = value
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for pair, value in zip(manifest.state, new, strict=True):
+            binding.bind_ortvalue_output(pair.output, value)
+        logits = self._logits
+        binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        return binding
+
+    def _step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
+        try:
+            self._token.update_inplace(np.ascontiguousarray(token))
+            self._position.update_inplace(np.ascontiguousarray(position))
+            self._session.run_with_iobinding(self._bindings[self._turn])
+        except Exception as error:
+            raise _failed(error) from error
+        self._turn = 1 - self._turn
+        return self._logits  # (rows, V)
+
+
+def import_failure() -> str | None:
+    """None if ONNX Runtime imports here, otherwise why not and what to do."""
+    try:
+        import onnxruntime  # noqa: F401
+    except Exception as error:  # a broken installation can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"onnxruntime does not import ({reason}); pip install onnxruntime"
+    return None
+
+
+def make_session(
+    bundle: Bundle,
+    graph: GraphSpec,
+    *,
+    threads: int,
+    providers: Sequence[tuple[str, Mapping[str, str]]],
+    arena: bool = False,
+) -> onnxruntime.InferenceSession:
+    """Make a session for `graph` on `providers`, each a name and its options, the best first.
+
+    `arena` keeps working memory on the host for the next run. That pays for the step, which runs
+    hundreds of times an image; the decoder would hold on to hundreds of megabytes for nothing.
+    Raises BundleError for a graph that ONNX Runtime refuses or that is not the manifest's.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = arena
+    options.log_severity_level = _FATAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    model, weights = bundle.read(graph.file), bundle.read(graph.weights)
+    # The table is given even where a graph has no weights: with it, a graph that names any other
+    # file fails to load. The buffers live until the session is made; it keeps its own copy.
+    table = weights if len(weights) else memoryview(b"\0")
+    options.add_external_initializers_from_files_in_memory([graph.weights], [table], [len(table)])
+    try:
+        # Without "fallback", which prints and tries the same once more.
+        session = onnxruntime.InferenceSession(
+            bytes(model), options, providers=list(providers), enable_fallback=0
+        )
+        found_inputs, found_outputs = _found(session.get_inputs()), _found(session.get_outputs())
+    except Exception as error:  # its exception types share no base but this
+        if _DEVICE_FAILURE.search(str(error)):
+            raise BackendError(
+                f"ONNX Runtime could not load {graph.file} ({first_line(error)})"
+            ) from error
+        raise BundleError(
+            f"{bundle.path}: {graph.file} is not a graph that ONNX Runtime can run "
+            f"({first_line(error)})"
+        ) from error
+    # A provider whose libraries do not load is left out without an exception.
+    if session.get_providers()[0] != providers[0][0]:
+        raise BackendError(
+            f"ONNX Runtime left out its {providers[0][0]} and would run on "
+            f"{session.get_providers()[0]}"
+        )
+    _check_border(bundle, graph.file, "input", graph.inputs, found_inputs)
+    _check_border(bundle, graph.file, "output", graph.outputs, found_outputs)
+    return session
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, on one short line that can be printed."""
+    lines = str(error).splitlines()
+    text = lines[0].strip() if lines else type(error).__name__
+    # It may quote names out of a stranger's graph.
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+# Type and shape of a graph's inputs or outputs by name; a symbol or None stands for an open size.
+_Border = dict[str, tuple[str, list[Any]]]
+
+
+def _found(items: list[Any]) -> _Border:
+    return {item.name: (item.type, list(item.shape)) for item in items}
+
+
+def _check_border(
+    bundle: Bundle, file: str, side: str, promised: tuple[TensorSpec, ...], graph: _Border
+) -> None:
+    """The graph's own inputs or outputs must be the manifest's: their sizes decide on buffers."""
+    if len(graph) != len(promised):
+        raise BundleError(
+            f"{bundle.path}: {file} has {len(graph)} {side}s, the manifest says {len(promised)}"
+        )
+    for spec in promised:
+        kind, shape = graph.get(spec.name, ("nothing", []))
+        # A dimension the graph leaves open is checked by ONNX Runtime when it runs.
+        fits = len(shape) == len(spec.shape) and all(
+            not isinstance(size, int) or size == wanted
+            for size, wanted in zip(shape, spec.shape, strict=True)
+        )
+        if kind != _ORT_TYPES[spec.dtype] or not fits:
+            raise BundleError(
+                f"{bundle.path}: {file} has {kind} {shape} as {side} {spec.name!r}, "
+                f"the manifest says {spec.dtype} {list(spec.shape)}"
+            )
+
+
+def _check_shape(spec: TensorSpec, shape: tuple[int, ...], rows: int) -> None:
+    if shape != spec.concrete_shape(rows):
+        raise BackendError(
+            f"the bundle's graph returned {spec.name!r} of shape {shape}; "
+            f"its manifest says {spec.concrete_shape(rows)}"
+        )
+
+
+def _zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
+    return np.zeros(spec.concrete_shape(rows), spec.dtype)
+
+
+def _failed(error: Exception) -> BackendError:
+    return BackendError(f"ONNX Runtime failed while running the bundle ({first_line(error)})")

@@ -1,0 +1,310 @@
+"""What every engine must do, one set of tests for each backend and precision that can run here.
+
+The measure is the CPU engine, which `test_engine` holds against another evaluator. A backend is
+tried on the tiny bundle, else on the model in the box; the tests know neither's sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions, available_backends
+from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines import nvidia_driver, onnxruntime_cuda
+from aim_runtime.noise import uniforms
+from aim_runtime.sampling import sample
+
+from .playing import ids, play
+
+# The largest error of a score, relative to the largest score of the model.
+SCORE_TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
+# The share of draws that must be those of the NumPy sampler for the engine's own scores: in half
+# precision the last bits of a sum decide here and there.
+DRAW_AGREEMENT = {"fp32": 1.0, "fp16": 0.98}
+PIXEL_TOLERANCE = 2  # levels of 255
+
+STATUSES = available_backends()
+STAND_IN = "onnxruntime-cuda on the CPU provider"
+FP32_ONLY = ("cpu", "onnxruntime-cuda", STAND_IN)
+CASES = [
+    (name, precision)
+    for name in (*(status.name for status in STATUSES if status.available), STAND_IN)
+    for precision in SCORE_TOLERANCE
+    if precision == "fp32" or name not in FP32_ONLY
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine and what to hold it against, on the same bundle."""
+
+    engine: Engine
+    cpu: Engine
+    bundle: Bundle
+
+    @property
+    def steps(self) -> int:
+        return self.bundle.manifest.model.num_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        return self.bundle.manifest.model.vocab_size
+
+    @property
+    def no_class(self) -> int:
+        return self.bundle.manifest.model.num_classes
+
+    def tokens(self, rows: int, seed: int = 3) -> np.ndarray:
+        """Any tokens (rows, T)."""
+        return np.random.default_rng(seed).integers(0, self.vocabulary, (rows, self.steps))
+
+    def close(self, found: np.ndarray, expected: np.ndarray) -> bool:
+        """Whether scores agree as well as the precision allows."""
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        return bool(error <= SCORE_TOLERANCE[self.engine.precision])
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Case]:
+    name, precision = request.param
+    if name == STAND_IN:
+        bundle = Bundle.open(tiny)
+        with on_the_cpu_provider():
+            with pytest.warns(UserWarning, match="Duplicate provider"):
+                engine: Engine = onnxruntime_cuda.load(bundle, precision=precision)
+            yield Case(engine, load_engine(bundle, backend="cpu"), bundle)
+        return
+    bundle = bundle_for(name, tiny)
+    try:
+        engine = load_engine(bundle, backend=name, precision=precision, threads=2)
+    except BackendError as error:
+        if str(error).startswith("precision is"):  # the bundle was exported without it
+            pytest.skip(str(error))
+        raise
+    assert engine.precision == precision
+    yield Case(engine, load_engine(bundle, backend="cpu", threads=2), bundle)
+
+
+def bundle_for(backend: str, tiny: Path) -> Bundle:
+    """A bundle that the backend can run; skips the test, with the reason, where there is none."""
+    bundles = [Bundle.open(tiny)]
+    with contextlib.suppress(BundleError):
+        bundles.append(Bundle.open())
+    for bundle in bundles:
+        (status,) = [item for item in available_backends(bundle) if item.name == backend]
+        if status.available:
+            return bundle
+    pytest.skip(f"{backend}: {status.reason}")
+
+
+@contextlib.contextmanager
+def on_the_cpu_provider() -> Iterator[None]:
+    """Lets the CUDA engine of ONNX Runtime run its own code where there is no GPU.
+
+    Sessions, bindings and buffers are its own, uninitialised memory included; the provider and the
+    three calls of the driver are the host's.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime_cuda, "_PROVIDER", "CPUExecutionProvider")
+        patch.setattr(onnxruntime_cuda, "_MEMORY", "cpu")
+        patch.setattr(nvidia_driver, "gpu_count", lambda: 1)
+        patch.setattr(nvidia_driver, "free_bytes", lambda gpu: 2**30)
+        patch.setattr(
+            nvidia_driver, "fill_zero", lambda gpu, address, size: ctypes.memset(address, 0, size)
+        )
+        yield
+
+
+def draw(engine: Engine, classes: np.ndarray, options: SamplingOptions, seed: int) -> np.ndarray:
+    """The tokens (n, T) that the engine draws; image i has the seed `seed` + i."""
+    steps = engine.manifest.model.num_tokens
+    noise = uniforms(range(seed, seed + len(classes)), steps)
+    return np.concatenate(list(engine.draw(classes, noise, options)), axis=1)
+
+
+# -- scores ---------------------------------------------------------------------------------------
+
+
+def test_teacher_forced_scores_are_those_of_the_cpu(case: Case) -> None:
+    """All steps, so that an error in the state that grows from step to step shows."""
+    classes, tokens = ids(0, 1, 2, case.no_class, 0), case.tokens(5)
+    assert case.close(play(case.engine, classes, tokens), play(case.cpu, classes, tokens))
+
+
+def test_rows_do_not_see_each_other(case: Case) -> None:
+    classes, tokens = ids(0, 1, case.no_class), case.tokens(3)
+    together = play(case.engine, classes, tokens)
+    for row in range(3):
+        alone = play(case.engine, classes[row : row + 1], tokens[row : row + 1])
+        assert case.close(together[row : row + 1], alone)
+
+
+def test_position_0_restarts_a_row_and_leaves_the_others(case: Case) -> None:
+    classes, tokens = ids(0, 1), case.tokens(3)
+    expected = play(case.engine, classes, tokens[:2])
+    with case.engine.start(2, case.engine.prologue(classes)) as rows:
+        for step in range(4):  # row 1 plays another image's tokens first
+            token = ids(tokens[0, step - 1] if step else 0, tokens[2, step])
+            rows.step(token, ids(step, step + 3))
+        for step in range(4, min(case.steps, 12)):
+            other = step - 4
+            token = ids(tokens[0, step - 1], tokens[1, other - 1] if other else 11)
+            scores = rows.step(token, ids(step, other))
+            assert case.close(scores[0], expected[0, step])
+            assert case.close(scores[1], expected[1, other])
+
+
+def test_requests_taking_turns_do_not_disturb_each_other(case: Case) -> None:
+    engine, tokens = case.engine, case.tokens(4)
+    expected = play(engine, ids(2), tokens[:1])
+    with (
+        engine.start(1, engine.prologue(ids(2))) as mine,
+        engine.start(3, engine.prologue(ids(0, 1, 0))) as other,
+    ):
+        for step in range(min(case.steps, 12)):
+            token = tokens[:1, step - 1] if step else ids(0)
+            scores = mine.step(token, ids(step))
+            other.step(tokens[1:, step], np.full(3, step, np.int64))
+            assert case.close(scores, expected[:, step])
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+OPTIONS = [
+    SamplingOptions(),
+    SamplingOptions(cfg_scale=0),
+    SamplingOptions(cfg_scale=3, temperature=0),
+    SamplingOptions(cfg_scale=4, temperature=0.8, top_k=5),
+    SamplingOptions(cfg_scale=2, top_p=0.9),
+    SamplingOptions(cfg_scale=1.5, temperature=1.2, top_k=7, top_p=0.7),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_it_draws_what_the_sampler_takes_from_its_scores(
+    case: Case, options: SamplingOptions
+) -> None:
+    """Step by step on the tokens drawn before: one that differs does not decide the rest."""
+    classes = ids(0, 1, 2)
+    tokens = draw(case.engine, classes, options, seed=20)
+    assert tokens.dtype == np.int64
+    assert tokens.shape == (3, case.steps)
+    noise = uniforms(range(20, 23), case.steps)
+    agreed = [
+        sample(scores, noise[:, step], options) == tokens[:, step]
+        for step, scores in enumerate(case.engine.scores(classes, tokens, options.cfg_scale))
+    ]
+    assert np.mean(agreed) >= DRAW_AGREEMENT[case.engine.precision]
+
+
+def test_in_full_precision_it_draws_the_tokens_of_the_cpu(case: Case) -> None:
+    if case.engine.precision != "fp32":
+        pytest.skip(f"{case.engine.precision} may draw others")
+    classes, options = ids(0, 1, 2, 0), SamplingOptions(cfg_scale=3, top_k=8, top_p=0.95)
+    expected = draw(case.cpu, classes, options, seed=5)
+    assert np.array_equal(draw(case.engine, classes, options, seed=5), expected)
+
+
+def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
+    if case.engine.precision != "fp32":
+        pytest.skip(f"{case.engine.precision} may round differently in other batches")
+    classes, options = ids(2, 0, 1, 1, 0), SamplingOptions(cfg_scale=3)
+    together = draw(case.engine, classes, options, seed=40)
+    for image in (0, 3, 4):
+        alone = draw(case.engine, classes[image : image + 1], options, seed=40 + image)
+        assert np.array_equal(alone[0], together[image])
+
+
+def test_the_noise_decides(case: Case) -> None:
+    options = SamplingOptions(temperature=2)
+    first, again = (draw(case.engine, ids(0, 0), options, seed=1) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_a_drawing_that_is_closed_leaves_the_engine_usable(case: Case) -> None:
+    options = SamplingOptions(cfg_scale=2)
+    expected = draw(case.engine, ids(0, 1), options, seed=7)
+    noise = uniforms(range(7, 9), case.steps)
+    drawing = case.engine.draw(ids(0, 1), noise, options)
+    block = next(drawing)
+    assert np.array_equal(block, expected[:, : block.shape[1]])
+    other = case.engine.draw(ids(0, 1), noise, options)  # two at a time
+    assert np.array_equal(next(other), block)
+    drawing.close()
+    assert next(drawing, None) is None
+    assert np.array_equal(np.concatenate([block, *other], axis=1), expected)
+    assert np.array_equal(draw(case.engine, ids(0, 1), options, seed=7), expected)
+
+
+# -- pixels, memory, arguments --------------------------------------------------------------------
+
+
+def test_decode(case: Case) -> None:
+    model = case.bundle.manifest.model
+    tokens = case.tokens(3)
+    images = case.engine.decode(tokens)
+    assert images.dtype == np.uint8
+    assert images.shape == (3, model.image_height, model.image_width, 3)
+    expected = case.cpu.decode(tokens)
+    assert np.abs(images.astype(int) - expected).max() <= PIXEL_TOLERANCE
+    alone = case.engine.decode(tokens[2:])
+    assert np.abs(images[2:].astype(int) - alone).max() <= PIXEL_TOLERANCE
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_a_request_is_planned(case: Case) -> None:
+    assert case.engine.decode_batch >= 1
+    for n, cfg_scale in ((1, 1.0), (7, 3.0), (1000, None)):
+        plan = case.engine.plan(n, cfg_scale)
+        assert plan.batch_size * plan.batches >= n > plan.batch_size * (plan.batches - 1)
+        assert plan.total >= plan.batch_size * plan.bytes_per_image > 0
+    limit = case.engine.plan(1, 3.0).total / 2**20
+    assert case.engine.plan(100, 3.0, limit + 0.001).batch_size < 100
+    with pytest.raises(ValueError, match=r"memory_limit_mb is 0\.001"):
+        case.engine.plan(1, 3.0, 0.001)
+    with pytest.raises(ValueError, match="n is 0"):
+        case.engine.plan(0)
+
+
+def test_what_it_says_of_itself(case: Case) -> None:
+    assert case.engine.backend in [status.name for status in STATUSES]
+    assert case.engine.device.partition(":")[0] in ("cpu", "cuda")
+    assert case.engine.manifest == case.bundle.manifest
+
+
+def test_bad_arguments_are_named(case: Case) -> None:
+    engine, classes, tokens = case.engine, ids(0, 1), case.tokens(2)
+    options, noise = SamplingOptions(), uniforms(range(2), case.steps)
+    with pytest.raises(ValueError, match="class_ids has values from 0 to"):
+        engine.prologue(ids(0, case.no_class + 1))
+    with pytest.raises(ValueError, match="class_ids is float64"):
+        engine.prologue(np.zeros(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tokens is int64 of shape"):
+        engine.decode(tokens[:, :4])
+    with pytest.raises(ValueError, match="tokens has values"):
+        engine.decode(np.full((1, case.steps), case.vocabulary))
+    with engine.start(2, engine.prologue(classes)) as rows:
+        with pytest.raises(ValueError, match="token is int64 of shape"):
+            rows.step(ids(0), ids(0, 0))
+        with pytest.raises(ValueError, match="token has values from -1"):
+            rows.step(ids(-1, 0), ids(0, 0))
+        with pytest.raises(ValueError, match="position has values"):
+            rows.step(ids(0, 0), ids(0, case.steps))
+    for wrong, message in (
+        (lambda: engine.draw(ids(case.no_class, 0), noise, options), "class_ids has values"),
+        (lambda: engine.draw(ids(), noise[:0], options), "class_ids is empty"),
+        (lambda: engine.draw(classes, noise[:1], options), "noise is float64 of shape"),
+        (lambda: engine.draw(classes, noise.astype(np.float32), options), "noise is float32"),
+        (lambda: engine.draw(classes, noise + 1, options), "noise has values"),
+        (lambda: engine.draw(classes, noise * np.nan, options), "noise has values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
