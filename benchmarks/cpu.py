@@ -29,6 +29,7 @@ import click
 from aim_cli import human
 from aim_cli.bench import machine
 from aim_cli.measure import Measurement, Workload, measure
+from aim_cli.options import EngineOptions
 from aim_runtime import Bundle
 
 if TYPE_CHECKING:
@@ -77,16 +78,17 @@ def main(
     say("aim generate -n 16")
     found["command_seconds"] = command_seconds(bundle, threads)
     path = None if bundle is None else str(bundle)
+    engine = EngineOptions(threads=threads)
     rows = []
     for batch in (1, 4, 16):
         say(f"requests of {human.count(batch, 'image')}")
-        rows.append(measure(Workload(path, batch, repeats, threads=threads)))
+        rows.append(measure(Workload(path, batch, repeats, "cpu", engine=engine)))
     found["box"] = [row.to_dict() for row in rows]
 
     random = preset_bundle or random_bundle(preset, cache)
     found["parity"] = Bundle.open(random).manifest.provenance.get("parity")
     say(f"AiM-{preset}: one image")
-    large = measure(Workload(str(random), 1, 2, threads=threads, cfg_scale=GUIDANCE))
+    large = measure(Workload(str(random), 1, 2, "cpu", cfg_scale=GUIDANCE, engine=engine))
     found["random"] = {"preset": preset, **large.to_dict()}
     say(f"AiM-{preset}: the step, by turns in ONNX Runtime and PyTorch")
     found["step"] = in_fresh_process(compare_steps, str(random), preset, threads)
@@ -230,7 +232,7 @@ def compare_steps(bundle: str, preset: str, threads: int | None) -> dict[str, fl
     cores = threads or machine()["cores"]
     torch.set_num_threads(cores)
     torch.manual_seed(0)
-    engine = load_engine(Bundle.open(bundle), threads=cores)
+    engine = load_engine(Bundle.open(bundle), backend="cpu", threads=cores)
     model = random_network(preset)
     classes = np.array([0, PRESETS[preset].num_classes])
     tokens = np.arange(TURNS * STEPS_A_TURN)

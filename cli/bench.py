@@ -15,7 +15,7 @@ import click
 from aim_cli import human
 from aim_cli.dataclass_options import CommaSeparated
 from aim_cli.measure import Measurement, Workload, measure
-from aim_cli.options import bundle_option, engine_options
+from aim_cli.options import EngineOptions, bundle_option, engine_options
 from aim_cli.terminal import progress_bar, table
 
 
@@ -38,41 +38,73 @@ from aim_cli.terminal import progress_bar, table
     help="Requests timed after a first one; the median counts.",
 )
 @bundle_option
+@click.option(
+    "--backend",
+    "backends",
+    type=CommaSeparated(str),
+    default="auto",
+    show_default=True,
+    metavar="NAME,...",
+    help="Engines to run on, of those that 'aim info' lists: several are compared in one table. "
+    "'auto' takes the fastest that works.",
+)
 @engine_options
 @click.option("--quiet", "-q", is_flag=True, help="Print the JSON line alone.")
 def command(
     batches: tuple[int, ...],
     repeats: int,
     bundle: Path | None,
-    backend: str,
-    threads: int | None,
-    memory_limit_mb: int,
+    backends: tuple[str, ...],
+    engine: EngineOptions,
     quiet: bool,
 ) -> None:
     """Measure seconds an image, images a second, the first image and peak memory.
 
+    \b
+    aim bench                                       the fastest engine here
+    aim bench --backend cuda,onnxruntime-cuda,cpu   engines side by side
+
     'first' is what a person waits for: a new process, imports, loading the model and the first
-    request. The last line is everything as JSON.
+    request. 'peak memory' is the process's, not a GPU's. The last line is everything as JSON.
     """
+    from aim_runtime import Bundle
+    from aim_runtime.engine import require_backend
+
     if not batches or min(batches) < 1:
         raise click.BadParameter("sizes must be 1 or more.", param_hint="--batch")
     path = None if bundle is None else str(bundle)
+    if backends != ("auto",):  # the last of them must not fail after the others took minutes
+        opened = Bundle.open(path)
+        for backend in backends:
+            if backend != "auto":
+                require_backend(backend, opened)
+    work = [(batch, backend) for batch in batches for backend in backends]
     rows = []
     label = f"Measuring {human.count(len(batches), 'size')}"
-    with progress_bar(label, len(batches), quiet=quiet) as show:
-        for done, batch in enumerate(batches, start=1):
-            workload = Workload(path, batch, repeats, backend, threads, memory_limit_mb)
-            rows.append(measure(workload))
+    if len(backends) > 1:
+        label += f" on {human.count(len(backends), 'backend')}"
+    with progress_bar(label, len(work), quiet=quiet) as show:
+        for done, (batch, backend) in enumerate(work, start=1):
+            rows.append(measure(Workload(path, batch, repeats, backend, engine=engine)))
             show(done)
     if not quiet:
+        for warning in dict.fromkeys(text for row in rows for text in row.warnings):
+            click.echo(f"Warning: {warning}", err=True)
         click.echo(bench_table(rows))
-    facts = {"bundle": path or "the model in the box", "threads": threads, "repeats": repeats}
+    facts = {
+        "bundle": path or "the model in the box",
+        "threads": engine.threads,
+        "repeats": repeats,
+        "gpus": gpus({row.device for row in rows}),
+    }
     click.echo(json.dumps(facts | machine() | {"rows": [row.to_dict() for row in rows]}))
 
 
 def bench_table(rows: list[Measurement]) -> str:
     """A line for each measurement."""
-    cells = [("images", "s an image", "images/s", "first", "load", "peak memory", "backend")]
+    cells = [
+        ("images", "s an image", "images/s", "first", "load", "peak memory", "precision", "backend")
+    ]
     for row in rows:
         cells.append(
             (
@@ -82,10 +114,20 @@ def bench_table(rows: list[Measurement]) -> str:
                 human.duration(row.process_seconds),
                 human.duration(row.load_seconds),
                 "unknown" if row.peak_bytes is None else human.size(row.peak_bytes),
+                row.precision,
                 row.backend,
             )
         )
     return table(cells)
+
+
+def gpus(devices: set[str]) -> dict[str, str]:
+    """The names of those of the devices that are GPUs."""
+    from aim_runtime.engine import cuda_index
+    from aim_runtime.engines import nvidia_driver
+
+    found = sorted(device for device in devices if device.startswith("cuda"))
+    return {device: nvidia_driver.gpu_name(cuda_index(device)) for device in found}
 
 
 def machine() -> dict[str, Any]:

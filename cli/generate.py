@@ -16,9 +16,12 @@ import click
 from aim_cli import human
 from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.options import (
+    EngineOptions,
+    backend_option,
     bundle_option,
     check_seed,
     engine_options,
+    load_generator,
     sampling_options,
     seed_option,
 )
@@ -81,6 +84,7 @@ class Request:
     "--overwrite", is_flag=True, help="Replace images of the same name with other settings."
 )
 @bundle_option
+@backend_option
 @engine_options
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def command(
@@ -96,8 +100,7 @@ def command(
     overwrite: bool,
     bundle: Path | None,
     backend: str,
-    threads: int | None,
-    memory_limit_mb: int,
+    engine: EngineOptions,
     quiet: bool,
 ) -> None:
     """Draw images and save them as PNG files.
@@ -110,15 +113,11 @@ def command(
     Each PNG carries the settings that draw it again. Guidance, temperature, top-k and top-p
     default to what the bundle recommends.
     """
-    from aim_runtime import Generator
-
     started = time.perf_counter()
     try:
         with (
             staged(out) as folder,
-            Generator.load(
-                bundle, backend=backend, threads=threads, memory_limit_mb=memory_limit_mb
-            ) as generator,
+            load_generator(bundle, backend, engine, quiet=quiet) as generator,
         ):
             with bad_arguments():
                 options = generator.sampling.replace(
@@ -270,5 +269,5 @@ def summary(
         lines.append(("contact sheet", str(out / CONTACT_SHEET)))
     loading = f"after {human.duration(load_seconds)} to load the model"
     lines.append(("time", f"{human.duration(result.seconds)} ({speed}), {loading}"))
-    lines.append(("backend", result.backend))
+    lines.append(("backend", f"{result.backend}, in {result.precision}"))
     return fields(lines)

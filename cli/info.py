@@ -84,7 +84,7 @@ def as_dict(bundle: Bundle) -> dict[str, Any]:
         },
         "backends": [
             {"name": s.name, "available": s.available, "reason": s.reason}
-            for s in available_backends()
+            for s in available_backends(bundle)
         ],
     }
 
@@ -125,7 +125,7 @@ def card(bundle: Bundle) -> str:
         ("on disk", f"{human.size(stored)}, weights in {manifest.precision}"),
         ("memory", _memory(bundle)),
         ("provenance", _provenance(manifest.provenance)),
-        ("backends", _backends()),
+        ("backends", _backends(bundle)),
     ]
     return fields(pairs)
 
@@ -141,12 +141,13 @@ def _memory(bundle: Bundle) -> str:
     return "\n".join([*lines, table(rows)])
 
 
-def _backends() -> str:
+def _backends(bundle: Bundle) -> str:
+    """Each backend, fastest first, and whether it can run this bundle here or why not."""
     from aim_runtime import available_backends
 
     return "\n".join(
         f"{status.name}: {'available' if status.available else status.reason}"
-        for status in available_backends()
+        for status in available_backends(bundle)
     )
 
 

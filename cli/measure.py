@@ -10,11 +10,13 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+
+from aim_cli.options import EngineOptions, load_generator
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,16 @@ class Workload:
         batch: N, images a request.
         repeats: requests timed after the first one.
         backend: name, or "auto".
-        threads: CPU threads; None for the backend's choice.
-        memory_limit_mb: memory of a request, MiB.
         cfg_scale: guidance; None for the bundle's.
+        engine: what the backend is loaded with.
     """
 
     bundle: str | None
     batch: int
     repeats: int
     backend: str = "auto"
-    threads: int | None = None
-    memory_limit_mb: int = 512
     cfg_scale: float | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,31 @@ class Measurement:
         batch: N, images a request.
         rows: images advanced together within the memory limit.
         backend: what ran.
+        device: where it ran, "cpu" or "cuda:0".
+        precision: what it computed in.
         import_seconds: importing ``aim_runtime``.
         load_seconds: opening the bundle and making the sessions.
         first_request_seconds: the first request, nothing warmed up before it.
         request_seconds: every later request.
         process_seconds: from the start of the process until the first request was done,
             interpreter, imports and load included.
-        peak_bytes: largest resident memory of the process; None where it cannot be told.
+        peak_bytes: largest resident memory of the process, without a GPU's; None where it cannot
+            be told.
+        warnings: which backends failed and were passed over, a sentence each.
     """
 
     batch: int
     rows: int
     backend: str
+    device: str
+    precision: str
     import_seconds: float
     load_seconds: float
     first_request_seconds: float
     request_seconds: tuple[float, ...]
     process_seconds: float
     peak_bytes: int | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds_per_request(self) -> float:
@@ -101,7 +108,10 @@ def measure(workload: Workload) -> Measurement:
         raise click.ClickException(said[-1].removeprefix("Error: "))
     found = json.loads(finished.stdout)
     found["process_seconds"] = found.pop("first_image_time") - started
-    return Measurement(**found | {"request_seconds": tuple(found["request_seconds"])})
+    found["request_seconds"] = tuple(found["request_seconds"])
+    mark = "Warning: "
+    said = [line for line in finished.stderr.splitlines() if line.startswith(mark)]
+    return Measurement(**found, warnings=tuple(line.removeprefix(mark) for line in said))
 
 
 def peak_bytes() -> int | None:
@@ -125,15 +135,10 @@ def peak_bytes() -> int | None:
 def _run(workload: Workload) -> dict[str, Any]:
     """The child's part: load, draw, look at the clock."""
     started = time.perf_counter()
-    from aim_runtime import Generator
+    import aim_runtime  # noqa: F401
 
     imported = time.perf_counter()
-    with Generator.load(
-        workload.bundle,
-        backend=workload.backend,
-        threads=workload.threads,
-        memory_limit_mb=workload.memory_limit_mb,
-    ) as generator:
+    with load_generator(workload.bundle, workload.backend, workload.engine) as generator:
         loaded = time.perf_counter()
         total = len(generator.class_names)
         classes = [index % total for index in range(workload.batch)]
@@ -148,6 +153,8 @@ def _run(workload: Workload) -> dict[str, Any]:
             "batch": workload.batch,
             "rows": rows,
             "backend": generator.backend,
+            "device": generator.device,
+            "precision": generator.precision,
             "import_seconds": imported - started,
             "load_seconds": loaded - imported,
             "first_request_seconds": times[0],
@@ -162,7 +169,9 @@ def _child() -> None:
     from aim_cli.errors import report
 
     try:
-        print(json.dumps(_run(Workload(**json.loads(sys.argv[1])))))
+        fields = json.loads(sys.argv[1])
+        engine = EngineOptions(**fields.pop("engine"))
+        print(json.dumps(_run(Workload(**fields, engine=engine))))
     except Exception as error:
         sys.exit(report(error))
 

@@ -1,17 +1,52 @@
-"""Options that several commands share, with the same words in each."""
+"""Options that several commands share, with the same words in each, and what they load."""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from aim_runtime import Generator
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_SEED = 2**64 - 1
 _MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is loaded with; the fields are those of ``Generator.load``."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    memory_limit_mb: int | None = None
+
+
+def load_generator(
+    bundle: Path | str | None,
+    backend: str,
+    engine: EngineOptions,
+    *,
+    quiet: bool = False,
+) -> Generator:
+    """Load a bundle; unless ``quiet``, say on stderr which backends failed and were passed over."""
+    from aim_runtime import Generator
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", RuntimeWarning)
+        generator = Generator.load(bundle, backend=backend, **asdict(engine))
+    for warning in [] if quiet else caught:
+        click.echo(f"Warning: {warning.message}", err=True)
+    return generator
 
 
 def check_seed(seed: int, images: int) -> None:
@@ -38,18 +73,42 @@ def bundle_option(function: Function) -> Function:
     )(function)
 
 
+def backend_option(function: Function) -> Function:
+    """``--backend NAME``."""
+    return click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="Engine to run on: tensorrt, cuda, onnxruntime-cuda or cpu. 'auto' takes the first of "
+        "these that works; 'aim info' says which do.",
+    )(function)
+
+
 def engine_options(function: Function) -> Function:
-    """``--backend``, ``--threads`` and ``--memory-limit``."""
+    """``--device``, ``--precision``, ``--threads`` and ``--memory-limit``, as one ``engine``."""
+
+    @functools.wraps(function)
+    def gathered(
+        *args: Any,
+        device: str,
+        precision: str,
+        threads: int | None,
+        memory_limit_mb: int | None,
+        **kwargs: Any,
+    ) -> Any:
+        engine = EngineOptions(device, precision, threads, memory_limit_mb)
+        return function(*args, engine=engine, **kwargs)
+
+    command: Any = gathered
     for decorator in (
         click.option(
             "--memory-limit",
             "memory_limit_mb",
             type=click.IntRange(min=1),
-            default=512,
-            show_default=True,
             metavar="MB",
             help="Memory for images in the making. More images than fit are drawn in batches; the "
-            "pictures are the same.",
+            "pictures are the same. [default: 512 on a CPU, most of what is free on a GPU]",
         ),
         click.option(
             "--threads",
@@ -59,15 +118,23 @@ def engine_options(function: Function) -> Function:
             help="CPU threads. [default: one a core]",
         ),
         click.option(
-            "--backend",
+            "--precision",
             default="auto",
             show_default=True,
             metavar="NAME",
-            help="Engine to run on; 'auto' takes the fastest that works, 'aim info' lists them.",
+            help="What to compute in: fp32 draws the pictures of the CPU; fp16 and int8, where the "
+            "bundle has them, are faster and may draw others. 'auto' leaves it to the backend.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="NAME",
+            help="Where to run: cpu, cuda, or cuda:1 for the second GPU.",
         ),
     ):
-        function = decorator(function)
-    return function
+        command = decorator(command)
+    return command
 
 
 def seed_option(function: Function) -> Function:

@@ -24,9 +24,12 @@ from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.generate import read_settings
 from aim_cli.npz import write_npz
 from aim_cli.options import (
+    EngineOptions,
+    backend_option,
     bundle_option,
     check_seed,
     engine_options,
+    load_generator,
     sampling_options,
     seed_option,
 )
@@ -66,6 +69,7 @@ _BAR_UNITS = 1000
 @seed_option
 @sampling_options
 @bundle_option
+@backend_option
 @engine_options
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def command(
@@ -79,8 +83,7 @@ def command(
     top_p: float | None,
     bundle: Path | None,
     backend: str,
-    threads: int | None,
-    memory_limit_mb: int,
+    engine: EngineOptions,
     quiet: bool,
 ) -> None:
     """Draw N images balanced over all classes, and pack them for FID.
@@ -90,14 +93,10 @@ def command(
 
     Writes images/000000.png and so on, at the end one .npz in ADM's format (arr_0: uint8, images x
     height x width x 3), and in sample.json what they were drawn with: bundle and checkpoint hash,
-    settings, seeds, backend. Stopped at any moment, the same command goes on. Single settings such
-    as --cfg-scale replace those of the preset.
+    settings, seeds, backend, precision. Stopped at any moment, the same command goes on. Single
+    settings such as --cfg-scale replace those of the preset.
     """
-    from aim_runtime import Generator
-
-    with Generator.load(
-        bundle, backend=backend, threads=threads, memory_limit_mb=memory_limit_mb
-    ) as generator:
+    with load_generator(bundle, backend, engine, quiet=quiet) as generator:
         with bad_arguments():
             check_seed(seed, count)
             options = preset_options(generator.sampling, preset).replace(
@@ -206,13 +205,13 @@ class Sample:
                 "bundle": bundle.manifest.name,
                 "bundle_sha256": bundle.manifest_sha256,
                 "backend": self.generator.backend,
+                "precision": self.generator.precision,
             },
             "facts": {
                 "classes": f"image i is of class i mod {len(self.generator.class_names)}",
                 "seeds": f"image i has the seed {self.seed} + i",
                 "pixels": "uint8 as the decoder graph rounds them, stored without loss",
                 "weights": bundle.manifest.precision,
-                "arithmetic": "fp32",
                 "checkpoint": provenance.get("checkpoint"),
                 "checkpoint_sha256": provenance.get("checkpoint_sha256"),
                 "tokenizer_sha256": provenance.get("tokenizer_sha256"),
@@ -245,7 +244,7 @@ class Sample:
         speed = f" ({human.rate(len(missing) / drawing, 'images')})" if missing else ""
         kept_text = f"; {kept:,} were there already" if kept else ""
         lines.append(("time", f"{human.duration(drawing)}{speed}{kept_text}"))
-        lines.append(("backend", self.generator.backend))
+        lines.append(("backend", f"{self.generator.backend}, in {self.generator.precision}"))
         return fields(lines)
 
     def draw(self, batch: range, progress: Any) -> None:

@@ -38,6 +38,14 @@ def gpu_count() -> int:
     return count.value
 
 
+def gpu_name(gpu: int) -> str:
+    """What GPU number `gpu` is, "NVIDIA H100 80GB HBM3"."""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(gpu))
+    _call("cuDeviceGetName", name, ctypes.c_int(len(name)), device)
+    return name.value.decode(errors="replace")
+
+
 def cuda_version() -> tuple[int, int]:
     """The newest CUDA that the driver runs, (12, 4)."""
     version = ctypes.c_int()  # 1000 * major + 10 * minor

@@ -12,7 +12,7 @@ from PIL import Image
 
 import aim_runtime
 from aim_cli.generate import columns, file_stems
-from aim_runtime import Generator
+from aim_runtime import BackendError, Generator
 
 from .conftest import Cli, Spawn, refused, tree
 
@@ -120,6 +120,8 @@ def test_files_that_are_not_ours_are_kept(cli: Cli, bundle: Path, folder: Path) 
         (["--threads", "0"], ["--threads"]),
         (["--memory-limit", "0"], ["--memory-limit"]),
         (["--backend", "abacus"], ["backend is 'abacus'", "'cpu'"]),
+        (["--backend", "cpu", "--device", "cuda:1"], ["device is 'cuda:1'", "'cpu'"]),
+        (["--backend", "cpu", "--precision", "fp16"], ["precision is 'fp16'", "'fp32'"]),
         (["--frobnicate"], ["--frobnicate"]),
     ],
 )
@@ -128,6 +130,26 @@ def test_bad_arguments(
 ) -> None:
     refused(cli("generate", "--bundle", bundle, "-c", 0, "-c", 1, "-c", 2, *args), *words)
     assert tree(folder) == set()
+
+
+def test_a_backend_that_failed_and_was_passed_over_is_named(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise BackendError("the GPU is full")
+
+    monkeypatch.setattr(
+        "aim_runtime.engines.onnxruntime_cuda.unavailable_reason", lambda bundle: None
+    )
+    monkeypatch.setattr("aim_runtime.engines.onnxruntime_cuda.load", fails)
+    args = ("generate", "-c", 1, "--bundle", bundle)
+    for quiet, said in (((), True), (("--quiet",), False)):
+        done = cli(*args, *quiet)
+        assert done.exit_code == 0
+        assert (
+            "Warning: backend 'onnxruntime-cuda' failed (the GPU is full)" in done.stderr
+        ) == said
+    assert "cpu, in fp32" in cli(*args).stdout
 
 
 def test_a_memory_limit_below_one_image(

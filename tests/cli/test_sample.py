@@ -50,6 +50,7 @@ def test_images_record_and_archive(cli: Cli, bundle: Path, folder: Path) -> None
         "bundle": "tiny",
         "bundle_sha256": sha256,
         "backend": "cpu",
+        "precision": "fp32",
     }
 
 
