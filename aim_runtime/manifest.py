@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aim_runtime.checked_json import CheckedJson
 from aim_runtime.errors import BundleError
 
 FORMAT = "aim-bundle"
@@ -169,7 +170,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse and check a manifest. Raises BundleError for anything that is not one."""
-        return _manifest(_parse(text))
+        return _manifest(_JSON.parse(text, MAX_MANIFEST_BYTES))
 
     def to_json(self) -> str:
         """The manifest as stable, indented JSON that ends in a newline.
@@ -206,66 +207,10 @@ def is_engine_file_name(name: str) -> bool:
 
 # -- JSON to values -------------------------------------------------------------------------------
 
-
-def _parse(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise BundleError(f"the manifest holds the key {_show(twice)} twice in one object")
-        return dict(pairs)
-
-    def constant(name: str) -> Any:
-        raise BundleError(f"the manifest holds {name}; numbers must be finite")
-
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"the manifest has {len(text)} characters; at most {MAX_MANIFEST_BYTES} are read"
-        )
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-    except RecursionError:
-        raise BundleError("the manifest is not a manifest: it is nested too deeply") from None
-    except ValueError as error:  # also numbers with more digits than Python converts
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"the manifest is not valid JSON: {reason}") from None
-
-
-def _show(value: Any) -> str:
-    """`value` as one short line for an error message."""
-    if isinstance(value, dict):
-        return f"an object of {len(value)} keys"
-    if isinstance(value, list):
-        return f"a list of {len(value)} items"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _wrong(where: str, value: Any, allowed: str) -> BundleError:
-    return BundleError(f"the manifest's {where} is {_show(value)}; it must be {allowed}")
-
-
-def _object(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _wrong(where, value, "an object")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise BundleError(f"the manifest's {where} lacks the key {missing[0]!r}")
-    unknown = [key for key in value if key not in keys]
-    if unknown:
-        raise BundleError(
-            f"the manifest's {where} has the unknown key {_show(unknown[0])}; "
-            f"it may have {', '.join(keys)}"
-        )
-    return value
-
-
-def _list(value: Any, where: str, low: int, high: int) -> list[Any]:
-    if not isinstance(value, list) or not low <= len(value) <= high:
-        raise _wrong(where, value, f"a list of {low} to {high} items")
-    return value
+_JSON = CheckedJson("the manifest")
+_wrong, _object, _list = _JSON.wrong, _JSON.fields, _JSON.items
+_integer, _number = _JSON.integer, _JSON.number
+_choice, _matching = _JSON.choice, _JSON.matching
 
 
 def _text(value: Any, where: str, limit: int = 256, *, empty: bool = False) -> str:
@@ -284,31 +229,6 @@ def _is_printable(text: str) -> bool:
         ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 or c in "\u2028\u2029" or 0xD800 <= ord(c) < 0xE000
         for c in text
     )
-
-
-def _integer(value: Any, where: str, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise _wrong(where, value, f"a whole number from {low} to {high}")
-    return value
-
-
-def _number(value: Any, where: str, low: float, high: float) -> float:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not low <= value <= high:
-        raise _wrong(where, value, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _choice(value: Any, where: str, allowed: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise _wrong(where, value, "one of " + ", ".join(repr(item) for item in allowed))
-    return value
-
-
-def _matching(value: Any, where: str, pattern: re.Pattern[str], allowed: str) -> str:
-    if not isinstance(value, str) or pattern.fullmatch(value) is None:
-        raise _wrong(where, value, allowed)
-    return value
 
 
 def _file_name(value: Any, where: str) -> str:
