@@ -100,12 +100,12 @@ class SimulatedDevice:
 
     def free_memory(self) -> int:
         with self._lock:
-            return self._memory - sum(len(buffer) for buffer in self._buffers.values())
+            return self._memory - sum(_rounded(len(item)) for item in self._buffers.values())
 
     def allocate(self, sizes: Sequence[int]) -> SimulatedAllocation:
         self.check_current()
         with self._lock:
-            if sum(sizes) > self.free_memory():
+            if sum(map(_rounded, sizes)) > self.free_memory():
                 raise OutOfDeviceMemory
             self.allocations += 1
             addresses = []
@@ -114,7 +114,7 @@ class SimulatedDevice:
                 bisect.insort(self._starts, self._next)
                 addresses.append(self._next)
                 # A gap, so that an overrun is not the next buffer's start.
-                self._next += (size // ALIGNMENT + 2) * ALIGNMENT
+                self._next += _rounded(size) + ALIGNMENT
         found = SimulatedAllocation(tuple(addresses))
         weakref.finalize(found, self._free, found.addresses)
         return found
@@ -127,7 +127,7 @@ class SimulatedDevice:
         self.check_current()
         return SimulatedStream(self)
 
-    def load(self, code: bytes, symbol: str, shared: int) -> Kernel:
+    def load(self, code: bytes, symbol: str, shared: int, pointers: int) -> Kernel:
         self.check_current()
         self.loaded.append((symbol, shared))
         return self._find(code, symbol)
@@ -158,6 +158,10 @@ class SimulatedDevice:
             for address in addresses:
                 del self._buffers[address]
                 self._starts.remove(address)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class _Pinned(np.ndarray[Any, np.dtype[Any]]):

@@ -56,10 +56,6 @@ class PinnedMemory(Protocol):
         """All of it; views must not outlive this object."""
 
 
-class Graph(Protocol):
-    """Captured launches; opaque."""
-
-
 class Event(Protocol):
     """A point in a stream's work."""
 
@@ -82,11 +78,11 @@ class Stream(Protocol):
     def launch(self, launch: DeviceLaunch) -> None:
         """Run a kernel."""
 
-    def capture(self, launches: Sequence[DeviceLaunch]) -> Graph:
+    def capture(self, launches: Sequence[DeviceLaunch]) -> Any:
         """Make a graph of `launches`, in this order, without running them."""
 
-    def replay(self, graph: Graph) -> None:
-        """Run a graph."""
+    def replay(self, graph: Any) -> None:
+        """Run what `capture` returned."""
 
     def record(self) -> Event:
         """An event after all work so far."""
@@ -125,8 +121,9 @@ class Device(Protocol):
     def stream(self) -> Stream:
         """A new stream, independent of all others."""
 
-    def load(self, code: bytes, symbol: str, shared: int) -> Any:
+    def load(self, code: bytes, symbol: str, shared: int, pointers: int) -> Any:
         """The kernel `symbol` of the binary `code`, allowed to use `shared` bytes a block.
 
-        Raises BackendError when the driver refuses it.
+        Raises BackendError when the driver refuses it, BundleError when the kernel's parameters are
+        not so many pointers.
         """

@@ -1,0 +1,241 @@
+"""`CudaEngine`: a bundle's plan on one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.arguments import whole_number
+from aim_runtime.bundle import Bundle
+from aim_runtime.engine import Conditioning, Engine
+from aim_runtime.engines.cuda import step, weights, workspace
+from aim_runtime.engines.cuda.architecture import describe
+from aim_runtime.engines.cuda.device import Device, OutOfDeviceMemory
+from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket, Plan, plan_file
+from aim_runtime.engines.cuda.program import Kernels
+from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.plan import BatchPlan, check_memory_limit
+from aim_runtime.sampling import SamplingOptions
+
+_AnyBucket = TypeVar("_AnyBucket", Bucket, DecoderBucket)
+
+# Of the device memory that is free, what a request may plan with: the rest is for captured graphs
+# and for whoever else uses the GPU.
+_SHARE_OF_FREE_MEMORY = 0.9
+
+
+class CudaEngine(Engine):
+    """The plan for `precision` in `bundle` on `device`. Thread-safe.
+
+    Each request has its own buffers; those of the last few are kept, captured graphs and all.
+    Raises BackendError when the device cannot run the plan, BundleError when the plan is not one.
+    """
+
+    backend = "cuda"
+
+    def __init__(self, bundle: Bundle, device: Device, precision: str) -> None:
+        super().__init__(bundle.manifest)
+        self.device = device.label
+        self.precision = precision
+        self._device = device
+        self._plan = _read_plan(bundle, precision)
+        self._buckets = self._runnable_buckets()
+        self._decoder = self._runnable_decoder()
+        self.decode_batch = self._decoder[-1].images
+        self._pool = workspace.Pool()
+        with device.current():
+            self._kernels = Kernels(device, bundle, self._plan)
+            try:
+                self._weights = weights.Weights(device, bundle, self._plan, self._kernels)
+            except OutOfDeviceMemory:
+                raise self._too_little("the model", weights.allocated_size(self._plan)) from None
+
+    def plan(
+        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
+    ) -> BatchPlan:
+        """As many images at a time as the plan has buffers for and the device has memory for.
+
+        An image's bytes are those of the batch over the batch; the total includes the decoder's
+        for one call of the smallest size.
+        """
+        n = whole_number("n", n, 1, 2**31)
+        defaults = SamplingOptions(cfg_scale=self.manifest.sampling.cfg_scale)
+        per_image = defaults.replace(cfg_scale=cfg_scale).rows_per_image
+        decoder = workspace.allocated_size(self._decoder[0].buffers)
+        needs = {
+            size: workspace.allocated_size(bucket.buffers) + decoder
+            for bucket in self._buckets
+            if (size := step.capacity(bucket.rows, per_image))
+        }
+        if not needs:
+            raise BackendError("the bundle's CUDA plan has no batch for images with guidance")
+        sizes = list(needs)
+        if memory_limit_mb is not None:
+            check_memory_limit(memory_limit_mb)
+            sizes = [size for size in sizes if needs[size] <= memory_limit_mb * 2**20]
+            if not sizes:
+                least = -(-min(needs.values()) // 2**20)
+                raise ValueError(
+                    f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+                    f"needs {least}: give memory_limit_mb={least} or more"
+                )
+        free = self._device.free_memory() * _SHARE_OF_FREE_MEMORY + self._pool.idle_bytes()
+        sizes = [size for size in sizes if needs[size] <= free]
+        if not sizes:
+            raise self._too_little("one image", min(needs.values()))
+        batch = min(n, sizes[-1])
+        need = next(needs[size] for size in sizes if size >= batch)
+        return BatchPlan(batch, -(-n // batch), (need - decoder) // batch, need)
+
+    def start(self, rows: int, conditioning: Conditioning) -> step.CudaRows:
+        """Rows of their own; `conditioning` is what `prologue` returned."""
+        bucket = self._bucket(rows, 1)
+        classes: NDArray[np.int64] = conditioning["class_id"]
+        return step.CudaRows(self.manifest, self._device, self._step_lease(bucket, 1), classes)
+
+    def _draw(
+        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+    ) -> Generator[NDArray[np.int64]]:
+        bucket = self._bucket(len(class_ids), options.rows_per_image)
+        no_class = self.manifest.model.num_classes
+        with self._step_lease(bucket, options.rows_per_image) as leased:
+            yield from step.draw(self._device, leased, class_ids, noise, options, no_class)
+
+    def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
+        return {"class_id": class_ids}  # the device computes the rest when rows start
+
+    def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        model = self.manifest.model
+        shape = (len(tokens), model.image_height, model.image_width, 3)
+        images = np.empty(shape, np.uint8)
+        buckets, done = list(self._decoder), 0
+        while done < len(tokens):
+            bucket = _decoder_bucket(buckets, len(tokens) - done)
+            size = min(bucket.images, len(tokens) - done)
+            try:
+                self._decode_batch(bucket, tokens[done : done + size], images[done : done + size])
+            except OutOfDeviceMemory:
+                buckets = [smaller for smaller in buckets if smaller.images < bucket.images]
+                if not buckets:
+                    needed = workspace.allocated_size(bucket.buffers)
+                    raise self._too_little("decoding an image", needed) from None
+                continue
+            done += size
+        return images
+
+    def _decode_batch(
+        self, bucket: DecoderBucket, tokens: NDArray[np.int64], images: NDArray[np.uint8]
+    ) -> None:
+        """Decode `tokens` (n, T), n up to the bucket's, into `images` (n, height, width, 3)."""
+
+        def make() -> workspace.Workspace:
+            return workspace.Workspace(
+                self._device,
+                self._kernels,
+                bucket.buffers,
+                self._weights.addresses,
+                {"decode": bucket.launches},
+                {"tokens": "tokens", "image": "image"},
+            )
+
+        with self._pool.lease(self._device, ("decoder", bucket.images), make) as leased:
+            leased.host["tokens"][: len(tokens)] = tokens
+            leased.host["tokens"][len(tokens) :] = tokens[0]
+            with self._device.current():
+                leased.upload("tokens")
+                leased.run("decode")
+                leased.download("image")
+                leased.stream.synchronize()
+            images[:] = leased.host["image"][: len(images)]
+
+    @contextmanager
+    def _step_lease(self, bucket: Bucket, rows_per_image: int) -> Iterator[workspace.Workspace]:
+        def make() -> workspace.Workspace:
+            shared = self._weights.addresses
+            return step.make_workspace(self._device, self._kernels, bucket, shared)
+
+        try:
+            with self._pool.lease(self._device, ("step", bucket.rows), make) as leased:
+                yield leased
+        except OutOfDeviceMemory:
+            size = step.capacity(bucket.rows, rows_per_image)
+            needed = workspace.allocated_size(bucket.buffers)
+            free = self._device.free_memory()
+            fits = [
+                step.capacity(smaller.rows, rows_per_image)
+                for smaller in self._buckets
+                if workspace.allocated_size(smaller.buffers) <= free
+            ]
+            hint = f"; {fits[-1]} at a time fit" if fits and fits[-1] else ""
+            raise self._too_little(f"a batch of {size} images", needed, hint) from None
+
+    def _bucket(self, images: int, rows_per_image: int) -> Bucket:
+        """The smallest bucket for so many images."""
+        for bucket in self._buckets:
+            if step.capacity(bucket.rows, rows_per_image) >= images:
+                return bucket
+        most = step.capacity(self._buckets[-1].rows, rows_per_image)
+        raise BackendError(
+            f"{images} images at a time are asked for; the bundle's CUDA plan has at most {most}"
+        )
+
+    def _runnable_buckets(self) -> list[Bucket]:
+        """One bucket a size: the first that this device can run."""
+        found: dict[int, Bucket] = {}
+        capability = self._device.capability
+        for bucket in self._plan.buckets:
+            fits = bucket.requires_multiprocessors <= self._device.multiprocessors
+            if fits and self._plan.runs(bucket.begin + bucket.step, capability):
+                found.setdefault(bucket.rows, bucket)
+        return self._or_no_kernels(list(found.values()))
+
+    def _runnable_decoder(self) -> list[DecoderBucket]:
+        found: dict[int, DecoderBucket] = {}
+        for bucket in self._plan.decoder:
+            if self._plan.runs(bucket.launches, self._device.capability):
+                found.setdefault(bucket.images, bucket)
+        return self._or_no_kernels(list(found.values()))
+
+    def _or_no_kernels(self, buckets: list[_AnyBucket]) -> list[_AnyBucket]:
+        if not buckets:
+            major, minor = self._device.capability
+            compiled = describe(self._plan.architectures())
+            raise BackendError(
+                f"the bundle's {self.precision} CUDA kernels are not for {self._device.name} "
+                f"(compute capability {major}.{minor}, it has {compiled}); "
+                "export it again with 'aim export --cuda'"
+            )
+        return buckets
+
+    def _too_little(self, what: str, needed: int, hint: str = "") -> BackendError:
+        free = self._device.free_memory()
+        return BackendError(
+            f"{what} needs {-(-needed // 2**20)} MiB of GPU memory; {self._device.label} "
+            f"({self._device.name}) has {free // 2**20} MiB free{hint}"
+        )
+
+
+def _read_plan(bundle: Bundle, precision: str) -> Plan:
+    file = plan_file(precision)
+    try:
+        plan = Plan.from_json(str(bundle.read(file), "utf-8"), bundle.manifest)
+    except UnicodeDecodeError:
+        raise BundleError(f"{bundle.path}: {file} is not UTF-8 text") from None
+    except BundleError as error:
+        raise BundleError(f"{bundle.path}: {error}") from None
+    if plan.precision != precision:
+        raise BundleError(f"{bundle.path}: {file} is a CUDA plan for {plan.precision!r}")
+    return plan
+
+
+def _decoder_bucket(buckets: Sequence[DecoderBucket], images: int) -> DecoderBucket:
+    """The smallest that holds `images` images, or a smaller one if most of that would be idle."""
+    fitting = [bucket for bucket in buckets if bucket.images >= images]
+    smaller = [bucket for bucket in buckets if bucket.images < images]
+    if not fitting or (smaller and fitting[0].images > 2 * images):
+        return smaller[-1]
+    return fitting[0]

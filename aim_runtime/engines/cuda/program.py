@@ -1,0 +1,83 @@
+"""From a plan's launches to the device's: kernels are loaded, names become addresses."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aim_runtime.bundle import Bundle
+from aim_runtime.engines.cuda.architecture import choose
+from aim_runtime.engines.cuda.device import Device, DeviceLaunch
+from aim_runtime.engines.cuda.plan import Code, Plan, Program, kernels_file
+from aim_runtime.errors import BackendError, BundleError
+
+# A kernel of this family takes well under a megabyte.
+_MAX_BINARY_BYTES = 64 << 20
+
+
+class Kernels:
+    """The kernels of a plan on one device, each loaded when it is first used. Thread-safe."""
+
+    def __init__(self, device: Device, bundle: Bundle, plan: Plan) -> None:
+        self._device = device
+        self._plan = plan
+        # Files are read at once: a bundle that changes later must not change what is loaded.
+        used = {choose(kernel.code, device.capability) for kernel in plan.kernels.values()}
+        self._files = {name: bundle.read(kernels_file(name)) for name in used if name}
+        self._loaded: dict[str, tuple[Any, Code]] = {}
+        self._lock = threading.Lock()
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], addresses: Sequence[int]
+    ) -> DeviceLaunch:
+        """A launch of the kernel `name` with pointers to `addresses`, nulls after them.
+
+        Raises BackendError or BundleError when the kernel cannot be loaded.
+        """
+        kernel = self._plan.kernels[name]
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            function, code = self._loaded[name]
+        nulls = (0,) * (code.pointers - len(addresses))
+        return DeviceLaunch(
+            function=function,
+            grid=grid,
+            threads=kernel.threads,
+            shared=code.shared,
+            addresses=(*addresses, *nulls),
+            cooperative=kernel.cooperative,
+            overlaps=kernel.overlaps,
+        )
+
+    def program(self, program: Program, addresses: Mapping[str, int]) -> list[DeviceLaunch]:
+        """The launches of `program`, with `addresses` of all buffers and weights it names."""
+        return [
+            self.launch(
+                launch.kernel,
+                launch.grid,
+                [addresses[name] + offset for name, offset in launch.arguments],
+            )
+            for launch in program
+        ]
+
+    def _load(self, name: str) -> tuple[Any, Code]:
+        kernel = self._plan.kernels[name]
+        architecture = choose(kernel.code, self._device.capability)
+        if architecture is None:
+            raise BackendError(f"the bundle has no kernel {name!r} for {self._device.name}")
+        code = kernel.code[architecture]
+        packed = self._files[architecture][code.offset : code.offset + code.size]
+        unpacking = zlib.decompressobj()
+        try:
+            binary = unpacking.decompress(packed, _MAX_BINARY_BYTES)
+        except zlib.error:
+            binary = b""
+        if not binary or not unpacking.eof:
+            raise BundleError(
+                f"{kernels_file(architecture)} holds no kernel where the CUDA plan says that "
+                f"{name!r} is; export the bundle again"
+            )
+        return self._device.load(binary, kernel.symbol, code.shared, code.pointers), code

@@ -1,0 +1,527 @@
+"""The CUDA engine on a simulated GPU, held against the CPU engine on the same bundle."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOptions
+from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines.cuda import CudaEngine, step
+from aim_runtime.noise import uniforms
+
+from .simulated_cuda import SimulatedDevice
+from .tiny_bundle import CLASSES, TOKENS, VOCAB
+from .toy_cuda import launch, simulated, toy_engine, toy_plan, write_toy_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cuda") / "toy"
+    return write_toy_bundle(tiny, out, *(toy_plan(p) for p in ("fp32", "fp16", "int8")))
+
+
+@pytest.fixture(scope="module")
+def cpu(tiny: Path) -> Engine:
+    return load_engine(Bundle.open(tiny), backend="cpu", threads=1)
+
+
+def device_of(engine: CudaEngine) -> SimulatedDevice:
+    device = engine._device
+    assert isinstance(device, SimulatedDevice)
+    return device
+
+
+def drawn(
+    engine: Engine, classes: list[int], options: SamplingOptions | None = None, seed: int = 0
+) -> np.ndarray:
+    noise = uniforms(range(seed, seed + len(classes)), TOKENS)
+    blocks = engine.draw(np.array(classes, np.int64), noise, options or SamplingOptions())
+    return np.concatenate(list(blocks), axis=1)
+
+
+OPTIONS = {
+    "guided": SamplingOptions(2.0, 1.0),
+    "one row": SamplingOptions(1.0, 0.7, top_k=5),
+    "no class": SamplingOptions(0.0, 1.3, top_p=0.8),
+    "argmax": SamplingOptions(3.0, 0.0),
+    "nearly argmax": SamplingOptions(3.0, 1e-320),
+    "all top_k": SamplingOptions(1.5, 1.0, top_k=10**12),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_tokens_are_the_cpus(
+    bundle: Path, cpu: Engine, options: SamplingOptions, n: int
+) -> None:
+    engine = toy_engine(bundle)
+    classes = [2, 0, 1, 2][:n]
+    assert np.array_equal(drawn(engine, classes, options), drawn(cpu, classes, options))
+
+
+def test_a_generator_on_it_draws_what_the_cpu_draws(bundle: Path, cpu: Engine) -> None:
+    opened = Bundle.open(bundle)
+    ours, theirs = Generator(opened, toy_engine(bundle)), Generator(opened, cpu)
+    classes = [index % CLASSES for index in range(11)]
+    result, expected = ours.generate(classes, seed=5), theirs.generate(classes, seed=5)
+    assert np.array_equal(result.tokens, expected.tokens)
+    assert np.array_equal(result.array, expected.array)
+    assert (result.backend, ours.plan(11).batch_size, ours.plan(11).batches) == ("cuda", 4, 3)
+    np.testing.assert_allclose(
+        ours.logits(result.tokens, classes, cfg_scale=2.0),
+        theirs.logits(result.tokens, classes, cfg_scale=2.0),
+        atol=1e-5,
+    )
+    last = list(ours.stream(classes, every=2, seed=5))[-1]
+    assert np.array_equal(last.tokens, expected.tokens)
+
+
+class TestSlices:
+    def test_all_steps_come_in_slices_and_the_rest(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch, cpu: Engine
+    ) -> None:
+        for size, expected in ((4, [4, 4, 1]), (9, [9]), (16, [9]), (1, [1] * 9), (3, [3] * 3)):
+            monkeypatch.setattr(step, "SLICE", size)
+            noise = uniforms([3], TOKENS)
+            blocks = list(toy_engine(bundle).draw(np.array([1]), noise, SamplingOptions(2.0)))
+            assert [block.shape for block in blocks] == [(1, k) for k in expected]
+            found = np.concatenate(blocks, axis=1)
+            assert np.array_equal(found, drawn(cpu, [1], SamplingOptions(2.0), seed=3))
+
+    def test_the_next_slice_is_queued_before_the_last_is_handed_out(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(step, "SLICE", 2)
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        blocks = engine.draw(np.array([1]), uniforms([3], TOKENS), SamplingOptions(2.0))
+        next(blocks)
+        steps = sum(launch.function.__name__ == "draw" for launch in device.launches)
+        assert steps == 2  # the simulated GPU does only what was waited for
+        blocks.close()
+        steps = sum(launch.function.__name__ == "draw" for launch in device.launches)
+        assert steps == 4  # one slice was queued ahead, and closing waits for it
+
+    def test_a_closed_draw_leaves_the_engine_as_it_was(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(step, "SLICE", 2)
+        engine = toy_engine(bundle)
+        expected = drawn(engine, [1, 2], SamplingOptions(2.0))
+        made = device_of(engine).allocations
+        for count in range(5):
+            blocks = engine.draw(np.array([0, 0]), uniforms([7, 8], TOKENS), SamplingOptions(2.0))
+            for _ in range(count):
+                next(blocks)
+            blocks.close()
+        assert np.array_equal(drawn(engine, [1, 2], SamplingOptions(2.0)), expected)
+        assert device_of(engine).allocations == made
+
+
+class TestWorkspaces:
+    def test_graphs_are_captured_once_a_bucket(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        assert (device.captures, device.replays) == (0, 0)
+        for _ in range(3):
+            drawn(engine, [0, 1, 2], SamplingOptions(2.0))  # 6 rows
+        assert (device.captures, device.replays) == (2, 3 * (1 + TOKENS))
+        drawn(engine, [0], SamplingOptions(1.0))  # 1 row
+        assert device.captures == 4
+        engine.decode(np.zeros((1, TOKENS), np.int64))
+        engine.decode(np.zeros((1, TOKENS), np.int64))
+        assert device.captures == 5
+
+    def test_launches_say_what_the_plan_says(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        drawn(engine, [0], SamplingOptions(2.0))
+        by_name = {item.function.__name__: item for item in device_of(engine).launches}
+        assert by_name["cell"].cooperative
+        assert not by_name["cell"].overlaps
+        assert by_name["head"].overlaps
+        assert by_name["head"].grid == (2, 1, 1)
+        assert by_name["head"].threads == 128
+        assert by_name["cell"].addresses[-1] == 0  # no argument: a null pointer
+        assert ("cell", 1024) in device_of(engine).loaded
+
+    def test_unused_slots_repeat_the_first_image(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        with engine._step_lease(engine._bucket(2, 2), 2) as workspace:
+            noise = uniforms([5, 6], TOKENS)
+            options = SamplingOptions(2.0, 0.5, top_k=3, top_p=0.9)
+            list(step.draw(engine._device, workspace, np.array([2, 1]), noise, options, CLASSES))
+            host = workspace.host
+        assert host["class_id"].tolist() == [2, 1, 2, CLASSES, CLASSES, CLASSES]
+        assert host["pairs"].tolist() == [3]
+        assert host["noise"][:3].tolist() == noise[[0, 1, 0]].tolist()
+        assert host["settings"].tolist() == [[2.0, 2.0, np.float32(0.9), 3.0]] * 6
+
+    def test_requests_at_a_time_have_their_own(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        expected = drawn(engine, [1], SamplingOptions(2.0), 9)
+        first = engine.draw(np.array([0]), uniforms([0], TOKENS), SamplingOptions(2.0))
+        next(first)
+        assert np.array_equal(drawn(engine, [1], SamplingOptions(2.0), 9), expected)
+        rows = engine.start(2, engine.prologue(np.array([0, 1])))
+        rows.step(np.zeros(2, np.int64), np.zeros(2, np.int64))
+        assert np.array_equal(drawn(engine, [1], SamplingOptions(2.0), 9), expected)
+        rows.close()
+        first.close()
+
+    def test_a_burst_leaves_one_of_a_size(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        free = device_of(engine).free_memory()
+        drawn(engine, [1], SamplingOptions(2.0))
+        one = free - device_of(engine).free_memory()
+        many = [
+            engine.draw(np.array([0]), uniforms([0], TOKENS), SamplingOptions(2.0))
+            for _ in range(5)
+        ]
+        for blocks in many:
+            next(blocks)
+        assert free - device_of(engine).free_memory() == 5 * one
+        for blocks in many:
+            blocks.close()
+        assert free - device_of(engine).free_memory() == one
+
+    def test_rows_that_are_forgotten_give_their_buffers_back(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        for _ in range(3):
+            rows = engine.start(2, engine.prologue(np.array([0, 1])))
+            rows.step(np.zeros(2, np.int64), np.zeros(2, np.int64))
+            made = device_of(engine).allocations
+            del rows
+        assert device_of(engine).allocations == made
+
+    def test_an_engine_that_is_dropped_frees_everything(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        drawn(engine, [1], SamplingOptions(2.0))
+        engine.decode(np.zeros((1, TOKENS), np.int64))
+        assert device.free_memory() < 1 << 30
+        del engine
+        assert device.free_memory() == 1 << 30
+
+
+def test_threads(bundle: Path, cpu: Engine) -> None:
+    engine = toy_engine(bundle)
+    found: dict[int, Any] = {}
+
+    def work(index: int) -> None:
+        try:
+            classes = [index % CLASSES] * (1 + index % 4)
+            options = SamplingOptions(1.0 + index % 2)
+            tokens = drawn(engine, classes, options, seed=index)
+            found[index] = tokens, engine.decode(tokens), classes, options
+        except BaseException as error:
+            found[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, (tokens, images, classes, options) in sorted(found.items()):
+        assert np.array_equal(tokens, drawn(cpu, classes, options, seed=index))
+        assert np.array_equal(images, cpu.decode(tokens))
+    assert len(found) == 8
+
+
+class TestDecoder:
+    def test_images_are_the_cpus_whatever_the_number(self, bundle: Path, cpu: Engine) -> None:
+        engine = toy_engine(bundle)
+        assert engine.decode_batch == 4
+        tokens = np.random.default_rng(0).integers(0, VOCAB, (11, TOKENS))
+        for n in (1, 2, 3, 4, 5, 8, 11):
+            assert np.array_equal(engine.decode(tokens[:n]), cpu.decode(tokens[:n]))
+
+    @pytest.mark.parametrize(
+        ("images", "expected"),
+        [(1, [1]), (2, [4]), (3, [4]), (4, [4]), (5, [4, 1]), (6, [4, 4]), (11, [4, 4, 4])],
+    )
+    def test_which_sizes_are_used(self, bundle: Path, images: int, expected: list[int]) -> None:
+        engine = toy_engine(bundle)
+        engine.decode(np.zeros((images, TOKENS), np.int64))
+        assert [item.grid[0] for item in device_of(engine).launches] == expected
+
+    def test_smaller_ones_where_memory_is_short(self, bundle: Path, cpu: Engine) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        tokens = np.random.default_rng(0).integers(0, VOCAB, (4, TOKENS))
+        with device.current():
+            taken = device.allocate([device.free_memory() - 512])
+        assert np.array_equal(engine.decode(tokens), cpu.decode(tokens))
+        assert [item.grid[0] for item in device.launches] == [1] * 4
+        del taken
+
+
+class TestForcedRows:
+    def test_scores_are_the_cpus(self, bundle: Path, cpu: Engine) -> None:
+        engine = toy_engine(bundle)
+        classes = np.array([0, 1, CLASSES])
+        forced = np.random.default_rng(1).integers(0, VOCAB, (3, TOKENS))
+        with (
+            engine.start(3, engine.prologue(classes)) as ours,
+            cpu.start(3, cpu.prologue(classes)) as theirs,
+        ):
+            for place in range(TOKENS):
+                token = forced[:, place - 1]
+                at = np.full(3, place)
+                np.testing.assert_allclose(ours.step(token, at), theirs.step(token, at), atol=1e-5)
+
+    def test_rows_have_their_own_positions(self, bundle: Path, cpu: Engine) -> None:
+        engine = toy_engine(bundle)
+        classes = np.array([0, 1])
+        with (
+            engine.start(2, engine.prologue(classes)) as ours,
+            cpu.start(2, cpu.prologue(classes)) as theirs,
+        ):
+            for at in ([0, 0], [1, 1], [2, 0], [3, 1], [0, 2]):
+                token = np.array([at[0] + 3, at[1] + 5])
+                np.testing.assert_allclose(
+                    ours.step(token, np.array(at)), theirs.step(token, np.array(at)), atol=1e-5
+                )
+
+    def test_scores_outlive_the_rows(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        with engine.start(2, engine.prologue(np.array([0, 1]))) as rows:
+            scores = rows.step(np.zeros(2, np.int64), np.zeros(2, np.int64))
+            before = scores.copy()
+        drawn(engine, [2], SamplingOptions(2.0))
+        assert np.array_equal(scores, before)
+
+    def test_drawing_after_forcing(self, bundle: Path, cpu: Engine) -> None:
+        engine = toy_engine(bundle)
+        with engine.start(2, engine.prologue(np.array([0, 1]))) as rows:
+            rows.step(np.zeros(2, np.int64), np.zeros(2, np.int64))
+        options = SamplingOptions(2.0)
+        assert np.array_equal(drawn(engine, [2], options), drawn(cpu, [2], options))
+
+
+class TestPrecisions:
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("int8", 3e-2)])
+    def test_weights_are_converted_on_the_device(
+        self, bundle: Path, cpu: Engine, precision: str, tolerance: float
+    ) -> None:
+        engine = toy_engine(bundle, precision)
+        assert engine.precision == precision
+        with (
+            engine.start(1, engine.prologue(np.array([0]))) as ours,
+            cpu.start(1, cpu.prologue(np.array([0]))) as theirs,
+        ):
+            zero = np.zeros(1, np.int64)
+            found, expected = ours.step(zero, zero), theirs.step(zero, zero)
+        assert not np.array_equal(found, expected)
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max() * 4)
+
+    def test_a_weight_of_many_parts_and_chunks(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A long weight, cut at odd places in the file and uploaded in pieces, arrives whole."""
+        from aim_runtime.engines.cuda import weights
+
+        values = np.random.default_rng(0).standard_normal((60_000, 3)).astype(np.float32)
+        plan = toy_plan()
+        blob = b"xyz" + values[50_000:].tobytes() + values[:50_000].tobytes()
+        parts = [
+            {"file": "engines/cuda/constants.bin", "offset": at, "dtype": "float32", "rows": rows}
+            for at, rows in ((3 + 12 * 10_000, 50_000), (3, 10_000))
+        ]
+        for name, dtype in (("long", "float16"), ("plain", "float32")):
+            plan["weights"][name] = {
+                "dtype": dtype,
+                "shape": list(values.shape),
+                "parts": parts,
+                "scales": None,
+            }
+        out = write_toy_bundle(tiny, tmp_path / "toy", toy_plan())
+        files = tmp_path / "toy-engine"
+        (files / "constants.bin").write_bytes(blob)
+        (files / "plan-fp32.json").write_text(json.dumps(plan))
+        from aim_runtime.bundle import add_engine
+
+        add_engine(out, "cuda", files)
+        monkeypatch.setattr(weights, "_CHUNK_BYTES", 3 * 4096 * 4)
+        engine = toy_engine(out)
+        addresses = engine._weights.addresses
+        for name, dtype in (("long", np.float16), ("plain", np.float32)):
+            found = device_of(engine).resolve(addresses[name]).view(dtype)[: values.size]
+            assert np.array_equal(found.reshape(values.shape), values.astype(dtype))
+
+    def test_setup_runs_once_and_buckets_see_its_buffers(self, tiny: Path, tmp_path: Path) -> None:
+        plan = toy_plan()
+        plan["setup"] = {
+            "buffers": {"counts": {"dtype": "float32", "shape": [3, 4]}},
+            "launches": [
+                {
+                    "repeat": 2,
+                    "body": [{"kernel": "add", "grid": [1, 1, 1], "args": [["counts", 16, 16]]}],
+                },
+                launch("add", 1, "counts"),
+            ],
+        }
+        for bucket in plan["buckets"]:
+            bucket["step"].append({"kernel": "add", "grid": [1, 1, 1], "args": [["counts", 32, 0]]})
+        engine = toy_engine(write_toy_bundle(tiny, tmp_path / "toy", plan))
+        counts = device_of(engine).resolve(engine._weights.addresses["counts"]).view(np.float32)
+        assert counts[::4].tolist() == [1, 1, 1]
+        drawn(engine, [0], SamplingOptions(2.0))
+        drawn(engine, [0, 1], SamplingOptions(2.0))
+        assert counts.reshape(3, 4).sum(axis=1).tolist() == [1, 1, 1 + 2 * TOKENS]
+
+
+class TestChoiceOfBuckets:
+    def test_the_first_that_this_gpu_can_run(self, tiny: Path, tmp_path: Path) -> None:
+        plan = toy_plan(rows=(2, 2))
+        plan["buckets"][0]["requires_multiprocessors"] = 100
+        plan["buckets"][1]["step"] = [
+            item | {"grid": [2, 7, 1]} for item in plan["buckets"][1]["step"]
+        ]
+        out = write_toy_bundle(tiny, tmp_path / "toy", plan)
+        for multiprocessors, grid in ((100, (2, 1, 1)), (99, (2, 7, 1))):
+            engine = toy_engine(out, multiprocessors=multiprocessors)
+            drawn(engine, [0], SamplingOptions(2.0))
+            assert device_of(engine).launches[-1].grid == grid
+
+    def test_one_without_kernels_for_this_gpu_is_passed_over(
+        self, tiny: Path, tmp_path: Path
+    ) -> None:
+        plan = toy_plan(rows=(2, 8))
+        plan["kernels"]["special"] = json.loads(json.dumps(plan["kernels"]["draw"]))
+        del plan["kernels"]["special"]["code"]["80"]
+        plan["buckets"][1]["step"][2]["kernel"] = "special"
+        out = write_toy_bundle(tiny, tmp_path / "toy", plan)
+        assert toy_engine(out, capability=(9, 0)).plan(9, 2.0).batch_size == 4
+        assert toy_engine(out, capability=(8, 6)).plan(9, 2.0).batch_size == 1
+
+    def test_too_many_at_a_time(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        with pytest.raises(BackendError, match=r"5 images at a time are asked for; .* at most 4"):
+            drawn(engine, [0] * 5, SamplingOptions(2.0))
+        with pytest.raises(BackendError, match=r"9 images at a time .* at most 8"):
+            engine.start(9, engine.prologue(np.zeros(9, np.int64)))
+
+    def test_a_gpu_that_the_bundle_has_no_kernels_for(self, bundle: Path) -> None:
+        with pytest.raises(
+            BackendError,
+            match=r"not for simulated GPU \(compute capability 12\.0, it has 8\.0, 9\.0\)",
+        ):
+            toy_engine(bundle, capability=(12, 0))
+
+
+class TestMemory:
+    def test_the_plan_says_what_a_batch_takes(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        before = device_of(engine).free_memory()
+        plan = engine.plan(4, 2.0)
+        assert (plan.batch_size, plan.batches) == (4, 1)
+        drawn(engine, [0] * 4, SamplingOptions(2.0))
+        engine.decode(np.zeros((1, TOKENS), np.int64))
+        assert before - device_of(engine).free_memory() == plan.total
+
+    def test_batches_are_no_larger_than_memory_allows(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        assert engine.plan(100, 2.0).batch_size == 4
+        need = engine.plan(3, 2.0).total
+        with device.current():
+            taken = [device.allocate([device.free_memory() - int(need / 0.9) - 256])]
+        assert engine.plan(100, 2.0).batch_size == 3
+        with device.current():
+            taken.append(device.allocate([device.free_memory() - 100]))
+        with pytest.raises(BackendError, match="one image needs 1 MiB of GPU memory; cuda:0"):
+            engine.plan(100, 2.0)
+        taken.clear()
+        drawn(engine, [0] * 4, SamplingOptions(2.0))
+        with device.current():
+            taken = [device.allocate([device.free_memory()])]
+        # What an idle workspace holds would be given up for another.
+        assert engine.plan(1, 2.0).batch_size == 1
+        drawn(engine, [0], SamplingOptions(2.0))
+
+    def test_a_limit(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        limit = engine.plan(3, 2.0).total / 2**20
+        assert engine.plan(100, 2.0, limit).batch_size == 3
+        with pytest.raises(ValueError, match="give memory_limit_mb=1 or more"):
+            engine.plan(100, 2.0, 1e-6)
+        with pytest.raises(ValueError, match="memory_limit_mb is -1"):
+            engine.plan(100, 2.0, -1)
+
+    def test_too_little_for_the_model(self, bundle: Path) -> None:
+        with pytest.raises(
+            BackendError,
+            match=r"^the model needs 1 MiB of GPU memory; cuda:0 \(simulated GPU\) has 0 MiB free$",
+        ):
+            toy_engine(bundle, memory=1000)
+
+    def test_too_little_for_a_batch_says_what_fits(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        need = engine.plan(1, 2.0).total
+        with device.current():
+            taken = device.allocate([device.free_memory() - need])
+        with pytest.raises(
+            BackendError,
+            match=r"a batch of 4 images needs 1 MiB of GPU memory; .*; 1 at a time fit",
+        ):
+            drawn(engine, [0] * 4, SamplingOptions(2.0))
+        del taken
+        drawn(engine, [0] * 4, SamplingOptions(2.0))  # nothing is left behind
+
+
+class TestFaults:
+    def test_scores_that_are_not_finite(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        expected = drawn(engine, [0], SamplingOptions(2.0))
+        with pytest.raises(BackendError, match="scores are not finite"):
+            drawn(engine, [0], SamplingOptions(1e39))
+        assert np.array_equal(drawn(engine, [0], SamplingOptions(2.0)), expected)
+
+    def test_a_fault_on_the_device_ends_the_request(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        expected = drawn(engine, [0], SamplingOptions(2.0))
+        blocks = engine.draw(np.array([0]), uniforms([0], TOKENS), SamplingOptions(2.0))
+        device_of(engine).fail = BackendError("the GPU stopped")
+        with pytest.raises(BackendError, match="the GPU stopped"):
+            next(blocks)
+        assert np.array_equal(drawn(engine, [0], SamplingOptions(2.0)), expected)
+
+    @pytest.mark.parametrize("status", [2, 77])
+    def test_what_the_kernels_report(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch, status: int
+    ) -> None:
+        engine = toy_engine(bundle)
+        with engine._step_lease(engine._bucket(1, 1), 1) as workspace:
+            workspace.host["status"][:] = status
+            says = {2: "waited too long", 77: "report fault 77"}[status]
+            with pytest.raises(BackendError, match=says):
+                step._check_status(workspace.host["status"])
+
+    def test_kernels_that_are_not_there(self, bundle: Path, tmp_path: Path, tiny: Path) -> None:
+        plan = toy_plan()
+        plan["kernels"]["begin"]["code"]["90"]["offset"] = 5
+        engine = toy_engine(write_toy_bundle(tiny, tmp_path / "toy", plan))
+        for _ in range(2):
+            with pytest.raises(BundleError, match=r"holds no kernel where .* 'begin' is"):
+                drawn(engine, [0])
+
+    def test_a_binary_that_unpacks_to_far_too_much(self, bundle: Path) -> None:
+        import zlib
+
+        from aim_runtime.engines.cuda import program
+
+        bomb = zlib.compress(bytes(program._MAX_BINARY_BYTES + 1))
+        engine = CudaEngine(Bundle.open(bundle), simulated(), "fp32")
+        engine._kernels._files["90"] = memoryview(bomb)
+        code = engine._plan.kernels["begin"].code["90"]
+        object.__setattr__(code, "offset", 0)
+        object.__setattr__(code, "size", len(bomb))
+        with pytest.raises(BundleError, match="holds no kernel"):
+            drawn(engine, [0])
