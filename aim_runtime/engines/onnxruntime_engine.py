@@ -73,7 +73,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         binding = self._sessions.prologue.io_binding()
-        binding.bind_cpu_input("class_id", class_ids)
+        binding.bind_cpu_input("class_id", np.ascontiguousarray(class_ids))
         outputs = self.manifest.graphs["prologue"].outputs
         for spec in outputs:
             binding.bind_output(spec.name, *self.memory)

@@ -33,7 +33,7 @@ def missing(bundle: Path) -> None:
 
 
 def newer(bundle: Path) -> None:
-    edit_manifest(bundle, '"format_version": 1', '"format_version": 2')
+    edit_manifest(bundle, '"format_version": 1', '"format_version": 99')
 
 
 def escaping(bundle: Path) -> None:

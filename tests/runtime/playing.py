@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
+import pytest
+
+from aim_runtime import Bundle
 from aim_runtime.engine import Engine
+from aim_runtime.engines import nvidia_driver, onnxruntime_cuda
+from aim_runtime.engines.onnxruntime_cuda import OnnxRuntimeCuda
 
 
 def ids(*values: int) -> np.ndarray:
@@ -20,3 +28,25 @@ def play(engine: Engine, classes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
             token = tokens[:, step - 1] if step else np.zeros_like(classes)
             out.append(rows.step(token, np.full_like(classes, step)).copy())
     return np.stack(out, axis=1)
+
+
+@contextmanager
+def onnxruntime_cuda_on_the_host(bundle: Bundle, free: int = 2**30) -> Iterator[OnnxRuntimeCuda]:
+    """The CUDA engine of ONNX Runtime, running its own code where there is no GPU.
+
+    Sessions, bindings and buffers are its own, uninitialised memory included; the provider and the
+    three calls of the driver are the host's. `free` bytes are what the driver says is free.
+    """
+
+    def fill_zero(gpu: int, address: int, size: int) -> None:
+        ctypes.memset(address, 0, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime_cuda, "_PROVIDER", "CPUExecutionProvider")
+        patch.setattr(onnxruntime_cuda, "_MEMORY", "cpu")
+        patch.setattr(nvidia_driver, "gpu_count", lambda: 1)
+        patch.setattr(nvidia_driver, "free_bytes", lambda gpu: free)
+        patch.setattr(nvidia_driver, "fill_zero", fill_zero)
+        with pytest.warns(UserWarning, match="Duplicate provider"):
+            engine = onnxruntime_cuda.load(bundle)
+        yield engine

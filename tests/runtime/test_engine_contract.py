@@ -7,7 +7,6 @@ tried on the tiny bundle, else on the model in the box; the tests know neither's
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions, available_backends
 from aim_runtime.engine import Engine, load_engine
-from aim_runtime.engines import nvidia_driver, onnxruntime_cuda
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import sample
 
-from .playing import ids, play
+from .playing import ids, onnxruntime_cuda_on_the_host, play
 
 # The largest error of a score, relative to the largest score of the model.
 SCORE_TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
@@ -31,7 +29,7 @@ DRAW_AGREEMENT = {"fp32": 1.0, "fp16": 0.98}
 PIXEL_TOLERANCE = 2  # levels of 255
 
 STATUSES = available_backends()
-STAND_IN = "onnxruntime-cuda on the CPU provider"
+STAND_IN = "onnxruntime-cuda on the host"
 FP32_ONLY = ("cpu", "onnxruntime-cuda", STAND_IN)
 CASES = [
     (name, precision)
@@ -76,9 +74,7 @@ def case(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Case]:
     name, precision = request.param
     if name == STAND_IN:
         bundle = Bundle.open(tiny)
-        with on_the_cpu_provider():
-            with pytest.warns(UserWarning, match="Duplicate provider"):
-                engine: Engine = onnxruntime_cuda.load(bundle, precision=precision)
+        with onnxruntime_cuda_on_the_host(bundle) as engine:
             yield Case(engine, load_engine(bundle, backend="cpu"), bundle)
         return
     bundle = bundle_for(name, tiny)
@@ -102,24 +98,6 @@ def bundle_for(backend: str, tiny: Path) -> Bundle:
         if status.available:
             return bundle
     pytest.skip(f"{backend}: {status.reason}")
-
-
-@contextlib.contextmanager
-def on_the_cpu_provider() -> Iterator[None]:
-    """Lets the CUDA engine of ONNX Runtime run its own code where there is no GPU.
-
-    Sessions, bindings and buffers are its own, uninitialised memory included; the provider and the
-    three calls of the driver are the host's.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime_cuda, "_PROVIDER", "CPUExecutionProvider")
-        patch.setattr(onnxruntime_cuda, "_MEMORY", "cpu")
-        patch.setattr(nvidia_driver, "gpu_count", lambda: 1)
-        patch.setattr(nvidia_driver, "free_bytes", lambda gpu: 2**30)
-        patch.setattr(
-            nvidia_driver, "fill_zero", lambda gpu, address, size: ctypes.memset(address, 0, size)
-        )
-        yield
 
 
 def draw(engine: Engine, classes: np.ndarray, options: SamplingOptions, seed: int) -> np.ndarray:
