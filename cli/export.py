@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from aim_cli import human
 from aim_cli.errors import Interrupted, bad_arguments, requires
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 @click.option(
     "--ckpt",
     type=click.Path(path_type=Path),
-    required=True,
     metavar="PATH",
     help="AiM weights: ours or published, .safetensors, .bin or .pt, or a folder with one.",
 )
@@ -36,9 +37,21 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    required=True,
     metavar="DIR",
     help="Folder of the new bundle.",
+)
+@click.option(
+    "--bundle",
+    "bundle_dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Instead of --ckpt and --out: add engines to this bundle.",
+)
+@click.option(
+    "--trt",
+    is_flag=True,
+    help="Build TensorRT engines for the GPU of this machine; with TensorRT for RTX installed "
+    "instead, engines for any GPU that it supports, without one.",
 )
 @click.option(
     "--precision",
@@ -76,10 +89,14 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.pass_context
 def command(
-    ckpt: Path,
+    context: click.Context,
+    ckpt: Path | None,
     tokenizer: Path | None,
-    out: Path,
+    out: Path | None,
+    bundle_dir: Path | None,
+    trt: bool,
     precision: Literal["fp32", "fp16"],
     position_offset: int | None,
     class_names_file: Path | None,
@@ -94,10 +111,11 @@ def command(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Turn a checkpoint into a bundle of ONNX graphs.
+    """Turn a checkpoint into a bundle of ONNX graphs, or add engines to a bundle.
 
     \b
     aim export --ckpt aim_l.safetensors --tokenizer vq_ds16_c2i.pt --out aim-l
+    aim export --bundle aim-l --trt
 
     The bundle is compared with PyTorch over every step before it is written; if they differ by
     more than rounding, nothing is.
@@ -105,9 +123,23 @@ def command(
     Guidance, temperature, top-k and top-p are what the bundle will recommend; where not given, what
     the checkpoint says, or else the published ones.
     """
+    report = None if quiet else functools.partial(click.echo, err=True)
+    started = time.perf_counter()
+    if bundle_dir is not None:
+        _check_only_engines(context, trt=trt)
+        _add_engines(bundle_dir, trt=trt, report=report)
+        if not quiet:
+            click.echo(_outcome(bundle_dir, started))
+        return
+    if ckpt is None or out is None:
+        raise click.UsageError(
+            "--ckpt and --out are missing; or give --bundle and what to add to it, such as --trt"
+        )
     with requires("export", "aim export"):
         from aim_export import export_bundle
         from aim_export.bundle import check_sampling
+    if trt:
+        _check_tensorrt()
     settings = {
         "cfg_scale": cfg_scale,
         "temperature": temperature,
@@ -118,10 +150,9 @@ def command(
     with bad_arguments():
         check_sampling(sampling)
     class_names = None if class_names_file is None else read_class_names(class_names_file)
-    started = time.perf_counter()
     try:
         with late_bar("PyTorch, step by step", quiet=quiet) as progress:
-            bundle, parity = export_bundle(
+            _, parity = export_bundle(
                 ckpt,
                 out,
                 tokenizer=tokenizer,
@@ -134,18 +165,61 @@ def command(
                 sampling=sampling,
                 extra_files=extra_files,
                 overwrite=overwrite,
-                report=None if quiet else lambda line: click.echo(line, err=True),
+                report=report,
                 progress=progress,
             )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
+    _add_engines(out, trt=trt, report=report)
     if quiet:
         return
-    stored = human.size(sum(entry.size for entry in bundle.manifest.files.values()))
-    took = human.duration(time.perf_counter() - started)
     click.echo(parity_table(parity))
     click.echo()
-    click.echo(fields([("bundle", f"{out} ({stored})"), ("time", took)]))
+    click.echo(_outcome(out, started))
+
+
+def _check_only_engines(context: click.Context, *, trt: bool) -> None:
+    """With ``--bundle`` the bundle stays as it is: only engines can be asked for."""
+    allowed = {"bundle_dir", "trt", "quiet"}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if (
+            name not in allowed
+            and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        ):
+            raise click.UsageError(
+                f"{parameter.opts[0]} makes a new bundle; --bundle adds engines to one that exists"
+            )
+    if not trt:
+        raise click.UsageError("--bundle wants to know what to add to the bundle, such as --trt")
+
+
+def _check_tensorrt() -> None:
+    with requires("export", "aim export --trt"):
+        from aim_export.tensorrt import check_library
+    check_library()
+
+
+def _add_engines(bundle_dir: Path, *, trt: bool, report: Callable[[str], None] | None) -> None:
+    """Add the engines asked for to a bundle that is complete without them."""
+    if not trt:
+        return
+    with requires("export", "aim export --trt"):
+        from aim_export.tensorrt import add_engines
+    try:
+        add_engines(bundle_dir, report)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {bundle_dir} is whole, without new engines") from None
+
+
+def _outcome(bundle_dir: Path, started: float) -> str:
+    """What there is now, and how long it took since ``started``."""
+    from aim_runtime import Bundle
+
+    files = Bundle.open(bundle_dir).manifest.files.values()
+    stored = human.size(sum(entry.size for entry in files))
+    took = human.duration(time.perf_counter() - started)
+    return fields([("bundle", f"{bundle_dir} ({stored})"), ("time", took)])
 
 
 @contextlib.contextmanager

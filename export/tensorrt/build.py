@@ -72,6 +72,8 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
     """
     library = check_library()
     bundle = Bundle.open(bundle_dir)
+    if not bundle.path.is_dir():
+        raise BundleError(f"{bundle.path}: engines are added to a bundle folder; unpack it first")
     try:
         name = engine_folder(library, None if library.portable else library.capability(0))
     except BackendError as error:

@@ -12,6 +12,8 @@ from .conftest import Cli, Spawn, refused, tree
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+from aim_runtime import BackendError  # noqa: E402
+from aim_runtime.engines.tensorrt_library import find_library  # noqa: E402
 from aim_training.checkpoint import save_checkpoint  # noqa: E402
 from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
 from aim_training.model import AiM  # noqa: E402
@@ -154,6 +156,47 @@ def test_interrupted(
     stopped = cli("export", "--ckpt", checkpoint, "--out", "new/made")
     assert stopped.exit_code == 130
     assert stopped.stderr.endswith("Error: interrupted; nothing was written\n")
+    assert tree(folder) == set()
+
+
+def test_engines_are_added_to_a_bundle_that_exists(
+    cli: Cli, checkpoint: Path, folder: Path
+) -> None:
+    try:
+        portable = find_library().portable
+    except BackendError:
+        pytest.skip("no TensorRT: pip install tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs")
+    if not portable:
+        pytest.skip("TensorRT is installed, which needs a GPU to build engines")
+    done = cli("export", "--ckpt", checkpoint, "--out", "made", "--trt")
+    assert done.exit_code == 0
+    assert "built the step's engine with TensorRT for RTX" in done.stderr
+    files = json.loads(cli("info", "made", "--json").stdout)["files"]
+    engines = [name for name in files if name.startswith("engines/tensorrt-rtx-")]
+    assert len(engines) == 3
+    again = cli("export", "--bundle", "made", "--trt")
+    assert again.exit_code == 0
+    assert again.stdout.startswith("bundle  made (")
+    assert set(json.loads(cli("info", "made", "--json").stdout)["files"]) == set(files)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "--bundle"),
+        (["--ckpt", "a.pt"], "--out"),
+        (["--bundle", "made"], "--trt"),
+        (["--bundle", "made", "--trt", "--ckpt", "a.pt"], "--ckpt makes a new bundle"),
+        (["--bundle", "made", "--trt", "--top-k", "3"], "--top-k makes a new bundle"),
+        (["--bundle", "made", "--trt"], "no engines can be built: TensorRT is not installed"),
+        (["--ckpt", "a.pt", "--out", "made", "--trt"], "TensorRT is not installed"),
+    ],
+)
+def test_bad_arguments_for_engines(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
+) -> None:
+    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    refused(cli("export", *args), words)
     assert tree(folder) == set()
 
 
