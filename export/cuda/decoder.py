@@ -219,8 +219,8 @@ def _power_of_two_from(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def product_tile(storage: Storage, cells: int, inputs: int, outputs: int) -> Tile:
-    """The tile of a convolution over ``cells`` pixels an image."""
+def product_tile(storage: Storage, cells: int, inputs: int, outputs: int, taps: int) -> Tile:
+    """The tile of a convolution of ``taps`` by ``taps`` over ``cells`` pixels an image."""
     n, k = _power_of_two_in(outputs), _power_of_two_in(inputs)
     if storage == "float32":
         return Tile(64, min(n, 32), min(k, 32), warps=4, stages=2)
@@ -560,7 +560,7 @@ class _BucketLowering:
         upsample: bool = False,
     ) -> None:
         storage = self.whole.storage
-        tile = product_tile(storage, x.cells, x.channels, y.channels)
+        tile = product_tile(storage, x.cells, x.channels, y.channels, taps)
         tiles = -(-x.cells // tile.m)
         places = 4 if upsample else 1
         if moments:
