@@ -34,6 +34,7 @@ _ORT_TYPES = {
 }
 # In a message, these are the GPU's fault and not the graph's.
 _DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
 _FATAL = 4  # log level: its errors reach us as exceptions, once is enough
 
 
@@ -278,4 +279,9 @@ def _zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
 
 
 def _failed(error: Exception) -> BackendError:
+    if _OUT_OF_MEMORY.search(str(error)):
+        return BackendError(
+            f"ONNX Runtime ran out of memory ({first_line(error)}); give a smaller "
+            "memory_limit_mb to draw fewer images at a time"
+        )
     return BackendError(f"ONNX Runtime failed while running the bundle ({first_line(error)})")

@@ -123,7 +123,8 @@ def test_a_request_returns_images_and_what_reproduces_them(generator: Generator)
     assert result.class_names == ("red panda", "dog")
     assert result.seeds == (41, 42)
     assert result.options == SamplingOptions(3.0, 1.0, 0, 1.0)
-    assert result.backend == "cpu"
+    assert (result.backend, result.precision) == ("cpu", "fp32")
+    assert result.settings(1)["precision"] == "fp32"
     assert result.bundle == "tiny"
     assert result.bundle_sha256 == generator.bundle.manifest_sha256
     assert result.seconds > 0
@@ -527,6 +528,15 @@ def test_the_largest_seeds_work(generator: Generator) -> None:
     result = generator.generate([0, 0], seed=2**64 - 2)
     assert result.seeds == (2**64 - 2, 2**64 - 1)
     assert np.array_equal(generator.generate(0, seed=2**64 - 1).tokens[0], result.tokens[1])
+
+
+def test_backend_device_and_precision_reach_the_engine(tiny: Path) -> None:
+    loaded = Generator.load(tiny, backend="cpu", device="cpu", precision="fp32", threads=1)
+    assert (loaded.backend, loaded.device, loaded.precision) == ("cpu", "cpu", "fp32")
+    for wrong in ({"backend": "abacus"}, {"device": "tpu"}, {"precision": "int3"}):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(BackendError, match=f"{name} is '{value}'"):
+            Generator.load(tiny, **{"backend": "cpu", **wrong})
 
 
 # -- life cycle -----------------------------------------------------------------------------------

@@ -168,3 +168,14 @@ def test_it_names_its_device(engine: Any) -> None:
         "fp32",
     )
     assert engine.prologue(np.zeros(2, np.int64))["modulation"].shape()[0] == 2
+
+
+def test_memory_that_runs_out_on_the_way_is_one_sentence_with_a_way_out(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(session: object, binding: object) -> None:
+        raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 99\nx")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", fails)
+    with pytest.raises(BackendError, match=r"out of memory .*size 99.; give a smaller memory_limi"):
+        engine.prologue(np.zeros(1, np.int64))
