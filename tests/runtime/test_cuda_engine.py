@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOptions
+from aim_runtime.bundle import add_engine
 from aim_runtime.engine import Engine, load_engine
-from aim_runtime.engines.cuda import CudaEngine, step
+from aim_runtime.engines.cuda import CudaEngine, program, step, weights
 from aim_runtime.noise import uniforms
 
 from .simulated_cuda import SimulatedDevice
@@ -324,8 +326,6 @@ class TestPrecisions:
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A long weight, cut at odd places in the file and uploaded in pieces, arrives whole."""
-        from aim_runtime.engines.cuda import weights
-
         values = np.random.default_rng(0).standard_normal((60_000, 3)).astype(np.float32)
         plan = toy_plan()
         blob = b"xyz" + values[50_000:].tobytes() + values[:50_000].tobytes()
@@ -344,8 +344,6 @@ class TestPrecisions:
         files = tmp_path / "toy-engine"
         (files / "constants.bin").write_bytes(blob)
         (files / "plan-fp32.json").write_text(json.dumps(plan))
-        from aim_runtime.bundle import add_engine
-
         add_engine(out, "cuda", files)
         monkeypatch.setattr(weights, "_CHUNK_BYTES", 3 * 4096 * 4)
         engine = toy_engine(out)
@@ -513,10 +511,6 @@ class TestFaults:
                 drawn(engine, [0])
 
     def test_a_binary_that_unpacks_to_far_too_much(self, bundle: Path) -> None:
-        import zlib
-
-        from aim_runtime.engines.cuda import program
-
         bomb = zlib.compress(bytes(program._MAX_BINARY_BYTES + 1))
         engine = CudaEngine(Bundle.open(bundle), simulated(), "fp32")
         engine._kernels._files["90"] = memoryview(bomb)

@@ -354,7 +354,7 @@ class _Reader:
         for index, item in enumerate(_JSON.items(found["parts"], f"{where}.parts", 0, 4096)):
             here = f"{where}.parts[{index}]"
             part = _JSON.fields(item, here, ("file", "offset", "dtype", "rows"))
-            if not isinstance(part["file"], str):
+            if not isinstance(part["file"], str) or part["file"] not in self.manifest.files:
                 raise _JSON.wrong(f"{here}.file", part["file"], "a file of the bundle")
             dtype = _JSON.choice(part["dtype"], f"{here}.dtype", tuple(DTYPE_BYTES))
             offset = _JSON.integer(part["offset"], f"{here}.offset", 0, MAX_FILE_BYTES)
