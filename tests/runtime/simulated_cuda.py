@@ -183,46 +183,65 @@ class SimulatedStream:
         self._device = device
         self._work: list[Callable[[], object]] = []
         self._done = 0
+        self._captured: list[Callable[[], object]] | None = None
+
+    @property
+    def handle(self) -> int:
+        return id(self)
 
     def clear(self, address: int, size: int) -> None:
         target = self._device.resolve(address, size)
-        self._add(lambda: target.view(np.uint8)[:size].fill(0))
+        self.add(lambda: target.view(np.uint8)[:size].fill(0))
 
     def upload(self, address: int, source: NDArray[Any]) -> None:
         assert isinstance(source, _Pinned), "a copy from memory that is not pinned"
         assert source.flags.c_contiguous
         target = self._device.resolve(address, source.nbytes)
         raw = source.reshape(-1).view(np.uint8)
-        self._add(lambda: np.copyto(target.view(np.uint8)[: raw.size], raw))
+        self.add(lambda: np.copyto(target.view(np.uint8)[: raw.size], raw))
 
     def download(self, target: NDArray[Any], address: int) -> None:
         assert isinstance(target, _Pinned), "a copy to memory that is not pinned"
         assert target.flags.c_contiguous
         source = self._device.resolve(address, target.nbytes)
         raw = target.reshape(-1).view(np.uint8)
-        self._add(lambda: np.copyto(raw, source.view(np.uint8)[: raw.size]))
+        self.add(lambda: np.copyto(raw, source.view(np.uint8)[: raw.size]))
 
     def launch(self, launch: DeviceLaunch) -> None:
-        self._add(lambda: self._device.run(launch))
+        self.add(lambda: self._device.run(launch))
 
-    def capture(self, launches: Sequence[DeviceLaunch]) -> tuple[DeviceLaunch, ...]:
+    def capture(self, launches: Sequence[DeviceLaunch]) -> list[Callable[[], object]]:
+        def enqueue() -> None:
+            for launch in launches:
+                self.launch(launch)
+
+        return self.capture_work(enqueue)
+
+    def capture_work(self, enqueue: Callable[[], None]) -> list[Callable[[], object]]:
         self._device.check_current()
         self._device.captures += 1
-        return tuple(launches)
+        assert self._captured is None, "a capture within a capture"
+        captured = self._captured = []
+        try:
+            enqueue()
+        finally:
+            self._captured = None
+        return captured
 
-    def replay(self, graph: tuple[DeviceLaunch, ...]) -> None:
+    def replay(self, graph: list[Callable[[], object]]) -> None:
         def run() -> None:
             self._device.replays += 1
-            for launch in graph:
-                self._device.run(launch)
+            for work in graph:
+                work()
 
-        self._add(run)
+        self.add(run)
 
     def record(self) -> SimulatedEvent:
         self._device.check_current()
         return SimulatedEvent(self, self._done + len(self._work))
 
     def synchronize(self) -> None:
+        assert self._captured is None, "a wait within a capture"
         self.run_until(self._done + len(self._work))
 
     def run_until(self, count: int) -> None:
@@ -235,9 +254,10 @@ class SimulatedStream:
             error, self._device.fail = self._device.fail, None
             raise error
 
-    def _add(self, work: Callable[[], object]) -> None:
+    def add(self, work: Callable[[], object]) -> None:
+        """Do `work` once somebody waits for it, or make it part of the graph being captured."""
         self._device.check_current()
-        self._work.append(work)
+        (self._work if self._captured is None else self._captured).append(work)
 
 
 @dataclass(frozen=True)

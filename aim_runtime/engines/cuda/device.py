@@ -6,7 +6,7 @@ calls are made inside `Device.current`; whatever a device hands out is freed whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,6 +66,10 @@ class Event(Protocol):
 class Stream(Protocol):
     """Work that the device does in order while the host goes on."""
 
+    @property
+    def handle(self) -> int:
+        """The stream as other libraries are given it (a `cudaStream_t`)."""
+
     def clear(self, address: int, size: int) -> None:
         """Fill `size` bytes with zeros."""
 
@@ -80,6 +84,9 @@ class Stream(Protocol):
 
     def capture(self, launches: Sequence[DeviceLaunch]) -> Any:
         """Make a graph of `launches`, in this order, without running them."""
+
+    def capture_work(self, enqueue: Callable[[], None]) -> Any:
+        """Make a graph of what `enqueue` gives this stream to do, without running it."""
 
     def replay(self, graph: Any) -> None:
         """Run what `capture` returned."""

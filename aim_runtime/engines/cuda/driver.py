@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def _call(function: Any, *arguments: Any) -> Any:
 
 
 def _attribute(device: Any, name: str) -> int:
-    attribute = driver.CUdevice_attribute[f"CU_DEVICE_ATTRIBUTE_{name}"]
+    attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     value: int = _call(driver.cuDeviceGetAttribute, attribute, device)
     return value
 
@@ -283,14 +283,24 @@ class _CudaStream:
         pointers = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
         _call(driver.cuLaunchKernelEx, config, launch.function.handle, pointers.ctypes.data, 0)
 
+    @property
+    def handle(self) -> int:
+        return int(self._handle)
+
     def capture(self, launches: Sequence[DeviceLaunch]) -> _CudaGraph:
+        def enqueue() -> None:
+            for launch in launches:
+                self.launch(launch)
+
+        return self.capture_work(enqueue)
+
+    def capture_work(self, enqueue: Callable[[], None]) -> _CudaGraph:
         # Only this thread's calls are watched: others may allocate meanwhile.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _call(driver.cuStreamBeginCapture, self._handle, mode)
         try:
-            for launch in launches:
-                self.launch(launch)
-        except BackendError:
+            enqueue()
+        except BaseException:  # nothing else works on the stream before the capture has ended
             driver.cuStreamEndCapture(self._handle)  # reports the same once more
             raise
         graph = _call(driver.cuStreamEndCapture, self._handle)
@@ -317,8 +327,8 @@ class _CudaStream:
             attributes.append(attribute)
         if launch.overlaps and self._overlaps:
             attribute = driver.CUlaunchAttribute()
-            name = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
-            attribute.id = driver.CUlaunchAttributeID[name]
+            name = driver.CUlaunchAttributeID
+            attribute.id = name.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             attributes.append(attribute)
         return attributes

@@ -46,7 +46,7 @@ class CudaEngine(Engine):
         self._buckets = self._runnable_buckets()
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
-        self._pool = workspace.Pool()
+        self._pool: workspace.Pool[workspace.Workspace] = workspace.Pool()
         with device.current():
             self._kernels = Kernels(device, bundle, self._plan)
             try:

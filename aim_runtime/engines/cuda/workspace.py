@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from aim_runtime.engines.cuda.device import ALIGNMENT, Device, OutOfDeviceMemory
+from aim_runtime.engines.cuda.device import ALIGNMENT, Device, OutOfDeviceMemory, Stream
 from aim_runtime.engines.cuda.plan import Program, Tensor
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.errors import BackendError
@@ -82,17 +82,27 @@ class Workspace:
             self.stream.replay(self._graphs[program])
 
 
-class Pool:
+class Poolable(Protocol):
+    """What a `Pool` keeps: anything with a stream and `size` bytes of device memory."""
+
+    stream: Stream
+    size: int
+
+
+_AnyPoolable = TypeVar("_AnyPoolable", bound=Poolable)
+
+
+class Pool(Generic[_AnyPoolable]):
     """Workspaces that nobody uses just now, the last used last. Thread-safe."""
 
     def __init__(self) -> None:
-        self._idle: list[tuple[Hashable, Workspace]] = []
+        self._idle: list[tuple[Hashable, _AnyPoolable]] = []
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def lease(
-        self, device: Device, key: Hashable, make: Callable[[], Workspace]
-    ) -> Iterator[Workspace]:
+        self, device: Device, key: Hashable, make: Callable[[], _AnyPoolable]
+    ) -> Iterator[_AnyPoolable]:
         """An idle workspace of this `key`, or one that `make` makes, for as long as it is used.
 
         Where memory is short, idle ones of other keys are given up for it. Raises
@@ -118,14 +128,14 @@ class Pool:
         with self._lock:
             self._idle.clear()
 
-    def _make(self, device: Device, make: Callable[[], Workspace]) -> Workspace:
+    def _make(self, device: Device, make: Callable[[], _AnyPoolable]) -> _AnyPoolable:
         with device.current():
             with contextlib.suppress(OutOfDeviceMemory):
                 return make()
             self.drop()
             return make()
 
-    def _take(self, key: Hashable) -> Workspace | None:
+    def _take(self, key: Hashable) -> _AnyPoolable | None:
         with self._lock:
             for index, (found, workspace) in enumerate(self._idle):
                 if found == key:
@@ -133,7 +143,7 @@ class Pool:
                     return workspace
         return None
 
-    def _give(self, key: Hashable, workspace: Workspace) -> None:
+    def _give(self, key: Hashable, workspace: _AnyPoolable) -> None:
         with self._lock:
             # One of a kind: a burst of requests must not hold on to its memory.
             self._idle = [item for item in self._idle if item[0] != key][1 - _IDLE_WORKSPACES :]
