@@ -35,6 +35,7 @@ def test_a_png_carries_what_draws_it_again(generator: Generator, tmp_path: Path)
         "bundle": "tiny",
         "bundle_sha256": generator.bundle.manifest_sha256,
         "backend": "cpu",
+        "precision": "fp32",
         "version": settings["version"],
     }
     assert "seed: 78, cfg_scale: 3.5" in readable
