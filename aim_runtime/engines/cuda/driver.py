@@ -295,8 +295,8 @@ class _CudaStream:
         return self.capture_work(enqueue)
 
     def capture_work(self, enqueue: Callable[[], None]) -> _CudaGraph:
-        # Only this thread's calls are watched: others may allocate meanwhile.
-        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        # Relaxed: other threads may allocate meanwhile, and the garbage collector free in this one.
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         _call(driver.cuStreamBeginCapture, self._handle, mode)
         try:
             enqueue()
