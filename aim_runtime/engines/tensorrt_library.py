@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from aim_runtime.errors import BackendError
 
-GRAPHS = ("prologue", "step", "decoder")
+ENGINES_PREFIX = "tensorrt-"
 _MINIMUM_VERSION = (10, 9)
 _MODULES = {
     "TensorRT": ("tensorrt",),
@@ -59,7 +61,7 @@ def find_library() -> Library:
                     reasons.append(f"{name} does not import ({error})")
                 continue
             except Exception as error:  # its libraries may be missing or too new for the driver
-                reasons.append(f"{name} does not import ({_first_line(error)})")
+                reasons.append(f"{name} does not import ({first_line(error)})")
                 continue
             version = str(module.__version__)
             numbers = tuple(int(part) for part in version.split(".")[:2])
@@ -72,11 +74,24 @@ def find_library() -> Library:
     )
 
 
-def engine_folder(library: Library, capability: tuple[int, int] | None) -> str:
-    """The name of the folder of engines that `library` makes for GPUs of `capability`."""
-    if library.portable or capability is None:
-        return f"tensorrt-rtx-{library.version}"
-    return f"tensorrt-{library.version}-sm{capability[0]}{capability[1]}"
+def engine_folder(library: Library, capability: tuple[int, int]) -> str:
+    """The name of the folder of engines that `library` runs on GPUs of `capability`.
+
+    An engine runs on the version that made it and no other; those of TensorRT for RTX fit any GPU
+    that it supports.
+    """
+    if library.portable:
+        return f"{ENGINES_PREFIX}rtx-{library.version}"
+    return f"{ENGINES_PREFIX}{library.version}-sm{capability[0]}{capability[1]}"
+
+
+def describe_folder(folder: str) -> str:
+    """What the engines in `folder` are for: "TensorRT 11.4.0 and compute capability 9.0"."""
+    found = re.fullmatch(r"tensorrt-(rtx-)?([\d.]+)(?:-sm(\d+)(\d))?", folder)
+    if found is None:
+        return folder
+    name = f"TensorRT {'for RTX ' if found[1] else ''}{found[2]}"
+    return f"{name} and compute capability {found[3]}.{found[4]}" if found[3] else name
 
 
 def engine_file(graph: str) -> str:
@@ -84,5 +99,22 @@ def engine_file(graph: str) -> str:
     return f"{graph}.engine"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def collecting_logger(library: Library, keep: Callable[[str], object]) -> Any:
+    """A logger for the library's objects that prints nothing and hands errors to `keep`."""
+    base = library.module.ILogger
+    errors = (base.ERROR, base.INTERNAL_ERROR)
+
+    class Logger(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in errors:
+                keep(message)
+
+    return Logger()
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -21,13 +21,13 @@ from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.bundle import add_engine
 from aim_runtime.engines.tensorrt_library import (
-    GRAPHS,
     Library,
+    collecting_logger,
     engine_file,
     engine_folder,
     find_library,
 )
-from aim_runtime.manifest import ENGINES_FOLDER, GraphSpec
+from aim_runtime.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
 
 #: Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
 #: image under guidance is two rows.
@@ -75,7 +75,7 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
     if not bundle.path.is_dir():
         raise BundleError(f"{bundle.path}: engines are added to a bundle folder; unpack it first")
     try:
-        name = engine_folder(library, None if library.portable else library.capability(0))
+        name = engine_folder(library, (0, 0) if library.portable else library.capability(0))
     except BackendError as error:
         raise ExportError(f"no engines can be built: {error}") from error
     with tempfile.TemporaryDirectory(prefix="aim-engines-") as folder:
@@ -135,11 +135,11 @@ def _build(
     """The engine of the graph at ``path``, and the timing cache with what was measured for it."""
     trt = library.module
     if not library.portable:
-        # Importing it registers the kernel.
+        # Importing it registers the kernel; this comes first because it may lack Triton.
         import aim_export.tensorrt.plugin  # noqa: F401
     messages: list[str] = []
     try:
-        logger = _collecting_logger(trt, messages)
+        logger = collecting_logger(library, messages.append)
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
@@ -203,20 +203,6 @@ def _check_network(library: Library, network: Any, path: Path, spec: GraphSpec) 
     layers = [network.get_layer(index).type for index in range(network.num_layers)]
     if layers.count(trt.LayerType.PLUGIN_V3) != scans:
         raise ExportError(f"{library} did not take the kernel for the {NAME} nodes of {spec.file}")
-
-
-def _collecting_logger(trt: Any, messages: list[str]) -> Any:
-    """A logger that prints nothing and keeps the errors."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(message)
-
-    return Logger()
 
 
 def _failed(library: Library, spec: GraphSpec, reasons: list[str]) -> ExportError:

@@ -210,6 +210,11 @@ class SimulatedStream:
     def launch(self, launch: DeviceLaunch) -> None:
         self.add(lambda: self._device.run(launch))
 
+    @property
+    def capturing(self) -> bool:
+        """Whether what it is given to do becomes part of a graph."""
+        return self._captured is not None
+
     def capture(self, launches: Sequence[DeviceLaunch]) -> list[Callable[[], object]]:
         def enqueue() -> None:
             for launch in launches:
