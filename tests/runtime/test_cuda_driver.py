@@ -252,6 +252,9 @@ def test_errors_are_sentences(told: ToldDriver) -> None:
     told.answers["cuMemAlloc"] = (RESULT.CUDA_ERROR_OUT_OF_MEMORY, None)
     with pytest.raises(OutOfDeviceMemory):
         device.allocate([1])
+    told.answers["cuDevicePrimaryCtxRetain"] = (RESULT.CUDA_ERROR_OUT_OF_MEMORY, None)
+    with pytest.raises(BackendError, match=r"^cuda:1 \(H100\) has too little free memory"):
+        module.CudaDevice(1)
     stream = device.stream()
     told.answers["cuStreamSynchronize"] = RESULT.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(BackendError, match=r"^the GPU stopped .* cannot use it any more$"):

@@ -18,7 +18,7 @@ from aim_runtime.engines.cuda import CudaEngine, program, step, weights
 from aim_runtime.noise import uniforms
 
 from .simulated_cuda import SimulatedDevice
-from .tiny_bundle import CLASSES, TOKENS, VOCAB
+from .tiny_bundle import CLASSES, TOKENS, VOCAB, copy_bundle
 from .toy_cuda import launch, simulated, toy_engine, toy_plan, write_toy_bundle
 
 
@@ -423,6 +423,14 @@ class TestMemory:
         engine.decode(np.zeros((1, TOKENS), np.int64))
         assert before - device_of(engine).free_memory() == plan.total
 
+    def test_of_two_sizes_for_as_many_images_the_smaller_counts(
+        self, tiny: Path, tmp_path: Path
+    ) -> None:
+        out = write_toy_bundle(tiny, tmp_path / "toy", toy_plan(rows=(2, 3)))
+        alone = write_toy_bundle(tiny, tmp_path / "alone", toy_plan(rows=(2,)))
+        assert toy_engine(out).plan(1, 2.0) == toy_engine(alone).plan(1, 2.0)
+        assert toy_engine(out).plan(3, 1.0).batch_size == 3
+
     def test_batches_are_no_larger_than_memory_allows(self, bundle: Path) -> None:
         engine = toy_engine(bundle)
         device = device_of(engine)
@@ -509,6 +517,16 @@ class TestFaults:
         for _ in range(2):
             with pytest.raises(BundleError, match=r"holds no kernel where .* 'begin' is"):
                 drawn(engine, [0])
+
+    def test_a_loaded_model_no_longer_needs_its_files(self, bundle: Path, tmp_path: Path) -> None:
+        """Kernels are loaded when they are needed, maybe long after."""
+        copy = copy_bundle(bundle, tmp_path / "toy")
+        engine = toy_engine(copy)
+        for file in (copy / "engines" / "cuda").iterdir():
+            with file.open("r+b") as target:
+                target.write(bytes(file.stat().st_size))
+        expected = drawn(toy_engine(bundle), [0, 1], SamplingOptions(2.0))
+        assert np.array_equal(drawn(engine, [0, 1], SamplingOptions(2.0)), expected)
 
     def test_a_binary_that_unpacks_to_far_too_much(self, bundle: Path) -> None:
         bomb = zlib.compress(bytes(program._MAX_BINARY_BYTES + 1))

@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aim_runtime.errors import BackendError
+
 ALIGNMENT = 256
 """Every allocation starts at a multiple of this many bytes."""
 
 
-class OutOfDeviceMemory(Exception):
+class OutOfDeviceMemory(BackendError):
     """The device has not got that much memory; callers know what it was for and say so."""
+
+    def __init__(self) -> None:
+        super().__init__("the GPU has no memory left")
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ class _DriverError(BackendError):
 def _call(function: Any, *arguments: Any) -> Any:
     """Call the driver: the result of `function`, a tuple if it has several, None if it has none.
 
-    Raises _DriverError.
+    Raises OutOfDeviceMemory or _DriverError.
     """
     code, *results = function(*arguments)
+    if code == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise OutOfDeviceMemory
     if code != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(code)
         reason = f"{code.name}: {text.decode() if text else 'unknown error'}"
@@ -138,7 +140,13 @@ class CudaDevice:
         self.name = name.rstrip(b"\0").decode(errors="replace")
         self.label = f"cuda:{gpu}"
         self.multiprocessors = _attribute(device, "MULTIPROCESSOR_COUNT")
-        self._context = _Context(device)
+        try:
+            self._context = _Context(device)
+        except OutOfDeviceMemory:
+            raise BackendError(
+                f"{self.label} ({self.name}) has too little free memory to start with; "
+                "other processes use it"
+            ) from None
         self._one_block = one_block
 
     def current(self) -> contextlib.AbstractContextManager[None]:
@@ -178,12 +186,7 @@ class _CudaAllocation:
     def __init__(self, context: _Context, sizes: Sequence[int]) -> None:
         self.addresses: tuple[int, ...] = ()
         for size in sizes:
-            try:
-                address = _call(driver.cuMemAlloc, size)
-            except _DriverError as error:
-                if error.code == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-                    raise OutOfDeviceMemory from None
-                raise
+            address = _call(driver.cuMemAlloc, size)
             context.free_with(self, driver.cuMemFree, address)
             self.addresses += (int(address),)
 

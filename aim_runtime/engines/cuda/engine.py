@@ -66,11 +66,11 @@ class CudaEngine(Engine):
         defaults = SamplingOptions(cfg_scale=self.manifest.sampling.cfg_scale)
         per_image = defaults.replace(cfg_scale=cfg_scale).rows_per_image
         decoder = workspace.allocated_size(self._decoder[0].buffers)
-        needs = {
-            size: workspace.allocated_size(bucket.buffers) + decoder
-            for bucket in self._buckets
-            if (size := step.capacity(bucket.rows, per_image))
-        }
+        needs: dict[int, int] = {}
+        for bucket in self._buckets:
+            size = step.capacity(bucket.rows, per_image)
+            needs.setdefault(size, workspace.allocated_size(bucket.buffers) + decoder)
+        needs.pop(0, None)
         if not needs:
             raise BackendError("the bundle's CUDA plan has no batch for images with guidance")
         sizes = list(needs)

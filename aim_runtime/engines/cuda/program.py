@@ -23,9 +23,9 @@ class Kernels:
     def __init__(self, device: Device, bundle: Bundle, plan: Plan) -> None:
         self._device = device
         self._plan = plan
-        # Files are read at once: a bundle that changes later must not change what is loaded.
         used = {choose(kernel.code, device.capability) for kernel in plan.kernels.values()}
-        self._files = {name: bundle.read(kernels_file(name)) for name in used if name}
+        # Copies: a file that changes later must not change what is loaded then.
+        self._files = {name: bytes(bundle.read(kernels_file(name))) for name in used if name}
         self._loaded: dict[str, tuple[Any, Code]] = {}
         self._lock = threading.Lock()
 
