@@ -109,7 +109,7 @@ def test_ptx_computes_the_scan(gpu: int, sizes: ScanSizes, rows: int) -> None:
     for name in OUTPUTS:
         assert np.isfinite(found[name]).all(), name
         error = np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name])
-        assert error <= 3e-6, name
+        assert error <= 1e-5, name
     for name in INPUTS:
         assert np.array_equal(found[name], arrays[name], equal_nan=True), f"{name} was written"
     again = launch(compiled, sizes.grid(rows), arrays)
