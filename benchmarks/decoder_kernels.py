@@ -76,7 +76,10 @@ OTHERS: dict[str, list[tuple[dict[str, int], int, int]]] = {
             (128, 128, 8),
         )
     ],
-    "norm_factors": [({"BLOCK_T": t}, w, 3) for t in (64, 256) for w in (1, 4, 8)],
+    "norm_factors": [
+        ({"BLOCK_T": t, "BLOCK_G": g}, w, 3)
+        for t, g, w in ((128, 4, 4), (32, 4, 4), (512, 1, 4), (256, 2, 4), (128, 4, 8), (64, 8, 4))
+    ],
     "attention": [
         ({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_T": t, "BLOCK_K": 64}, warps, stages)
         for m, n, t, warps, stages in (
@@ -223,6 +226,8 @@ def recut(item: Launch, **blocks: int) -> Launch:
         grid = (c["OUTPUTS"] // c["BLOCK_N"] * places, -(-c["PIXELS"] // c["BLOCK_M"]), last)
     elif name == "normalise":
         grid = (c["CHANNELS"] // c["BLOCK_C"], -(-c["PIXELS"] // c["BLOCK_M"]), last)
+    elif name == "norm_factors":
+        grid = (c["GROUPS"] // c["BLOCK_G"], *grid[1:])
     elif name == "attention":
         grid = (c["CHANNELS"] // c["BLOCK_N"], -(-c["CELLS"] // c["BLOCK_M"]), last)
     elif name == "picture":

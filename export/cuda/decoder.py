@@ -32,6 +32,7 @@ from aim_export.cuda.plan import (
     launch,
 )
 from aim_export.cuda.stored import StoredTensor, stored_tensors
+from aim_export.graph import HALF_SUFFIX
 from aim_export.kernels import decoder as kernels
 from aim_runtime import Bundle
 
@@ -43,6 +44,7 @@ HALF_SCALE = 1 / 16
 Storage = Literal["float16", "float32"]
 
 _GROUPS = 32
+_GROUPS_A_PROGRAM = 4
 _EPS = 1e-6
 _PREFIX = "tokenizer."
 _VECTORS = "decoder/vectors"
@@ -83,7 +85,8 @@ def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
     """The decoder's parameters in ``bundle`` by their names in the tokenizer.
 
     The graph keeps the gains and offsets of its norms without names; they are found behind each
-    normalisation, which come in the order in which the network has them.
+    normalisation, which come in the order in which the network has them. A small codebook lies
+    there normalised already, under another name: it is what the tokens are looked up in.
     """
     stored = stored_tensors(bundle, "decoder")
     named = {
@@ -92,6 +95,9 @@ def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
         if name.startswith(_PREFIX)
     }
     graph = onnx.load_from_string(bytes(bundle.read(bundle.manifest.graphs["decoder"].file))).graph
+    if "quantize.embedding.weight" not in named:
+        (lookup,) = (node for node in graph.node if "tokens" in node.input)
+        named["quantize.embedding.weight"] = stored[lookup.input[0].removesuffix(HALF_SUFFIX)]
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for value in node.input:
@@ -223,7 +229,7 @@ def product_tile(storage: Storage, cells: int, inputs: int, outputs: int, taps: 
     """The tile of a convolution of ``taps`` by ``taps`` over ``cells`` pixels an image."""
     n, k = _power_of_two_in(outputs), _power_of_two_in(inputs)
     if storage == "float32":
-        return Tile(64, min(n, 32), min(k, 32), warps=4, stages=2)
+        return Tile(64, min(n, 64), min(k, 32), warps=4, stages=2)
     m = 128 if cells >= 1024 else 64
     n, k = min(n, 128 if m == 128 else 64), min(k, 64)
     return Tile(m, n, k, warps=8 if m * n >= 128 * 128 else 4, stages=3 if m == 128 else 4)
@@ -612,14 +618,15 @@ class _BucketLowering:
                 EPS=_EPS * whole.scale**2,
                 PLACES=moments.places,
                 TILE=moments.tile,
-                BLOCK_T=min(_power_of_two_from(tiles), 512),
+                BLOCK_T=min(_power_of_two_from(tiles), 128),
+                BLOCK_G=_GROUPS_A_PROGRAM,
                 BLOCK_C=_power_of_two_from(x.channels // _GROUPS),
             ),
             num_warps=4,
         )
         self._launch(
             statistics,
-            (_GROUPS, self.images),
+            (_GROUPS // _GROUPS_A_PROGRAM, self.images),
             "moments",
             whole.vector(f"{name}.weight"),
             whole.vector(f"{name}.bias"),

@@ -274,6 +274,7 @@ def norm_factors(
     PLACES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """GroupNorm as one factor and one summand a channel, from what `convolution` left.
@@ -283,41 +284,44 @@ def norm_factors(
         gain: (CHANNELS,) float32, the norm's weight; offset, its bias.
         factors: (N, 2, CHANNELS) float32: y = factor · x + summand.
         EPS: of the norm, for x as it is stored.
-        BLOCK_T: power of two from the number of tiles, or less; BLOCK_C, from the group's channels.
+        BLOCK_T: tiles read at once; BLOCK_G, groups; BLOCK_C, a power of two from the channels of a
+            group. BLOCK_G must divide GROUPS.
 
-    Grid: (GROUPS, N).
+    Grid: (GROUPS / BLOCK_G, N).
     """
     MEMBERS: tl.constexpr = CHANNELS // GROUPS
     TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
     ALL: tl.constexpr = PLACES * TILES
     image = tl.program_id(1)
-    members = tl.arange(0, BLOCK_C)
-    channels = tl.program_id(0) * MEMBERS + members
-    inside = members < MEMBERS
+    groups = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    members = tl.arange(0, BLOCK_C)[None, :]
+    channels = groups[:, None] * MEMBERS + members
+    inside = (members < MEMBERS) & (groups[:, None] < GROUPS)
     moments += image.to(tl.int64) * (ALL * 2 * CHANNELS)
 
     # Combined as by Chan et al.: exact where a mean is large beside its deviation.
-    sums = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    sums = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
     for start in range(0, ALL, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
+        tiles = (start + tl.arange(0, BLOCK_T))[:, None, None]
         counts = tl.minimum(PIXELS - (tiles % TILES) * TILE, TILE).to(tl.float32)
-        at = moments + tiles[:, None] * (2 * CHANNELS) + channels[None, :]
-        there = (tiles < ALL)[:, None] & inside[None, :]
-        sums += tl.load(at, mask=there, other=0.0) * counts[:, None]
-    mean = tl.sum(tl.sum(sums, 0), 0) / (PLACES * PIXELS * MEMBERS)
-    squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        at = moments + tiles * (2 * CHANNELS) + channels[None, :, :]
+        there = (tiles < ALL) & inside[None, :, :]
+        sums += tl.load(at, mask=there, other=0.0) * counts
+    mean = tl.sum(tl.sum(sums, 0), 1) / (PLACES * PIXELS * MEMBERS)
+    squares = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
     for start in range(0, ALL, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
+        tiles = (start + tl.arange(0, BLOCK_T))[:, None, None]
         counts = tl.minimum(PIXELS - (tiles % TILES) * TILE, TILE).to(tl.float32)
-        at = moments + tiles[:, None] * (2 * CHANNELS) + channels[None, :]
-        there = (tiles < ALL)[:, None] & inside[None, :]
-        apart = tl.load(at, mask=there, other=0.0) - mean
-        apart = tl.where(there, apart * apart * counts[:, None], 0.0)
+        at = moments + tiles * (2 * CHANNELS) + channels[None, :, :]
+        there = (tiles < ALL) & inside[None, :, :]
+        apart = tl.load(at, mask=there, other=0.0) - mean[None, :, None]
+        apart = tl.where(there, apart * apart * counts, 0.0)
         squares += apart + tl.load(at + CHANNELS, mask=there, other=0.0)
-    variance = tl.sum(tl.sum(squares, 0), 0) / (PLACES * PIXELS * MEMBERS)
+    variance = tl.sum(tl.sum(squares, 0), 1) / (PLACES * PIXELS * MEMBERS)
 
-    factor = tl.load(gain + channels, mask=inside) / tl.sqrt(variance + EPS)
-    summand = tl.load(offset + channels, mask=inside) - mean * factor
+    scale = 1.0 / tl.sqrt(variance + EPS)
+    factor = tl.load(gain + channels, mask=inside, other=0.0) * scale[:, None]
+    summand = tl.load(offset + channels, mask=inside, other=0.0) - mean[:, None] * factor
     factors += image * (2 * CHANNELS) + channels
     tl.store(factors, factor, mask=inside)
     tl.store(factors + CHANNELS, summand, mask=inside)

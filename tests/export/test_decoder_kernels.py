@@ -1,0 +1,505 @@
+"""The decoder's kernels in Triton's interpreter: each against PyTorch's, together against the
+published decoder's golden output."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aim_export.decoder import Pictures
+from aim_runtime import Bundle, models_dir
+from aim_training.config import TokenizerConfig
+from aim_training.tokenizer import Norm, VQTokenizer
+
+from .conftest import Exported, read, weights
+from .interpreted_plan import interpret
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aim_export.cuda.decoder import (
+    HALF_SCALE,
+    DecoderPart,
+    Storage,
+    decoder_tensors,
+    lower_decoder,
+)
+from aim_export.cuda.plan import TRITON_TYPES, KernelSpec, Launch, flat, launch
+from aim_export.cuda.stored import StoredTensor
+from aim_export.kernels import decoder as kernels
+
+Memory = dict[str, np.ndarray]
+
+IMAGES, HEIGHT, WIDTH = 2, 6, 5
+PIXELS = HEIGHT * WIDTH
+#: Tiles that fill neither the pixels nor, below, the keys of the attention.
+TILE = 16
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def bordered(x: Tensor) -> np.ndarray:
+    """(N, C, h, w) as a map with a border."""
+    return F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def bare(x: Tensor) -> np.ndarray:
+    """(N, C, h, w) as a map without."""
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def close(found: np.ndarray, wanted: np.ndarray, tolerance: float = 2e-6) -> None:
+    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert error <= tolerance, error
+
+
+def spec(name: str, types: tuple[str, ...], **constants: object) -> KernelSpec:
+    return KernelSpec(getattr(kernels, name), types, tuple(constants.items()))
+
+
+def map_constants(side: str, height: int, width: int, *, border: bool, taps: int = 1) -> dict:
+    pitch = width + 2 * border
+    first = pitch + 1 if border and taps == 1 else 0
+    pixels = (height + 2 * border) * pitch
+    return {f"{side}_PIXELS": pixels, f"{side}_PITCH": pitch, f"{side}_FIRST": first}
+
+
+def convolution(
+    x: str, y: str, inputs: int, outputs: int, taps: int, scale: float = 1.0, **flags: object
+) -> Launch:
+    """One launch from map ``x`` to map ``y``; maps that 3x3 convolutions read have a border."""
+    upsample = bool(flags.get("UPSAMPLE"))
+    height, width = (HEIGHT * 2, WIDTH * 2) if upsample else (HEIGHT, WIDTH)
+    kernel = spec(
+        "convolution",
+        ("float32",) * 6,
+        PIXELS=PIXELS,
+        WIDTH=WIDTH,
+        INPUTS=inputs,
+        OUTPUTS=outputs,
+        TAPS=taps,
+        UPSAMPLE=upsample,
+        RESIDUAL=flags.get("RESIDUAL", False),
+        MOMENTS=True,
+        SCALE=scale,
+        **map_constants("X", HEIGHT, WIDTH, border=taps > 1, taps=taps),
+        **map_constants("Y", height, width, border=bool(flags.get("Y_BORDER"))),
+        BLOCK_M=TILE,
+        BLOCK_N=32,
+        BLOCK_K=16,
+    )
+    grid = (outputs // 32 * (4 if upsample else 1), math.ceil(PIXELS / TILE), IMAGES)
+    return launch(kernel, grid, x, "packed", "bias", y, y, "moments")
+
+
+def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[Launch]:
+    """GroupNorm and swish from map ``x`` to bordered map ``y``."""
+    height, width = HEIGHT * side, WIDTH * side
+    factors = spec(
+        "norm_factors",
+        ("float32",) * 4,
+        PIXELS=PIXELS,
+        CHANNELS=channels,
+        GROUPS=32,
+        EPS=1e-6,
+        PLACES=places,
+        TILE=TILE,
+        BLOCK_T=2,
+        BLOCK_G=8,
+        BLOCK_C=4,
+    )
+    apply = spec(
+        "normalise",
+        ("float32",) * 3,
+        PIXELS=height * width,
+        WIDTH=width,
+        CHANNELS=channels,
+        SWISH=True,
+        **map_constants("X", height, width, border=False),
+        **map_constants("Y", height, width, border=True),
+        BLOCK_M=TILE,
+        BLOCK_C=32,
+    )
+    grid = (channels // 32, math.ceil(height * width / TILE), IMAGES)
+    return [
+        launch(factors, (4, IMAGES), "moments", "gain", "offset", "factors"),
+        launch(apply, grid, x, "factors", y),
+    ]
+
+
+def norm_memory(channels: int, places: int = 1) -> dict[str, np.ndarray]:
+    return {
+        "moments": np.full((IMAGES, places * 2, 2, channels), np.nan, np.float32),
+        "gain": normal(11, channels).numpy(),
+        "offset": normal(12, channels).numpy(),
+        "factors": np.full((IMAGES, 2, channels), np.nan, np.float32),
+    }
+
+
+def expected_norm(x: Tensor, memory: Memory) -> np.ndarray:
+    gain, offset = torch.from_numpy(memory["gain"]), torch.from_numpy(memory["offset"])
+    return bordered(F.silu(F.group_norm(x.double(), 32, gain.double(), offset.double(), 1e-6)))
+
+
+def pack(name: str, outputs: int, inputs: int, taps: int, stored: int | None = None) -> Launch:
+    sizes: dict[str, int] = {"OUTPUTS": outputs, "INPUTS": inputs}
+    if name == "pack_weight":
+        sizes |= {"STORED": stored or inputs, "TAPS": taps}
+    kernel = spec(name, ("float32",) * 2, **sizes, BLOCK_N=64, BLOCK_K=32)
+    planes = 16 if name == "pack_upsampling_weight" else taps**2
+    grid = (math.ceil(outputs / 64), math.ceil(inputs / 32), planes)
+    return launch(kernel, grid, "weight", "packed")
+
+
+def test_convolution_norm_and_swish() -> None:
+    inputs, outputs = 48, 96
+    x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
+    # A mean far from zero, where naive sums of squares would lose the deviation.
+    bias = 300 + 10 * normal(3, outputs)
+    memory = {
+        "x": bordered(x),
+        "weight": weight.numpy(),
+        "packed": np.full((outputs, 9, inputs), np.nan, np.float32),
+        "bias": bias.numpy(),
+        "y": np.full((IMAGES, HEIGHT, WIDTH, outputs), np.nan, np.float32),
+        "z": np.zeros((IMAGES, HEIGHT + 2, WIDTH + 2, outputs), np.float32),
+        **norm_memory(outputs),
+    }
+    found = interpret(
+        [
+            pack("pack_weight", outputs, inputs, 3),
+            convolution("x", "y", inputs, outputs, 3, scale=0.5),
+            *norm("y", "z", outputs),
+        ],
+        memory,
+    )
+    y = 0.5 * F.conv2d(x.double(), weight.double(), padding=1) + bias[:, None, None]
+    close(found["y"], bare(y))
+    close(found["z"], expected_norm(y, memory), tolerance=1e-5)
+
+
+def test_convolution_after_doubling() -> None:
+    inputs, outputs = 32, 64
+    x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
+    memory = {
+        "x": bordered(x),
+        "weight": weight.numpy(),
+        "packed": np.full((4, outputs, 4, inputs), np.nan, np.float32),
+        "bias": normal(3, outputs).numpy(),
+        "y": np.full((IMAGES, 2 * HEIGHT, 2 * WIDTH, outputs), np.nan, np.float32),
+        "z": np.zeros((IMAGES, 2 * HEIGHT + 2, 2 * WIDTH + 2, outputs), np.float32),
+        **norm_memory(outputs, places=4),
+    }
+    found = interpret(
+        [
+            pack("pack_upsampling_weight", outputs, inputs, 3),
+            convolution("x", "y", inputs, outputs, 2, UPSAMPLE=True),
+            *norm("y", "z", outputs, places=4, side=2),
+        ],
+        memory,
+    )
+    doubled = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    bias = torch.from_numpy(memory["bias"]).double()
+    y = F.conv2d(doubled, weight.double(), bias, padding=1)
+    close(found["y"], bare(y))
+    close(found["z"], expected_norm(y, memory), tolerance=1e-5)
+
+
+def test_pointwise_convolution_adds_to_a_map_in_place_and_leaves_its_border() -> None:
+    channels = 32
+    x, residual = normal(1, IMAGES, channels, HEIGHT, WIDTH), normal(2, IMAGES, channels, 6, 5)
+    weight = normal(3, channels, channels, 1, 1)
+    memory = {
+        "x": bare(x),
+        "weight": weight.numpy(),
+        "packed": np.full((channels, 1, channels), np.nan, np.float32),
+        "bias": normal(4, channels).numpy(),
+        "y": bordered(residual),
+        **norm_memory(channels),
+    }
+    launches = [
+        pack("pack_weight", channels, channels, 1),
+        convolution("x", "y", channels, channels, 1, RESIDUAL=True, Y_BORDER=True),
+    ]
+    found = interpret(launches, memory)
+    bias = torch.from_numpy(memory["bias"]).double()
+    y = residual + F.conv2d(x.double(), weight.double(), bias)
+    close(found["y"], bordered(y))
+
+
+def test_packing_leaves_room_for_more_inputs() -> None:
+    weight = normal(1, 70, 40, 3, 3)
+    memory = {"weight": weight.numpy(), "packed": np.zeros((70, 9, 64), np.float32)}
+    found = interpret([pack("pack_weight", 70, 40, 3, stored=64)], memory)
+    wanted = F.pad(weight.flatten(2).transpose(1, 2), (0, 24))
+    assert np.array_equal(found["packed"], wanted.numpy())
+
+
+def test_attention() -> None:
+    channels = 64
+    query, key, value = (normal(seed, IMAGES, PIXELS, channels) for seed in (1, 2, 3))
+    memory = {
+        "qkv": torch.cat([2 * query, key, value], 2).numpy(),
+        "y": np.full((IMAGES, PIXELS, channels), np.nan, np.float32),
+    }
+    kernel = spec(
+        "attention",
+        ("float32",) * 2,
+        CELLS=PIXELS,
+        CHANNELS=channels,
+        FACTOR=math.log2(math.e) / math.sqrt(channels),
+        BLOCK_M=TILE,
+        BLOCK_T=TILE,
+        BLOCK_N=32,
+        BLOCK_K=16,
+    )
+    grid = (channels // 32, math.ceil(PIXELS / TILE), IMAGES)
+    found = interpret([launch(kernel, grid, "qkv", "y")], memory)
+    double = (part.double().unsqueeze(1) for part in (2 * query, key, value))
+    close(found["y"], F.scaled_dot_product_attention(*double).squeeze(1).numpy())
+
+
+def test_codes_are_normalised_and_looked_up() -> None:
+    codes, outputs, stored = 37, 40, 64
+    embedding, weight, bias = normal(1, codes, 6), normal(2, outputs, 6), normal(3, outputs)
+    tokens = torch.randint(0, codes, (IMAGES, PIXELS), generator=generator(4))
+    memory = {
+        "codes": embedding.numpy(),
+        "weight": weight.numpy(),
+        "bias": bias.numpy(),
+        "table": np.zeros((codes, stored), np.float32),
+        "tokens": tokens.numpy(),
+        "z": np.zeros((IMAGES, HEIGHT + 2, WIDTH + 2, stored), np.float32),
+    }
+    table = spec(
+        "code_table",
+        ("float32",) * 4,
+        CODES=codes,
+        CODE_DIM=6,
+        OUTPUTS=outputs,
+        STORED=stored,
+        BLOCK_DIM=8,
+        BLOCK_V=16,
+        BLOCK_N=32,
+    )
+    lookup = spec(
+        "lookup",
+        ("int64", "float32", "float32"),
+        PIXELS=PIXELS,
+        WIDTH=WIDTH,
+        CHANNELS=stored,
+        **map_constants("Y", HEIGHT, WIDTH, border=True),
+        BLOCK=64,
+    )
+    launches = [
+        launch(table, (3, 2), "codes", "weight", "bias", "table"),
+        launch(lookup, (PIXELS, IMAGES), "tokens", "table", "z"),
+    ]
+    found = interpret(launches, memory)
+    rows = F.linear(F.normalize(embedding.double(), dim=1), weight.double(), bias.double())
+    wanted = F.pad(rows, (0, stored - outputs))[tokens].unflatten(1, (HEIGHT, WIDTH))
+    close(found["z"], bordered(wanted.permute(0, 3, 1, 2)))
+
+
+def test_pixels_are_rounded_to_even_and_clipped() -> None:
+    # Only the middle tap of one input counts: levels at halves, at the ends and beyond them.
+    levels = torch.tensor([-300.0, -0.5, 0.5, 1.5, 2.5, 127.5, 128.5, 253.5, 254.5, 255.5, 999.0])
+    x = torch.zeros(IMAGES, 32, HEIGHT, WIDTH)
+    x[:, 0] = levels.repeat(6)[: IMAGES * PIXELS].view(IMAGES, HEIGHT, WIDTH)
+    weight = np.zeros((16, 9, 32), np.float32)
+    weight[:3, 4, 0] = np.array([1, 0.5, 0.25]) / 128
+    memory = {
+        "x": bordered(x),
+        "weight": weight,
+        "bias": np.full(16, -1, np.float32),
+        "image": np.full((IMAGES, HEIGHT, WIDTH, 3), 77, np.uint8),
+    }
+    kernel = spec(
+        "picture",
+        ("float32", "float32", "float32", "uint8"),
+        PIXELS=PIXELS,
+        WIDTH=WIDTH,
+        INPUTS=32,
+        X_PIXELS=(HEIGHT + 2) * (WIDTH + 2),
+        X_PITCH=WIDTH + 2,
+        BLOCK_M=TILE,
+        BLOCK_N=16,
+        BLOCK_K=32,
+    )
+    grid = (math.ceil(PIXELS / TILE), IMAGES)
+    found = interpret([launch(kernel, grid, "x", "weight", "bias", "image")], memory)
+    pixels = x[:, :1].permute(0, 2, 3, 1) * torch.tensor([1, 0.5, 0.25]) / 128 - 1
+    wanted = torch.clamp(torch.round((pixels + 1) * 127.5), 0, 255).to(torch.uint8)
+    assert np.array_equal(found["image"], wanted.numpy())
+
+
+def decode(part: DecoderPart, tokens: Tensor, stored: Memory | None = None) -> np.ndarray:
+    """The pictures of the bucket for exactly these tokens, set up first."""
+    bucket = next(bucket for bucket in part.buckets if bucket.images == len(tokens))
+    buffers = {**part.setup.buffers, **bucket.buffers}
+    memory = {name: np.zeros(b.shape, b.dtype) for name, b in buffers.items()}
+    memory |= dict(part.constants) | (stored or {})
+    memory["tokens"][:] = tokens.numpy()
+    launches = [*flat(part.setup.launches), *flat(bucket.launches)]
+    return interpret(launches, memory)["image"]
+
+
+def tensors_of(tokenizer: VQTokenizer) -> dict[str, StoredTensor]:
+    state = tokenizer.state_dict()
+    return {name: StoredTensor(value.numpy(), None) for name, value in state.items()}
+
+
+def random_tokenizer(config: TokenizerConfig) -> VQTokenizer:
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(config).eval()
+    for module in tokenizer.modules():
+        if isinstance(module, Norm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.2)
+    return tokenizer
+
+
+def test_golden_decoder(golden_dir: Path) -> None:
+    golden, _ = read(golden_dir / "vq_f2.safetensors")
+    tensors = {
+        name: StoredTensor(value.float().numpy(), None)
+        for name, value in weights(golden, "").items()
+    }
+    part = lower_decoder(tensors, 256, "float32", images=(1,))
+    found = decode(part, golden["indices"][:1])
+    wanted = torch.clamp(torch.round((golden["decoded"][:1] + 1) * 127.5), 0, 255)
+    wanted = wanted.to(torch.uint8).permute(0, 2, 3, 1)
+    # A level may fall on the other side of a half.
+    apart = np.abs(found.astype(int) - wanted.numpy().astype(int))
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
+
+
+# Widths that are no powers of two, a width that changes twice, a grid of odd side, z filled up.
+ODD = TokenizerConfig(40, 6, 32, (1, 3, 2), 24, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("storage", "allowed"), [("float32", 1e-3), ("float16", 0.15)], ids=["float32", "float16"]
+)
+def test_odd_geometry(storage: Storage, allowed: float) -> None:
+    tokenizer = random_tokenizer(ODD)
+    part = lower_decoder(tensors_of(tokenizer), 9, storage, images=(1, 2))
+    tokens = torch.randint(0, 40, (2, 9), generator=generator(5))
+    found = decode(part, tokens)
+    with torch.inference_mode():
+        wanted = Pictures(tokenizer)(tokens).numpy()
+    apart = np.abs(found.astype(int) - wanted.astype(int))
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < allowed
+    # A picture does not depend on its neighbours or its bucket, bit for bit.
+    assert np.array_equal(decode(part, tokens[1:]), found[1:])
+
+
+def test_half_precision_does_not_overflow_where_the_plain_one_would() -> None:
+    tokenizer = random_tokenizer(TokenizerConfig(16, 4, 32, (1, 1), 32, 1, 1))
+    with torch.no_grad():
+        # The residual stream of the whole decoder grows, the norms take it out again.
+        for name, parameter in tokenizer.decoder.named_parameters():
+            if "conv2" in name or "conv_in" in name:
+                parameter *= 4e5
+    tokens = torch.randint(0, 16, (1, 4), generator=generator(6))
+    largest = []
+    tokenizer.decoder.mid[0].register_forward_hook(lambda *a: largest.append(a[2].abs().max()))
+    with torch.inference_mode():
+        wanted = Pictures(tokenizer)(tokens).numpy()
+    assert 65504 < max(largest) < 65504 / HALF_SCALE
+    part = lower_decoder(tensors_of(tokenizer), 4, "float16", images=(1,))
+    apart = np.abs(decode(part, tokens).astype(int) - wanted.astype(int))
+    assert apart.max() <= 2
+
+
+def test_tensors_of_a_bundle(exported: Exported, golden_dir: Path) -> None:
+    golden, _ = read(golden_dir / "vq_f2.safetensors")
+    found = decoder_tensors(exported.bundle)
+    wanted = {
+        name: value
+        for name, value in weights(golden, "").items()
+        if not name.startswith(("encoder.", "quant_conv."))
+    }
+    codes = F.normalize(wanted.pop("quantize.embedding.weight").float())
+    close(
+        F.normalize(torch.tensor(found["quantize.embedding.weight"].values)).numpy(), codes.numpy()
+    )
+    for name, value in wanted.items():
+        assert np.array_equal(found[name].values, value.float().numpy()), name
+
+
+def test_bundle_in_the_box_lends_its_weights() -> None:
+    bundle = Bundle.open(models_dir() / "emoji")
+    part = lower_decoder(decoder_tensors(bundle), bundle.manifest.model.num_tokens, "float16")
+    shape = (bundle.manifest.model.image_height, bundle.manifest.model.image_width, 3)
+    assert {bucket.images: bucket.buffers["image"].shape for bucket in part.buckets} == {
+        images: (images, *shape) for images in (1, 4, 16)
+    }
+    # Everything large is read from the bundle where it lies.
+    assert sum(values.nbytes for values in part.constants.values()) < 200_000
+    files = {source.file for weight in part.weights.values() for source in weight.parts}
+    assert files == {"decoder.weights"}
+    held = {name for bucket in part.buckets for name in bucket.buffers}
+    known = {*part.weights, *part.constants, *part.setup.buffers}
+    used = {
+        argument.name
+        for program in (part.setup.launches, *(bucket.launches for bucket in part.buckets))
+        for item in flat(program)
+        for argument in item.arguments
+    }
+    assert used <= held | known
+    assert not held & known
+
+
+def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores() -> None:
+    with torch.device("meta"):
+        state = VQTokenizer(TokenizerConfig()).state_dict()
+    tensors = {
+        name: StoredTensor(np.broadcast_to(np.float32(0), value.shape), None)
+        for name, value in state.items()
+    }
+    part = lower_decoder(tensors, 256, "float16", images=(1,))
+    found = [item.kernel for item in flat(part.buckets[0].launches)]
+    (kernel,) = {
+        kernel.id: kernel
+        for kernel in found
+        if kernel.function.__name__ == "convolution"
+        and dict(kernel.constants)["PIXELS"] == 256 * 256
+        and not dict(kernel.constants)["RESIDUAL"]
+    }.values()
+    constants = dict(kernel.constants)
+    types = iter(kernel.types)
+    names = kernel.parameters
+    source = ASTSource(
+        kernel.function,
+        {n: "constexpr" if n in constants else f"*{TRITON_TYPES[next(types)]}" for n in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16" in compiled.asm["ptx"]
+    copies = re.findall(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", compiled.asm["ptx"])
+    assert len(copies) > 16
+    assert ".local" not in compiled.asm["ptx"]
+    assert compiled.metadata.global_scratch_size == 0
+    # Two programs at once on a multiprocessor, one computing while the other starts or ends.
+    assert 2 * compiled.metadata.shared < 227 << 10
