@@ -286,7 +286,7 @@ def options(kernel: KernelSpec, registers: int) -> dict[str, int]:
     return found | ({"maxnreg": registers} if registers else {})
 
 
-def distinct(launches: Sequence[Launch]) -> dict[tuple[str, tuple[int, ...]], Launch]:
+def distinct(launches: Sequence[Launch]) -> dict[tuple[str, tuple[int, int, int]], Launch]:
     """One launch of each kind."""
     return {(item.kernel.id, item.grid): item for item in launches}
 

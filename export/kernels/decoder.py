@@ -15,6 +15,7 @@ zeros. The plain reference of each kernel is named in its docstring.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but ``constexpr``.
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
