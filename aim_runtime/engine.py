@@ -49,6 +49,7 @@ class _Backend:
 
 # Fastest first: the order in which "auto" tries them.
 _BACKENDS: Mapping[str, _Backend] = {
+    "tensorrt": _Backend("aim_runtime.engines.tensorrt", "cuda"),
     "cuda": _Backend("aim_runtime.engines.cuda", "cuda"),
     "onnxruntime-cuda": _Backend("aim_runtime.engines.onnxruntime_cuda", "cuda"),
     "cpu": _Backend("aim_runtime.engines.onnxruntime_cpu", "cpu"),

@@ -49,6 +49,12 @@ _RTX_MAJORS = (8, 12)
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
     """None if a GPU here can run TensorRT engines (those of `bundle`), otherwise what to do."""
+    reason = nvidia_driver.unavailable_reason()
+    if reason is None and bundle is not None and not _folders(bundle):
+        # Before the library is imported, which takes a while.
+        reason = f"the bundle has no TensorRT engines; {_command(bundle)}"
+    if reason is not None:
+        return reason
     try:
         library = find_library()
         if importlib.util.find_spec("cuda.bindings.driver") is None:
@@ -57,9 +63,6 @@ def unavailable_reason(bundle: Bundle | None = None) -> str | None:
         return str(error)
     except ModuleNotFoundError:  # also where the package "cuda" itself is missing
         return "cuda-bindings is not installed; pip install 'aim-runtime[tensorrt]'"
-    reason = nvidia_driver.unavailable_reason()
-    if reason is not None:
-        return reason
     try:
         gpus = range(nvidia_driver.gpu_count())
         reasons = [engine_reason(bundle, library, library.capability(gpu)) for gpu in gpus]
@@ -80,16 +83,21 @@ def engine_reason(
         )
     if bundle is None:
         return None
-    names = [name.split("/") for name in bundle.manifest.files if "/" in name]
-    folders = sorted({folder for _, folder, _ in names if folder.startswith(ENGINES_PREFIX)})
-    command = f"run 'aim export --bundle {bundle.path} --trt' here"
-    if not folders:
-        return f"the bundle has no TensorRT engines; {command}"
     wanted = engine_folder(library, capability)
     if any(_engine_path(wanted, graph) not in bundle.manifest.files for graph in GRAPHS):
-        found = ", ".join(map(describe_folder, folders))
-        return f"the bundle's engines are for {found}, and here are {here}; {command}"
+        found = ", ".join(map(describe_folder, _folders(bundle)))
+        return f"the bundle's engines are for {found}, and here are {here}; {_command(bundle)}"
     return None
+
+
+def _folders(bundle: Bundle) -> list[str]:
+    """The folders of TensorRT engines in a bundle."""
+    prefix = f"{ENGINES_FOLDER}/{ENGINES_PREFIX}"
+    return sorted({name.split("/")[1] for name in bundle.manifest.files if name.startswith(prefix)})
+
+
+def _command(bundle: Bundle) -> str:
+    return f"run 'aim export --bundle {bundle.path} --trt' here"
 
 
 def load(

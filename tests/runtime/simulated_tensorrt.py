@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import onnxruntime
 
 from aim_runtime.bundle import Bundle, add_engine
+from aim_runtime.engines.tensorrt import TensorRTEngine
 from aim_runtime.engines.tensorrt_library import Library, engine_file, engine_folder
 
 from .simulated_cuda import SimulatedDevice, SimulatedStream
@@ -101,6 +103,15 @@ def add_simulated_engines(
         text = json.dumps({"graph": str(bundle_dir / f"{graph}.onnx"), "profiles": profiles})
         (scratch / engine_file(graph)).write_text(text)
     return add_engine(bundle_dir, engine_folder(library, capability), scratch)
+
+
+def simulated_tensorrt_engine(bundle_dir: Path, folder: Path) -> tuple[TensorRTEngine, Bundle]:
+    """An engine on stand-ins, and the copy of a bundle in `folder` that it is of."""
+    copy = shutil.copytree(bundle_dir, folder / "bundle")
+    device = SimulatedDeviceWithHandles()
+    library = SimulatedTensorRT(device).library
+    bundle = add_simulated_engines(copy, library, folder / "engines")
+    return TensorRTEngine(bundle, library, device), bundle
 
 
 class _Runtime:

@@ -2,8 +2,8 @@
 
 The measure is the CPU engine, which `test_engine` holds against another evaluator. A backend is
 tried on the tiny bundle, else on the model in the box; the tests know neither's sizes. The engines
-of our own also run without a GPU: ONNX Runtime's on its CPU provider, the CUDA engine on a GPU that
-NumPy simulates.
+of our own also run without a GPU: ONNX Runtime's on its CPU provider, those of CUDA and TensorRT on
+a GPU that NumPy simulates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from aim_runtime.noise import uniforms
 from aim_runtime.sampling import sample
 
 from .playing import ids, onnxruntime_cuda_on_the_host, play
+from .simulated_tensorrt import simulated_tensorrt_engine
 from .toy_cuda import toy_engine, toy_plan, write_toy_bundle
 
 # The largest error of a score, relative to the largest score of the model.
@@ -34,11 +35,12 @@ PIXEL_TOLERANCE = 2  # levels of 255
 STATUSES = available_backends()
 ON_THE_HOST = "onnxruntime-cuda on the host"
 SIMULATED = "cuda, simulated"
-FP32_ONLY = ("cpu", "onnxruntime-cuda", ON_THE_HOST)
+SIMULATED_TENSORRT = "tensorrt, simulated"
+FP32_ONLY = ("cpu", "onnxruntime-cuda", ON_THE_HOST, SIMULATED_TENSORRT)
 AVAILABLE = [status.name for status in STATUSES if status.available]
 CASES = [
     (name, precision)
-    for name in (*AVAILABLE, ON_THE_HOST, SIMULATED)
+    for name in (*AVAILABLE, ON_THE_HOST, SIMULATED, SIMULATED_TENSORRT)
     for precision in SCORE_TOLERANCE
     if precision == "fp32" or name not in FP32_ONLY
 ]
@@ -90,6 +92,11 @@ def case(
         write_toy_bundle(tiny, folder, toy_plan(precision))
         bundle = Bundle.open(folder)
         yield Case(toy_engine(folder, precision), load_engine(bundle, backend="cpu"), bundle)
+        return
+    if name == SIMULATED_TENSORRT:
+        folder = tmp_path_factory.mktemp("contract")
+        engine, bundle = simulated_tensorrt_engine(tiny, folder)
+        yield Case(engine, load_engine(bundle, backend="cpu"), bundle)
         return
     if name == ON_THE_HOST:
         bundle = Bundle.open(tiny)

@@ -201,10 +201,6 @@ def test_reasons_name_what_the_bundle_has_and_what_is_here(tmp_path: Path) -> No
     )
     newer = Library(library.module, "TensorRT", "12.0.1", portable=False)
     assert "here are TensorRT 12.0.1" in (engine_reason(bundle, newer, (9, 0)) or "")
-    plain = Bundle.open(write_tiny_bundle(tmp_path / "plain"))
-    assert "has no TensorRT engines; run 'aim export" in (
-        engine_reason(plain, library, (9, 0)) or ""
-    )
 
 
 def test_rtx_engines_fit_what_the_library_supports(tmp_path: Path) -> None:
@@ -263,14 +259,18 @@ def test_which_library_is_found(modules: dict[str, Any]) -> None:
 def test_unavailable_reason_never_raises(
     tmp_path: Path, modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "not installed" in (unavailable_reason() or "")
-    setup = Setup(tmp_path)
-    modules["tensorrt"] = SimpleNamespace(__version__=VERSION)
-    specs: list[Any] = [object()]
-    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: specs[0])
     monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: "there is no NVIDIA driver")
     assert unavailable_reason() == "there is no NVIDIA driver"
     monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: None)
+    assert "TensorRT is not installed" in (unavailable_reason() or "")
+    setup = Setup(tmp_path)
+    plain = Bundle.open(write_tiny_bundle(tmp_path / "plain"))
+    assert unavailable_reason(plain) == (
+        f"the bundle has no TensorRT engines; run 'aim export --bundle {plain.path} --trt' here"
+    )
+    modules["tensorrt"] = SimpleNamespace(__version__=VERSION)
+    specs: list[Any] = [object()]
+    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: specs[0])
     monkeypatch.setattr(nvidia_driver, "gpu_count", lambda: 2)
     capabilities = [(8, 0), (9, 0)]
     monkeypatch.setattr(Library, "capability", lambda self, gpu: capabilities[gpu])
