@@ -247,6 +247,12 @@ def test_buffers_apart_for_tools_that_watch_their_ends(told: ToldDriver) -> None
     assert told.named("cuMemAlloc") == [(256,), (512,)]
 
 
+def test_no_buffers_take_no_memory(told: ToldDriver) -> None:
+    for one_block in (False, True):
+        assert module.CudaDevice(0, one_block=one_block).allocate([]).addresses == ()
+    assert not told.named("cuMemAlloc")  # the driver would refuse 0 bytes
+
+
 def test_errors_are_sentences(told: ToldDriver) -> None:
     device = module.CudaDevice(0)
     told.answers["cuMemAlloc"] = (RESULT.CUDA_ERROR_OUT_OF_MEMORY, None)

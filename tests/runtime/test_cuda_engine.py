@@ -340,6 +340,7 @@ class TestPrecisions:
                 "parts": parts,
                 "scales": None,
             }
+            plan["buckets"][0]["begin"].append(launch("add", 1, name))
         out = write_toy_bundle(tiny, tmp_path / "toy", toy_plan())
         files = tmp_path / "toy-engine"
         (files / "constants.bin").write_bytes(blob)
@@ -372,6 +373,19 @@ class TestPrecisions:
         drawn(engine, [0], SamplingOptions(2.0))
         drawn(engine, [0, 1], SamplingOptions(2.0))
         assert counts.reshape(3, 4).sum(axis=1).tolist() == [1, 1, 1 + 2 * TOKENS]
+
+    def test_what_only_setup_needs_is_freed(self, tiny: Path, tmp_path: Path) -> None:
+        plan = toy_plan()
+        plan["weights"]["raw"] = plan["weights"]["mix"]
+        plan["setup"] = {
+            "buffers": {"scratch": {"dtype": "float32", "shape": [1 << 20]}},
+            "launches": [launch("add", 1, "scratch"), launch("add", 1, "raw")],
+        }
+        with_setup = toy_engine(write_toy_bundle(tiny, tmp_path / "toy", plan))
+        without = toy_engine(write_toy_bundle(tiny, tmp_path / "plain", toy_plan()))
+        assert device_of(with_setup).free_memory() == device_of(without).free_memory()
+        added = [item.function.__name__ for item in device_of(with_setup).launches]
+        assert added == ["add", "add"]
 
 
 class TestChoiceOfBuckets:
@@ -463,7 +477,7 @@ class TestMemory:
     def test_too_little_for_the_model(self, bundle: Path) -> None:
         with pytest.raises(
             BackendError,
-            match=r"^the model needs 1 MiB of GPU memory; cuda:0 \(simulated GPU\) has 0 MiB free$",
+            match=r"^the model needs 33 MiB of GPU memory; cuda:0 \(simulated GPU\) has 0 MiB free$",
         ):
             toy_engine(bundle, memory=1000)
 

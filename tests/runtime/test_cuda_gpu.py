@@ -40,7 +40,7 @@ LONG = np.random.default_rng(0).standard_normal((30_001, 3)).astype(np.float32)
 
 
 def begin(grid: Grid, arguments: list[Any]) -> None:
-    position, status = arguments
+    position, status, _ = arguments
     position.view(np.int64)[: grid[0]] = 0
     status.view(np.int32)[0] = 0
 
@@ -70,7 +70,7 @@ def cast(grid: Grid, arguments: list[Any]) -> None:
 
 
 KERNELS = {"begin": begin, "step": count, "decode": decode, "cast": cast, "astray": begin}
-POINTERS = {"begin": 2, "step": 6, "decode": 2, "cast": 2, "astray": 1}
+POINTERS = {"begin": 3, "step": 6, "decode": 2, "cast": 2, "astray": 1}
 
 
 # -- the bundle -----------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def counting_plan() -> dict[str, Any]:
                 forced=("int32", 1),
                 status=("int32", 4),
             ),
-            "begin": [launch("begin", rows, "position", "status")],
+            "begin": [launch("begin", rows, "position", "status", "long")],
             "step": [launch("step", rows, "class_id", "position", "tokens", "logits", "forced")],
         }
 

@@ -162,7 +162,7 @@ class CudaDevice:
     def allocate(self, sizes: Sequence[int]) -> _CudaAllocation:
         """See `Device`."""
         rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        if not self._one_block:
+        if not self._one_block or not sizes:
             return _CudaAllocation(self._context, rounded)
         block = _CudaAllocation(self._context, [sum(rounded)])
         starts = np.cumsum([block.addresses[0], *rounded[:-1]]).tolist()

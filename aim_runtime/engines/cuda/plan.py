@@ -49,11 +49,12 @@ _MAX_SHARED = 256 << 10
 _MAX_QUANTISED_COLUMNS = 1 << 16
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]{0,127}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:+-]{0,255}")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,255}")
 _ARCHITECTURE = re.compile(r"[1-9][0-9]{1,2}")
-_PLAN_FILE = re.compile(re.escape(FOLDER) + r"plan-([A-Za-z0-9._-]+)\.json")
-_KERNELS_FILE = re.compile(re.escape(FOLDER) + r"kernels-sm([1-9][0-9]{1,2})\.bin")
+_PRECISION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PLAN_FILE = re.compile(rf"{re.escape(FOLDER)}plan-({_PRECISION.pattern})\.json")
+_KERNELS_FILE = re.compile(rf"{re.escape(FOLDER)}kernels-sm({_ARCHITECTURE.pattern})\.bin")
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ class _Reader:
             )
         keys = ("format", "format_version", "precision", "kernels", "conversions", "weights")
         top = _JSON.fields(value, "top level", (*keys, "setup", "buckets", "decoder"))
-        precision = _JSON.matching(top["precision"], "precision", _NAME, "a plain name")
+        precision = _JSON.matching(top["precision"], "precision", _PRECISION, "a plain name")
         for name, item in _table(top["kernels"], "kernels"):
             self.kernels[name] = self.kernel(item, f"kernels[{name!r}]")
         for name, item in _table(top["conversions"], "conversions"):

@@ -6,6 +6,7 @@ device takes the other, and through kernels of the plan where they are stored in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -26,62 +27,81 @@ _QUANTISED_ROWS = 64
 
 
 class Weights:
-    """All weights of a plan, and the buffers that its setup fills: what requests share.
+    """The weights of a plan, and the buffers that its setup fills: what requests share.
 
-    The memory is free again when this object is dropped. Raises OutOfDeviceMemory when there is not
-    enough.
+    `addresses` has those that buckets use; what only conversions and setup need is free again once
+    they have run. Raises OutOfDeviceMemory when there is not enough for all together.
     """
 
     def __init__(self, device: Device, bundle: Bundle, plan: Plan, kernels: Kernels) -> None:
-        setup = plan.setup
         sizes = {name: _allocated_size(weight) for name, weight in plan.weights.items()}
-        sizes |= {name: tensor.size for name, tensor in setup.buffers.items()}
-        self._memory: Allocation = device.allocate(list(sizes.values()))
-        self.addresses: Mapping[str, int] = dict(zip(sizes, self._memory.addresses, strict=True))
+        sizes |= {name: tensor.size for name, tensor in plan.setup.buffers.items()}
+        used = _used_by_buckets(plan)
+        lasting = [name for name in sizes if name in used]
+        passing = [name for name in sizes if name not in used]
+        self._memory: Allocation = device.allocate([sizes[name] for name in lasting])
+        self.addresses = dict(zip(lasting, self._memory.addresses, strict=True))
+        scratch = device.allocate([sizes[name] for name in passing])
+        addresses = self.addresses | dict(zip(passing, scratch.addresses, strict=True))
         stream = device.stream()
-        self._upload(device, stream, bundle, plan, kernels)
-        for name, tensor in setup.buffers.items():
-            stream.clear(self.addresses[name], tensor.size)
-        for launch in kernels.program(setup.launches, self.addresses):
+        _upload(device, stream, bundle, plan, kernels, addresses)
+        for name, tensor in plan.setup.buffers.items():
+            stream.clear(addresses[name], tensor.size)
+        for launch in kernels.program(plan.setup.launches, addresses):
             stream.launch(launch)
         stream.synchronize()
 
-    def _upload(
-        self, device: Device, stream: Stream, bundle: Bundle, plan: Plan, kernels: Kernels
-    ) -> None:
-        names = {part.file for weight in plan.weights.values() for part in weight.parts}
-        files = {name: np.frombuffer(bundle.read(name), np.uint8) for name in names}
-        pinned = [device.pinned(_CHUNK_BYTES) for _ in range(2)]
-        staging = device.allocate([_CHUNK_BYTES] * 2)
-        busy: list[Event | None] = [None, None]
-        turn = 0
-        for name, weight in plan.weights.items():
-            for start, count in _chunks(weight):
-                event = busy[turn]
-                if event is not None:
-                    event.wait()
-                source = pinned[turn].array[: count * DTYPE_BYTES[weight.stored]]
-                _fill(source, weight, files, start)
-                target = self.addresses[name] + start * DTYPE_BYTES[weight.tensor.dtype]
-                if weight.conversion is None:
-                    stream.upload(target, source)
-                else:
-                    stored = staging.addresses[turn]
-                    stream.upload(stored, source)
-                    blocks, addresses = -(-count // CAST_BLOCK), [stored, target]
-                    if weight.scales is not None:
-                        columns = weight.tensor.count // weight.tensor.shape[0]
-                        blocks = count // columns
-                        addresses.append(self.addresses[weight.scales] + start // columns * 4)
-                    stream.launch(kernels.launch(weight.conversion, (blocks, 1, 1), addresses))
-                busy[turn] = stream.record()
-                turn = 1 - turn
-        stream.synchronize()  # before the pinned memory goes
+
+def _upload(
+    device: Device,
+    stream: Stream,
+    bundle: Bundle,
+    plan: Plan,
+    kernels: Kernels,
+    at: Mapping[str, int],
+) -> None:
+    """Bring all weights to their addresses `at`; done when it returns."""
+    names = {part.file for weight in plan.weights.values() for part in weight.parts}
+    files = {name: np.frombuffer(bundle.read(name), np.uint8) for name in names}
+    pinned = [device.pinned(_CHUNK_BYTES) for _ in range(2)]
+    staging = device.allocate([_CHUNK_BYTES] * 2)
+    busy: list[Event | None] = [None, None]
+    turn = 0
+    for name, weight in plan.weights.items():
+        for start, count in _chunks(weight):
+            event = busy[turn]
+            if event is not None:
+                event.wait()
+            source = pinned[turn].array[: count * DTYPE_BYTES[weight.stored]]
+            _fill(source, weight, files, start)
+            target = at[name] + start * DTYPE_BYTES[weight.tensor.dtype]
+            if weight.conversion is None:
+                stream.upload(target, source)
+            else:
+                stored = staging.addresses[turn]
+                stream.upload(stored, source)
+                blocks, addresses = -(-count // CAST_BLOCK), [stored, target]
+                if weight.scales is not None:
+                    columns = weight.tensor.count // weight.tensor.shape[0]
+                    blocks = count // columns
+                    addresses.append(at[weight.scales] + start // columns * 4)
+                stream.launch(kernels.launch(weight.conversion, (blocks, 1, 1), addresses))
+            busy[turn] = stream.record()
+            turn = 1 - turn
+    stream.synchronize()  # before the pinned memory goes
+
+
+def _used_by_buckets(plan: Plan) -> set[str]:
+    programs = [bucket.begin + bucket.step for bucket in plan.buckets]
+    programs += [bucket.launches for bucket in plan.decoder]
+    launches = itertools.chain.from_iterable(programs)
+    return {name for launch in launches for name, _ in launch.arguments}
 
 
 def allocated_size(plan: Plan) -> int:
-    """Bytes of device memory that the weights of `plan` and its setup take."""
-    sizes = [_allocated_size(weight) for weight in plan.weights.values()]
+    """Bytes of device memory that loading the weights of `plan` takes, setup included."""
+    sizes = [_CHUNK_BYTES] * 2
+    sizes += [_allocated_size(weight) for weight in plan.weights.values()]
     sizes += [tensor.size for tensor in plan.setup.buffers.values()]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
