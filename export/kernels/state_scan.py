@@ -12,6 +12,8 @@ inputs of the convolution are two buffers.
 Letters: R rows, H heads of P channels, S state size, K convolution width, I = H·P, X = I + 2S.
 """
 
+# Triton reads these functions' sources: their parameters carry no annotations but ``constexpr``.
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -29,12 +31,12 @@ PARAMETERS = (*INPUTS, *OUTPUTS)
 
 
 @triton.jit
-def _silu(value):  # type: ignore[no-untyped-def]
+def _silu(value):
     return value / (1.0 + tl.exp(-value))
 
 
 @triton.jit
-def _softplus(value):  # type: ignore[no-untyped-def]
+def _softplus(value):
     """``log(1 + exp(value))``, with the digits that ``1 + small`` loses put back (Kahan)."""
     small = tl.exp(-tl.abs(value))
     total = 1.0 + small
@@ -43,7 +45,7 @@ def _softplus(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _convolved(  # type: ignore[no-untyped-def]
+def _convolved(
     channel,
     in_range,
     stored,
@@ -77,7 +79,7 @@ def _convolved(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def state_scan_kernel(  # type: ignore[no-untyped-def]
+def state_scan_kernel(
     projected,
     position,
     conv_weight,
