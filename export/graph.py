@@ -23,6 +23,8 @@ _ALIGNMENT = 64
 #: Smaller tensors stay in the graph: shapes and axes must be readable there, and a page of the
 #: weights file for each scalar would be waste.
 _INLINE_BELOW_BYTES = 1024
+#: Marks the stored name of a matrix in half precision; its value under the plain name is cast.
+HALF_SUFFIX = "/half"
 #: Below this many elements half precision saves nothing worth its rounding.
 _HALF_FROM_ELEMENTS = 4096
 
@@ -157,7 +159,7 @@ def _store_half(model: ModelProto) -> None:
             and elements >= _HALF_FROM_ELEMENTS
         ):
             full = numpy_helper.to_array(tensor)
-            half_name = f"{tensor.name}/half"
+            half_name = tensor.name + HALF_SUFFIX
             halved[tensor.name] = half_name
             tensor.CopyFrom(numpy_helper.from_array(full.astype(np.float16), half_name))
     cast: set[str] = set()

@@ -181,11 +181,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it, for one precision."""
+    """All of it, for one precision.
+
+    ``conversions`` are the kernels that bring stored weights to the types above, called
+    ``cast_<from>_<to>`` and ``quantise_<from>_<columns>``.
+    """
 
     precision: str
     weights: Mapping[str, Weight]
-    conversions: tuple[KernelSpec, ...]
+    conversions: Mapping[str, KernelSpec]
     setup: Setup
     buckets: tuple[Bucket, ...]
     decoder: tuple[DecoderBucket, ...]
@@ -196,7 +200,7 @@ class Plan:
         programs += [part for bucket in self.buckets for part in (bucket.begin, bucket.step)]
         programs += [bucket.launches for bucket in self.decoder]
         found = [item.kernel for program in programs for item in flat(program)]
-        return {kernel.id: kernel for kernel in (*self.conversions, *found)}
+        return {kernel.id: kernel for kernel in (*self.conversions.values(), *found)}
 
     def to_json(self, code: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Any]:
         """The plan as the runtime reads it; ``code`` says where each kernel's binaries lie."""
@@ -215,7 +219,7 @@ class Plan:
             "format_version": FORMAT_VERSION,
             "precision": self.precision,
             "kernels": kernels,
-            "conversions": {kernel.function.__name__: kernel.id for kernel in self.conversions},
+            "conversions": {name: kernel.id for name, kernel in self.conversions.items()},
             "weights": {name: asdict(weight) for name, weight in self.weights.items()},
             "setup": {
                 "buffers": _buffers(self.setup.buffers),

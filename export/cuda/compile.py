@@ -1,0 +1,133 @@
+"""Ahead-of-time compilation of a plan's kernels, on a machine with or without a GPU.
+
+Triton carries NVIDIA's assembler, so each compute capability gets machine code of its own and the
+machine that serves compiles nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aim_export.cuda.plan import TRITON_TYPES, KernelSpec
+
+#: Compute capabilities compiled for, with the shared memory in bytes that a program may take.
+SHARED_MEMORY: Mapping[int, int] = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
+#: The first with programmatic dependent launch.
+_OVERLAPS_FROM = 90
+
+Progress = Callable[[int, int], None]
+
+
+class CompileError(Exception):
+    """A kernel cannot be compiled for one of the targets."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Machine code of one kernel for one compute capability.
+
+    Attributes:
+        code: the cubin, compressed.
+        shared: dynamic shared memory of a program in bytes.
+        pointers: parameters in all; those behind the kernel's own are scratch that it never uses.
+    """
+
+    code: bytes
+    shared: int
+    pointers: int
+
+
+def compile_kernels(
+    kernels: Iterable[KernelSpec],
+    capabilities: Iterable[int],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[tuple[str, int], Binary]:
+    """Compile every kernel for every compute capability (90 stands for 9.0).
+
+    Args:
+        kernels: what to compile, none twice.
+        capabilities: keys of `SHARED_MEMORY`.
+        workers: processes; None for one a core.
+        progress: called with (done, all) after each.
+
+    Returns the binaries by (kernel id, compute capability). Raises CompileError.
+    """
+    jobs = [(kernel, capability) for kernel in kernels for capability in capabilities]
+    found = {}
+    # Processes of their own: Triton compiles under Python's lock, and its assembler aborts the
+    # process on what it cannot do. Not forked: the parent may have threads.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_compile, *job): job for job in jobs}
+        for done, future in enumerate(as_completed(futures), start=1):
+            kernel, capability = futures[future]
+            try:
+                found[kernel.id, capability] = future.result()
+            except Exception as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise CompileError(
+                    f"{kernel.function.__name__} does not compile for compute capability "
+                    f"{capability / 10}: {reason}"
+                ) from error
+            if progress is not None:
+                progress(done, len(jobs))
+    return found
+
+
+def _compile(kernel: KernelSpec, capability: int) -> Binary:
+    constants = dict(kernel.constants)
+    if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
+        constants["OVERLAPS"] = False
+    names = kernel.parameters
+    types = iter(kernel.types)
+    signature = {
+        name: "constexpr" if name in constants else f"*{TRITON_TYPES[next(types)]}"
+        for name in names
+    }
+    source = ASTSource(
+        kernel.function,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if name not in constants
+        },
+    )
+    target = GPUTarget("cuda", capability, 32)
+    for stages in range(kernel.num_stages, 0, -1):
+        options = {
+            "num_warps": kernel.num_warps,
+            "num_stages": stages,
+            "launch_cooperative_grid": kernel.cooperative,
+            "launch_pdl": constants.get("OVERLAPS", False),
+        }
+        compiled = triton.compile(source, target=target, options=options)
+        if compiled.metadata.shared <= SHARED_MEMORY[capability]:
+            break
+    else:
+        raise CompileError(f"it takes {compiled.metadata.shared} bytes of shared memory")
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise CompileError("it needs scratch memory, which a plan has no place for")
+    entry = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
+    pointers = len(re.findall(r"\.param", entry))
+    return Binary(zlib.compress(compiled.asm["cubin"], 9), metadata.shared, pointers)

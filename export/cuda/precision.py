@@ -1,0 +1,36 @@
+"""The number formats that a plan is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """Element types by role, in the plan's names.
+
+    Attributes:
+        matrix: the two projections of every layer.
+        table: the word table (also the head) and the conditioning's matrices: int8 there costs
+            more quality than it saves time.
+        activation: what enters a product.
+        state: the recurrent state.
+        history: the tokens since the state was last rewritten.
+    """
+
+    matrix: str
+    table: str
+    activation: str
+    state: str
+    history: str
+
+
+#: Sums, norms, the residual and the scan's arithmetic are float32 in all of them.
+FORMATS: Mapping[str, Format] = {
+    "fp32": Format("float32", "float32", "float32", "float32", "float32"),
+    "fp16": Format("float16", "float16", "float16", "float32", "float32"),
+    "fp16-state16": Format("float16", "float16", "float16", "bfloat16", "float16"),
+    "int8": Format("int8", "float16", "float16", "float32", "float32"),
+    "int8-state16": Format("int8", "float16", "float16", "bfloat16", "float16"),
+}

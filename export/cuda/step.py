@@ -1,0 +1,789 @@
+"""The plan of the step: weights, and for each number of rows its buffers and launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import triton
+from triton.runtime.jit import JITFunction
+
+from aim_export.cuda.plan import (
+    Argument,
+    Bucket,
+    Buffer,
+    KernelSpec,
+    Launch,
+    Part,
+    Program,
+    Repeat,
+    Weight,
+    launch,
+)
+from aim_export.cuda.precision import Format
+from aim_export.cuda.stored import StoredTensor
+from aim_export.kernels import convert, sample, stack, step
+from aim_runtime.manifest import DTYPE_BYTES, ModelCard
+from aim_training.model import EPS
+
+CONSTANTS_FILE = "engines/cuda/constants.bin"
+_ALIGNMENT = 256
+_BYTES = {**DTYPE_BYTES, "float64": 8, "bfloat16": 2, "int8": 1}
+
+
+class Constants:
+    """Small tensors that are derived rather than stored: one file, each on its own boundary."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def add(self, values: np.ndarray) -> Weight:
+        """Append ``values``; returns the weight that reads them."""
+        values = np.ascontiguousarray(values)
+        offset, raw = self._size, values.tobytes()
+        padded = raw + b"\0" * (-len(raw) % _ALIGNMENT)
+        self._chunks.append(padded)
+        self._size += len(padded)
+        part = Part(CONSTANTS_FILE, offset, str(values.dtype), values.shape[0])
+        return Weight(str(values.dtype), values.shape, (part,))
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return b"".join(self._chunks)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the network, in the letters of `aim_export.kernels.step`."""
+
+    D: int
+    L: int
+    S: int
+    P: int
+    K: int
+    V: int
+    T: int
+    groups: int
+    position_offset: int
+
+    @classmethod
+    def of(cls, model: ModelCard, groups: int) -> Geometry:
+        """From a manifest; ``groups`` is the number of modulation groups, L without groups."""
+        return cls(
+            model.d_model,
+            model.num_layers,
+            model.d_state,
+            model.head_dim,
+            model.conv_width,
+            model.vocab_size,
+            model.num_tokens,
+            groups,
+            model.position_offset,
+        )
+
+    @property
+    def inner(self) -> int:
+        """I, the channels inside a layer."""
+        return 2 * self.D
+
+    @property
+    def H(self) -> int:
+        """Heads."""
+        return self.inner // self.P
+
+    @property
+    def X(self) -> int:
+        """Channels of the convolution."""
+        return self.inner + 2 * self.S
+
+    @property
+    def E(self) -> int:
+        """Outputs of ``in_proj``."""
+        return self.inner + self.X + self.H
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: rows and outputs a program, the step along the sum, launch options."""
+
+    rows: int
+    outputs: int
+    depth: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The choices for one number of rows that change speed and not results."""
+
+    in_proj: Tile
+    out_proj: Tile
+    head: Tile
+    chunk: int
+    heads: int
+    stages: int = 1
+    scan_warps: int = 4
+
+    @property
+    def dot(self) -> bool:
+        """Whether products go to the tensor cores, which take no fewer than 16 rows."""
+        return self.in_proj.rows >= 16
+
+
+#: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md).
+TUNING: Mapping[int, Tuning] = {
+    1: Tuning(Tile(1, 8), Tile(1, 4), Tile(1, 8, num_warps=2), 16, 1),
+    2: Tuning(Tile(2, 8), Tile(2, 4), Tile(2, 8, num_warps=2), 16, 1),
+    4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 1),
+    8: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 1),
+    16: Tuning(Tile(16, 16), Tile(16, 16), Tile(16, 128, 64), 16, 1),
+    32: Tuning(Tile(32, 32), Tile(32, 16), Tile(32, 128, 64), 16, 2, 2),
+    64: Tuning(Tile(64, 32), Tile(64, 32), Tile(64, 128, 64), 16, 4, 3),
+    128: Tuning(Tile(64, 32), Tile(64, 32), Tile(128, 128, 64), 16, 4, 3),
+}
+
+
+def step_weights(
+    geometry: Geometry,
+    stored: Mapping[str, Mapping[str, StoredTensor]],
+    number: Format,
+    constants: Constants,
+) -> dict[str, Weight]:
+    """The weights of prologue and step: matrices where the graphs keep them, the rest as constants.
+
+    ``stored`` maps "prologue" and "step" to their graphs' tensors.
+    """
+    prologue, step_ = stored["prologue"], stored["step"]
+    layers = range(geometry.L)
+
+    def matrix(parts: list[StoredTensor], dtype: str) -> Weight:
+        rows = sum(part.values.shape[0] for part in parts)
+        return Weight(dtype, (rows, parts[0].values.shape[1]), tuple(p.placed() for p in parts))
+
+    def by_layer(name: str) -> list[StoredTensor]:
+        return [step_[f"layer_{layer}.{name}"] for layer in layers]
+
+    def constant(*tensors: StoredTensor) -> Weight:
+        rows = [np.asarray(tensor.values, np.float32) for tensor in tensors]
+        return constants.add(rows[0] if len(rows) == 1 else np.stack(rows))
+
+    weights = {
+        "class_table": matrix([prologue["class_table"]], number.table),
+        "word_table": matrix([step_["word_table"]], number.table),
+        "position_table": matrix([step_["position_table"]], "float32"),
+        "in_proj": matrix(by_layer("in_proj"), number.matrix),
+        "out_proj": matrix(by_layer("out_proj"), number.matrix),
+        "final": matrix([prologue["final.weight"]], number.table),
+        "final_bias": constant(prologue["final.bias"]),
+        "norm_f": constant(step_["norm_f"]),
+    }
+    if number.matrix == "int8":
+        for name in ("in_proj", "out_proj"):
+            weights[f"{name}_scales"] = Weight("float32", weights[name].shape[:1])
+            whole = weights[name]
+            weights[name] = Weight(whole.dtype, whole.shape, whole.parts, f"{name}_scales")
+    for name in ("conv_weight", "conv_bias", "dt_bias", "a", "d"):
+        weights[name] = constant(*by_layer(name))
+    if "adaln_group.weight" in prologue:
+        weights["modulation"] = matrix([prologue["adaln_group.weight"]], number.table)
+        weights["modulation_bias"] = constant(prologue["adaln_group.bias"])
+        weights["modulation_table"] = constant(prologue["scale_shift_table"])
+    else:
+        matrices = [prologue[f"adaln.{layer}.weight"] for layer in layers]
+        weights["modulation"] = matrix(matrices, number.table)
+        biases = np.concatenate([prologue[f"adaln.{layer}.bias"].values for layer in layers])
+        weights["modulation_bias"] = constants.add(biases.astype(np.float32))
+        table = np.zeros((geometry.L, 3, geometry.D), np.float32)
+        weights["modulation_table"] = constants.add(table)
+    norms = np.asarray(prologue["modulation_factor"].values, np.float32)[:, 1]
+    weights["norm"] = constants.add(norms)
+    final_norm = np.asarray(prologue["final_factor"].values, np.float32)[1]
+    weights["final_norm"] = constants.add(final_norm)
+    return weights
+
+
+def conversions(weights: Mapping[str, Weight]) -> dict[str, KernelSpec]:
+    """The kernels that bring the weights' parts to the weights' types."""
+    found = {}
+    for weight in weights.values():
+        for part in weight.parts:
+            if part.dtype == weight.dtype:
+                continue
+            if weight.scales:
+                width = weight.shape[1]
+                found[f"quantise_{part.dtype}_{width}"] = _kernel(
+                    convert.quantise,
+                    (part.dtype, "int8", "float32"),
+                    WIDTH=width,
+                    BLOCK=triton.next_power_of_2(width),
+                )
+            else:
+                found[f"cast_{part.dtype}_{weight.dtype}"] = _kernel(
+                    convert.cast, (part.dtype, weight.dtype), BLOCK=convert.CAST_BLOCK
+                )
+    return found
+
+
+def step_bucket(
+    geometry: Geometry, number: Format, rows: int, tuning: Tuning, *, overlaps: bool = True
+) -> Bucket:
+    """Buffers and launches for ``rows`` rows; ``overlaps`` lets launches start ahead of time."""
+    return _StepBuilder(geometry, number, rows, tuning, overlaps).bucket()
+
+
+def _kernel(
+    function: JITFunction,
+    types: tuple[str, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    **constants: int | float | bool,
+) -> KernelSpec:
+    return KernelSpec(
+        function,
+        types,
+        tuple(constants.items()),
+        num_warps,
+        num_stages,
+        overlaps=bool(constants.get("OVERLAPS", False)),
+    )
+
+
+def stack_bucket(
+    geometry: Geometry,
+    number: Format,
+    rows: int,
+    tuning: Tuning,
+    programs: int,
+    *,
+    num_warps: int = 16,
+    overlaps: bool = True,
+) -> Bucket:
+    """The step for so few rows that its layers go into one launch of ``programs`` programs."""
+    return _StackBuilder(geometry, number, rows, tuning, overlaps, programs, num_warps).bucket()
+
+
+class _StepBuilder:
+    def __init__(
+        self, geometry: Geometry, number: Format, rows: int, tuning: Tuning, overlaps: bool
+    ) -> None:
+        self.g, self.number, self.rows, self.tuning = geometry, number, rows, tuning
+        self.overlaps = overlaps
+        self.norm_parts = geometry.D // self._outputs(tuning.out_proj, geometry.D)
+        self.heads = math.gcd(tuning.heads, geometry.H)
+        self.buffers = self._buffers()
+
+    def bucket(self) -> Bucket:
+        return Bucket(self.rows, self.buffers, self._begin(), self._step())
+
+    def _buffers(self) -> dict[str, Buffer]:
+        g, number, R = self.g, self.number, self.rows
+        C = self.tuning.chunk
+        act = number.activation
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            # Shared with the host.
+            "class_id": ("int64", (R,)),
+            "token": ("int64", (R,)),
+            "position": ("int64", (R,)),
+            "pairs": ("int32", (1,)),
+            "forced": ("int32", (1,)),
+            "settings": ("float32", (R, 4)),
+            "noise": ("float64", (R, g.T)),
+            "tokens": ("int64", (R, g.T)),
+            "logits": ("float32", (R, g.V)),
+            "status": ("int32", (4,)),
+            # What depends on the class alone.
+            "class_embedding": ("float32", (R, g.D)),
+            "activated": (act, (R, g.D)),
+            "grouped": ("float32", (R, g.groups, 3, g.D)),
+            "shift": (act, (g.L, R, g.D)),
+            "scale": ("float32", (g.L + 1, R, g.D)),
+            "gate": ("float32", (g.L, R, g.D)),
+            "shifted": (act, (g.L, R, g.E)),
+            "final_modulation": ("float32", (R, 2, g.D)),
+            # One step's.
+            "residual": ("float32", (R, g.D)),
+            "scaled": (act, (R, g.D)),
+            "partials": ("float32", (R, self.norm_parts)),
+            "projected": ("float32", (R, g.E)),
+            "gated": (act, (R, g.inner)),
+            "squares": ("float32", (R, g.H)),
+            "hidden": (act, (R, g.D)),
+            # The memory.
+            "ring": ("float32", (g.L, R, g.K, g.X)),
+            "state": (number.state, (g.L, R, g.H, g.P, g.S)),
+            "past_x": (number.history, (g.L, R, C, g.inner)),
+            "past_b": (number.history, (g.L, R, C, g.S)),
+            "past_decay": ("float32", (g.L, R, g.H, C)),
+        }
+        return {name: Buffer(dtype, shape) for name, (dtype, shape) in shapes.items()}
+
+    def _layer(self, name: str) -> Argument:
+        """A buffer or weight whose first axis is the layer, advancing with the repetition."""
+        if name in self.buffers:
+            buffer = self.buffers[name]
+            stride = int(np.prod(buffer.shape[1:])) * _BYTES[buffer.dtype]
+        else:
+            g, matrix = self.g, _BYTES[self.number.matrix]
+            stride = {
+                "in_proj": g.E * g.D * matrix,
+                "out_proj": g.D * g.inner * matrix,
+                "in_proj_scales": g.E * 4,
+                "out_proj_scales": g.D * 4,
+                "conv_weight": g.K * g.X * 4,
+                "conv_bias": g.X * 4,
+                "dt_bias": g.H * 4,
+                "a": g.H * 4,
+                "d": g.H * 4,
+            }[name]
+        return Argument(name, 0, stride)
+
+    def _begin(self) -> Program:
+        g, R = self.g, self.rows
+        number, act, block = self.number, self.number.activation, triton.next_power_of_2(g.D)
+        start = launch(
+            _kernel(
+                step.start,
+                ("int64", number.table, "float32", act, "int64", "int32"),
+                D=g.D,
+                BLOCK=block,
+            ),
+            R,
+            "class_id",
+            "class_table",
+            "class_embedding",
+            "activated",
+            "position",
+            "status",
+        )
+        modulate = launch(
+            _kernel(
+                step.modulate,
+                ("float32", "float32", "float32", act, "float32", "float32"),
+                R=R,
+                GROUPS=g.groups,
+                D=g.D,
+                BLOCK=block,
+            ),
+            (R, g.L),
+            "grouped",
+            "modulation_table",
+            "norm",
+            "shift",
+            "scale",
+            "gate",
+        )
+        grouped = self._linear(
+            "modulation",
+            "activated",
+            "modulation_bias",
+            "grouped",
+            g.groups * 3 * g.D,
+            number.table,
+        )
+        final = self._linear(
+            "final", "activated", "final_bias", "final_modulation", 2 * g.D, number.table
+        )
+        shifted = self._linear("in_proj", "shift", None, "shifted", g.E, number.matrix)
+        # The stride of ``scale``'s last layer, which follows nothing, must not be left undefined:
+        # it stays as allocated, zero.
+        return [start, grouped, final, modulate, Repeat(g.L, (shifted,))]
+
+    def _linear(
+        self, weight: str, source: str, bias: str | None, target: str, outputs: int, dtype: str
+    ) -> Launch:
+        layered = weight == "in_proj"
+        scales = layered and dtype == "int8"
+        tile = self.tuning.head if not layered else self.tuning.in_proj
+        kernel = _kernel(
+            step.linear,
+            (
+                dtype,
+                "float32",
+                self.number.activation,
+                "float32",
+                self.buffers[target].dtype,
+            ),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            N=outputs,
+            WIDTH=self.g.D,
+            HAS_SCALES=scales,
+            HAS_BIAS=bias is not None,
+            **self._tile(tile, self.g.D),
+            OVERLAPS=False,
+        )
+        place = self._layer if layered else Argument
+        return launch(
+            kernel,
+            self._grid(tile, outputs),
+            place(weight),
+            place(f"{weight}_scales") if scales else Argument("norm_f"),
+            place(source),
+            Argument(bias or "norm_f"),
+            place(target),
+        )
+
+    def _step(self) -> Program:
+        g, number, R, t = self.g, self.number, self.rows, self.tuning
+        act, block, overlaps = number.activation, triton.next_power_of_2(g.D), self.overlaps
+        quantised = number.matrix == "int8"
+        embed = launch(
+            _kernel(
+                step.embed,
+                (
+                    "int64",
+                    "int64",
+                    number.table,
+                    "float32",
+                    "float32",
+                    "float32",
+                    "float32",
+                    act,
+                    "float32",
+                ),
+                D=g.D,
+                BLOCK=block,
+                PARTS=self.norm_parts,
+                POSITION_OFFSET=g.position_offset,
+                OVERLAPS=overlaps,
+            ),
+            R,
+            "token",
+            "position",
+            "word_table",
+            "position_table",
+            "class_embedding",
+            "scale",
+            "residual",
+            "scaled",
+            "partials",
+        )
+        in_proj = launch(
+            _kernel(
+                step.in_proj,
+                (
+                    number.matrix,
+                    "float32",
+                    act,
+                    "float32",
+                    act,
+                    "int64",
+                    "float32",
+                    "float32",
+                    "float32",
+                    "float32",
+                    "float32",
+                ),
+                num_warps=t.in_proj.num_warps,
+                num_stages=t.in_proj.num_stages,
+                D=g.D,
+                INNER=g.inner,
+                X=g.X,
+                H=g.H,
+                K=g.K,
+                PARTS=self.norm_parts,
+                EPS=EPS,
+                HAS_SCALES=quantised,
+                **self._tile(t.in_proj, g.D),
+                OVERLAPS=overlaps,
+            ),
+            self._grid(t.in_proj, g.E),
+            self._layer("in_proj"),
+            self._layer("in_proj_scales") if quantised else Argument("norm_f"),
+            "scaled",
+            "partials",
+            self._layer("shifted"),
+            "position",
+            self._layer("ring"),
+            self._layer("conv_weight"),
+            self._layer("conv_bias"),
+            self._layer("dt_bias"),
+            "projected",
+        )
+        scan = launch(
+            _kernel(
+                step.scan,
+                (
+                    "float32",
+                    "float32",
+                    "float32",
+                    "int64",
+                    number.state,
+                    number.history,
+                    number.history,
+                    "float32",
+                    act,
+                    "float32",
+                ),
+                num_warps=t.scan_warps,
+                INNER=g.inner,
+                X=g.X,
+                H=g.H,
+                P=g.P,
+                S=g.S,
+                CHUNK=t.chunk,
+                HEADS=self.heads,
+                STAGES=t.stages,
+                OVERLAPS=overlaps,
+            ),
+            (g.H // self.heads, R),
+            "projected",
+            self._layer("a"),
+            self._layer("d"),
+            "position",
+            self._layer("state"),
+            self._layer("past_x"),
+            self._layer("past_b"),
+            self._layer("past_decay"),
+            "gated",
+            "squares",
+        )
+        next_scale = Argument("scale", R * g.D * 4, R * g.D * 4)
+        out_proj = launch(
+            _kernel(
+                step.out_proj,
+                (
+                    number.matrix,
+                    "float32",
+                    act,
+                    "float32",
+                    "float32",
+                    "float32",
+                    "float32",
+                    act,
+                    "float32",
+                ),
+                num_warps=t.out_proj.num_warps,
+                num_stages=t.out_proj.num_stages,
+                D=g.D,
+                INNER=g.inner,
+                PARTS=g.H,
+                EPS=EPS,
+                HAS_SCALES=quantised,
+                **self._tile(t.out_proj, g.inner),
+                OVERLAPS=overlaps,
+            ),
+            self._grid(t.out_proj, g.D),
+            self._layer("out_proj"),
+            self._layer("out_proj_scales") if quantised else Argument("norm_f"),
+            "gated",
+            "squares",
+            self._layer("gate"),
+            next_scale,
+            "residual",
+            "scaled",
+            "partials",
+        )
+        return [embed, Repeat(g.L, (in_proj, scan, out_proj)), *self._head()]
+
+    def _head(self) -> list[Launch]:
+        """From the residual to the next token; they need no program of the layers to be ready."""
+        g, number, R, overlaps = self.g, self.number, self.rows, self.overlaps
+        act, tile = number.activation, self.tuning.head
+        final_norm = launch(
+            _kernel(
+                step.final_norm,
+                ("float32", "float32", "float32", "float32", act),
+                D=g.D,
+                BLOCK=triton.next_power_of_2(g.D),
+                EPS=EPS,
+                OVERLAPS=overlaps,
+            ),
+            R,
+            "residual",
+            "norm_f",
+            "final_modulation",
+            "final_norm",
+            "hidden",
+        )
+        head = launch(
+            _kernel(
+                step.linear,
+                (number.table, "float32", act, "float32", "float32"),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                N=g.V,
+                WIDTH=g.D,
+                HAS_SCALES=False,
+                HAS_BIAS=False,
+                **self._tile(tile, g.D),
+                OVERLAPS=overlaps,
+            ),
+            self._grid(tile, g.V),
+            "word_table",
+            "norm_f",
+            "hidden",
+            "norm_f",
+            "logits",
+        )
+        block = triton.next_power_of_2(g.V)
+        draw = launch(
+            _kernel(
+                sample.sample,
+                (
+                    "float32",
+                    "float64",
+                    "float32",
+                    "int32",
+                    "int32",
+                    "int64",
+                    "int64",
+                    "int64",
+                    "int32",
+                ),
+                num_warps=min(16, max(4, block // 1024)),
+                V=g.V,
+                T=g.T,
+                BLOCK=block,
+                OVERLAPS=overlaps,
+            ),
+            R,
+            "logits",
+            "noise",
+            "settings",
+            "pairs",
+            "forced",
+            "tokens",
+            "token",
+            "position",
+            "status",
+        )
+        return [final_norm, head, draw]
+
+    def _tile(self, tile: Tile, width: int) -> dict[str, int | bool]:
+        dot = self.tuning.dot
+        depth = tile.depth if dot else triton.next_power_of_2(width)
+        while dot and width % depth:
+            depth //= 2
+        outputs = tile.outputs if width == self.g.D else self._outputs(tile, self.g.D)
+        return {"BM": min(tile.rows, self.rows), "BN": outputs, "BK": depth, "DOT": dot}
+
+    def _grid(self, tile: Tile, outputs: int) -> tuple[int, int]:
+        return -(-outputs // tile.outputs), self.rows // min(tile.rows, self.rows)
+
+    def _outputs(self, tile: Tile, outputs: int) -> int:
+        assert outputs % tile.outputs == 0
+        return tile.outputs
+
+
+class _StackBuilder(_StepBuilder):
+    def __init__(
+        self,
+        geometry: Geometry,
+        number: Format,
+        rows: int,
+        tuning: Tuning,
+        overlaps: bool,
+        programs: int,
+        num_warps: int,
+    ) -> None:
+        self.programs, self.num_warps = programs, num_warps
+        # A block of channels within one row for every program, or a whole row for one.
+        share = -(-rows * geometry.inner // programs)
+        self.block = min(triton.next_power_of_2(share), geometry.inner)
+        while geometry.inner % self.block:
+            self.block //= 2
+        super().__init__(geometry, number, rows, tuning, overlaps)
+
+    def bucket(self) -> Bucket:
+        return Bucket(self.rows, self.buffers, self._begin(), self._step(), self.programs)
+
+    def _buffers(self) -> dict[str, Buffer]:
+        g, R = self.g, self.rows
+        found = super()._buffers()
+        for name in ("past_x", "past_b", "past_decay", "projected", "gated", "squares"):
+            del found[name]
+        for name in ("scaled", "partials"):
+            del found[name]
+        found["state"] = Buffer("float32", (g.L, R, g.inner, g.S))
+        found["projected_mail"] = Buffer("int64", (R, g.E))
+        found["gated_mail"] = Buffer("int64", (R, g.inner))
+        found["squares_mail"] = Buffer("int64", (R, g.inner // self.block))
+        found["residual_mail"] = Buffer("int64", (R, g.D))
+        return found
+
+    def _step(self) -> Program:
+        g, number, R, N = self.g, self.number, self.rows, self.programs
+        quantised = number.matrix == "int8"
+        groups = g.E // (8 * N)
+        rest = -(-(g.E - 8 * groups * N) // N)
+        kernel = KernelSpec(
+            stack.stack,
+            (
+                "int64",
+                "int64",
+                number.table,
+                "float32",
+                "float32",
+                number.matrix,
+                "float32",
+                number.matrix,
+                "float32",
+                number.activation,
+                *("float32",) * 9,
+                *("int64",) * 4,
+                "float32",
+                "int32",
+            ),
+            tuple(
+                {
+                    "R": R,
+                    "L": g.L,
+                    "D": g.D,
+                    "INNER": g.inner,
+                    "X": g.X,
+                    "H": g.H,
+                    "P": g.P,
+                    "S": g.S,
+                    "K": g.K,
+                    "EPS": EPS,
+                    "POSITION_OFFSET": g.position_offset,
+                    "PROGRAMS": N,
+                    "GROUPS": groups,
+                    "MAIN": triton.next_power_of_2(8 * groups),
+                    "REST": triton.next_power_of_2(max(rest, 1)),
+                    "BC": self.block,
+                    "SCANS": -(-R * g.inner // (self.block * N)),
+                    "OUT": triton.next_power_of_2(-(-g.D // N)),
+                    "HAS_SCALES": quantised,
+                }.items()
+            ),
+            self.num_warps,
+            1,
+            cooperative=True,
+        )
+        layers = launch(
+            kernel,
+            N,
+            "token",
+            "position",
+            "word_table",
+            "position_table",
+            "class_embedding",
+            "in_proj",
+            "in_proj_scales" if quantised else "norm_f",
+            "out_proj",
+            "out_proj_scales" if quantised else "norm_f",
+            "shifted",
+            "scale",
+            "gate",
+            "conv_weight",
+            "conv_bias",
+            "dt_bias",
+            "a",
+            "d",
+            "ring",
+            "state",
+            "projected_mail",
+            "gated_mail",
+            "squares_mail",
+            "residual_mail",
+            "residual",
+            "status",
+        )
+        return [layers, *self._head()]
