@@ -39,28 +39,32 @@ TOKENS = 256
 CAPACITY = 16
 BATCHES = (1, 4, 16, 64)
 
-#: Tiles tried: m, n, k, warps, stages, and registers a thread (0: as the assembler likes).
+#: Tiles tried: m, n, k, warps, stages, swap, and registers a thread (0: as the assembler likes).
 TILES = [
-    (128, 128, 64, 8, 3, 0),
-    (128, 128, 64, 8, 3, 128),
-    (128, 128, 64, 8, 4, 0),
-    (128, 128, 64, 4, 3, 0),
-    (128, 128, 64, 4, 4, 0),
-    (256, 128, 64, 8, 3, 0),
-    (256, 128, 64, 8, 4, 0),
-    (128, 256, 64, 8, 3, 0),
-    (128, 256, 64, 8, 4, 0),
-    (64, 256, 64, 4, 3, 0),
-    (64, 256, 64, 8, 4, 0),
-    (256, 64, 64, 8, 4, 0),
-    (128, 64, 64, 4, 4, 0),
-    (64, 128, 64, 4, 4, 0),
-    (64, 64, 64, 4, 4, 0),
-    (64, 64, 128, 4, 4, 0),
-    (128, 128, 128, 8, 2, 0),
-    (128, 128, 128, 8, 3, 0),
-    (128, 128, 32, 8, 5, 0),
-    (256, 128, 32, 8, 5, 0),
+    (128, 128, 64, 8, 3, False, 0),
+    (128, 128, 64, 8, 3, False, 128),
+    (128, 128, 64, 8, 3, True, 0),
+    (128, 128, 64, 8, 4, True, 0),
+    (128, 128, 64, 4, 3, True, 0),
+    (256, 128, 64, 8, 3, False, 0),
+    (256, 128, 64, 8, 4, False, 0),
+    (256, 128, 64, 8, 3, True, 0),
+    (256, 128, 64, 8, 4, True, 0),
+    (256, 128, 32, 8, 5, True, 0),
+    (128, 256, 64, 8, 3, False, 0),
+    (128, 256, 64, 8, 4, False, 0),
+    (64, 256, 64, 4, 3, False, 0),
+    (256, 64, 64, 8, 4, True, 0),
+    (256, 64, 64, 4, 3, True, 0),
+    (256, 64, 64, 4, 4, True, 0),
+    (128, 64, 64, 4, 4, False, 0),
+    (128, 64, 64, 4, 4, True, 0),
+    (128, 64, 64, 4, 3, True, 0),
+    (64, 128, 64, 4, 4, False, 0),
+    (64, 64, 64, 4, 4, False, 0),
+    (64, 64, 128, 4, 4, False, 0),
+    (128, 128, 128, 8, 2, True, 0),
+    (128, 128, 32, 8, 5, True, 0),
 ]
 #: Sizes of the other kernels tried, by kernel: constants, warps, stages.
 OTHERS: dict[str, list[tuple[dict[str, int], int, int]]] = {
@@ -211,9 +215,9 @@ def tile_text(kernel: KernelSpec, registers: int = 0) -> str:
     """How a kernel is cut: its blocks, warps, stages and limit of registers."""
     c = dict(kernel.constants)
     blocks = "x".join(str(c[k]) for k in c if k.startswith("BLOCK_"))
-    return f"{blocks} w{kernel.num_warps} s{kernel.num_stages}" + (
-        f" r{registers}" if registers else ""
-    )
+    swap = " swap" if c.get("SWAP") else ""
+    limit = f" r{registers}" if registers else ""
+    return f"{blocks} w{kernel.num_warps} s{kernel.num_stages}{swap}{limit}"
 
 
 def recut(item: Launch, **blocks: int) -> Launch:
@@ -239,10 +243,10 @@ def variants(item: Launch) -> Iterator[tuple[Launch, int]]:
     """Other cuts of a launch, and their limit of registers."""
     c = dict(item.kernel.constants)
     if item.kernel.function.__name__ == "convolution":
-        for m, n, k, warps, stages, registers in TILES:
+        for m, n, k, warps, stages, swap, registers in TILES:
             if c["OUTPUTS"] % n or c["INPUTS"] % k or m > c["PIXELS"]:
                 continue
-            cut = recut(item, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
+            cut = recut(item, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SWAP=swap)
             kernel = replace(cut.kernel, num_warps=warps, num_stages=stages)
             yield replace(cut, kernel=kernel), registers
         return
@@ -425,7 +429,8 @@ def best_tiles(results: Sequence[dict[str, Any]]) -> dict[tuple[int, int, int, i
         if "TAPS" not in c or row["images"] != CAPACITY or row["registers"]:
             continue
         key = (c["PIXELS"], c["INPUTS"], c["OUTPUTS"], c["TAPS"])
-        tile = Tile(c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"], row["warps"], row["stages"])
+        sizes = (c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])
+        tile = Tile(*sizes, row["warps"], row["stages"], c["SWAP"])
         spent[key][tile] = spent[key].get(tile, 0.0) + row["ms"] * row["count"]
         kinds[key].setdefault(tile, set()).add(row["kernel"])
     best = {}

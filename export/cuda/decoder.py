@@ -55,13 +55,14 @@ _BYTES: Mapping[str, int] = {"float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kind of matrix product is cut up and launched."""
+    """How one kind of matrix product is cut up and launched; see the kernel for ``swap``."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    swap: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def product_tile(storage: Storage, cells: int, inputs: int, outputs: int, taps: 
         return Tile(64, min(n, 64), min(k, 32), warps=4, stages=2)
     m = 128 if cells >= 1024 else 64
     n, k = min(n, 128 if m == 128 else 64), min(k, 64)
-    return Tile(m, n, k, warps=8 if m * n >= 128 * 128 else 4, stages=3 if m == 128 else 4)
+    large = m == 128
+    return Tile(m, n, k, warps=8 if large else 4, stages=3 if large else 4, swap=large)
 
 
 def picture_tile(storage: Storage, inputs: int) -> Tile:
@@ -590,6 +592,7 @@ class _BucketLowering:
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 BLOCK_K=tile.k,
+                SWAP=tile.swap,
             ),
             num_warps=tile.warps,
             num_stages=tile.stages,

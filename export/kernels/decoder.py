@@ -178,6 +178,7 @@ def convolution(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
 ):
     """y = SCALE · conv(x) + bias [+ residual], as ``F.conv2d``.
 
@@ -195,6 +196,8 @@ def convolution(
         PIXELS: of an image of x; WIDTH, its width.
         X_PIXELS: of an image in memory; X_PITCH, of a row; X_FIRST, where the first tap of the
             first pixel lies. Likewise Y, for the first pixel.
+        SWAP: multiply weights by pixels, not pixels by weights. Tensor cores take up to 256 columns
+            at once, and more pixels than outputs can be had.
 
     Grid: (OUTPUTS / BLOCK_N [· 4], PIXELS / BLOCK_M rounded up, N). BLOCK_N must divide OUTPUTS and
     BLOCK_K INPUTS.
@@ -220,16 +223,25 @@ def convolution(
         weight += place * (OUTPUTS * TAPS * TAPS * INPUTS)
     else:
         x += image * X_PIXELS * INPUTS
-    x_at = x + first[:, None] * INPUTS + reductions[None, :]
-    weight_at = weight + columns[None, :] * (TAPS * TAPS * INPUTS) + reductions[:, None]
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SWAP:
+        x_at = x + first[None, :] * INPUTS + reductions[:, None]
+        weight_at = weight + columns[:, None] * (TAPS * TAPS * INPUTS) + reductions[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        x_at = x + first[:, None] * INPUTS + reductions[None, :]
+        weight_at = weight + columns[None, :] * (TAPS * TAPS * INPUTS) + reductions[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(TAPS * TAPS * CHUNKS):
         tap = step // CHUNKS
         shift = ((tap // TAPS) * X_PITCH + tap % TAPS) * INPUTS + (step % CHUNKS) * BLOCK_K
-        left = tl.load(x_at + shift)
-        right = tl.load(weight_at + step * BLOCK_K)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        some_x = tl.load(x_at + shift)
+        some_weight = tl.load(weight_at + step * BLOCK_K)
+        if SWAP:
+            total = tl.dot(some_weight, some_x, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(some_x, some_weight, total, input_precision=PRECISION)
+    if SWAP:
+        total = tl.trans(total)
 
     value = total * SCALE + tl.load(bias + columns)[None, :]
     if UPSAMPLE:

@@ -103,6 +103,7 @@ def convolution(
         BLOCK_M=TILE,
         BLOCK_N=32,
         BLOCK_K=16,
+        SWAP=flags.get("SWAP", False),
     )
     grid = (outputs // 32 * (4 if upsample else 1), math.ceil(PIXELS / TILE), IMAGES)
     return launch(kernel, grid, x, "packed", "bias", y, y, "moments")
@@ -167,7 +168,8 @@ def pack(name: str, outputs: int, inputs: int, taps: int, stored: int | None = N
     return launch(kernel, grid, "weight", "packed")
 
 
-def test_convolution_norm_and_swish() -> None:
+@pytest.mark.parametrize("swap", [False, True])
+def test_convolution_norm_and_swish(swap: bool) -> None:
     inputs, outputs = 48, 96
     x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
     # A mean far from zero, where naive sums of squares would lose the deviation.
@@ -184,7 +186,7 @@ def test_convolution_norm_and_swish() -> None:
     found = interpret(
         [
             pack("pack_weight", outputs, inputs, 3),
-            convolution("x", "y", inputs, outputs, 3, scale=0.5),
+            convolution("x", "y", inputs, outputs, 3, scale=0.5, SWAP=swap),
             *norm("y", "z", outputs),
         ],
         memory,
@@ -209,7 +211,7 @@ def test_convolution_after_doubling() -> None:
     found = interpret(
         [
             pack("pack_upsampling_weight", outputs, inputs, 3),
-            convolution("x", "y", inputs, outputs, 2, UPSAMPLE=True),
+            convolution("x", "y", inputs, outputs, 2, UPSAMPLE=True, SWAP=True),
             *norm("y", "z", outputs, places=4, side=2),
         ],
         memory,
@@ -496,7 +498,9 @@ def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores() -> None:
     )
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16" in compiled.asm["ptx"]
+    assert re.search(
+        r"wgmma\.mma_async\.sync\.aligned\.m64n(128|256)k16\.f32\.f16\.f16", compiled.asm["ptx"]
+    )
     copies = re.findall(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", compiled.asm["ptx"])
     assert len(copies) > 16
     assert ".local" not in compiled.asm["ptx"]
