@@ -10,8 +10,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
 from multiprocessing import get_context
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -75,7 +77,7 @@ def compile_kernels(
     # Processes of their own: Triton compiles under Python's lock, and its assembler aborts the
     # process on what it cannot do. Not forked: the parent may have threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_compile, *job): job for job in jobs}
+        futures = {pool.submit(_compile_named, *_named(*job)): job for job in jobs}
         for done, future in enumerate(as_completed(futures), start=1):
             kernel, capability = futures[future]
             try:
@@ -90,6 +92,18 @@ def compile_kernels(
             if progress is not None:
                 progress(done, len(jobs))
     return found
+
+
+def _named(kernel: KernelSpec, capability: int) -> tuple[str, str, dict[str, Any], int]:
+    """A job for another process, where a Triton function cannot go but its name can."""
+    function = kernel.function
+    options = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+    del options["function"]
+    return function.__module__, function.__name__, options, capability
+
+
+def _compile_named(module: str, name: str, options: dict[str, Any], capability: int) -> Binary:
+    return _compile(KernelSpec(getattr(import_module(module), name), **options), capability)
 
 
 def _compile(kernel: KernelSpec, capability: int) -> Binary:
