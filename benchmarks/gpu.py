@@ -30,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,8 +182,8 @@ def main(
     if "published" in sections and bundle is None:
         found = {"error": "not asked for; --published names a checkout"}
         if published is not None:
-            args = (str(published), str(mamba or ""), size, batches, repeats)
-            found = in_process(measure_published, *args)
+            checkouts = str(published), str(mamba or "")
+            found = in_process(measure_published, *checkouts, size, batches, repeats)
         report.add("published", found)
     if "agreement" in sections:
         with tempfile.TemporaryDirectory() as scratch:
@@ -194,8 +195,10 @@ def main(
                 drawn = in_process(draw_on_cpu, made["path"], compared, engines, scratch)
                 report.add("drawing on the CPU", drawn)
             for backend, precision in ordered if "path" in made else []:
-                args = (made["path"], backend, precision, compared, scratch)
-                report.add(f"agreement {backend} {precision}", in_process(compare_formats, *args))
+                found = in_process(
+                    compare_formats, made["path"], backend, precision, compared, scratch
+                )
+                report.add(f"agreement {backend} {precision}", found)
     report.finish()
 
 
@@ -609,9 +612,10 @@ def measure_speed(
     rows: list[dict[str, Any]] = []
     for images in batches:
         wanted = [index % classes for index in range(images)]
+        request = partial(generator.generate, wanted, **settings)
         with memory.watch():  # this one warms up
-            tokens = generator.generate(wanted, **settings).tokens
-        times = repeated(lambda wanted=wanted: generator.generate(wanted, **settings), repeats)
+            tokens = request().tokens
+        times = repeated(request, repeats)
         at_once = generator.plan(images, SETTINGS["cfg_scale"]).batch_size
         row: dict[str, Any] = {
             "images": images,
@@ -788,7 +792,7 @@ def cpu_tokens(path: str | None, images: int) -> NDArray[np.int64]:
     from aim_runtime import Generator
 
     with Generator.load(path, backend="cpu") as generator:
-        classes = np.arange(images) % len(generator.class_names)
+        classes = [index % len(generator.class_names) for index in range(images)]
         settings: dict[str, Any] = SETTINGS
         return generator.generate(classes, **settings).tokens
 
@@ -817,7 +821,7 @@ def compare_formats(
 
     engine = load_engine(Bundle.open(path), backend=backend, precision=precision)
     generator = Generator(Bundle.open(path), engine)
-    classes = np.arange(images) % len(generator.class_names)
+    classes = [index % len(generator.class_names) for index in range(images)]
     tokens = np.load(Path(folder) / CPU_TOKENS)  # (N, T)
     settings: dict[str, Any] = SETTINGS
     differs = generator.generate(classes, **settings).tokens != tokens
