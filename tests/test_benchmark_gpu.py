@@ -116,8 +116,9 @@ def test_the_step_of_a_cuda_engine_alone(gpu: ModuleType, tiny: Path, tmp_path: 
     assert found["rows"] == 6  # the smallest that has room for both
     assert found["step_ms"] > 0
     # It went on with the request before, which comes out the same.
-    with engine._step_lease(engine._bucket(2, 2), 2) as workspace:
+    with engine._step_lease(engine._bucket(2, 2), 2) as workspace, engine._device.current():
         workspace.download("tokens")
+        workspace.stream.synchronize()
         np.testing.assert_array_equal(workspace.host["tokens"][:2], drawn)
 
 
