@@ -7,9 +7,9 @@ far other number formats are from float32. Every section is a process of its own
 one costs no other; rows are printed as they come and the JSON file is written after each section.
 
 Bundles are made once and kept in the cache. ``--prepare``, on a machine with more time, compiles
-kernels: into ENGINES/SIZE for a size and into ENGINES/box for the model in the box. They fit the
-bundle of that size that any machine makes, since its files are laid out the same. It also draws
-the pictures of the CPU that the GPU's are compared with (ENGINES/cpu-tokens.npy).
+kernels into ENGINES/SIZE and, for the model in the box, into ENGINES/box; leaves in
+ENGINES/outline-SIZE what makes a bundle of the same layout out of random numbers in seconds; and
+draws the pictures of the CPU that the GPU's are compared with (ENGINES/cpu-tokens.npy).
 
 Seconds are of whole requests, `Generator.generate` with guidance (two rows an image), top-k 600 and
 top-p 0.98, decoding included.
@@ -55,6 +55,8 @@ COPIES = 20
 PATIENCE_S = 20.0
 SECTION_LIMIT_S = 420
 CPU_TOKENS = "cpu-tokens.npy"
+#: Numbers drawn for all weights; odd, so that rows of a matrix start at different places.
+RANDOM_BLOCK = (1 << 22) - 1
 COMPARED_AT_ONCE = 8
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 DTYPE_BYTES |= {"int8": 1, "uint8": 1}
@@ -177,14 +179,6 @@ def main(
                 measure_speed, str(path), backend, precision, batches, repeats, started=time.time()
             )
             report.add(f"speed {backend} {precision}", found)
-    if "torch" in sections and bundle is None:
-        report.add("torch", in_process(measure_torch, size, batches, repeats))
-    if "published" in sections and bundle is None:
-        found = {"error": "not asked for; --published names a checkout"}
-        if published is not None:
-            checkouts = str(published), str(mamba or "")
-            found = in_process(measure_published, *checkouts, size, batches, repeats)
-        report.add("published", found)
     if "agreement" in sections:
         with tempfile.TemporaryDirectory() as scratch:
             made = in_process(make_box, cache, engines)
@@ -199,6 +193,14 @@ def main(
                     compare_formats, made["path"], backend, precision, compared, scratch
                 )
                 report.add(f"agreement {backend} {precision}", found)
+    if "torch" in sections and bundle is None:
+        report.add("torch", in_process(measure_torch, size, batches, repeats))
+    if "published" in sections and bundle is None:
+        found = {"error": "not asked for; --published names a checkout"}
+        if published is not None:
+            checkouts = str(published), str(mamba or "")
+            found = in_process(measure_published, *checkouts, size, batches, repeats)
+        report.add("published", found)
     report.finish()
 
 
@@ -394,15 +396,15 @@ def prepare_all(
     """Make the bundles of ``size`` and of the model in the box, and compile both's kernels."""
     from aim_runtime import Bundle
 
-    box = Bundle.open(None)
-    random = Bundle.open(random_bundle(size, cache))
-    for name, bundle in ((size, random), ("box", box)):
+    random = random_bundle(size, cache)
+    write_outline(random, engines / f"outline-{size}")
+    np.save(engines / CPU_TOKENS, cpu_tokens(None, images))
+    for name, bundle in ((size, Bundle.open(random)), ("box", Bundle.open(None))):
         out = engines / name
         shutil.rmtree(out, ignore_errors=True)
         compile_kernels(bundle, out, precisions)
         total = sum(file.stat().st_size for file in out.iterdir())
         click.echo(f"{out}: {human.size(total)}")
-    np.save(engines / CPU_TOKENS, cpu_tokens(None, images))
 
 
 def compile_kernels(bundle: Any, out: Path, precisions: tuple[str, ...]) -> None:
@@ -416,7 +418,10 @@ def compile_kernels(bundle: Any, out: Path, precisions: tuple[str, ...]) -> None
 def make_bundle(keep: Keep, size: str, cache: Path, engines: Path) -> None:
     """The random bundle of ``size`` with its kernels, as far as there are any."""
     started = time.perf_counter()
-    path = random_bundle(size, cache)
+    path, outline = cache / f"random-{size.lower()}-fp16", engines / f"outline-{size}"
+    if outline.is_dir() and not path.exists():
+        fill_outline(outline, path)
+    random_bundle(size, cache)
     keep(path=str(path), seconds=time.perf_counter() - started)
     install_kernels(path, engines, size)
     warm_disk(path)
@@ -454,7 +459,7 @@ def warm_disk(path: Path) -> None:
 
 
 def random_bundle(size: str, cache: Path) -> Path:
-    """A bundle of a published size, float16 files, made once.
+    """A bundle of a published size, float16 files, made once with PyTorch.
 
     Its graphs are those that `aim export` writes; the comparison with PyTorch, which takes minutes,
     is left out.
@@ -517,6 +522,51 @@ def random_bundle(size: str, cache: Path) -> Path:
         )
         write_bundle(manifest, folder, path)
     return path
+
+
+def write_outline(path: Path, out: Path) -> None:
+    """Write the small files of a random bundle to ``out``, and what its large tensors are like."""
+    from aim_export.cuda.stored import stored_tensors
+    from aim_runtime import Bundle
+
+    bundle = Bundle.open(path)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    shutil.copy(path / "manifest.json", out)
+    tensors = []
+    for name, graph in bundle.manifest.graphs.items():
+        shutil.copy(path / graph.file, out)
+        for tensor in stored_tensors(bundle, name).values():
+            if tensor.part is not None:
+                part, values = tensor.part, tensor.values.astype(np.float32)
+                moments = [values.mean(), values.std(), values.min(), values.max()]
+                place = [part.file, part.offset, part.dtype, values.size]
+                tensors.append([*place, *map(float, moments)])
+    (out / "tensors.json").write_text(json.dumps(tensors))
+
+
+def fill_outline(outline: Path, path: Path) -> None:
+    """Make the bundle of an outline at ``path``: its tensors from one block of random numbers."""
+    from aim_runtime import Manifest, write_bundle
+
+    manifest = Manifest.from_json((outline / "manifest.json").read_text(encoding="utf-8"))
+    tensors = json.loads((outline / "tensors.json").read_text())
+    block = np.random.default_rng(0).standard_normal(RANDOM_BLOCK, np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for graph in manifest.graphs.values():
+            shutil.copy(outline / graph.file, folder)
+            size = manifest.files[graph.weights].size
+            file = np.memmap(Path(folder) / graph.weights, np.uint8, "w+", shape=(size,))
+            for name, offset, dtype, count, mean, std, low, high in tensors:
+                if name == graph.weights:
+                    end = offset + count * np.dtype(dtype).itemsize
+                    target = file[offset:end].view(dtype)
+                    for start in range(0, count, RANDOM_BLOCK):
+                        part = block[: min(RANDOM_BLOCK, count - start)] * np.float32(std) + mean
+                        target[start : start + len(part)] = part.clip(low, high)
+            file.flush()
+        write_bundle(manifest, folder, path)
 
 
 def random_network(size: str, device: str) -> AiM:
@@ -748,7 +798,8 @@ class GpuMemory:
             from aim_runtime.engines import nvidia_driver
 
             # Held until the process ends: a context made and dropped at each look would be slow.
-            contextlib.ExitStack().enter_context(nvidia_driver._current(0))
+            self._context = nvidia_driver._current(0)
+            self._context.__enter__()
             self._before = self._free()
 
     def taken(self) -> int | None:
@@ -944,7 +995,7 @@ def torch_row(network: AiM, tokenizer: Any, images: int, repeats: int) -> dict[s
     return {
         "images": images,
         "seconds": drawing + decode,
-        "step_ms": statistics.median(repeated(stepping, repeats)) / steps * 1e3,
+        "step_ms": repeated(stepping, 1)[0] / steps * 1e3,
         "decode_ms_per_image": decode / images * 1e3,
         "peak_gpu_bytes": torch.cuda.max_memory_reserved(),
     }
