@@ -313,6 +313,7 @@ class _StepBuilder:
             "gated": (act, (R, g.inner)),
             "squares": ("float32", (R, g.H)),
             "hidden": (act, (R, g.D)),
+            "candidates": ("float32", (R, 2, sample.CANDIDATES)),
             # The memory.
             "ring": ("float32", (g.L, R, g.K, g.X)),
             "state": (number.state, (g.L, R, g.H, g.P, g.S)),
@@ -622,6 +623,7 @@ class _StepBuilder:
             "logits",
         )
         block = triton.next_power_of_2(g.V)
+        warps = min(16, max(4, block // 1024))
         draw = launch(
             _kernel(
                 sample.sample,
@@ -635,11 +637,14 @@ class _StepBuilder:
                     "int64",
                     "int64",
                     "int32",
+                    "float32",
                 ),
-                num_warps=min(16, max(4, block // 1024)),
+                num_warps=warps,
                 V=g.V,
                 T=g.T,
                 BLOCK=block,
+                LANES=min(32 * warps, block // 4),
+                CAPACITY=sample.CANDIDATES,
                 OVERLAPS=overlaps,
             ),
             R,
@@ -652,6 +657,7 @@ class _StepBuilder:
             "token",
             "position",
             "status",
+            "candidates",
         )
         return [final_norm, head, draw]
 
