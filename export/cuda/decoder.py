@@ -7,8 +7,9 @@ of two rounds nothing. That leaves room up to 10^6 where half precision ends at 
 steps of 10^-6 near zero; bfloat16 would have the room without the factor, but an eighth of the
 resolution.
 
-All buckets run the same kernels with the same tiles, so a picture does not depend on which bucket
-drew it.
+Tiles depend on the bucket: a few images need small ones for all multiprocessors to have work. A
+picture does not depend on them: sums run over the inputs in one order in any tile, and statistics
+are taken over parts of the map that every tile is made of.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ _GROUPS_A_PROGRAM = 4
 _EPS = 1e-6
 _PREFIX = "tokenizer."
 _VECTORS = "decoder/vectors"
+#: Programs that a launch should have at least, where its tiles can be cut so: nearly as many as
+#: the largest GPUs have multiprocessors.
+_PROGRAMS = 120
+#: Pixels from which on a map of one image is enough for them in tiles of 128.
+_LARGE_MAP = 128 * 128
 #: Side of the blocks in which weights are repacked.
 _PACK_BLOCK = 64
 _BYTES: Mapping[str, int] = {"float16": 2, "float32": 4}
@@ -214,7 +220,7 @@ class _Moments:
     """How the statistics of the map written last were cut up: see ``norm_factors``."""
 
     places: int
-    tile: int
+    part: int
 
 
 def _power_of_two_in(value: int) -> int:
@@ -226,15 +232,38 @@ def _power_of_two_from(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def product_tile(storage: Storage, cells: int, inputs: int, outputs: int, taps: int) -> Tile:
-    """The tile of a convolution of ``taps`` by ``taps`` over ``cells`` pixels an image."""
+def statistics_part(storage: Storage, cells: int) -> int:
+    """Pixels whose mean and deviations a convolution takes together, in every bucket."""
+    return 128 if storage == "float16" and cells >= _LARGE_MAP else 64
+
+
+def product_tile(
+    storage: Storage, images: int, cells: int, inputs: int, outputs: int, taps: int, places: int = 1
+) -> Tile:
+    """The tile of a convolution of ``taps`` by ``taps`` over ``cells`` pixels of ``images``.
+
+    The larger a tile, the less is read for each product: the largest that leaves work for all
+    multiprocessors. Measured on an H100 (benchmarks/RESULTS.md), as were the depths. ``places`` is
+    4 after doubling.
+    """
     n, k = _power_of_two_in(outputs), _power_of_two_in(inputs)
     if storage == "float32":
         return Tile(64, min(n, 64), min(k, 32), warps=4, stages=2)
-    m = 128 if cells >= 1024 else 64
-    n, k = min(n, 128 if m == 128 else 64), min(k, 64)
-    large = m == 128
-    return Tile(m, n, k, warps=8 if large else 4, stages=3 if large else 4, swap=large)
+
+    def programs(m: int, width: int) -> int:
+        return images * places * -(-cells // m) * (outputs // min(n, width))
+
+    # 256 outputs at once hold registers of one program only: they pay off in long sums.
+    if n >= 256 and taps**2 * inputs >= 2048 and programs(128, 256) >= 2 * _PROGRAMS:
+        return Tile(128, 256, min(k, 64), warps=8, stages=3)
+    if cells >= _LARGE_MAP or programs(128, 128) >= _PROGRAMS:
+        return Tile(128, min(n, 128), min(k, 64), warps=4, stages=3)
+    # Beyond here the time is that of bringing the tiles' edges from the L2 cache, and of waiting
+    # once for each BLOCK_K inputs.
+    for width, depth in ((128, 64), (64, 128), (32, 128)):
+        if programs(64, width) >= _PROGRAMS:
+            return Tile(64, min(n, width), min(k, depth), warps=4, stages=4)
+    return Tile(64, min(n, 16), min(k, 256), warps=4, stages=4)
 
 
 def picture_tile(storage: Storage, inputs: int) -> Tile:
@@ -242,7 +271,7 @@ def picture_tile(storage: Storage, inputs: int) -> Tile:
     k = _power_of_two_in(inputs)
     if storage == "float32":
         return Tile(64, 16, min(k, 32), warps=4, stages=2)
-    return Tile(128, 16, min(k, 64), warps=4, stages=4)
+    return Tile(256, 16, min(k, 64), warps=8, stages=3)
 
 
 @dataclass
@@ -458,8 +487,10 @@ class _BucketLowering:
                 CHANNELS=z.channels,
                 **z.as_constants("Y"),
                 BLOCK=_power_of_two_from(z.channels),
+                OVERLAPS=True,
             ),
             num_warps=1,
+            overlaps=True,
         )
         self._launch(kernel, (z.cells, self.images), "tokens", "decoder/codes", z.buffer)
 
@@ -491,7 +522,7 @@ class _BucketLowering:
         mixed = normalised
         half = whole.storage == "float16"
         power = _power_of_two_in(x.channels)
-        block_m, block_n = (64, min(power, 128)) if half else (32, min(power, 32))
+        block_m, block_n = 64, min(power, 128 if half else 64)
         kernel = KernelSpec(
             kernels.attention,
             (whole.storage, whole.storage),
@@ -500,12 +531,14 @@ class _BucketLowering:
                 CHANNELS=x.channels,
                 FACTOR=math.log2(math.e) / math.sqrt(x.channels),
                 BLOCK_M=block_m,
-                BLOCK_T=64 if half else 32,
+                BLOCK_T=128 if half else 64,
                 BLOCK_N=block_n,
                 BLOCK_K=min(power, 64 if half else 32),
+                OVERLAPS=True,
             ),
             num_warps=4,
             num_stages=3 if half else 2,
+            overlaps=True,
         )
         grid = (x.channels // block_n, -(-x.cells // block_m), self.images)
         self._launch(kernel, grid, heads.buffer, mixed.buffer)
@@ -536,9 +569,11 @@ class _BucketLowering:
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 BLOCK_K=tile.k,
+                OVERLAPS=True,
             ),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            overlaps=True,
         )
         weight = whole.matrix("decoder.conv_out", x.channels, outputs=tile.n)
         bias = whole.vector("decoder.conv_out.bias", length=tile.n)
@@ -568,12 +603,13 @@ class _BucketLowering:
         upsample: bool = False,
     ) -> None:
         storage = self.whole.storage
-        tile = product_tile(storage, x.cells, x.channels, y.channels, taps)
-        tiles = -(-x.cells // tile.m)
         places = 4 if upsample else 1
+        tile = product_tile(storage, self.images, x.cells, x.channels, y.channels, taps, places)
+        part = statistics_part(storage, x.cells)
         if moments:
-            self.moments = _Moments(places, tile.m)
-        self._reserve("moments", "float32", self.images * places * tiles * 2 * y.channels)
+            self.moments = _Moments(places, part)
+        parts = -(-x.cells // part)
+        self._reserve("moments", "float32", self.images * places * parts * 2 * y.channels)
         kernel = KernelSpec(
             kernels.convolution,
             (storage, storage, "float32", storage, storage, "float32"),
@@ -592,12 +628,15 @@ class _BucketLowering:
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 BLOCK_K=tile.k,
+                PART=part,
                 SWAP=tile.swap,
+                OVERLAPS=True,
             ),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            overlaps=True,
         )
-        grid = (y.channels // tile.n * places, tiles, self.images)
+        grid = (y.channels // tile.n * places, -(-x.cells // tile.m), self.images)
         added = (residual or y).buffer
         self._launch(kernel, grid, x.buffer, weight, bias, added, y.buffer, "moments")
 
@@ -610,7 +649,7 @@ class _BucketLowering:
     def _normalise(self, x: _Map, name: str, y: _Map, *, swish: bool) -> None:
         whole, moments = self.whole, self.moments
         self._reserve("factors", "float32", self.images * 2 * x.channels)
-        tiles = moments.places * -(-(x.cells // moments.places) // moments.tile)
+        parts = moments.places * -(-(x.cells // moments.places) // moments.part)
         statistics = KernelSpec(
             kernels.norm_factors,
             ("float32", "float32", "float32", "float32"),
@@ -620,12 +659,14 @@ class _BucketLowering:
                 GROUPS=_GROUPS,
                 EPS=_EPS * whole.scale**2,
                 PLACES=moments.places,
-                TILE=moments.tile,
-                BLOCK_T=min(_power_of_two_from(tiles), 128),
+                PART=moments.part,
+                BLOCK_T=min(_power_of_two_from(parts), 128),
                 BLOCK_G=_GROUPS_A_PROGRAM,
                 BLOCK_C=_power_of_two_from(x.channels // _GROUPS),
+                OVERLAPS=True,
             ),
             num_warps=4,
+            overlaps=True,
         )
         self._launch(
             statistics,
@@ -649,8 +690,10 @@ class _BucketLowering:
                 **y.as_constants("Y"),
                 BLOCK_M=block_m,
                 BLOCK_C=block_c,
+                OVERLAPS=True,
             ),
             num_warps=4,
+            overlaps=True,
         )
         grid = (x.channels // block_c, -(-x.cells // block_m), self.images)
         self._launch(kernel, grid, x.buffer, "factors", y.buffer)

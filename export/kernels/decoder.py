@@ -6,9 +6,11 @@ its nine taps are then nine constant shifts of one set of addresses, with no mas
 is what lets Triton copy tiles asynchronously. Nobody writes to a border, so it stays zero.
 
 Each convolution is a matrix product: BLOCK_M pixels by BLOCK_N outputs, summed over taps and inputs
-in float32. Its epilogue leaves mean and squared deviations of each tile and channel for the
+in float32. Its epilogue leaves mean and squared deviations of every PART pixels and channel for the
 GroupNorm that follows; they are combined in a fixed order, so a picture is the same bit for bit
-whatever else is in its batch.
+whatever else is in its batch, and in whatever tiles it was computed.
+
+With OVERLAPS a launch starts while the one ahead of it ends, and asks for its weights meanwhile.
 
 Letters as in :mod:`aim_training.tokenizer`; besides, Z = ``z_channels`` as stored, filled up with
 zeros. The plain reference of each kernel is named in its docstring.
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from aim_export.kernels.step import begin_dependents, prefetch
 
 
 @triton.jit
@@ -138,6 +142,7 @@ def lookup(
     Y_PITCH: tl.constexpr,
     Y_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Rows of the code table into a map: tokens (N, T) int64, table (V, Z), y a map of Z.
 
@@ -146,6 +151,7 @@ def lookup(
     cell = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     channels = tl.arange(0, BLOCK)
+    begin_dependents(OVERLAPS)
     token = tl.load(tokens + image * PIXELS + cell)
     value = tl.load(table + token * CHANNELS + channels, mask=channels < CHANNELS)
     pixel = image * Y_PIXELS + (cell // WIDTH) * Y_PITCH + cell % WIDTH + Y_FIRST
@@ -178,7 +184,9 @@ def convolution(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
     SWAP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """y = SCALE · conv(x) + bias [+ residual], as ``F.conv2d``.
 
@@ -191,8 +199,8 @@ def convolution(
         bias: (OUTPUTS,) float32, scaled already.
         residual: map like y; read with RESIDUAL. It may be y.
         y: map of OUTPUTS channels.
-        moments: (N, tiles of an image, 2, OUTPUTS) float32, written with MOMENTS: mean and sum of
-            squared deviations over the pixels of each tile.
+        moments: (N, parts of an image, 2, OUTPUTS) float32, written with MOMENTS: mean and sum of
+            squared deviations over PART pixels each. PART must divide BLOCK_M.
         PIXELS: of an image of x; WIDTH, its width.
         X_PIXELS: of an image in memory; X_PITCH, of a row; X_FIRST, where the first tap of the
             first pixel lies. Likewise Y, for the first pixel.
@@ -231,6 +239,26 @@ def convolution(
         x_at = x + first[:, None] * INPUTS + reductions[None, :]
         weight_at = weight + columns[None, :] * (TAPS * TAPS * INPUTS) + reductions[:, None]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if UPSAMPLE:
+        target = (rows * 2 + place // 2) * Y_PITCH + row_columns * 2 + place % 2 + Y_FIRST
+    else:
+        target = rows * Y_PITCH + row_columns + Y_FIRST
+    if RESIDUAL:
+        residual += image * Y_PIXELS * OUTPUTS
+    if OVERLAPS:
+        # One address for each 128 bytes. A residual that is still being written is no matter:
+        # the L2 cache is what all multiprocessors share.
+        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
+        if tile + tl.program_id(2) == 0:
+            steps = tl.arange(0, BLOCK_K // min(LINE, BLOCK_K)) * LINE
+            panel = weight + columns[:, None] * (TAPS * TAPS * INPUTS) + steps[None, :]
+            for step in range(TAPS * TAPS * CHUNKS):
+                prefetch(panel + step * BLOCK_K)
+        if RESIDUAL:
+            lines = (tl.program_id(0) % TILES_N) * BLOCK_N
+            lines += tl.arange(0, BLOCK_N // min(LINE, BLOCK_N)) * LINE
+            prefetch(residual + target[:, None] * OUTPUTS + lines[None, :])
+    begin_dependents(OVERLAPS)
     for step in range(TAPS * TAPS * CHUNKS):
         tap = step // CHUNKS
         shift = ((tap // TAPS) * X_PITCH + tap % TAPS) * INPUTS + (step % CHUNKS) * BLOCK_K
@@ -244,14 +272,9 @@ def convolution(
         total = tl.trans(total)
 
     value = total * SCALE + tl.load(bias + columns)[None, :]
-    if UPSAMPLE:
-        target = (rows * 2 + place // 2) * Y_PITCH + row_columns * 2 + place % 2 + Y_FIRST
-    else:
-        target = rows * Y_PITCH + row_columns + Y_FIRST
     at = target[:, None] * OUTPUTS + columns[None, :]
     y += image * Y_PIXELS * OUTPUTS
     if RESIDUAL:
-        residual += image * Y_PIXELS * OUTPUTS
         value += tl.load(residual + at).to(tl.float32)
     if PIXELS % BLOCK_M != 0:
         tl.store(y + at, value.to(y.dtype.element_ty), mask=there[:, None])
@@ -259,19 +282,27 @@ def convolution(
         tl.store(y + at, value.to(y.dtype.element_ty))
 
     if MOMENTS:
-        if PIXELS % BLOCK_M != 0:
-            value = tl.where(there[:, None], value, 0.0)
-            mean = tl.sum(value, 0) / tl.sum(there.to(tl.float32), 0)
-            apart = tl.where(there[:, None], value - mean[None, :], 0.0)
-        else:
-            mean = tl.sum(value, 0) * (1.0 / BLOCK_M)
-            apart = value - mean[None, :]
-        TILES: tl.constexpr = (PIXELS + BLOCK_M - 1) // BLOCK_M
+        PARTS: tl.constexpr = (PIXELS + PART - 1) // PART
         PLACES: tl.constexpr = 4 if UPSAMPLE else 1
-        number = (image * PLACES + place) * TILES + tile
-        moments += number * (2 * OUTPUTS) + columns
-        tl.store(moments, mean)
-        tl.store(moments + OUTPUTS, tl.sum(apart * apart, 0))
+        parts = tile * (BLOCK_M // PART) + tl.arange(0, BLOCK_M // PART)
+        value = tl.reshape(value, (BLOCK_M // PART, PART, BLOCK_N))
+        if PIXELS % BLOCK_M != 0:
+            inside = tl.reshape(there, (BLOCK_M // PART, PART))[:, :, None]
+            counts = tl.minimum(tl.maximum(PIXELS - parts * PART, 1), PART).to(tl.float32)
+            mean = tl.sum(tl.where(inside, value, 0.0), 1) / counts[:, None]
+            apart = tl.where(inside, value - mean[:, None, :], 0.0)
+        else:
+            mean = tl.sum(value, 1) * (1.0 / PART)
+            apart = value - mean[:, None, :]
+        squares = tl.sum(apart * apart, 1)
+        number = (image * PLACES + place) * PARTS + parts
+        to = moments + number[:, None] * (2 * OUTPUTS) + columns[None, :]
+        if PIXELS % BLOCK_M != 0:
+            tl.store(to, mean, mask=(parts < PARTS)[:, None])
+            tl.store(to + OUTPUTS, squares, mask=(parts < PARTS)[:, None])
+        else:
+            tl.store(to, mean)
+            tl.store(to + OUTPUTS, squares)
 
 
 @triton.jit
@@ -285,26 +316,27 @@ def norm_factors(
     GROUPS: tl.constexpr,
     EPS: tl.constexpr,
     PLACES: tl.constexpr,
-    TILE: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """GroupNorm as one factor and one summand a channel, from what `convolution` left.
 
     Args:
-        moments: (N, PLACES · tiles, 2, CHANNELS) float32, the tiles being TILE of PIXELS pixels.
+        moments: (N, PLACES · parts, 2, CHANNELS) float32, a part being PART of PIXELS pixels.
         gain: (CHANNELS,) float32, the norm's weight; offset, its bias.
         factors: (N, 2, CHANNELS) float32: y = factor · x + summand.
         EPS: of the norm, for x as it is stored.
-        BLOCK_T: tiles read at once; BLOCK_G, groups; BLOCK_C, a power of two from the channels of a
+        BLOCK_T: parts read at once; BLOCK_G, groups; BLOCK_C, a power of two from the channels of a
             group. BLOCK_G must divide GROUPS.
 
     Grid: (GROUPS / BLOCK_G, N).
     """
     MEMBERS: tl.constexpr = CHANNELS // GROUPS
-    TILES: tl.constexpr = (PIXELS + TILE - 1) // TILE
-    ALL: tl.constexpr = PLACES * TILES
+    PARTS: tl.constexpr = (PIXELS + PART - 1) // PART
+    ALL: tl.constexpr = PLACES * PARTS
     image = tl.program_id(1)
     groups = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     members = tl.arange(0, BLOCK_C)[None, :]
@@ -312,21 +344,22 @@ def norm_factors(
     inside = (members < MEMBERS) & (groups[:, None] < GROUPS)
     moments += image.to(tl.int64) * (ALL * 2 * CHANNELS)
 
+    begin_dependents(OVERLAPS)
     # Combined as by Chan et al.: exact where a mean is large beside its deviation.
     sums = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
     for start in range(0, ALL, BLOCK_T):
-        tiles = (start + tl.arange(0, BLOCK_T))[:, None, None]
-        counts = tl.minimum(PIXELS - (tiles % TILES) * TILE, TILE).to(tl.float32)
-        at = moments + tiles * (2 * CHANNELS) + channels[None, :, :]
-        there = (tiles < ALL) & inside[None, :, :]
+        parts = (start + tl.arange(0, BLOCK_T))[:, None, None]
+        counts = tl.minimum(PIXELS - (parts % PARTS) * PART, PART).to(tl.float32)
+        at = moments + parts * (2 * CHANNELS) + channels[None, :, :]
+        there = (parts < ALL) & inside[None, :, :]
         sums += tl.load(at, mask=there, other=0.0) * counts
     mean = tl.sum(tl.sum(sums, 0), 1) / (PLACES * PIXELS * MEMBERS)
     squares = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
     for start in range(0, ALL, BLOCK_T):
-        tiles = (start + tl.arange(0, BLOCK_T))[:, None, None]
-        counts = tl.minimum(PIXELS - (tiles % TILES) * TILE, TILE).to(tl.float32)
-        at = moments + tiles * (2 * CHANNELS) + channels[None, :, :]
-        there = (tiles < ALL) & inside[None, :, :]
+        parts = (start + tl.arange(0, BLOCK_T))[:, None, None]
+        counts = tl.minimum(PIXELS - (parts % PARTS) * PART, PART).to(tl.float32)
+        at = moments + parts * (2 * CHANNELS) + channels[None, :, :]
+        there = (parts < ALL) & inside[None, :, :]
         apart = tl.load(at, mask=there, other=0.0) - mean[None, :, None]
         apart = tl.where(there, apart * apart * counts, 0.0)
         squares += apart + tl.load(at + CHANNELS, mask=there, other=0.0)
@@ -357,6 +390,7 @@ def normalise(
     Y_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """y = factor · x + summand, then ``F.silu`` with SWISH; factors from `norm_factors`.
 
@@ -366,6 +400,7 @@ def normalise(
     pixels = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     image = tl.program_id(2).to(tl.int64)
     there = (pixels < PIXELS)[:, None]
+    begin_dependents(OVERLAPS)
     factors += image * (2 * CHANNELS) + channels
     factor = tl.load(factors)[None, :]
     summand = tl.load(factors + CHANNELS)[None, :]
@@ -401,6 +436,7 @@ def attention(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """``F.scaled_dot_product_attention`` over the cells of an image, one head.
 
@@ -419,6 +455,7 @@ def attention(
     readable = tl.minimum(queries, CELLS - 1)
     query_at = qkv + readable[:, None] * WIDE + reductions[None, :]
 
+    begin_dependents(OVERLAPS)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weights = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -462,6 +499,7 @@ def picture(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """``conv_out`` and its pixels: ``clamp(round((conv(x) + 1) · 127.5), 0, 255)``, halves to even.
 
@@ -483,6 +521,7 @@ def picture(
     x_at = x + first[:, None] * INPUTS + reductions[None, :]
     weight_at = weight + columns[None, :] * (9 * INPUTS) + reductions[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    begin_dependents(OVERLAPS)
     for step in range(9 * CHUNKS):
         tap = step // CHUNKS
         shift = ((tap // 3) * X_PITCH + tap % 3) * INPUTS + (step % CHUNKS) * BLOCK_K

@@ -26,12 +26,18 @@ if TYPE_CHECKING:
 def interpret(
     launches: Sequence[Launch], memory: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """What ``memory`` holds after ``launches``; the kernels see it flat."""
+    """What ``memory`` holds after ``launches``; the kernels see it flat.
+
+    Nothing overlaps here: what OVERLAPS adds are instructions for the GPU's launcher and cache.
+    """
     described = [
         {
             "module": item.kernel.function.__module__,
             "kernel": item.kernel.function.__name__,
-            "constants": dict(item.kernel.constants),
+            "constants": {
+                name: value if name != "OVERLAPS" else False
+                for name, value in item.kernel.constants
+            },
             "grid": item.grid,
             "arguments": [(argument.name, argument.offset) for argument in item.arguments],
         }

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aim_export.decoder import Pictures
+from aim_export.decoder import lower_decoder as lower_graph
+from aim_export.graph import write_graph
 from aim_runtime import Bundle, models_dir
 from aim_training.config import TokenizerConfig
-from aim_training.tokenizer import Norm, VQTokenizer
+from aim_training.tokenizer import Norm, VQTokenizer, tokenizer_config_from_state
 
-from .conftest import Exported, read, weights
+from .conftest import read, weights
 from .interpreted_plan import interpret
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
@@ -27,10 +32,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aim_export.cuda import decoder
 from aim_export.cuda.decoder import (
     HALF_SCALE,
     DecoderPart,
     Storage,
+    Tile,
     decoder_tensors,
     lower_decoder,
 )
@@ -44,6 +51,8 @@ IMAGES, HEIGHT, WIDTH = 2, 6, 5
 PIXELS = HEIGHT * WIDTH
 #: Tiles that fill neither the pixels nor, below, the keys of the attention.
 TILE = 16
+#: Pixels whose statistics are taken together; they do not fill the last part.
+PART = 8
 
 
 def generator(seed: int) -> torch.Generator:
@@ -70,7 +79,10 @@ def close(found: np.ndarray, wanted: np.ndarray, tolerance: float = 2e-6) -> Non
 
 
 def spec(name: str, types: tuple[str, ...], **constants: object) -> KernelSpec:
-    return KernelSpec(getattr(kernels, name), types, tuple(constants.items()))
+    function = getattr(kernels, name)
+    if "OVERLAPS" in function.arg_names:
+        constants["OVERLAPS"] = False
+    return KernelSpec(function, types, tuple(constants.items()))
 
 
 def map_constants(side: str, height: int, width: int, *, border: bool, taps: int = 1) -> dict:
@@ -100,12 +112,14 @@ def convolution(
         SCALE=scale,
         **map_constants("X", HEIGHT, WIDTH, border=taps > 1, taps=taps),
         **map_constants("Y", height, width, border=bool(flags.get("Y_BORDER"))),
-        BLOCK_M=TILE,
+        BLOCK_M=flags.get("BLOCK_M", TILE),
         BLOCK_N=32,
         BLOCK_K=16,
+        PART=flags.get("PART", PART),
         SWAP=flags.get("SWAP", False),
     )
-    grid = (outputs // 32 * (4 if upsample else 1), math.ceil(PIXELS / TILE), IMAGES)
+    tiles = math.ceil(PIXELS / dict(kernel.constants)["BLOCK_M"])
+    grid = (outputs // 32 * (4 if upsample else 1), tiles, IMAGES)
     return launch(kernel, grid, x, "packed", "bias", y, y, "moments")
 
 
@@ -120,7 +134,7 @@ def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[
         GROUPS=32,
         EPS=1e-6,
         PLACES=places,
-        TILE=TILE,
+        PART=PART,
         BLOCK_T=2,
         BLOCK_G=8,
         BLOCK_C=4,
@@ -146,7 +160,7 @@ def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[
 
 def norm_memory(channels: int, places: int = 1) -> dict[str, np.ndarray]:
     return {
-        "moments": np.full((IMAGES, places * 2, 2, channels), np.nan, np.float32),
+        "moments": np.full((IMAGES, places * 4, 2, channels), np.nan, np.float32),
         "gain": normal(11, channels).numpy(),
         "offset": normal(12, channels).numpy(),
         "factors": np.full((IMAGES, 2, channels), np.nan, np.float32),
@@ -168,8 +182,8 @@ def pack(name: str, outputs: int, inputs: int, taps: int, stored: int | None = N
     return launch(kernel, grid, "weight", "packed")
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_convolution_norm_and_swish(swap: bool) -> None:
+@pytest.mark.parametrize(("swap", "block_m"), [(False, TILE), (True, TILE), (False, 64)])
+def test_convolution_norm_and_swish(swap: bool, block_m: int) -> None:
     inputs, outputs = 48, 96
     x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
     # A mean far from zero, where naive sums of squares would lose the deviation.
@@ -186,7 +200,7 @@ def test_convolution_norm_and_swish(swap: bool) -> None:
     found = interpret(
         [
             pack("pack_weight", outputs, inputs, 3),
-            convolution("x", "y", inputs, outputs, 3, scale=0.5, SWAP=swap),
+            convolution("x", "y", inputs, outputs, 3, scale=0.5, SWAP=swap, BLOCK_M=block_m),
             *norm("y", "z", outputs),
         ],
         memory,
@@ -351,15 +365,38 @@ def test_pixels_are_rounded_to_even_and_clipped() -> None:
     assert np.array_equal(found["image"], wanted.numpy())
 
 
-def decode(part: DecoderPart, tokens: Tensor, stored: Memory | None = None) -> np.ndarray:
-    """The pictures of the bucket for exactly these tokens, set up first."""
-    bucket = next(bucket for bucket in part.buckets if bucket.images == len(tokens))
-    buffers = {**part.setup.buffers, **bucket.buffers}
-    memory = {name: np.zeros(b.shape, b.dtype) for name, b in buffers.items()}
-    memory |= dict(part.constants) | (stored or {})
-    memory["tokens"][:] = tokens.numpy()
-    launches = [*flat(part.setup.launches), *flat(bucket.launches)]
-    return interpret(launches, memory)["image"]
+def decode(part: DecoderPart, *batches: Tensor) -> list[np.ndarray]:
+    """The pictures of each batch from the bucket of its size, the weights set up once."""
+    memory = {name: np.zeros(b.shape, b.dtype) for name, b in part.setup.buffers.items()}
+    memory |= part.constants
+    launches = [*flat(part.setup.launches)]
+    for tokens in batches:
+        bucket = next(bucket for bucket in part.buckets if bucket.images == len(tokens))
+        names = {name: f"{name} of {len(tokens)}" for name in bucket.buffers}
+        memory |= {names[name]: np.zeros(b.shape, b.dtype) for name, b in bucket.buffers.items()}
+        memory[names["tokens"]][:] = tokens.numpy()
+        for item in flat(bucket.launches):
+            arguments = (replace(a, name=names.get(a.name, a.name)) for a in item.arguments)
+            launches.append(replace(item, arguments=tuple(arguments)))
+    found = interpret(launches, memory)
+    return [found[f"image of {len(tokens)}"] for tokens in batches]
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by the number of operations, hardly by their size."""
+    usual = decoder.product_tile
+
+    def product_tile(storage: Storage, *sizes: int) -> Tile:
+        _, _, inputs, outputs, *_ = sizes
+        if storage == "float16":
+            return usual(storage, *sizes)
+        return Tile(256, min(outputs & -outputs, 128), min(inputs & -inputs, 128), 4, 1)
+
+    monkeypatch.setattr(decoder, "product_tile", product_tile)
+    monkeypatch.setattr(decoder, "_PROGRAMS", 1)
+    monkeypatch.setattr(decoder, "_PACK_BLOCK", 128)
+    monkeypatch.setattr(decoder, "_GROUPS_A_PROGRAM", 32)
 
 
 def tensors_of(tokenizer: VQTokenizer) -> dict[str, StoredTensor]:
@@ -377,6 +414,7 @@ def random_tokenizer(config: TokenizerConfig) -> VQTokenizer:
     return tokenizer
 
 
+@pytest.mark.usefixtures("large_blocks")
 def test_golden_decoder(golden_dir: Path) -> None:
     golden, _ = read(golden_dir / "vq_f2.safetensors")
     tensors = {
@@ -384,7 +422,7 @@ def test_golden_decoder(golden_dir: Path) -> None:
         for name, value in weights(golden, "").items()
     }
     part = lower_decoder(tensors, 256, "float32", images=(1,))
-    found = decode(part, golden["indices"][:1])
+    (found,) = decode(part, golden["indices"][:1])
     wanted = torch.clamp(torch.round((golden["decoded"][:1] + 1) * 127.5), 0, 255)
     wanted = wanted.to(torch.uint8).permute(0, 2, 3, 1)
     # A level may fall on the other side of a half.
@@ -394,26 +432,28 @@ def test_golden_decoder(golden_dir: Path) -> None:
 
 
 # Widths that are no powers of two, a width that changes twice, a grid of odd side, z filled up.
-ODD = TokenizerConfig(40, 6, 32, (1, 3, 2), 24, 1, 2)
+ODD = TokenizerConfig(40, 6, 32, (1, 3, 2), 24, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("storage", "allowed"), [("float32", 1e-3), ("float16", 0.15)], ids=["float32", "float16"]
 )
+@pytest.mark.usefixtures("large_blocks")
 def test_odd_geometry(storage: Storage, allowed: float) -> None:
     tokenizer = random_tokenizer(ODD)
     part = lower_decoder(tensors_of(tokenizer), 9, storage, images=(1, 2))
     tokens = torch.randint(0, 40, (2, 9), generator=generator(5))
-    found = decode(part, tokens)
+    found, alone = decode(part, tokens, tokens[1:])
     with torch.inference_mode():
         wanted = Pictures(tokenizer)(tokens).numpy()
     apart = np.abs(found.astype(int) - wanted.astype(int))
     assert apart.max() <= 1
     assert (apart > 0).mean() < allowed
     # A picture does not depend on its neighbours or its bucket, bit for bit.
-    assert np.array_equal(decode(part, tokens[1:]), found[1:])
+    assert np.array_equal(alone, found[1:])
 
 
+@pytest.mark.usefixtures("large_blocks")
 def test_half_precision_does_not_overflow_where_the_plain_one_would() -> None:
     tokenizer = random_tokenizer(TokenizerConfig(16, 4, 32, (1, 1), 32, 1, 1))
     with torch.no_grad():
@@ -428,16 +468,36 @@ def test_half_precision_does_not_overflow_where_the_plain_one_would() -> None:
         wanted = Pictures(tokenizer)(tokens).numpy()
     assert 65504 < max(largest) < 65504 / HALF_SCALE
     part = lower_decoder(tensors_of(tokenizer), 4, "float16", images=(1,))
-    apart = np.abs(decode(part, tokens).astype(int) - wanted.astype(int))
-    assert apart.max() <= 2
+    (found,) = decode(part, tokens)
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 2
 
 
-def test_tensors_of_a_bundle(exported: Exported, golden_dir: Path) -> None:
+@dataclass(frozen=True)
+class DecoderOnly:
+    """What of a bundle belongs to its decoder, without the time that exporting the rest takes."""
+
+    folder: Path
+
+    @property
+    def manifest(self) -> SimpleNamespace:
+        files = SimpleNamespace(file="decoder.onnx", weights="decoder.weights")
+        return SimpleNamespace(graphs={"decoder": files})
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+
+def test_tensors_of_a_bundle(golden_dir: Path, tmp_path: Path) -> None:
     golden, _ = read(golden_dir / "vq_f2.safetensors")
-    found = decoder_tensors(exported.bundle)
+    state = weights(golden, "")
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    tokenizer = VQTokenizer(tokenizer_config_from_state(shapes)).eval()
+    tokenizer.load_state_dict(state)
+    write_graph(lower_graph(tokenizer, 256), tmp_path, "decoder", "fp32")
+    found = decoder_tensors(cast(Bundle, DecoderOnly(tmp_path)))
     wanted = {
         name: value
-        for name, value in weights(golden, "").items()
+        for name, value in state.items()
         if not name.startswith(("encoder.", "quant_conv."))
     }
     codes = F.normalize(wanted.pop("quantize.embedding.weight").float())
@@ -471,15 +531,40 @@ def test_bundle_in_the_box_lends_its_weights() -> None:
     assert not held & known
 
 
-def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores() -> None:
+@pytest.fixture(scope="module")
+def published_size() -> DecoderPart:
+    """VQ-16 in half precision."""
     with torch.device("meta"):
         state = VQTokenizer(TokenizerConfig()).state_dict()
     tensors = {
         name: StoredTensor(np.broadcast_to(np.float32(0), value.shape), None)
         for name, value in state.items()
     }
-    part = lower_decoder(tensors, 256, "float16", images=(1,))
-    found = [item.kernel for item in flat(part.buckets[0].launches)]
+    return lower_decoder(tensors, 256, "float16")
+
+
+def test_tiles_fit_and_statistics_are_the_same_in_every_bucket(published_size: DecoderPart) -> None:
+    parts = []
+    for bucket in published_size.buckets:
+        convolutions = [
+            (item.grid, dict(item.kernel.constants))
+            for item in flat(bucket.launches)
+            if item.kernel.function.__name__ == "convolution"
+        ]
+        for grid, sizes in convolutions:
+            for size, block in (("OUTPUTS", "N"), ("INPUTS", "K"), ("PIXELS", "M")):
+                assert sizes[size] % sizes[f"BLOCK_{block}"] == 0
+            assert sizes["BLOCK_M"] % sizes["PART"] == 0
+            # Nearly one program for each multiprocessor of the largest GPUs, even for one image.
+            assert math.prod(grid) >= 120
+        parts.append([(sizes["PIXELS"], sizes["PART"], sizes["SWAP"]) for _, sizes in convolutions])
+    assert parts[0] == parts[1] == parts[2]
+
+
+def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores(
+    published_size: DecoderPart,
+) -> None:
+    found = [item.kernel for item in flat(published_size.buckets[0].launches)]
     (kernel,) = {
         kernel.id: kernel
         for kernel in found
@@ -503,6 +588,7 @@ def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores() -> None:
     )
     copies = re.findall(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", compiled.asm["ptx"])
     assert len(copies) > 16
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
     assert ".local" not in compiled.asm["ptx"]
     assert compiled.metadata.global_scratch_size == 0
     # Two programs at once on a multiprocessor, one computing while the other starts or ends.
