@@ -64,9 +64,9 @@ def _ends(low, high, other_low, other_high):
 @triton.jit
 def weigh(score, weight, threshold):
     """Weight and number of the tokens below ``threshold``."""
-    under = score < threshold
-    mass = by_lane(tl.where(under, weight, 0.0))
-    return tl.reduce((mass, by_lane(tl.where(under, 1, 0))), 0, _sums)
+    # The count is a float as well: a set, a multiplication and an addition for each token.
+    under = tl.where(score < threshold, 1.0, 0.0)
+    return tl.reduce((by_lane(under * weight), by_lane(under)), 0, _sums)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def cut(score, weight, limit, low, high, under, scratch, CAPACITY: tl.constexpr)
     ``high`` the largest score; ``scratch`` has room for (2, CAPACITY) float32.
     """
     first, last = ordered(low), ordered(high) + 1  # the answer is in [first, last)
-    over = score.numel
+    over = tl.full((), score.numel, tl.float32)
     below = 0.0
     passes = 0
     while (over - under > CAPACITY) & (last - first > 1) & (below < limit):
@@ -193,7 +193,7 @@ def sample(
             scratch = candidates + image * (2 * CAPACITY)
             least = worst
             if (top_k > 0) & (top_k < V):
-                padding = tl.where(worst > -float("inf"), BLOCK - V, 0)
+                padding = tl.where(worst > -float("inf"), BLOCK - V, 0).to(tl.float32)
                 one = tl.where(inside, 1.0, 0.0)
                 dropped = (V - top_k).to(tl.float32)
                 least = cut(score, one, dropped, worst, best, padding, scratch, CAPACITY)
@@ -201,7 +201,7 @@ def sample(
             weight = tl.where(kept, tl.exp((score - best) * inverse_temperature), 0.0)
             if top_p < 1.0:
                 low = tl.maximum(least, best - _NEGLIGIBLE / inverse_temperature)
-                under = by_lane((score < low).to(tl.int32))
+                under = by_lane(tl.where(score < low, 1.0, 0.0))
                 total, under = tl.reduce((by_lane(weight), under), 0, _sums)
                 limit = (1.0 - top_p) * total
                 least = cut(score, weight, limit, low, best, under, scratch, CAPACITY)

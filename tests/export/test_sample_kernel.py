@@ -191,14 +191,17 @@ def test_scores_that_are_not_finite_are_reported() -> None:
             cases.append(Case(logits, np.full(2, 0.5), options))
     for after in run(cases):
         assert after["status"][0] == 1
-        assert 0 <= after["token"].min() and after["token"].max() < 256
+        assert after["token"].min() >= 0
+        assert after["token"].max() < 256
 
 
 def test_forced_tokens_stay_as_the_host_put_them() -> None:
     case = Case(np.full((2, 256), np.nan), np.full(2, 0.5), [SamplingOptions()] * 2, forced=1)
     [after] = run([case])
-    assert (after["token"] == -1).all() and (after["tokens"] == -1).all()
-    assert (after["position"] == AT).all() and after["status"][0] == 0
+    assert (after["token"] == -1).all()
+    assert (after["tokens"] == -1).all()
+    assert (after["position"] == AT).all()
+    assert after["status"][0] == 0
 
 
 def test_draws_are_repeatable() -> None:
