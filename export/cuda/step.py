@@ -24,7 +24,7 @@ from aim_export.cuda.plan import (
 )
 from aim_export.cuda.precision import Format
 from aim_export.cuda.stored import StoredTensor
-from aim_export.kernels import convert, sample, stack, step
+from aim_export.kernels import convert, sample, step
 from aim_runtime.manifest import DTYPE_BYTES, ModelCard
 from aim_training.model import EPS
 
@@ -140,10 +140,36 @@ TUNING: Mapping[int, Tuning] = {
     2: Tuning(Tile(2, 8), Tile(2, 4), Tile(2, 8, num_warps=2), 16, 1),
     4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 1),
     8: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 1),
-    16: Tuning(Tile(16, 16), Tile(16, 16), Tile(16, 128, 64), 16, 1),
-    32: Tuning(Tile(32, 32), Tile(32, 16), Tile(32, 128, 64), 16, 2, 2),
-    64: Tuning(Tile(64, 32), Tile(64, 32), Tile(64, 128, 64), 16, 4, 3),
-    128: Tuning(Tile(64, 32), Tile(64, 32), Tile(128, 128, 64), 16, 4, 3),
+    16: Tuning(
+        Tile(16, 32), Tile(16, 16), Tile(16, 128, 64), chunk=16, heads=2, stages=2, scan_warps=2
+    ),
+    32: Tuning(
+        Tile(32, 64, 128, 8, 3),
+        Tile(32, 16, 128, 4, 5),
+        Tile(32, 128, 64),
+        chunk=16,
+        heads=2,
+        stages=2,
+        scan_warps=2,
+    ),
+    64: Tuning(
+        Tile(64, 64, 128, 8, 3),
+        Tile(64, 32, 128, 4, 5),
+        Tile(64, 128, 64),
+        chunk=16,
+        heads=4,
+        stages=2,
+        scan_warps=2,
+    ),
+    128: Tuning(
+        Tile(128, 64, 128, 8, 3),
+        Tile(64, 32, 128, 4, 5),
+        Tile(128, 128, 64),
+        chunk=16,
+        heads=8,
+        stages=2,
+        scan_warps=2,
+    ),
 }
 
 
@@ -253,20 +279,6 @@ def _kernel(
     )
 
 
-def stack_bucket(
-    geometry: Geometry,
-    number: Format,
-    rows: int,
-    tuning: Tuning,
-    programs: int,
-    *,
-    num_warps: int = 16,
-    overlaps: bool = True,
-) -> Bucket:
-    """The step for so few rows that its layers go into one launch of ``programs`` programs."""
-    return _StackBuilder(geometry, number, rows, tuning, overlaps, programs, num_warps).bucket()
-
-
 class _StepBuilder:
     def __init__(
         self, geometry: Geometry, number: Format, rows: int, tuning: Tuning, overlaps: bool
@@ -303,7 +315,8 @@ class _StepBuilder:
             "shift": (act, (g.L, R, g.D)),
             "scale": ("float32", (g.L + 1, R, g.D)),
             "gate": ("float32", (g.L, R, g.D)),
-            "shifted": (act, (g.L, R, g.E)),
+            # Addresses of a layer's share must be multiples of 16 bytes.
+            "shifted": (act if R * g.E % 8 == 0 else "float32", (g.L, R, g.E)),
             "final_modulation": ("float32", (R, 2, g.D)),
             # One step's.
             "residual": ("float32", (R, g.D)),
@@ -323,25 +336,27 @@ class _StepBuilder:
         }
         return {name: Buffer(dtype, shape) for name, (dtype, shape) in shapes.items()}
 
-    def _layer(self, name: str) -> Argument:
-        """A buffer or weight whose first axis is the layer, advancing with the repetition."""
+    def _stride(self, name: str) -> int:
+        """Bytes from layer to layer of a buffer or weight whose first axis is the layer."""
         if name in self.buffers:
             buffer = self.buffers[name]
-            stride = int(np.prod(buffer.shape[1:])) * _BYTES[buffer.dtype]
-        else:
-            g, matrix = self.g, _BYTES[self.number.matrix]
-            stride = {
-                "in_proj": g.E * g.D * matrix,
-                "out_proj": g.D * g.inner * matrix,
-                "in_proj_scales": g.E * 4,
-                "out_proj_scales": g.D * 4,
-                "conv_weight": g.K * g.X * 4,
-                "conv_bias": g.X * 4,
-                "dt_bias": g.H * 4,
-                "a": g.H * 4,
-                "d": g.H * 4,
-            }[name]
-        return Argument(name, 0, stride)
+            return int(np.prod(buffer.shape[1:])) * _BYTES[buffer.dtype]
+        g, matrix = self.g, _BYTES[self.number.matrix]
+        return {
+            "in_proj": g.E * g.D * matrix,
+            "out_proj": g.D * g.inner * matrix,
+            "in_proj_scales": g.E * 4,
+            "out_proj_scales": g.D * 4,
+            "conv_weight": g.K * g.X * 4,
+            "conv_bias": g.X * 4,
+            "dt_bias": g.H * 4,
+            "a": g.H * 4,
+            "d": g.H * 4,
+        }[name]
+
+    def _layer(self, name: str) -> Argument:
+        """A buffer or weight that advances by a layer with each repetition."""
+        return Argument(name, 0, self._stride(name))
 
     def _begin(self) -> Program:
         g, R = self.g, self.rows
@@ -408,11 +423,13 @@ class _StepBuilder:
                 self.number.activation,
                 "float32",
                 self.buffers[target].dtype,
+                dtype,
             ),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             N=outputs,
             WIDTH=self.g.D,
+            AHEAD=0,
             HAS_SCALES=scales,
             HAS_BIAS=bias is not None,
             **self._tile(tile, self.g.D),
@@ -427,31 +444,30 @@ class _StepBuilder:
             place(source),
             Argument(bias or "norm_f"),
             place(target),
+            place(weight),
         )
 
     def _step(self) -> Program:
-        g, number, R, t = self.g, self.number, self.rows, self.tuning
-        act, block, overlaps = number.activation, triton.next_power_of_2(g.D), self.overlaps
-        quantised = number.matrix == "int8"
+        g, R = self.g, self.rows
         embed = launch(
             _kernel(
                 step.embed,
                 (
                     "int64",
                     "int64",
-                    number.table,
+                    self.number.table,
                     "float32",
                     "float32",
                     "float32",
                     "float32",
-                    act,
+                    self.number.activation,
                     "float32",
                 ),
                 D=g.D,
-                BLOCK=block,
+                BLOCK=triton.next_power_of_2(g.D),
                 PARTS=self.norm_parts,
                 POSITION_OFFSET=g.position_offset,
-                OVERLAPS=overlaps,
+                OVERLAPS=self.overlaps,
             ),
             R,
             "token",
@@ -464,6 +480,23 @@ class _StepBuilder:
             "scaled",
             "partials",
         )
+        layers: list[Launch | Repeat] = []
+        if g.L > 1:
+            following = Argument("in_proj", self._stride("in_proj"), self._stride("in_proj"))
+            layers.append(Repeat(g.L - 1, self._layer_launches(0, following)))
+        last = self._layer_launches(g.L - 1, Argument("word_table"))
+        return [embed, *layers, *last, *self._head()]
+
+    def _layer_launches(self, first: int, following: Argument) -> tuple[Launch, ...]:
+        """A layer's launches from layer ``first`` on; ``following`` are the weights read next."""
+        g, number, R, t = self.g, self.number, self.rows, self.tuning
+        act, overlaps, quantised = number.activation, self.overlaps, number.matrix == "int8"
+        matrix = _BYTES[number.matrix]
+
+        def of(name: str) -> Argument:
+            stride = self._stride(name)
+            return Argument(name, first * stride, stride)
+
         in_proj = launch(
             _kernel(
                 step.in_proj,
@@ -472,54 +505,45 @@ class _StepBuilder:
                     "float32",
                     act,
                     "float32",
-                    act,
-                    "int64",
+                    self.buffers["shifted"].dtype,
                     "float32",
-                    "float32",
-                    "float32",
-                    "float32",
-                    "float32",
+                    number.matrix,
                 ),
                 num_warps=t.in_proj.num_warps,
                 num_stages=t.in_proj.num_stages,
                 D=g.D,
-                INNER=g.inner,
-                X=g.X,
-                H=g.H,
-                K=g.K,
+                E=g.E,
                 PARTS=self.norm_parts,
                 EPS=EPS,
                 HAS_SCALES=quantised,
+                AHEAD=g.D * g.inner * matrix,
                 **self._tile(t.in_proj, g.D),
                 OVERLAPS=overlaps,
             ),
             self._grid(t.in_proj, g.E),
-            self._layer("in_proj"),
-            self._layer("in_proj_scales") if quantised else Argument("norm_f"),
+            of("in_proj"),
+            of("in_proj_scales") if quantised else Argument("norm_f"),
             "scaled",
             "partials",
-            self._layer("shifted"),
-            "position",
-            self._layer("ring"),
-            self._layer("conv_weight"),
-            self._layer("conv_bias"),
-            self._layer("dt_bias"),
+            of("shifted"),
             "projected",
+            of("out_proj"),
         )
+        # The word table is larger than a layer's weights, if it is what follows.
         scan = launch(
             _kernel(
                 step.scan,
                 (
-                    "float32",
-                    "float32",
-                    "float32",
+                    *("float32",) * 6,
                     "int64",
+                    "float32",
                     number.state,
                     number.history,
                     number.history,
                     "float32",
                     act,
                     "float32",
+                    number.matrix,
                 ),
                 num_warps=t.scan_warps,
                 INNER=g.inner,
@@ -527,24 +551,31 @@ class _StepBuilder:
                 H=g.H,
                 P=g.P,
                 S=g.S,
+                K=g.K,
                 CHUNK=t.chunk,
+                AHEAD=min(g.E, g.V) * g.D * matrix,
                 HEADS=self.heads,
                 STAGES=t.stages,
                 OVERLAPS=overlaps,
             ),
             (g.H // self.heads, R),
             "projected",
-            self._layer("a"),
-            self._layer("d"),
+            of("conv_weight"),
+            of("conv_bias"),
+            of("dt_bias"),
+            of("a"),
+            of("d"),
             "position",
-            self._layer("state"),
-            self._layer("past_x"),
-            self._layer("past_b"),
-            self._layer("past_decay"),
+            of("ring"),
+            of("state"),
+            of("past_x"),
+            of("past_b"),
+            of("past_decay"),
             "gated",
             "squares",
+            following,
         )
-        next_scale = Argument("scale", R * g.D * 4, R * g.D * 4)
+        scale = of("scale")
         out_proj = launch(
             _kernel(
                 step.out_proj,
@@ -570,17 +601,17 @@ class _StepBuilder:
                 OVERLAPS=overlaps,
             ),
             self._grid(t.out_proj, g.D),
-            self._layer("out_proj"),
-            self._layer("out_proj_scales") if quantised else Argument("norm_f"),
+            of("out_proj"),
+            of("out_proj_scales") if quantised else Argument("norm_f"),
             "gated",
             "squares",
-            self._layer("gate"),
-            next_scale,
+            of("gate"),
+            Argument("scale", scale.offset + scale.stride, scale.stride),
             "residual",
             "scaled",
             "partials",
         )
-        return [embed, Repeat(g.L, (in_proj, scan, out_proj)), *self._head()]
+        return in_proj, scan, out_proj
 
     def _head(self) -> list[Launch]:
         """From the residual to the next token; they need no program of the layers to be ready."""
@@ -605,11 +636,12 @@ class _StepBuilder:
         head = launch(
             _kernel(
                 step.linear,
-                (number.table, "float32", act, "float32", "float32"),
+                (number.table, "float32", act, "float32", "float32", number.matrix),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 N=g.V,
                 WIDTH=g.D,
+                AHEAD=g.E * g.D * _BYTES[number.matrix],
                 HAS_SCALES=False,
                 HAS_BIAS=False,
                 **self._tile(tile, g.D),
@@ -621,6 +653,7 @@ class _StepBuilder:
             "hidden",
             "norm_f",
             "logits",
+            "in_proj",
         )
         block = triton.next_power_of_2(g.V)
         warps = min(16, max(4, block // 1024))
@@ -675,121 +708,3 @@ class _StepBuilder:
     def _outputs(self, tile: Tile, outputs: int) -> int:
         assert outputs % tile.outputs == 0
         return tile.outputs
-
-
-class _StackBuilder(_StepBuilder):
-    def __init__(
-        self,
-        geometry: Geometry,
-        number: Format,
-        rows: int,
-        tuning: Tuning,
-        overlaps: bool,
-        programs: int,
-        num_warps: int,
-    ) -> None:
-        self.programs, self.num_warps = programs, num_warps
-        # A block of channels within one row for every program, or a whole row for one.
-        share = -(-rows * geometry.inner // programs)
-        self.block = min(triton.next_power_of_2(share), geometry.inner)
-        while geometry.inner % self.block:
-            self.block //= 2
-        super().__init__(geometry, number, rows, tuning, overlaps)
-
-    def bucket(self) -> Bucket:
-        return Bucket(self.rows, self.buffers, self._begin(), self._step(), self.programs)
-
-    def _buffers(self) -> dict[str, Buffer]:
-        g, R = self.g, self.rows
-        found = super()._buffers()
-        for name in ("past_x", "past_b", "past_decay", "projected", "gated", "squares"):
-            del found[name]
-        for name in ("scaled", "partials"):
-            del found[name]
-        found["state"] = Buffer("float32", (g.L, R, g.inner, g.S))
-        found["projected_mail"] = Buffer("int64", (R, g.E))
-        found["gated_mail"] = Buffer("int64", (R, g.inner))
-        found["squares_mail"] = Buffer("int64", (R, g.inner // self.block))
-        found["residual_mail"] = Buffer("int64", (R, g.D))
-        return found
-
-    def _step(self) -> Program:
-        g, number, R, N = self.g, self.number, self.rows, self.programs
-        quantised = number.matrix == "int8"
-        groups = g.E // (8 * N)
-        rest = -(-(g.E - 8 * groups * N) // N)
-        kernel = KernelSpec(
-            stack.stack,
-            (
-                "int64",
-                "int64",
-                number.table,
-                "float32",
-                "float32",
-                number.matrix,
-                "float32",
-                number.matrix,
-                "float32",
-                number.activation,
-                *("float32",) * 9,
-                *("int64",) * 4,
-                "float32",
-                "int32",
-            ),
-            tuple(
-                {
-                    "R": R,
-                    "L": g.L,
-                    "D": g.D,
-                    "INNER": g.inner,
-                    "X": g.X,
-                    "H": g.H,
-                    "P": g.P,
-                    "S": g.S,
-                    "K": g.K,
-                    "EPS": EPS,
-                    "POSITION_OFFSET": g.position_offset,
-                    "PROGRAMS": N,
-                    "GROUPS": groups,
-                    "MAIN": triton.next_power_of_2(8 * groups),
-                    "REST": triton.next_power_of_2(max(rest, 1)),
-                    "BC": self.block,
-                    "SCANS": -(-R * g.inner // (self.block * N)),
-                    "OUT": triton.next_power_of_2(-(-g.D // N)),
-                    "HAS_SCALES": quantised,
-                }.items()
-            ),
-            self.num_warps,
-            1,
-            cooperative=True,
-        )
-        layers = launch(
-            kernel,
-            N,
-            "token",
-            "position",
-            "word_table",
-            "position_table",
-            "class_embedding",
-            "in_proj",
-            "in_proj_scales" if quantised else "norm_f",
-            "out_proj",
-            "out_proj_scales" if quantised else "norm_f",
-            "shifted",
-            "scale",
-            "gate",
-            "conv_weight",
-            "conv_bias",
-            "dt_bias",
-            "a",
-            "d",
-            "ring",
-            "state",
-            "projected_mail",
-            "gated_mail",
-            "squares_mail",
-            "residual_mail",
-            "residual",
-            "status",
-        )
-        return [layers, *self._head()]
