@@ -1,11 +1,12 @@
 """The VQ decoder's kernels on this GPU: correct, how fast, and what other tiles would do.
 
-    python benchmarks/decoder_kernels.py [--no-sweep] [--out results.json]
+    python benchmarks/decoder_kernels.py [--sweep 1 16] [--out results.json]
 
 A tokenizer of the published size (VQ-16, 256x256 pixels) with **random weights**, launched by
 Triton itself in CUDA graphs: no bundle is needed. Pixels are compared with PyTorch's in float32.
-The sweep compiles every tile first, in processes beside each other, and times each at 16 images and
-at one. Ends in one JSON line.
+Launches overlap as in a plan, also with themselves where each is timed alone. The sweep compiles
+other tiles first, in processes beside each other, times each at the numbers of images named, and
+shows which are faster. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import os
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,8 +27,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from aim_export.cuda import decoder
-from aim_export.cuda.decoder import DecoderPart, Storage, Tile
+from aim_export.cuda.decoder import DecoderPart, Storage, lower_decoder
 from aim_export.cuda.plan import Argument, Buffer, KernelSpec, Launch, flat
 from aim_export.cuda.stored import StoredTensor
 from aim_export.decoder import Pictures
@@ -38,33 +38,30 @@ from aim_training.tokenizer import Norm, VQTokenizer
 TOKENS = 256
 CAPACITY = 16
 BATCHES = (1, 4, 16, 64)
+#: Rows of a table that are shown; all are in the file of ``--out``.
+SHOWN = 18
 
 #: Tiles tried: m, n, k, warps, stages, swap, and registers a thread (0: as the assembler likes).
 TILES = [
-    (128, 128, 64, 8, 3, False, 0),
-    (128, 128, 64, 8, 3, False, 128),
-    (128, 128, 64, 8, 3, True, 0),
-    (128, 128, 64, 8, 4, True, 0),
-    (128, 128, 64, 4, 3, True, 0),
-    (256, 128, 64, 8, 3, False, 0),
     (256, 128, 64, 8, 4, False, 0),
     (256, 128, 64, 8, 3, True, 0),
     (256, 128, 64, 8, 4, True, 0),
-    (256, 128, 32, 8, 5, True, 0),
-    (128, 256, 64, 8, 3, False, 0),
-    (128, 256, 64, 8, 4, False, 0),
-    (64, 256, 64, 4, 3, False, 0),
-    (256, 64, 64, 8, 4, True, 0),
     (256, 64, 64, 4, 3, True, 0),
-    (256, 64, 64, 4, 4, True, 0),
+    (128, 256, 64, 8, 3, False, 0),
+    (128, 128, 64, 4, 3, False, 0),
+    (128, 128, 64, 4, 4, False, 0),
+    (128, 128, 64, 4, 3, True, 0),
+    (128, 128, 64, 8, 3, True, 0),
+    (128, 128, 64, 8, 3, False, 128),
     (128, 64, 64, 4, 4, False, 0),
-    (128, 64, 64, 4, 4, True, 0),
-    (128, 64, 64, 4, 3, True, 0),
     (64, 128, 64, 4, 4, False, 0),
-    (64, 64, 64, 4, 4, False, 0),
     (64, 64, 128, 4, 4, False, 0),
-    (128, 128, 128, 8, 2, True, 0),
-    (128, 128, 32, 8, 5, True, 0),
+    (64, 64, 256, 4, 3, False, 0),
+    (64, 32, 128, 4, 4, False, 0),
+    (64, 32, 256, 4, 4, False, 0),
+    (64, 16, 128, 4, 4, False, 0),
+    (64, 16, 256, 4, 4, False, 0),
+    (64, 16, 256, 4, 3, False, 0),
 ]
 #: Sizes of the other kernels tried, by kernel: constants, warps, stages.
 OTHERS: dict[str, list[tuple[dict[str, int], int, int]]] = {
@@ -127,8 +124,6 @@ class Device:
         memory = {name: torch.from_numpy(a).cuda() for name, a in part.constants.items()}
         for name, buffer in {**part.setup.buffers, **bucket.buffers}.items():
             memory[name] = zeros(buffer)
-        # Tiles with fewer pixels leave more of them.
-        memory["moments"] = torch.zeros(4 * memory["moments"].numel(), device="cuda")
         device = cls(memory)
         for item in flat(part.setup.launches):
             device.launch(item)
@@ -244,7 +239,7 @@ def variants(item: Launch) -> Iterator[tuple[Launch, int]]:
     c = dict(item.kernel.constants)
     if item.kernel.function.__name__ == "convolution":
         for m, n, k, warps, stages, swap, registers in TILES:
-            if c["OUTPUTS"] % n or c["INPUTS"] % k or m > c["PIXELS"]:
+            if c["OUTPUTS"] % n or c["INPUTS"] % k or m > c["PIXELS"] or m % c["PART"]:
                 continue
             cut = recut(item, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SWAP=swap)
             kernel = replace(cut.kernel, num_warps=warps, num_stages=stages)
@@ -259,7 +254,7 @@ def variants(item: Launch) -> Iterator[tuple[Launch, int]]:
 
 
 def compile_ahead(
-    name: str, types: tuple[str, ...], constants: dict[str, Any], options: dict[str, int]
+    name: str, types: tuple[str, ...], constants: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Leave a kernel in Triton's cache on disk; runs in a process of its own."""
     function = getattr(kernels, name)
@@ -284,9 +279,13 @@ def compile_all(jobs: Iterable[tuple[KernelSpec, int]]) -> None:
             each.result()
 
 
-def options(kernel: KernelSpec, registers: int) -> dict[str, int]:
+def options(kernel: KernelSpec, registers: int) -> dict[str, Any]:
     """Triton's options of a launch."""
-    found = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    found: dict[str, Any] = {
+        "num_warps": kernel.num_warps,
+        "num_stages": kernel.num_stages,
+        "launch_pdl": kernel.overlaps,
+    }
     return found | ({"maxnreg": registers} if registers else {})
 
 
@@ -368,95 +367,87 @@ def by_kernel(device: Device, launches: Sequence[Launch]) -> list[dict[str, Any]
 
 
 def show(rows: Sequence[dict[str, Any]], images: int) -> None:
-    """A table of `by_kernel`."""
+    """The top of a table of `by_kernel`, and the sums of what follows by kernel."""
     title = f"kernel ({images} images)"
-    print(f"\n{title:44s} {'tile':22s}   n    us each   us all TFLOP/s")
-    for row in rows:
+    print(f"\n{title:40s} {'tile':20s}   n  us each us all TFLOP/s")
+    for row in rows[:SHOWN]:
         print(
-            f"{row['kernel']:44s} {row['tile']:22s} {row['count']:3d} {row['ms'] * 1e3:10.1f} "
-            f"{row['total'] * 1e3:8.0f} {row['tflops']:7.0f}"
+            f"{row['kernel']:40s} {row['tile']:20s} {row['count']:3d} {row['ms'] * 1e3:8.1f} "
+            f"{row['total'] * 1e3:6.0f} {row['tflops']:7.0f}"
         )
-    print(f"sum {sum(row['total'] for row in rows):.3f} ms", flush=True)
+    counts: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    for row in rows[SHOWN:]:
+        name = row["kernel"].split()[0]
+        counts[name] += row["count"]
+        totals[name] += row["total"]
+    rest = (f"{counts[name]} {name} {ms * 1e3:.0f}" for name, ms in totals.most_common())
+    print(
+        f"others, us: {', '.join(rest)}; sum {sum(row['total'] for row in rows):.3f} ms", flush=True
+    )
 
 
 def sweep(
     devices: dict[int, Device], launches: dict[int, list[Launch]]
-) -> tuple[list[dict[str, Any]], dict[tuple[int, int, int, int], Tile]]:
-    """Every cut of every launch, timed; the best convolution tiles by their decision's key."""
+) -> Iterator[dict[str, Any]]:
+    """Every cut of every launch, timed beside the cut that the plan has."""
     work = {n: list(distinct(items).values()) for n, items in launches.items()}
-    jobs = {}
-    for items in work.values():
-        for item in items:
-            for cut, registers in variants(item):
-                jobs[cut.kernel.id, registers] = (cut.kernel, registers)
+    jobs = {
+        (cut.kernel.id, registers): (cut.kernel, registers)
+        for items in work.values()
+        for item in items
+        for cut, registers in variants(item)
+    }
     print(f"\ncompiling {len(jobs)} kernels", flush=True)
     compile_all(jobs.values())
-    results = []
     for images, items in work.items():
         counts = Counter((item.kernel.id, item.grid) for item in launches[images])
         for item in items:
-            for cut, registers in variants(item):
-                device = devices[images]
+            cuts = [(item, 0), *variants(item)]
+            times = {}
+            for cut, registers in cuts:
                 try:
                     ms = milliseconds(
-                        lambda d=device, c=cut, r=registers: d.launch(c, r), 5, replays=5
+                        lambda d=devices[images], c=cut, r=registers: d.launch(c, r), 10, replays=5
                     )
                 except OutOfResources:
                     continue
-                results.append(
-                    {
-                        "images": images,
-                        "kernel": describe(item),
-                        "tile": tile_text(cut.kernel, registers),
-                        "count": counts[item.kernel.id, item.grid],
-                        "ms": ms,
-                        "tflops": operations(item) / ms / 1e9,
-                        "constants": dict(cut.kernel.constants),
-                        "registers": registers,
-                        "warps": cut.kernel.num_warps,
-                        "stages": cut.kernel.num_stages,
-                    }
-                )
-    return results, best_tiles(results)
-
-
-def best_tiles(results: Sequence[dict[str, Any]]) -> dict[tuple[int, int, int, int], Tile]:
-    """For each decision of ``product_tile`` the tile with the least time over all its kernels."""
-    spent: dict[tuple[int, int, int, int], dict[Tile, float]] = defaultdict(dict)
-    kinds: dict[tuple[int, int, int, int], dict[Tile, set[str]]] = defaultdict(dict)
-    for row in results:
-        c = row["constants"]
-        if "TAPS" not in c or row["images"] != CAPACITY or row["registers"]:
-            continue
-        key = (c["PIXELS"], c["INPUTS"], c["OUTPUTS"], c["TAPS"])
-        sizes = (c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"])
-        tile = Tile(*sizes, row["warps"], row["stages"], c["SWAP"])
-        spent[key][tile] = spent[key].get(tile, 0.0) + row["ms"] * row["count"]
-        kinds[key].setdefault(tile, set()).add(row["kernel"])
-    best = {}
-    for key, times in spent.items():
-        full = max(len(found) for found in kinds[key].values())
-        whole = {tile: t for tile, t in times.items() if len(kinds[key][tile]) == full}
-        best[key] = min(whole, key=whole.__getitem__)
-    return best
+                times[tile_text(cut.kernel, registers)] = ms
+            yield {
+                "images": images,
+                "kernel": describe(item),
+                "count": counts[item.kernel.id, item.grid],
+                "tile": tile_text(item.kernel),
+                "times": times,
+            }
 
 
 def show_sweep(results: Sequence[dict[str, Any]]) -> None:
-    """The four best cuts of every launch."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    """Where another cut is faster by more than what two measurements differ by."""
+    print("\nfaster cuts, us")
     for row in results:
-        groups[row["images"], row["kernel"]].append(row)
-    print("\nbest cuts, us and TFLOP/s")
-    for (images, kernel), rows in groups.items():
-        rows.sort(key=lambda row: row["ms"])
-        texts = [f"{r['tile']} {r['ms'] * 1e3:.1f} ({r['tflops']:.0f})" for r in rows[:4]]
-        print(f"{images:2d} {kernel:42s} x{rows[0]['count']:2d} | " + " | ".join(texts))
+        usual = row["times"][row["tile"]]
+        best = sorted(row["times"].items(), key=lambda each: each[1])[:2]
+        if best[0][1] < 0.97 * usual:
+            text = ", ".join(f"{tile} {ms * 1e3:.1f}" for tile, ms in best)
+            print(
+                f"{row['images']:2d} {row['kernel']:38s} x{row['count']:2d} {row['tile']} "
+                f"{usual * 1e3:.1f}: {text}"
+            )
 
 
 def main() -> None:
-    """Check, time, sweep, and time again with the best tiles."""
+    """Check, time, and sweep if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-sweep", action="store_true")
+    parser.add_argument(
+        "--sweep",
+        type=int,
+        nargs="+",
+        default=[],
+        choices=[1, 4, CAPACITY],
+        metavar="IMAGES",
+        help="try other tiles at so many images",
+    )
     parser.add_argument("--storage", default="float16", choices=["float16", "float32"])
     parser.add_argument("--out", help="write all results there, as JSON")
     arguments = parser.parse_args()
@@ -473,16 +464,12 @@ def main() -> None:
         want = torch.cat([Pictures(tokenizer.cuda())(part) for part in tokens.split(4)])
     torch.cuda.empty_cache()
 
-    def lower() -> tuple[DecoderPart, dict[int, Device], dict[int, list[Launch]]]:
-        part = decoder.lower_decoder(tensors, TOKENS, storage, (1, 4, CAPACITY))
-        compile_all([(item.kernel, 0) for item in distinct(all_launches(part)).values()])
-        devices = {bucket.images: Device.of(part, bucket.images) for bucket in part.buckets}
-        for device in devices.values():
-            device.memory["tokens"].copy_(tokens[: len(device.memory["tokens"])])
-        launches = {bucket.images: list(flat(bucket.launches)) for bucket in part.buckets}
-        return part, devices, launches
-
-    part, devices, launches = lower()
+    part = lower_decoder(tensors, TOKENS, storage, (1, 4, CAPACITY))
+    compile_all({item.kernel.id: (item.kernel, 0) for item in all_launches(part)}.values())
+    devices = {bucket.images: Device.of(part, bucket.images) for bucket in part.buckets}
+    for device in devices.values():
+        device.memory["tokens"].copy_(tokens[: len(device.memory["tokens"])])
+    launches = {bucket.images: list(flat(bucket.launches)) for bucket in part.buckets}
     # What the network is, not what is computed: a convolution after doubling has nine taps.
     total = sum(
         operations(item) * (2.25 if dict(item.kernel.constants).get("UPSAMPLE") else 1)
@@ -497,32 +484,13 @@ def main() -> None:
     report["kernels"] = {n: by_kernel(devices[n], launches[n]) for n in (CAPACITY, 1)}
     for images, rows in report["kernels"].items():
         show(rows, images)
-    if not arguments.no_sweep:
-        work = {n: launches[n] for n in (CAPACITY, 1)}
-        report["sweep"], best = sweep(devices, work)
+    if arguments.sweep:
+        report["sweep"] = list(sweep(devices, {n: launches[n] for n in arguments.sweep}))
         show_sweep(report["sweep"])
-        print("\nbest tiles by (pixels, inputs, outputs, taps):")
-        for key, tile in best.items():
-            print(f"  {key}: {tile}")
-        usual = decoder.product_tile
-
-        def chosen(storage: Storage, cells: int, inputs: int, outputs: int, taps: int) -> Tile:
-            found = best.get((cells, inputs, outputs, taps))
-            return found or usual(storage, cells, inputs, outputs, taps)
-
-        decoder.product_tile = chosen
-        devices.clear()
-        torch.cuda.empty_cache()
-        part, devices, launches = lower()
-        print("\nwith the best tiles:")
-        check(part, devices, tokens, want)
-        report["ms_an_image_best"] = time_decoder(part, devices, total)
-        show(by_kernel(devices[CAPACITY], launches[CAPACITY]), CAPACITY)
     if arguments.out:
         with open(arguments.out, "w") as stream:
             json.dump(report, stream)
-    keys = ("gpu", "storage", "ms_an_image", "ms_an_image_best")
-    print(json.dumps({key: report[key] for key in keys if key in report}))
+    print(json.dumps({key: report[key] for key in ("gpu", "storage", "ms_an_image")}))
 
 
 def all_launches(part: DecoderPart) -> list[Launch]:

@@ -1,8 +1,10 @@
 """Carry out launches of a plan in Triton's interpreter, in a process of its own.
 
 The interpreter is chosen when a kernel is defined, so this cannot happen where others compile it.
-``python interpreted_plan.py LAUNCHES MEMORY RESULT`` reads the launches from a JSON file and what
-they work on from an .npz file, and writes that memory as they left it.
+One process serves all tests, since starting it takes as long as most of them. Each line that
+``python interpreted_plan.py`` reads is a JSON list of three paths: a JSON file of launches, an .npz
+file of what they work on, and where to write that memory as they left it. It answers with a line:
+JSON of the error, or null.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,15 +51,39 @@ def interpret(
         source, stored, result = (Path(scratch, name) for name in ("l.json", "m.npz", "r.npz"))
         source.write_text(json.dumps(described))
         np.savez(stored, **memory)
-        command = [sys.executable, __file__, *map(str, (source, stored, result))]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        process = server()
+        process.stdin.write(json.dumps([str(source), str(stored), str(result)]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, "the interpreter has ended"
+        error = json.loads(answer)
+        assert error is None, error
         with np.load(result) as found:
             return {name: found[name] for name in memory}
 
 
-def main(source: str, stored: str, result: str) -> None:
+@cache
+def server() -> subprocess.Popen[str]:
+    """The process with the interpreter; it ends when its input does, which is with this process."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, text=True
+    )
+
+
+def serve() -> None:
+    """Carry out what is asked for, line by line."""
+    for line in sys.stdin:
+        error = None
+        try:
+            carry_out(*json.loads(line))
+        except Exception:
+            error = traceback.format_exc()
+        print(json.dumps(error), flush=True)
+
+
+def carry_out(source: str, stored: str, result: str) -> None:
     import torch
 
     with np.load(stored) as found:
@@ -71,4 +99,4 @@ def main(source: str, stored: str, result: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -493,7 +493,7 @@ def test_tensors_of_a_bundle(golden_dir: Path, tmp_path: Path) -> None:
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     tokenizer = VQTokenizer(tokenizer_config_from_state(shapes)).eval()
     tokenizer.load_state_dict(state)
-    write_graph(lower_graph(tokenizer, 256), tmp_path, "decoder", "fp32")
+    write_graph(lower_graph(tokenizer, 4), tmp_path, "decoder", "fp32")
     found = decoder_tensors(cast(Bundle, DecoderOnly(tmp_path)))
     wanted = {
         name: value
