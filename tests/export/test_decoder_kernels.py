@@ -388,10 +388,11 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = decoder.product_tile
 
     def product_tile(storage: Storage, *sizes: int) -> Tile:
-        _, _, inputs, outputs, *_ = sizes
+        _, cells, inputs, outputs, *_ = sizes
         if storage == "float16":
             return usual(storage, *sizes)
-        return Tile(256, min(outputs & -outputs, 128), min(inputs & -inputs, 128), 4, 1)
+        m = 64 if cells <= 64 else 256
+        return Tile(m, min(outputs & -outputs, 128), min(inputs & -inputs, 128), 4, 1)
 
     monkeypatch.setattr(decoder, "product_tile", product_tile)
     monkeypatch.setattr(decoder, "_PROGRAMS", 1)
