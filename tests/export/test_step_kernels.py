@@ -9,21 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from aim_runtime.sampling import SamplingOptions, guide, sample
-
 from .interpreter import Interpreter, Memory, interpreter_process
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 from aim_export.cuda.plan import Argument, KernelSpec, Launch, launch
 from aim_export.kernels import convert, step
-from aim_export.kernels import sample as sampler
 from aim_training.model import EPS
 
-R, D, INNER, S, H, K, T, V = 4, 48, 96, 16, 4, 4, 9, 37
-X = INNER + 2 * S
-E = INNER + X + H
-P = INNER // H
+R, D, INNER, E, S, H, T, V = 4, 48, 96, 237, 16, 4, 9, 37
 NAN = math.nan
 
 #: Relative to the norm of what is expected.
@@ -103,197 +97,151 @@ def stored(weight: Tensor, dtype: torch.dtype) -> tuple[Memory, Tensor]:
 
 # -- in_proj --------------------------------------------------------------------------------------
 
-# Positions of the rows, step by step: on past the convolution's width; begun anew twice; begun
-# late, while the other rows go on; and late in an image at the end.
-POSITIONS = torch.tensor(
-    [[0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 0, 1], [0, 0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]]
-).T.contiguous()
-
-
-def expected_projection(memory: Memory, matrix: Tensor) -> Tensor:
-    """``projected`` (steps, R, E) in float64, the convolution over each row's own inputs."""
-    scaled = memory["scaled"].double()
-    squares = memory["partials"].double().sum(-1)
-    total = scaled @ matrix.T / torch.sqrt(squares / D + EPS)[..., None]
-    total += memory["shifted"].double()
-    taps, bias = memory["conv_weight"].double(), memory["conv_bias"].double()
-    outputs = []
-    heard: list[list[Tensor]] = [[] for _ in range(R)]
-    for index, positions in enumerate(memory["position"]):
-        rows = []
-        for row, position in enumerate(positions):
-            z, mixed, dt = total[index, row].split((INNER, X, H))
-            heard[row] = [*heard[row], mixed] if position else [mixed]
-            # The newest input meets the last tap.
-            past = heard[row][-K:]
-            convolved = bias + sum(a * b for a, b in zip(past, taps[-len(past) :], strict=True))
-            dt = torch.nn.functional.softplus(dt + memory["dt_bias"].double(), threshold=1e3)
-            silu = torch.nn.functional.silu
-            rows.append(torch.cat([silu(z), silu(convolved), dt]))
-        outputs.append(torch.stack(rows))
-    return torch.stack(outputs)
-
 
 @products
 def test_in_proj(interpreter: Interpreter, product: str) -> None:
     dtype, activation, tile = PRODUCTS[product]
-    steps, parts = len(POSITIONS), 3
-    weight, shifted = normal(1, E, D), normal(4, R, E, dtype=activation)
-    # Small beside ``dt_bias``, so that it decides how large dt is.
-    weight[-H:] *= 0.1
-    shifted[:, -H:] *= 0.1
-    kept, matrix = stored(weight, dtype)
+    parts = 3
+    kept, matrix = stored(normal(1, E, D), dtype)
     memory: Memory = {
         **kept,
-        "scaled": normal(2, steps, R, D, dtype=activation),
-        "partials": D / parts * normal(3, steps, R, parts) ** 2,
-        "shifted": shifted,
-        "position": POSITIONS,
-        "ring": unset(R, K, X),
-        "conv_weight": normal(5, K, X),
-        "conv_bias": normal(6, X),
-        # From where 1 + exp(dt) has few digits left to where softplus is the identity.
-        "dt_bias": torch.tensor([-18.0, -4.0, 0.0, 25.0]),
-        "projected": unset(steps, R, E),
+        "scaled": normal(2, R, D, dtype=activation),
+        "partials": normal(3, R, parts) ** 2,
+        "shifted": normal(4, R, E, dtype=activation),
+        "projected": unset(R, E),
     }
-    grid = (-(-E // tile["BN"]), R // tile["BM"])
-    names = "weight scales scaled partials shifted position ring conv_weight conv_bias dt_bias"
+    memory["partials"][1] = 1e-7  # where epsilon counts
     item = one(
         step.in_proj,
         memory,
-        grid,
-        f"{names} projected",
+        (-(-E // tile["BN"]), R // tile["BM"]),
+        "weight scales scaled partials shifted projected weight",
         D=D,
-        INNER=INNER,
-        X=X,
-        H=H,
-        K=K,
+        E=E,
         PARTS=parts,
         EPS=EPS,
         HAS_SCALES=dtype == torch.int8,
+        AHEAD=0,
         **tile,
         OVERLAPS=False,
     )
-    launches = [
-        at_step(item, index, memory, "scaled", "partials", "position", "projected")
-        for index in range(steps)
-    ]
-    found = interpreter.run(launches, memory)["projected"]
-    wanted = expected_projection(memory, matrix)
-    close(found, wanted)
-    # Each region and row by itself; of the steps dt even the smallest has its digits.
-    for part, expected in zip(
-        found.split((INNER, X, H), -1), wanted.split((INNER, X, H), -1), strict=True
-    ):
-        for row in range(R):
-            close(part[:, row], expected[:, row])
-    dt, expected = found[..., -H:].double(), wanted[..., -H:]
-    assert float(expected.min()) < 1e-7
-    assert float(expected.max()) > 20
-    assert float(((dt - expected) / expected).abs().max()) < 2e-5
+    found = interpreter.run([item], memory)["projected"]
+    rms = torch.sqrt(memory["partials"].double().sum(1) / D + EPS)
+    wanted = memory["scaled"].double() @ matrix.T / rms[:, None] + memory["shifted"].double()
+    for row in range(R):
+        close(found[row], wanted[row])
 
 
 # -- scan -----------------------------------------------------------------------------------------
 
-CHUNK = 4
-SCAN_P = 8
-SCAN_INNER = H * SCAN_P
-SCAN_X = SCAN_INNER + 2 * S
-SCAN_E = SCAN_INNER + SCAN_X + H
+CHUNK, P = 4, 8
+INNER_S = H * P
+X = INNER_S + 2 * S
+E_S = INNER_S + X + H
 # Two chunks and into the third; begun anew in the middle of a chunk, and right after one; begun
-# while the other rows are elsewhere.
-SCAN_POSITIONS = torch.tensor(
+# while the other rows are elsewhere. The ring goes round in five.
+POSITIONS = torch.tensor(
     [
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
         [0, 1, 0, 1, 2, 3, 4, 5, 0, 1],
         [0, 1, 2, 3, 0, 1, 2, 3, 4, 5],
     ]
 ).T.contiguous()
+FOLDED_LAST = (7, 5, 7)  # the steps after which the rows' memories were last folded
 
 
 def expected_scan(memory: Memory) -> tuple[Tensor, Tensor]:
-    """``gated`` (steps, R, I), and the states (steps, R, H, P, S) after each step: the recurrence.
+    """``gated`` (steps, R, I), and the states (steps, R, H, P, S) after each step.
 
-    Source: arXiv 2405.21060, section 2, with a scalar times the identity for A.
+    A convolution over each row's own inputs, then the recurrence of arXiv 2405.21060, section 2,
+    with a scalar times the identity for A; all in float64.
     """
-    rows = memory["position"].shape[1]
+    silu, softplus = torch.nn.functional.silu, torch.nn.functional.softplus
+    steps, rows = memory["position"].shape
     projected = memory["projected"].double()
-    a, d = memory["a"].double(), memory["d"].double()
-    state = torch.zeros(rows, H, SCAN_P, S, dtype=torch.float64)
-    gated, states = [], []
-    for index, positions in enumerate(memory["position"]):
-        state = state * (positions > 0)[:, None, None, None]
-        z, x, b, c, dt = projected[index].split((SCAN_INNER, SCAN_INNER, S, S, H), -1)
-        x = x.view(rows, H, SCAN_P)
-        decay = torch.exp(dt * a)[..., None, None]
-        state = decay * state + (dt[..., None] * x)[..., None] * b[:, None, None, :]
-        y = (state * c[:, None, None, :]).sum(-1) + d[:, None] * x
-        gated.append(y.view(rows, -1) * z)
-        states.append(state)
-    return torch.stack(gated), torch.stack(states)
+    taps, bias = memory["conv_weight"].double(), memory["conv_bias"].double()
+    a, d, dt_bias = (memory[name].double() for name in ("a", "d", "dt_bias"))
+    gated = torch.zeros(steps, rows, INNER_S, dtype=torch.float64)
+    states = torch.zeros(steps, rows, H, P, S, dtype=torch.float64)
+    for row in range(rows):
+        heard: list[Tensor] = []
+        state = torch.zeros(H, P, S, dtype=torch.float64)
+        for index, position in enumerate(memory["position"][:, row]):
+            z, mixed, dt = projected[index, row].split((INNER_S, X, H))
+            if position == 0:
+                heard, state = [], torch.zeros_like(state)
+            heard.append(mixed)
+            past = heard[-len(taps) :]  # the newest meets the last tap
+            mixed = bias + sum(x * w for x, w in zip(past, taps[-len(past) :], strict=True))
+            x, b, c = silu(mixed).split((INNER_S, S, S))
+            x, dt = x.view(H, P), softplus(dt + dt_bias, threshold=1e3)
+            state = torch.exp(dt * a)[:, None, None] * state
+            state = state + (dt[:, None] * x)[..., None] * b
+            y = state @ c + d[:, None] * x
+            gated[index, row], states[index, row] = y.view(-1) * silu(z), state
+    return gated, states
 
 
-def scan_memory(state: torch.dtype, history: torch.dtype, activation: torch.dtype) -> Memory:
-    steps, rows = SCAN_POSITIONS.shape
-    projected = normal(11, steps, rows, SCAN_E)
-    projected[..., -H:] = projected[..., -H:].abs() * 0.3
+def scan_memory(
+    state: torch.dtype = torch.float32,
+    history: torch.dtype = torch.float32,
+    activation: torch.dtype = torch.float32,
+    width: int = 5,
+) -> Memory:
+    steps, rows = POSITIONS.shape
     return {
-        "projected": projected,
-        "a": -normal(12, H).abs() - 0.1,
-        "d": normal(13, H),
-        "position": SCAN_POSITIONS,
-        "state": unset(rows, H, SCAN_P, S, dtype=state),
-        "past_x": unset(rows, CHUNK, SCAN_INNER, dtype=history),
+        "projected": normal(11, steps, rows, E_S),
+        "conv_weight": normal(12, width, X),
+        "conv_bias": normal(13, X),
+        "dt_bias": normal(14, H) - 1,
+        "a": -normal(15, H).abs() - 0.1,
+        "d": normal(16, H),
+        "position": POSITIONS,
+        "ring": unset(rows, width, X),
+        "state": unset(rows, H, P, S, dtype=state),
+        "past_x": unset(rows, CHUNK, INNER_S, dtype=history),
         "past_b": unset(rows, CHUNK, S, dtype=history),
         "past_decay": unset(rows, H, CHUNK),
-        "gated": unset(steps, rows, SCAN_INNER, dtype=activation),
+        "gated": unset(steps, rows, INNER_S, dtype=activation),
         "squares": unset(steps, rows, H),
     }
 
 
-def scan_launches(memory: Memory, heads: int, first: int = 0) -> list[Launch]:
+def scan_launches(memory: Memory, heads: int) -> list[Launch]:
     steps, rows = memory["position"].shape
-    names = "projected a d position state past_x past_b past_decay gated squares"
-    sizes = {"INNER": SCAN_INNER, "X": SCAN_X, "H": H, "P": SCAN_P, "S": S}
     item = one(
         step.scan,
         memory,
         (H // heads, rows),
-        names,
-        **sizes,
+        "projected conv_weight conv_bias dt_bias a d position ring state past_x past_b past_decay "
+        "gated squares a",
+        INNER=INNER_S,
+        X=X,
+        H=H,
+        P=P,
+        S=S,
+        K=len(memory["conv_weight"]),
         CHUNK=CHUNK,
+        AHEAD=0,
         HEADS=heads,
         STAGES=1,
         OVERLAPS=False,
     )
     stacked = ("projected", "position", "gated", "squares")
-    return [at_step(item, index, memory, *stacked) for index in range(first, steps)]
+    return [at_step(item, index, memory, *stacked) for index in range(steps)]
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_scan(interpreter: Interpreter, heads: int) -> None:
-    memory = scan_memory(torch.float32, torch.float32, torch.float32)
+@pytest.mark.parametrize(("heads", "width"), [(1, 5), (2, 5), (2, 4), (4, 1)])
+def test_scan(interpreter: Interpreter, heads: int, width: int) -> None:
+    """All memory is garbage at first: what no token of this image wrote is not read."""
+    memory = scan_memory(width=width)
     found = interpreter.run(scan_launches(memory, heads), memory)
     gated, states = expected_scan(memory)
-    for row in range(gated.shape[1]):
+    for row, last in enumerate(FOLDED_LAST):
         close(found["gated"][:, row], gated[:, row])
-        squares = gated[:, row].view(-1, H, SCAN_P).square().sum(-1)
-        close(found["squares"][:, row], squares)
-    # What lies in memory is the state after the last full chunk.
-    for row, last in enumerate((7, 5, 7)):
+        close(found["squares"][:, row], gated[:, row].view(-1, H, P).square().sum(-1))
+        # What lies in memory is the state after the last full chunk.
         close(found["state"][row], states[last, row])
-
-
-def test_scan_does_not_read_a_state_before_it_has_written_one(interpreter: Interpreter) -> None:
-    """Garbage in place of the state, at the end of a first chunk."""
-    memory = scan_memory(torch.float32, torch.float32, torch.float32)
-    for name in ("projected", "position", "gated", "squares"):
-        memory[name] = memory[name][: CHUNK + 1].contiguous()
-    memory["position"] = torch.arange(CHUNK + 1)[:, None].repeat(1, 3)
-    gated, states = expected_scan(memory)
-    found = interpreter.run(scan_launches(memory, 2), memory)
-    close(found["gated"], gated)
-    close(found["state"], states[CHUNK - 1])
 
 
 def test_scan_with_a_short_memory(interpreter: Interpreter) -> None:
@@ -302,8 +250,22 @@ def test_scan_with_a_short_memory(interpreter: Interpreter) -> None:
     found = interpreter.run(scan_launches(memory, 2), memory)
     gated, states = expected_scan(memory)
     close(found["gated"], gated, 8e-3)
-    for row, last in enumerate((7, 5, 7)):
+    for row, last in enumerate(FOLDED_LAST):
         close(found["state"][row], states[last, row], 8e-3)
+
+
+def test_steps_of_any_length(interpreter: Interpreter) -> None:
+    """dt from where 1 + exp has no digits left to where softplus is the identity."""
+    memory = scan_memory()
+    memory["dt_bias"] = torch.tensor([-18.0, -9.0, 0.0, 25.0])
+    memory |= {name: memory[name][:1] for name in ("projected", "position", "gated", "squares")}
+    found = interpreter.run(scan_launches(memory, 4), memory)["past_decay"][..., 0]
+    raw = memory["projected"][0, :, -H:].double() + memory["dt_bias"]
+    dt = torch.nn.functional.softplus(raw, threshold=1e3)
+    assert float(dt.min()) < 1e-7
+    assert float(dt.max()) > 20
+    wanted = dt * memory["a"]
+    assert float(((found - wanted) / wanted).abs().max()) < 1e-5
 
 
 # -- out_proj -------------------------------------------------------------------------------------
@@ -473,8 +435,9 @@ def test_linear(interpreter: Interpreter, product: str, bias: bool) -> None:
         "bias": normal(73, V) if bias else unset(V),
         "target": unset(R, V),
     }
-    constants = {"HAS_SCALES": dtype == torch.int8, "HAS_BIAS": bias, **tile, "OVERLAPS": False}
-    names = "weight scales source bias target"
+    flags = {"HAS_SCALES": dtype == torch.int8, "HAS_BIAS": bias, "OVERLAPS": False}
+    constants = {"AHEAD": 0, **flags, **tile}
+    names = "weight scales source bias target weight"
     grid = (-(-V // tile["BN"]), R // tile["BM"])
     item = one(step.linear, memory, grid, names, N=V, WIDTH=D, **constants)
     wanted = memory["source"].double() @ matrix.T
@@ -532,90 +495,13 @@ def test_quantise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     assert reached.tolist() == [127, 127, 0, 127, 127, 127, 127]
 
 
-# -- the draw -------------------------------------------------------------------------------------
-
-OPTIONS = [
-    SamplingOptions(),
-    SamplingOptions(temperature=0),
-    SamplingOptions(temperature=0.7, top_k=5),
-    SamplingOptions(top_p=0.8),
-    SamplingOptions(cfg_scale=3.0, temperature=1.3, top_k=20, top_p=0.6),
-    SamplingOptions(cfg_scale=2.0, top_k=1),
-    SamplingOptions(cfg_scale=2.0, top_p=1e-6),
-]
-
-
-def sampler_memory(options: SamplingOptions) -> Memory:
-    guided = options.rows_per_image == 2
-    settings = [
-        options.cfg_scale,
-        1 / options.temperature if options.temperature else 0.0,
-        options.top_p,
-        options.top_k,
-    ]
-    noise = torch.rand(R, T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return {
-        "logits": torch.round(normal(95, R, V) * 32) / 16,  # among them equal ones
-        "noise": noise,
-        "settings": torch.tensor([settings] * R),
-        "pairs": torch.tensor([R // 2 if guided else 0], dtype=torch.int32),
-        "forced": torch.zeros(1, dtype=torch.int32),
-        "tokens": torch.full((R, T), -1),
-        "token": torch.full((R,), -1),
-        "position": torch.full((R,), 3),
-        "status": torch.zeros(4, dtype=torch.int32),
-    }
-
-
-def draw(memory: Memory) -> Launch:
-    names = "logits noise settings pairs forced tokens token position status"
-    return one(sampler.sample, memory, R, names, V=V, T=T, BLOCK=64, OVERLAPS=False)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_sample(interpreter: Interpreter, options: SamplingOptions) -> None:
-    memory = sampler_memory(options)
-    images = int(memory["pairs"]) or R
-    found = interpreter.run([draw(memory)], memory)
-    scores = guide(memory["logits"].numpy(), images, options.cfg_scale)
-    wanted = torch.from_numpy(sample(scores, memory["noise"][:images, 3].numpy(), options))
-    assert torch.equal(found["tokens"][:images, 3], wanted)
-    # Both rows of an image get its token and go on; nothing else is touched.
-    assert torch.equal(found["token"], wanted.repeat(R // images))
-    assert (found["position"] == 4).all()
-    found["tokens"][:images, 3] = -1
-    assert (found["tokens"] == -1).all()
-    assert not found["status"].any()
-
-
-def test_sample_leaves_a_forced_step_alone(interpreter: Interpreter) -> None:
-    memory = sampler_memory(SamplingOptions())
-    memory["forced"][0] = 1
-    found = interpreter.run([draw(memory)], memory)
-    for name, tensor in memory.items():
-        assert torch.equal(found[name], tensor), name
-
-
-@pytest.mark.parametrize("strange", [NAN, math.inf])
-def test_sample_reports_scores_that_are_not_finite(
-    interpreter: Interpreter, strange: float
-) -> None:
-    memory = sampler_memory(SamplingOptions())
-    memory["logits"][2, 7] = strange
-    found = interpreter.run([draw(memory)], memory)
-    assert found["status"].tolist() == [1, 0, 0, 0]
-    assert (found["token"] < V).all()
-    assert (found["token"] >= 0).all()
+# -- the process ----------------------------------------------------------------------------------
 
 
 def test_the_process_reports_what_fails(interpreter: Interpreter) -> None:
-    memory = sampler_memory(SamplingOptions())
-    item = draw(memory)
-    memory["tokens"] = memory["tokens"].int()
-    with pytest.raises(AssertionError, match="tokens"):
-        interpreter.run([item], memory)
-    memory = {"source": torch.zeros(4096), "target": torch.zeros(4090)}
+    memory: Memory = {"source": torch.zeros(4096), "target": torch.zeros(4096)}
+    item = one(convert.cast, memory, 1, "source target", BLOCK=convert.CAST_BLOCK)
     with pytest.raises(AssertionError, match="behind the end of target"):
-        interpreter.run(
-            [one(convert.cast, memory, 1, "source target", BLOCK=convert.CAST_BLOCK)], memory
-        )
+        interpreter.run([item], memory | {"target": torch.zeros(4090)})
+    with pytest.raises(AssertionError, match="target"):
+        interpreter.run([item], memory | {"target": torch.zeros(4096, dtype=torch.int32)})
