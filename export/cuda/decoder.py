@@ -629,6 +629,8 @@ class _BucketLowering:
                 BLOCK_N=tile.n,
                 BLOCK_K=tile.k,
                 PART=part,
+                # Large maps have the same tile in every bucket.
+                PAIRS=x.cells < _LARGE_MAP,
                 SWAP=tile.swap,
                 OVERLAPS=True,
             ),

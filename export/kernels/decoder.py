@@ -159,6 +159,29 @@ def lookup(
 
 
 @triton.jit
+def sums_of_parts(value, PART: tl.constexpr, PAIRS: tl.constexpr):
+    """(M, C) to (M / PART, C): sums over PART rows each.
+
+    With PAIRS two and two are added in an order that is given here, and so is the same however the
+    compiler spreads rows over threads: 8 apart first, as tensor cores leave two rows to a thread.
+    """
+    M: tl.constexpr = value.shape[0]
+    C: tl.constexpr = value.shape[1]
+    if PAIRS:
+        value = tl.sum(tl.reshape(value, (M // 16, 2, 8 * C)), 1)
+        value = tl.sum(tl.reshape(value, (M // 16, 2, 4 * C)), 1)
+        value = tl.sum(tl.reshape(value, (M // 16, 2, 2 * C)), 1)
+        value = tl.sum(tl.reshape(value, (M // 16, 2, C)), 1)
+        if PART >= 32:
+            value = tl.sum(tl.reshape(value, (M // 32, 2, C)), 1)
+        if PART >= 64:
+            value = tl.sum(tl.reshape(value, (M // 64, 2, C)), 1)
+    else:
+        value = tl.sum(tl.reshape(value, (M // PART, PART, C)), 1)
+    return value
+
+
+@triton.jit
 def convolution(
     x,
     weight,
@@ -185,6 +208,7 @@ def convolution(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,
+    PAIRS: tl.constexpr,
     SWAP: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -200,7 +224,8 @@ def convolution(
         residual: map like y; read with RESIDUAL. It may be y.
         y: map of OUTPUTS channels.
         moments: (N, parts of an image, 2, OUTPUTS) float32, written with MOMENTS: mean and sum of
-            squared deviations over PART pixels each. PART must divide BLOCK_M.
+            squared deviations over PART pixels each, which must divide BLOCK_M. With PAIRS, for
+            which see `sums_of_parts`, PART is 16, 32 or 64.
         PIXELS: of an image of x; WIDTH, its width.
         X_PIXELS: of an image in memory; X_PITCH, of a row; X_FIRST, where the first tap of the
             first pixel lies. Likewise Y, for the first pixel.
@@ -285,16 +310,18 @@ def convolution(
         PARTS: tl.constexpr = (PIXELS + PART - 1) // PART
         PLACES: tl.constexpr = 4 if UPSAMPLE else 1
         parts = tile * (BLOCK_M // PART) + tl.arange(0, BLOCK_M // PART)
-        value = tl.reshape(value, (BLOCK_M // PART, PART, BLOCK_N))
         if PIXELS % BLOCK_M != 0:
-            inside = tl.reshape(there, (BLOCK_M // PART, PART))[:, :, None]
+            value = tl.where(there[:, None], value, 0.0)
             counts = tl.minimum(tl.maximum(PIXELS - parts * PART, 1), PART).to(tl.float32)
-            mean = tl.sum(tl.where(inside, value, 0.0), 1) / counts[:, None]
-            apart = tl.where(inside, value - mean[:, None, :], 0.0)
+            mean = sums_of_parts(value, PART, PAIRS) / counts[:, None]
         else:
-            mean = tl.sum(value, 1) * (1.0 / PART)
-            apart = value - mean[:, None, :]
-        squares = tl.sum(apart * apart, 1)
+            mean = sums_of_parts(value, PART, PAIRS) * (1.0 / PART)
+        shape: tl.constexpr = (BLOCK_M // PART, PART, BLOCK_N)
+        means = tl.reshape(tl.broadcast_to(mean[:, None, :], shape), (BLOCK_M, BLOCK_N))
+        apart = value - means
+        if PIXELS % BLOCK_M != 0:
+            apart = tl.where(there[:, None], apart, 0.0)
+        squares = sums_of_parts(apart * apart, PART, PAIRS)
         number = (image * PLACES + place) * PARTS + parts
         to = moments + number[:, None] * (2 * OUTPUTS) + columns[None, :]
         if PIXELS % BLOCK_M != 0:

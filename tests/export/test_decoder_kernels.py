@@ -52,7 +52,7 @@ PIXELS = HEIGHT * WIDTH
 #: Tiles that fill neither the pixels nor, below, the keys of the attention.
 TILE = 16
 #: Pixels whose statistics are taken together; they do not fill the last part.
-PART = 8
+PART = 16
 
 
 def generator(seed: int) -> torch.Generator:
@@ -115,7 +115,8 @@ def convolution(
         BLOCK_M=flags.get("BLOCK_M", TILE),
         BLOCK_N=32,
         BLOCK_K=16,
-        PART=flags.get("PART", PART),
+        PART=PART,
+        PAIRS=flags.get("PAIRS", True),
         SWAP=flags.get("SWAP", False),
     )
     tiles = math.ceil(PIXELS / dict(kernel.constants)["BLOCK_M"])
@@ -160,7 +161,7 @@ def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[
 
 def norm_memory(channels: int, places: int = 1) -> dict[str, np.ndarray]:
     return {
-        "moments": np.full((IMAGES, places * 4, 2, channels), np.nan, np.float32),
+        "moments": np.full((IMAGES, places * 2, 2, channels), np.nan, np.float32),
         "gain": normal(11, channels).numpy(),
         "offset": normal(12, channels).numpy(),
         "factors": np.full((IMAGES, 2, channels), np.nan, np.float32),
@@ -182,8 +183,10 @@ def pack(name: str, outputs: int, inputs: int, taps: int, stored: int | None = N
     return launch(kernel, grid, "weight", "packed")
 
 
-@pytest.mark.parametrize(("swap", "block_m"), [(False, TILE), (True, TILE), (False, 64)])
-def test_convolution_norm_and_swish(swap: bool, block_m: int) -> None:
+@pytest.mark.parametrize(
+    ("swap", "pairs", "block_m"), [(False, True, TILE), (True, False, TILE), (False, True, 64)]
+)
+def test_convolution_norm_and_swish(swap: bool, pairs: bool, block_m: int) -> None:
     inputs, outputs = 48, 96
     x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
     # A mean far from zero, where naive sums of squares would lose the deviation.
@@ -200,7 +203,9 @@ def test_convolution_norm_and_swish(swap: bool, block_m: int) -> None:
     found = interpret(
         [
             pack("pack_weight", outputs, inputs, 3),
-            convolution("x", "y", inputs, outputs, 3, scale=0.5, SWAP=swap, BLOCK_M=block_m),
+            convolution(
+                "x", "y", inputs, outputs, 3, scale=0.5, SWAP=swap, PAIRS=pairs, BLOCK_M=block_m
+            ),
             *norm("y", "z", outputs),
         ],
         memory,
