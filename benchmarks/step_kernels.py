@@ -16,7 +16,7 @@ import torch
 
 from aim_export.cuda.plan import Bucket, Buffer, Launch, Program, Repeat
 from aim_export.cuda.precision import FORMATS
-from aim_export.cuda.step import TUNING, Geometry, Tile, Tuning, stack_bucket, step_bucket
+from aim_export.cuda.step import TUNING, Geometry, Tile, Tuning, step_bucket
 
 SIZES = {
     "B": Geometry(768, 24, 128, 64, 4, 16384, 256, 24, 1),
@@ -168,10 +168,13 @@ def each_kernel(g: Geometry, bucket: Bucket, weights: Memory) -> dict[str, float
     memory["forced"].view(torch.int32).fill_(0)
     found: dict[str, float] = {}
     for launch in launches(bucket.step):
-        repeat = Repeat(g.L, (launch,))
+        name = launch.kernel.function.__name__
+        if name in found:  # the last layer's
+            continue
+        repeat = Repeat(g.L - 1, (launch,))
         graph = capture(lambda repeat=repeat: run([repeat], memory))
         memory["position"].view(torch.int64).fill_(100)
-        found[launch.kernel.function.__name__] = milliseconds(graph.replay, 20) / g.L * 1e3
+        found[name] = milliseconds(graph.replay, 20) / (g.L - 1) * 1e3
         memory["position"].view(torch.int64).fill_(100)
     return found
 
@@ -182,12 +185,9 @@ def launches(program: Program) -> Iterator[Launch]:
         yield from item.body if isinstance(item, Repeat) else (item,)
 
 
-def logits_of(g: Geometry, number: str, rows: int, steps: int, warps: int = 0) -> torch.Tensor:
-    """Teacher-forced scores (steps, V) of row 0, for comparing formats and numbers of rows.
-
-    With ``warps`` the layers are one launch.
-    """
-    bucket = bucket_of(g, number, rows, warps)
+def logits_of(g: Geometry, number: str, rows: int, steps: int) -> torch.Tensor:
+    """Teacher-forced scores (steps, V) of row 0, for comparing formats and numbers of rows."""
+    bucket = step_bucket(g, FORMATS[number], rows, TUNING[rows])
     memory = prepare(g, bucket, random_weights(g, number))
     memory["forced"].view(torch.int32).fill_(1)
     tokens = torch.randint(g.V, (steps,), generator=torch.Generator().manual_seed(1))
@@ -199,14 +199,6 @@ def logits_of(g: Geometry, number: str, rows: int, steps: int, warps: int = 0) -
         run(bucket.step, memory)
         found.append(memory["logits"].view(torch.float32)[: g.V].clone())
     return torch.stack(found).double()
-
-
-def bucket_of(g: Geometry, number: str, rows: int, warps: int) -> Bucket:
-    """The step; with ``warps`` its layers are one launch of a program on each multiprocessor."""
-    if not warps:
-        return step_bucket(g, FORMATS[number], rows, TUNING[rows])
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
-    return stack_bucket(g, FORMATS[number], rows, TUNING[rows], programs, num_warps=warps)
 
 
 def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
@@ -249,7 +241,6 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp16"])
     parser.add_argument("--sweep", action="store_true", help="try other cuts of each kernel")
     parser.add_argument("--agree", action="store_true", help="compare formats with each other")
-    parser.add_argument("--stack", action="store_true", help="time the layers as one launch")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args()
     g = SIZES[options.size]
@@ -257,22 +248,14 @@ def main() -> None:
     if options.agree:
         small = replace(g, L=6)
         reference = logits_of(small, "fp32", 2, 48)
-        cases = [(n, r, 0) for n in ("fp32", "fp16-state16") for r in (1, 2, 4, 8, 16, 32, 128)]
-        cases += [("fp16", 1, 8), ("fp16", 2, 8), ("fp16", 2, 16)]
-        for number, rows, warps in cases:
-            error = (logits_of(small, number, rows, 48, warps) - reference).norm(dim=1)
-            worst = (error / reference.norm(dim=1)).max().item()
-            print(f"{number:14} {rows:4} rows: relative error {worst:.2e}", flush=True)
-            figures.append({"precision": number, "rows": rows, "warps": warps, "error": worst})
+        for number in ("fp32", "fp16", "fp16-state16", "int8"):
+            for rows in (1, 2, 4, 8, 16, 32, 128):
+                error = (logits_of(small, number, rows, 48) - reference).norm(dim=1)
+                worst = (error / reference.norm(dim=1)).max().item()
+                print(f"{number:14} {rows:4} rows: relative error {worst:.2e}", flush=True)
+                figures.append({"precision": number, "rows": rows, "error": worst})
     for number in options.precision:
         weights = random_weights(g, number)
-        for rows in (1, 2) if options.stack else ():
-            for warps in (8, 16, 32):
-                step = whole_step(g, bucket_of(g, number, rows, warps), weights)
-                print(
-                    f"{options.size} {number} {rows} rows, one launch, {warps} warps: {step:.3f} ms"
-                )
-                figures.append({"precision": number, "rows": rows, "warps": warps, "ms": step})
         for rows in options.rows:
             base = step_bucket(g, FORMATS[number], rows, TUNING[rows])
             step = whole_step(g, base, weights)

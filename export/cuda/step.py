@@ -34,20 +34,24 @@ _BYTES = {**DTYPE_BYTES, "float64": 8, "bfloat16": 2, "int8": 1}
 
 
 class Constants:
-    """Small tensors that are derived rather than stored: one file, each on its own boundary."""
+    """Small tensors that are derived rather than stored: one file, each on its own boundary.
+
+    Equal tensors share a place, so that the plans of several formats can share the file.
+    """
 
     def __init__(self) -> None:
-        self._chunks: list[bytes] = []
+        self._chunks: dict[bytes, int] = {}
         self._size = 0
 
     def add(self, values: np.ndarray) -> Weight:
         """Append ``values``; returns the weight that reads them."""
         values = np.ascontiguousarray(values)
-        offset, raw = self._size, values.tobytes()
+        raw = values.tobytes()
         padded = raw + b"\0" * (-len(raw) % _ALIGNMENT)
-        self._chunks.append(padded)
-        self._size += len(padded)
-        part = Part(CONSTANTS_FILE, offset, str(values.dtype), values.shape[0])
+        if padded not in self._chunks:
+            self._chunks[padded] = self._size
+            self._size += len(padded)
+        part = Part(CONSTANTS_FILE, self._chunks[padded], str(values.dtype), values.shape[0])
         return Weight(str(values.dtype), values.shape, (part,))
 
     def to_bytes(self) -> bytes:
@@ -124,7 +128,8 @@ class Tuning:
     out_proj: Tile
     head: Tile
     chunk: int
-    heads: int
+    channels: int
+    blocks: int = 1
     stages: int = 1
     scan_warps: int = 4
 
@@ -136,39 +141,15 @@ class Tuning:
 
 #: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md).
 TUNING: Mapping[int, Tuning] = {
-    1: Tuning(Tile(1, 8), Tile(1, 4), Tile(1, 8, num_warps=2), 16, 1),
-    2: Tuning(Tile(2, 8), Tile(2, 4), Tile(2, 8, num_warps=2), 16, 1),
-    4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 1),
-    8: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 1),
-    16: Tuning(
-        Tile(16, 32), Tile(16, 16), Tile(16, 128, 64), chunk=16, heads=2, stages=2, scan_warps=2
-    ),
-    32: Tuning(
-        Tile(32, 64, 128, 8, 3),
-        Tile(32, 16, 128, 4, 5),
-        Tile(32, 128, 64),
-        chunk=16,
-        heads=2,
-        stages=2,
-        scan_warps=2,
-    ),
-    64: Tuning(
-        Tile(64, 64, 128, 8, 3),
-        Tile(64, 32, 128, 4, 5),
-        Tile(64, 128, 64),
-        chunk=16,
-        heads=4,
-        stages=2,
-        scan_warps=2,
-    ),
+    1: Tuning(Tile(1, 8), Tile(1, 4), Tile(1, 8, num_warps=2), 16, 32),
+    2: Tuning(Tile(2, 8), Tile(2, 4), Tile(2, 8, num_warps=2), 16, 64),
+    4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 64),
+    8: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 64),
+    16: Tuning(Tile(16, 32), Tile(16, 16), Tile(16, 128, 64), 16, 64, 1, 1, 4),
+    32: Tuning(Tile(32, 32), Tile(32, 16, 128, 4, 5), Tile(32, 128, 64), 16, 32, 4, 2, 2),
+    64: Tuning(Tile(64, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(64, 128, 64), 16, 32, 8, 2, 2),
     128: Tuning(
-        Tile(128, 64, 128, 8, 3),
-        Tile(64, 32, 128, 4, 5),
-        Tile(128, 128, 64),
-        chunk=16,
-        heads=8,
-        stages=2,
-        scan_warps=2,
+        Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(128, 128, 64), 16, 32, 16, 2, 2
     ),
 }
 
@@ -286,7 +267,9 @@ class _StepBuilder:
         self.g, self.number, self.rows, self.tuning = geometry, number, rows, tuning
         self.overlaps = overlaps
         self.norm_parts = geometry.D // self._outputs(tuning.out_proj, geometry.D)
-        self.heads = math.gcd(tuning.heads, geometry.H)
+        self.channels = min(tuning.channels, geometry.P)
+        # Whole heads share what is computed once a program; as many as divide them evenly.
+        self.blocks = math.gcd(tuning.blocks, geometry.inner // self.channels)
         self.buffers = self._buffers()
 
     def bucket(self) -> Bucket:
@@ -324,7 +307,7 @@ class _StepBuilder:
             "partials": ("float32", (R, self.norm_parts)),
             "projected": ("float32", (R, g.E)),
             "gated": (act, (R, g.inner)),
-            "squares": ("float32", (R, g.H)),
+            "squares": ("float32", (R, g.inner // self.channels)),
             "hidden": (act, (R, g.D)),
             "candidates": ("float32", (R, 2, sample.CANDIDATES)),
             # The memory.
@@ -423,13 +406,11 @@ class _StepBuilder:
                 self.number.activation,
                 "float32",
                 self.buffers[target].dtype,
-                dtype,
             ),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             N=outputs,
             WIDTH=self.g.D,
-            AHEAD=0,
             HAS_SCALES=scales,
             HAS_BIAS=bias is not None,
             **self._tile(tile, self.g.D),
@@ -444,7 +425,6 @@ class _StepBuilder:
             place(source),
             Argument(bias or "norm_f"),
             place(target),
-            place(weight),
         )
 
     def _step(self) -> Program:
@@ -480,23 +460,12 @@ class _StepBuilder:
             "scaled",
             "partials",
         )
-        layers: list[Launch | Repeat] = []
-        if g.L > 1:
-            following = Argument("in_proj", self._stride("in_proj"), self._stride("in_proj"))
-            layers.append(Repeat(g.L - 1, self._layer_launches(0, following)))
-        last = self._layer_launches(g.L - 1, Argument("word_table"))
-        return [embed, *layers, *last, *self._head()]
+        return [embed, Repeat(g.L, self._layer_launches()), *self._head()]
 
-    def _layer_launches(self, first: int, following: Argument) -> tuple[Launch, ...]:
-        """A layer's launches from layer ``first`` on; ``following`` are the weights read next."""
+    def _layer_launches(self) -> tuple[Launch, ...]:
         g, number, R, t = self.g, self.number, self.rows, self.tuning
         act, overlaps, quantised = number.activation, self.overlaps, number.matrix == "int8"
-        matrix = _BYTES[number.matrix]
-
-        def of(name: str) -> Argument:
-            stride = self._stride(name)
-            return Argument(name, first * stride, stride)
-
+        of = self._layer
         in_proj = launch(
             _kernel(
                 step.in_proj,
@@ -506,17 +475,19 @@ class _StepBuilder:
                     act,
                     "float32",
                     self.buffers["shifted"].dtype,
-                    "float32",
-                    number.matrix,
+                    "int64",
+                    *("float32",) * 5,
                 ),
                 num_warps=t.in_proj.num_warps,
                 num_stages=t.in_proj.num_stages,
                 D=g.D,
-                E=g.E,
+                INNER=g.inner,
+                X=g.X,
+                H=g.H,
+                K=g.K,
                 PARTS=self.norm_parts,
                 EPS=EPS,
                 HAS_SCALES=quantised,
-                AHEAD=g.D * g.inner * matrix,
                 **self._tile(t.in_proj, g.D),
                 OVERLAPS=overlaps,
             ),
@@ -526,24 +497,25 @@ class _StepBuilder:
             "scaled",
             "partials",
             of("shifted"),
+            "position",
+            of("ring"),
+            of("conv_weight"),
+            of("conv_bias"),
+            of("dt_bias"),
             "projected",
-            of("out_proj"),
         )
-        # The word table is larger than a layer's weights, if it is what follows.
         scan = launch(
             _kernel(
                 step.scan,
                 (
-                    *("float32",) * 6,
+                    *("float32",) * 3,
                     "int64",
-                    "float32",
                     number.state,
                     number.history,
                     number.history,
                     "float32",
                     act,
                     "float32",
-                    number.matrix,
                 ),
                 num_warps=t.scan_warps,
                 INNER=g.inner,
@@ -551,29 +523,23 @@ class _StepBuilder:
                 H=g.H,
                 P=g.P,
                 S=g.S,
-                K=g.K,
                 CHUNK=t.chunk,
-                AHEAD=min(g.E, g.V) * g.D * matrix,
-                HEADS=self.heads,
-                STAGES=t.stages,
+                BP=self.channels,
+                BLOCKS=self.blocks,
+                STAGES=min(t.stages, self.blocks),
                 OVERLAPS=overlaps,
             ),
-            (g.H // self.heads, R),
+            (g.inner // (self.channels * self.blocks), R),
             "projected",
-            of("conv_weight"),
-            of("conv_bias"),
-            of("dt_bias"),
             of("a"),
             of("d"),
             "position",
-            of("ring"),
             of("state"),
             of("past_x"),
             of("past_b"),
             of("past_decay"),
             "gated",
             "squares",
-            following,
         )
         scale = of("scale")
         out_proj = launch(
@@ -594,7 +560,7 @@ class _StepBuilder:
                 num_stages=t.out_proj.num_stages,
                 D=g.D,
                 INNER=g.inner,
-                PARTS=g.H,
+                PARTS=g.inner // self.channels,
                 EPS=EPS,
                 HAS_SCALES=quantised,
                 **self._tile(t.out_proj, g.inner),
@@ -606,7 +572,7 @@ class _StepBuilder:
             "gated",
             "squares",
             of("gate"),
-            Argument("scale", scale.offset + scale.stride, scale.stride),
+            Argument("scale", scale.stride, scale.stride),
             "residual",
             "scaled",
             "partials",
@@ -636,12 +602,11 @@ class _StepBuilder:
         head = launch(
             _kernel(
                 step.linear,
-                (number.table, "float32", act, "float32", "float32", number.matrix),
+                (number.table, "float32", act, "float32", "float32"),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 N=g.V,
                 WIDTH=g.D,
-                AHEAD=g.E * g.D * _BYTES[number.matrix],
                 HAS_SCALES=False,
                 HAS_BIAS=False,
                 **self._tile(tile, g.D),
@@ -653,7 +618,6 @@ class _StepBuilder:
             "hidden",
             "norm_f",
             "logits",
-            "in_proj",
         )
         block = triton.next_power_of_2(g.V)
         warps = min(16, max(4, block // 1024))

@@ -8,17 +8,17 @@ How a layer is cut into launches (arXiv 2405.21060, section 7, and adaLN):
 
 * `in_proj` takes ``scaled = residual * norm weight * (1 + scale)``, which the launch before it
   wrote, multiplies, and puts the norm's factor behind the product: it is one number a row. The
-  shift's share of the product depends on the class alone and comes ready as ``shifted``.
-* `scan` convolves over a ring of the last K inputs and reads the states of some heads of one row.
-  A state is that at the start of a chunk of C tokens and is rewritten only at the chunk's end; the
-  tokens since then are kept beside it, and their share of the output is an attention-like sum (the
-  dual form of the paper's section 6).
+  shift's share of the product depends on the class alone and comes ready as ``shifted``. Its
+  epilogue finishes what belongs to one channel: convolution over a ring of the last K inputs, silu,
+  softplus.
+* `scan` reads the states of some heads of one row. A state is that at the start of a chunk of C
+  tokens and is rewritten only at the chunk's end; the tokens since then are kept beside it, and
+  their share of the output is an attention-like sum (the dual form of the paper's section 6).
 * `out_proj` puts the gated norm's factor behind its product, adds to the residual and prepares
   ``scaled`` and the sums of squares for the layer that follows.
 
 A launch may begin before the one ahead of it has ended (programmatic dependent launch); its weights
-are then on their way into registers. Weights of the launches behind it are brought into the L2
-cache meanwhile, so that the memory does not rest while results are handed over.
+are then on their way already.
 
 Products take the weights as [out, in], as the ONNX files store them. With up to 8 rows a weight is
 multiplied on the fly (``DOT`` false), with 16 and more the tensor cores do it.
@@ -58,19 +58,6 @@ def prefetch(addresses):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def prefetch_ahead(ahead, BYTES: tl.constexpr, programs, program):
-    """This program's share of BYTES bytes at ``ahead``, for a later launch."""
-    if BYTES > 0:
-        LINES: tl.constexpr = BYTES // 128
-        BLOCK: tl.constexpr = 256
-        share = tl.cdiv(LINES, programs)
-        first = ahead.to(tl.int64)
-        for start in range(0, share, BLOCK):
-            line = program * share + start + tl.arange(0, BLOCK)
-            prefetch(first + tl.minimum(line, LINES - 1) * 128)
 
 
 @triton.jit
@@ -176,10 +163,8 @@ def linear(
     source,  # (R, WIDTH)
     bias,  # (N,) float32
     target,  # (R, N)
-    ahead,  # weights of a later launch
     N: tl.constexpr,
     WIDTH: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of them to prefetch
     HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,
@@ -193,8 +178,6 @@ def linear(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = outputs < N
     loaded = tl.minimum(outputs, N - 1)
-    if OVERLAPS:
-        prefetch_ahead(ahead, AHEAD, tl.num_programs(0), tl.program_id(0))
     matrix = load_ahead(weight, loaded, WIDTH, BK, DOT, OVERLAPS)
     begin_dependents(OVERLAPS)
     total = multiply(matrix, weight, source, rows, loaded, WIDTH, BM, BN, BK, DOT)
@@ -306,171 +289,177 @@ def in_proj(
     scaled,  # (R, D)
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
-    projected,  # (R, E) float32: z | x B C | dt
-    ahead,  # weights of a later launch
+    position,  # (R,) int64
+    ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
+    conv_weight,  # (K, X) float32, oldest first
+    conv_bias,  # (X,) float32
+    dt_bias,  # (H,) float32
+    projected,  # (R, E) float32: silu(z) | silu(conv(x B C)) | softplus(dt)
     D: tl.constexpr,
-    E: tl.constexpr,
+    INNER: tl.constexpr,
+    X: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
     PARTS: tl.constexpr,
     EPS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of them to prefetch
     BM: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr,  # divides INNER and X
     BK: tl.constexpr,
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """A layer's first projection, of the normalised and modulated residual."""
-    outputs = tl.program_id(0) * BN + tl.arange(0, BN)
+    """A layer's first projection, from the residual to what its scan needs."""
+    E: tl.constexpr = INNER + X + H
+    first = tl.program_id(0) * BN
+    outputs = first + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = (outputs < E)[None, :] & (rows >= 0)[:, None]
     loaded = tl.minimum(outputs, E - 1)
     matrix = load_ahead(weight, loaded, D, BK, DOT, OVERLAPS)
+    # What the convolution remembers was written a step ago: its share comes before the wait too.
+    convolved = (first >= INNER) & (first < INNER + X)
+    remembered = inside & convolved
+    channels = tl.minimum(tl.maximum(outputs - INNER, 0), X - 1)
+    at = tl.load(position + rows).to(tl.int32)
+    slots = ring + rows[:, None] * (K * X) + channels[None, :]
+    mixed = tl.zeros((BM, BN), tl.float32)
+    for back in tl.static_range(1, K):
+        then = (at - back)[:, None]
+        past = tl.load(slots + (then + K) % K * X, mask=remembered & (then >= 0), other=0.0)
+        mixed += past * tl.load(conv_weight + (K - 1 - back) * X + channels)[None, :]
+    mixed += tl.load(conv_bias + channels)[None, :]
+    newest = tl.load(conv_weight + (K - 1) * X + channels)[None, :]
     moved = tl.load(shifted + rows[:, None] * E + loaded[None, :]).to(tl.float32)
-    if OVERLAPS:
-        prefetch_ahead(ahead, AHEAD, tl.num_programs(0), tl.program_id(0))
     begin_dependents(OVERLAPS)
     sums = load_partials(partials, rows, PARTS)
     total = multiply(matrix, weight, scaled, rows, loaded, D, BM, BN, BK, DOT)
     if HAS_SCALES:
         total *= tl.load(scales + loaded)[None, :]
     total = total * inverse_rms(sums, D, EPS)[:, None] + moved
-    tl.store(projected + rows[:, None] * E + outputs[None, :], total, mask=inside)
-
-
-@triton.jit
-def earlier(ring, conv_weight, conv_bias, channels, at, X: tl.constexpr, K: tl.constexpr):
-    """What the convolution of one row's ``channels`` adds to its newest input."""
-    mixed = tl.load(conv_bias + channels)
-    for back in tl.static_range(1, K):
-        slot = ring + (at - back + K) % K * X + channels
-        past = tl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0)
-        mixed += past * tl.load(conv_weight + (K - 1 - back) * X + channels)
-    return mixed
+    target = projected + rows[:, None] * E + outputs[None, :]
+    if DOT:
+        # Out of the tensor cores' layout, in which the ring would be read and written piecemeal:
+        # at 128 rows that took longer than the product.
+        tl.store(target, total, mask=inside)
+        tl.debug_barrier()
+        total = tl.load(target, mask=inside, other=0.0)
+    # A masked store, not one under the condition: Triton 3.6 fails to compile that.
+    tl.store(slots + (at % K)[:, None] * X, total, mask=remembered)
+    if convolved:
+        total = mixed + total * newest
+    if first < INNER + X:
+        total *= sigmoid(total)
+    else:
+        heads = tl.minimum(tl.maximum(outputs - (INNER + X), 0), H - 1)
+        total = softplus(total + tl.load(dt_bias + heads)[None, :])
+    tl.store(target, total, mask=inside)
 
 
 @triton.jit
 def scan(
     projected,  # (R, E) float32, from `in_proj`
-    conv_weight,  # (K, X) float32, oldest first
-    conv_bias,  # (X,) float32
-    dt_bias,  # (H,) float32
     a,  # (H,) float32, -exp(A_log)
     d,  # (H,) float32
     position,  # (R,) int64
-    ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
     state,  # (R, H, P, S), as it was before this chunk
     past_x,  # (R, C, I), dt * x of the chunk's tokens so far
     past_b,  # (R, C, S), their B
     past_decay,  # (R, H, C) float32, the sums of dt * a from the chunk's start
     gated,  # (R, I), y * silu(z)
-    squares,  # (R, H) float32, sums of squares of ``gated``
-    ahead,  # weights of a later launch
+    squares,  # (R, I / BP) float32, sums of squares of ``gated``
     INNER: tl.constexpr,
     X: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
     S: tl.constexpr,
-    K: tl.constexpr,
     CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of them to prefetch
-    HEADS: tl.constexpr,  # heads a program, divides H
-    STAGES: tl.constexpr,  # heads whose state is on its way at a time
+    BP: tl.constexpr,  # channels a block, divides P
+    BLOCKS: tl.constexpr,  # blocks a program, of whole heads or within one
+    STAGES: tl.constexpr,  # blocks whose state is on its way at a time
     OVERLAPS: tl.constexpr,
 ):
-    """One token through the convolution and the states of HEADS heads of a row.
+    """One token through the states of BLOCKS blocks of channels of a row.
 
     A position below CHUNK has no state yet: a row that begins anew never reads its old one.
     """
     E: tl.constexpr = INNER + X + H
-    group = tl.program_id(0) * HEADS
+    group = tl.program_id(0) * BLOCKS
     row = tl.program_id(1).to(tl.int64)
-    channels = tl.arange(0, P)
+    channels = tl.arange(0, BP)
     states = tl.arange(0, S)
     slots = tl.arange(0, CHUNK)
     at = tl.load(position + row).to(tl.int32)
     slot = at % CHUNK
     past = slots < slot
     has_state = (at >= CHUNK) & (channels[:, None] >= 0)
-    cells = state + ((row * H + group) * P + channels[:, None]) * S + states[None, :]
+    cells = state + (row * INNER + group * BP + channels[:, None]) * S + states[None, :]
+    xs = past_x + row * CHUNK * INNER + slots[:, None] * INNER + group * BP + channels[None, :]
+    decays = past_decay + row * H * CHUNK + slots
     # Everything up to the wait was written a step ago or earlier.
-    ring += row * (K * X)
-    newest = ring + at % K * X
-    b_early = earlier(ring, conv_weight, conv_bias, INNER + states, at, X, K)
-    c_early = earlier(ring, conv_weight, conv_bias, INNER + S + states, at, X, K)
-    b_weight = tl.load(conv_weight + (K - 1) * X + INNER + states)
-    c_weight = tl.load(conv_weight + (K - 1) * X + INNER + S + states)
     b_then = tl.load(
         past_b + (row * CHUNK + slots[:, None]) * S + states[None, :], mask=past[:, None], other=0.0
     ).to(tl.float32)
-    if OVERLAPS:
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        prefetch_ahead(ahead, AHEAD, programs, program)
+    if BLOCKS == 1:
+        only = tl.load(cells, mask=has_state, other=0.0)
+        only_x = tl.load(xs, mask=past[:, None], other=0.0)
+        only_decay = tl.load(decays + group * BP // P * CHUNK, mask=past, other=0.0)
+        rate = tl.load(a + group * BP // P)
+        skip = tl.load(d + group * BP // P)
     begin_dependents(OVERLAPS)
 
     source = projected + row * E
-    b_new = tl.load(source + 2 * INNER + states)
-    c_new = tl.load(source + 2 * INNER + S + states)
-    b = b_early + b_new * b_weight
-    c = c_early + c_new * c_weight
-    b *= sigmoid(b)
-    c *= sigmoid(c)
+    b = tl.load(source + 2 * INNER + states)
+    c = tl.load(source + 2 * INNER + S + states)
     # How much each of the chunk's tokens is asked for, whatever the head.
     scores = tl.sum(b_then * c[None, :], axis=1)
     asked = tl.sum(b * c, axis=0)
-    for index in tl.range(HEADS, num_stages=STAGES):
-        head = group + index
-        inner = head * P + channels
-        kept = tl.load(cells + index * P * S, mask=has_state, other=0.0).to(tl.float32)
-        x_then = tl.load(
-            past_x + (row * CHUNK + slots[:, None]) * INNER + inner[None, :],
-            mask=past[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        decays = past_decay + (row * H + head) * CHUNK
-        decay_then = tl.load(decays + slots, mask=past, other=0.0)
-        x_early = earlier(ring, conv_weight, conv_bias, inner, at, X, K)
-        x_new = tl.load(source + INNER + inner)
-        x = x_early + x_new * tl.load(conv_weight + (K - 1) * X + inner)
-        x *= sigmoid(x)
-        dt = softplus(tl.load(source + INNER + X + head) + tl.load(dt_bias + head))
-        before = tl.sum(tl.where(slots == slot - 1, decay_then, 0.0), axis=0)
-        decay = dt * tl.load(a + head) + before
-        y = tl.exp(decay) * tl.sum(kept * c[None, :], axis=1)
-        weights = tl.where(past, scores * tl.exp(decay - decay_then), 0.0)
-        y += tl.sum(x_then * weights[:, None], axis=0)
-        y += (asked * dt + tl.load(d + head)) * x
+    for index in tl.range(BLOCKS, num_stages=STAGES):
+        head = (group + index) * BP // P
+        inner = (group + index) * BP + channels
+        if BLOCKS == 1:
+            kept = only
+            x_then = only_x
+            decay_then = only_decay
+        else:
+            kept = tl.load(cells + index * (BP * S), mask=has_state, other=0.0)
+            x_then = tl.load(xs + index * BP, mask=past[:, None], other=0.0)
+            decay_then = tl.load(decays + head * CHUNK, mask=past, other=0.0)
+            rate = tl.load(a + head)
+            skip = tl.load(d + head)
+        x = tl.load(source + INNER + inner)
         z = tl.load(source + inner)
-        y *= z * sigmoid(z)
+        dt = tl.load(source + INNER + X + head)
+        decay = dt * rate + tl.sum(tl.where(slots == slot - 1, decay_then, 0.0), axis=0)
+        y = tl.exp(decay) * tl.sum(kept.to(tl.float32) * c[None, :], axis=1)
+        weights = tl.where(past, scores * tl.exp(decay - decay_then), 0.0)
+        y += tl.sum(x_then.to(tl.float32) * weights[:, None], axis=0)
+        y += (asked * dt + skip) * x
+        y *= z
         store_rounded(gated + row * INNER + inner, y, channels >= 0)
-        tl.store(squares + row * H + head, tl.sum(y * y, axis=0))
+        tl.store(squares + row * (INNER // BP) + group + index, tl.sum(y * y, axis=0))
         store_rounded(past_x + (row * CHUNK + slot) * INNER + inner, dt * x, channels >= 0)
-        tl.store(decays + slot, decay)
-        tl.store(newest + inner, x_new)
+        tl.store(past_decay + (row * H + head) * CHUNK + slot, decay)
     if group == 0:
         store_rounded(past_b + (row * CHUNK + slot) * S + states, b, states >= 0)
-        tl.store(newest + INNER + states, b_new)
-        tl.store(newest + INNER + S + states, c_new)
 
     if slot == CHUNK - 1:
         # The chunk is full: move its tokens into the states. The newest token's B is taken from
         # here, since another program may be writing it; its dt * x as it was stored just now.
         tl.debug_barrier()
-        for index in range(HEADS):
-            head = group + index
-            inner = head * P + channels
-            kept = tl.load(cells + index * P * S, mask=has_state, other=0.0).to(tl.float32)
-            decays = past_decay + (row * H + head) * CHUNK
-            decay = tl.load(decays + slot)
+        for index in range(BLOCKS):
+            inner = (group + index) * BP + channels
+            kept = tl.load(cells + index * (BP * S), mask=has_state, other=0.0).to(tl.float32)
+            sums = past_decay + (row * H + (group + index) * BP // P) * CHUNK
+            decay = tl.load(sums + slot)
             written = tl.load(past_x + (row * CHUNK + slot) * INNER + inner).to(tl.float32)
             kept = tl.exp(decay) * kept + written[:, None] * b[None, :]
             for then in range(CHUNK - 1):
-                x_then = tl.load(past_x + (row * CHUNK + then) * INNER + inner).to(tl.float32)
+                x_old = tl.load(past_x + (row * CHUNK + then) * INNER + inner).to(tl.float32)
                 b_old = tl.load(past_b + (row * CHUNK + then) * S + states).to(tl.float32)
-                shrunk = tl.exp(decay - tl.load(decays + then))
-                kept += (shrunk * x_then)[:, None] * b_old[None, :]
-            tl.store(cells + index * P * S, kept.to(state.dtype.element_ty))
+                shrunk = tl.exp(decay - tl.load(sums + then))
+                kept += (shrunk * x_old)[:, None] * b_old[None, :]
+            tl.store(cells + index * (BP * S), kept.to(state.dtype.element_ty))
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""From a bundle to the compiled kernels and plans beside its graphs. Needs neither PyTorch's model
+nor a GPU: everything follows from the bundle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from aim_export.bundle import ExportError
+from aim_export.cuda.compile import SHARED_MEMORY, Binary, CompileError, Progress, compile_kernels
+from aim_export.cuda.decoder import decoder_tensors, lower_decoder
+from aim_export.cuda.plan import Plan
+from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.step import (
+    CONSTANTS_FILE,
+    TUNING,
+    Constants,
+    Geometry,
+    conversions,
+    step_bucket,
+    step_weights,
+)
+from aim_export.cuda.stored import stored_tensors
+from aim_runtime import Bundle
+from aim_runtime.bundle import add_engine
+
+#: Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
+PRECISIONS = ("fp16", "fp16-state16", "int8", "fp32")
+#: Compute capabilities compiled for if none are named: Ampere, Ada, Hopper and Blackwell.
+CAPABILITIES = tuple(SHARED_MEMORY)
+
+Report = Callable[[str], None]
+
+
+def add_engines(
+    bundle_dir: Path,
+    *,
+    precisions: Sequence[str] = PRECISIONS,
+    capabilities: Sequence[int] = CAPABILITIES,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compile a bundle's kernels and put them into its folder; what was there is replaced.
+
+    Args:
+        bundle_dir: the folder of a bundle.
+        precisions: keys of `FORMATS`.
+        capabilities: keys of `SHARED_MEMORY`; 90 stands for 9.0.
+        report: told, line by line, what is being done.
+        progress: called with (done, all) after each compiled kernel.
+
+    Returns:
+        The bundle with its kernels.
+
+    Raises:
+        ExportError: the network cannot be lowered, or a kernel not be compiled; the bundle is as
+            it was.
+        aim_runtime.BundleError: there is no bundle folder, or it is damaged or cannot be written.
+    """
+    bundle = Bundle.open(bundle_dir)
+    if not bundle.path.is_dir():
+        raise ExportError(f"{bundle.path}: engines are added to a bundle folder; unpack it first")
+    with tempfile.TemporaryDirectory() as folder:
+        compile_engines(
+            bundle,
+            Path(folder),
+            precisions=precisions,
+            capabilities=capabilities,
+            report=report,
+            progress=progress,
+        )
+        return add_engine(bundle_dir, "cuda", folder)
+
+
+def compile_engines(
+    bundle: Bundle,
+    out_dir: Path,
+    *,
+    precisions: Sequence[str] = PRECISIONS,
+    capabilities: Sequence[int] = CAPABILITIES,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write plans, constants and kernels of ``bundle`` to ``out_dir`` (see `add_engines`)."""
+    say = report or (lambda line: None)
+    constants = Constants()
+    plans = [build_plan(bundle, precision, constants) for precision in precisions]
+    kernels = {id: kernel for plan in plans for id, kernel in plan.kernels().items()}
+    shown = ", ".join(f"{capability / 10}" for capability in capabilities)
+    say(f"compiling {len(kernels)} kernels for compute capability {shown}")
+    try:
+        binaries = compile_kernels(kernels.values(), capabilities, progress=progress)
+    except CompileError as error:
+        raise ExportError(str(error)) from error
+    write_engines(out_dir, plans, constants, binaries)
+
+
+def build_plan(bundle: Bundle, precision: str, constants: Constants) -> Plan:
+    """The plan of ``bundle`` in ``precision``; small tensors go to ``constants``.
+
+    Raises ExportError for a network that the kernels do not know.
+    """
+    number = FORMATS[precision]
+    stored = {graph: stored_tensors(bundle, graph) for graph in ("prologue", "step")}
+    model = bundle.manifest.model
+    for name, size in (("head_dim", model.head_dim), ("d_state", model.d_state)):
+        if size & (size - 1) or size < 16:
+            raise ExportError(f"the kernels want a power of two from 16 for {name}, not {size}")
+    if model.d_model % 64:
+        raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
+    bias = stored["prologue"].get("adaln_group.bias")
+    groups = model.num_layers if bias is None else bias.values.size // (3 * model.d_model)
+    geometry = Geometry.of(model, groups)
+    weights = step_weights(geometry, stored, number, constants)
+    decoder = lower_decoder(
+        decoder_tensors(bundle),
+        model.num_tokens,
+        "float32" if number.activation == "float32" else "float16",
+    )
+    weights |= decoder.weights
+    weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
+    return Plan(
+        precision=precision,
+        weights=weights,
+        conversions=conversions(weights),
+        setup=decoder.setup,
+        buckets=tuple(
+            step_bucket(geometry, number, rows, tuning) for rows, tuning in TUNING.items()
+        ),
+        decoder=decoder.buckets,
+    )
+
+
+def write_engines(
+    out_dir: Path,
+    plans: Iterable[Plan],
+    constants: Constants,
+    binaries: dict[tuple[str, int], Binary],
+) -> None:
+    """Write what `compile_kernels` made, one file for each compute capability, and the plans."""
+    code: dict[str, dict[str, dict[str, int]]] = {}
+    for capability in sorted({capability for _, capability in binaries}):
+        offset = 0
+        with (out_dir / f"kernels-sm{capability}.bin").open("wb") as file:
+            for (kernel, compiled_for), binary in sorted(binaries.items()):
+                if compiled_for != capability:
+                    continue
+                file.write(binary.code)
+                code.setdefault(kernel, {})[str(capability)] = {
+                    "offset": offset,
+                    "size": len(binary.code),
+                    "shared": binary.shared,
+                    "pointers": binary.pointers,
+                }
+                offset += len(binary.code)
+    (out_dir / Path(CONSTANTS_FILE).name).write_bytes(constants.to_bytes())
+    for plan in plans:
+        text = json.dumps(plan.to_json(code), separators=(",", ":"))
+        (out_dir / f"plan-{plan.precision}.json").write_text(text, encoding="utf-8")
