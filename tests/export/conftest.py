@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ def weights(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Golden:
     """A published-style checkpoint of golden weights and what the published code made of them."""
 
+    name: str
     checkpoint: Path
     tensors: dict[str, Tensor]
     cfg_scale: float
@@ -49,26 +52,52 @@ def make_golden(name: str, golden_dir: Path, folder: Path) -> Golden:
     words = state["mamba.backbone.embeddings.word_embeddings.weight"]
     path = folder / "published.safetensors"
     save_file({**state, "mamba.lm_head.weight": words.clone()}, path)
-    return Golden(path, tensors, float(metadata["cfg_scale"]))
+    return Golden(name, path, tensors, float(metadata["cfg_scale"]))
 
 
-@pytest.fixture(scope="session", params=["aim_adaln_d128_l3", "aim_group_d128_l6"])
-def each_golden(
-    request: pytest.FixtureRequest, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Golden:
+ADALN, GROUP = "aim_adaln_d128_l3", "aim_group_d128_l6"
+
+
+@pytest.fixture(scope="session")
+def goldens(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
+    """The golden model of a name, made once."""
+
+    @cache
+    def make(name: str) -> Golden:
+        return make_golden(name, golden_dir, tmp_path_factory.mktemp("checkpoint"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exports(
+    goldens: Callable[[str], Golden], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Exported]:
+    """The bundle of the golden model of a name, exported once."""
+
+    @cache
+    def export(name: str) -> Exported:
+        lines: list[str] = []
+        out = tmp_path_factory.mktemp("bundles") / "golden"
+        checkpoint = goldens(name).checkpoint
+        return Exported(*export_bundle(checkpoint, out, report=lines.append), lines)
+
+    return export
+
+
+@pytest.fixture(scope="session", params=[ADALN, GROUP])
+def each_golden(request: pytest.FixtureRequest, goldens: Callable[[str], Golden]) -> Golden:
     """Both golden models, one after the other."""
-    return make_golden(request.param, golden_dir, tmp_path_factory.mktemp("checkpoint"))
+    return goldens(request.param)
 
 
 @pytest.fixture(scope="session")
-def exported(each_golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(each_golden: Golden, exports: Callable[[str], Exported]) -> Exported:
     """The bundle of each golden model."""
-    lines: list[str] = []
-    out = tmp_path_factory.mktemp("bundles") / "golden"
-    return Exported(*export_bundle(each_golden.checkpoint, out, report=lines.append), lines)
+    return exports(each_golden.name)
 
 
 @pytest.fixture(scope="session")
-def golden(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+def golden(goldens: Callable[[str], Golden]) -> Golden:
     """One golden model, for what does not depend on its kind."""
-    return make_golden("aim_adaln_d128_l3", golden_dir, tmp_path_factory.mktemp("one"))
+    return goldens(ADALN)

@@ -7,6 +7,7 @@ simulated GPU; such a bundle holds the kernels' names and constants where machin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,8 +16,7 @@ import subprocess
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from aim_export.cuda.plan import KernelSpec, Launch, Plan
+    from aim_export.cuda.compile import Binary
+    from aim_export.cuda.plan import KernelSpec, Launch
     from aim_runtime import SamplingOptions
     from aim_runtime.engines.cuda import CudaEngine
 
 Memory = dict[str, Tensor]
 
-#: What the simulated GPU is, and the binaries are said to be for.
-ARCHITECTURE = "90"
 #: Elements behind each tensor that a kernel must leave alone, and their bytes.
 _GUARD, _GUARD_BYTE = 64, 0x5A
 
@@ -112,7 +111,7 @@ class Interpreter:
         return result
 
 
-@contextmanager
+@contextlib.contextmanager
 def interpreter_process() -> Iterator[Interpreter]:
     """An `Interpreter` that ends with the block."""
     process = Interpreter()
@@ -123,29 +122,36 @@ def interpreter_process() -> Iterator[Interpreter]:
 
 
 def described_kernel(kernel: KernelSpec) -> bytes:
-    """What the interpreter needs to know of a kernel: the simulated GPU's machine code."""
+    """What the interpreter needs to know of a kernel: the simulated GPU's machine code.
+
+    Nothing overlaps there: what OVERLAPS adds are instructions for the GPU's launcher and cache.
+    """
+    constants = dict(kernel.constants)
+    if "OVERLAPS" in constants:
+        constants["OVERLAPS"] = False
     spec = {
         "module": kernel.function.__module__,
         "name": kernel.function.__name__,
         "types": kernel.types,
-        "constants": dict(kernel.constants),
+        "constants": constants,
     }
     return json.dumps(spec).encode()
 
 
-def write_engine(plan: Plan, constants: bytes, folder: Path) -> None:
-    """The files of ``engines/cuda`` for the interpreter, into ``folder``."""
-    kernels, codes = bytearray(), {}
-    for name, kernel in plan.kernels().items():
-        raw = zlib.compress(described_kernel(kernel))
-        # Two pointers more than the kernel has, as Triton's machine code.
-        place = {"offset": len(kernels), "size": len(raw), "shared": 0}
-        codes[name] = {ARCHITECTURE: place | {"pointers": len(kernel.types) + 2}}
-        kernels += raw
-    folder.mkdir()
-    (folder / f"plan-{plan.precision}.json").write_text(json.dumps(plan.to_json(codes)))
-    (folder / f"kernels-sm{ARCHITECTURE}.bin").write_bytes(kernels)
-    (folder / "constants.bin").write_bytes(constants)
+def binaries(
+    kernels: Iterable[KernelSpec], capabilities: Iterable[int], **ignored: Any
+) -> dict[tuple[str, int], Binary]:
+    """`aim_export.cuda.compile.compile_kernels` for the interpreter."""
+    from aim_export.cuda.compile import Binary
+
+    # Two pointers more than a kernel has, as in Triton's machine code.
+    return {
+        (kernel.id, capability): Binary(
+            zlib.compress(described_kernel(kernel)), 0, len(kernel.types) + 2
+        )
+        for kernel in kernels
+        for capability in capabilities
+    }
 
 
 # -- in the process -------------------------------------------------------------------------------
@@ -237,8 +243,15 @@ def draw_engine(
     noise: np.ndarray,
     options: SamplingOptions,
 ) -> np.ndarray:
-    drawing = engine(bundle, precision).draw(classes, noise, options)
-    return next(iter(drawing))
+    from aim_runtime.engines.cuda import step
+
+    # What is queued when the drawing is closed runs to its end: make it short.
+    whole, step.SLICE = step.SLICE, 6
+    try:
+        with contextlib.closing(engine(bundle, precision).draw(classes, noise, options)) as drawing:
+            return next(drawing)
+    finally:
+        step.SLICE = whole
 
 
 def generate(bundle: Path, precision: str, options: dict[str, Any]) -> tuple[Any, Any]:

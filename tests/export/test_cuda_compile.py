@@ -1,0 +1,121 @@
+"""What is compiled ahead of time: machine code as a plan launches it, and plans of every size."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aim_runtime import Bundle, models_dir
+from aim_runtime.engines.cuda.plan import POINTER_ALIGNMENT, precisions
+from aim_runtime.engines.cuda.plan import Plan as RuntimePlan
+
+from .interpreter import binaries
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+from aim_export.cuda import bundle as engines
+from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
+from aim_export.cuda.plan import Argument, Bucket, KernelSpec, Program, Repeat, flat
+from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.step import TUNING, Geometry, step_bucket
+from aim_export.kernels import step
+
+GOLDEN = Geometry(128, 3, 128, 64, 4, 256, 64, 3, 1)
+#: AiM-B, L and XL (arXiv 2408.12245, table 1).
+PUBLISHED = {
+    "B": Geometry(768, 24, 128, 64, 4, 16384, 256, 4, 1),
+    "L": Geometry(1024, 48, 128, 64, 4, 16384, 256, 4, 1),
+    "XL": Geometry(1536, 48, 128, 64, 4, 16384, 256, 4, 1),
+}
+CAPABILITIES = (80, 90, 120)  # the oldest, the first with overlapping launches, the smallest
+
+
+MANY = step_bucket(GOLDEN, FORMATS["fp16"], 16, TUNING[16])
+
+
+def kernel_of(bucket: Bucket, function: object) -> KernelSpec:
+    """The bucket's last kernel that is a form of ``function``."""
+    return [item.kernel for item in flat(bucket.step) if item.kernel.function is function][-1]
+
+
+def product(stages: int, **tile: int) -> KernelSpec:
+    """The head's product, for tensor cores, with another tile."""
+    head = kernel_of(MANY, step.linear)
+    constants = dict(head.constants) | {"WIDTH": 4 * tile["BK"]} | tile
+    return replace(head, constants=tuple(constants.items()), num_stages=stages)
+
+
+def test_machine_code() -> None:
+    """Kernels of both kinds of product and the scan, for the oldest and the newest GPUs."""
+    few = step_bucket(GOLDEN, FORMATS["int8"], 2, TUNING[2])
+    large = product(5, BM=64, BN=128, BK=64)  # 24 KiB a stage: too much for the smallest
+    sample = [kernel_of(few, step.in_proj), kernel_of(few, step.scan)]
+    sample += [kernel_of(MANY, step.out_proj), large]
+    done: list[tuple[int, int]] = []
+    found = compile_kernels(
+        sample, CAPABILITIES, workers=2, progress=lambda *counts: done.append(counts)
+    )
+    assert done == [(count + 1, len(found)) for count in range(len(found))]
+    assert set(found) == set(itertools.product((kernel.id for kernel in sample), CAPABILITIES))
+    for kernel in sample:
+        for capability in CAPABILITIES:
+            binary = found[kernel.id, capability]
+            code = zlib.decompress(binary.code)
+            assert code[:4] == b"\x7fELF"
+            assert f".text.{kernel.function.__name__}\0".encode() in code
+            # Triton's own two parameters, scratch memory that none of these has, come last.
+            assert binary.pointers == len(kernel.types) + 2
+            assert binary.shared <= SHARED_MEMORY[capability]
+    assert found[large.id, 120].shared < found[large.id, 90].shared
+
+
+def test_what_does_not_compile_is_named() -> None:
+    """Tiles that no number of stages makes small enough; also how a worker's error comes back."""
+    with pytest.raises(CompileError, match=r"linear does not compile for .* 12\.0: .* shared mem"):
+        compile_kernels([product(2, BM=128, BN=256, BK=256)], [120], workers=1)
+
+
+def arguments(program: Program) -> Iterator[Argument]:
+    for item in program:
+        for launch in item.body if isinstance(item, Repeat) else (item,):
+            yield from launch.arguments
+
+
+def buckets() -> Iterator[tuple[str, Bucket]]:
+    """Every bucket of every published size in every format."""
+    for size, geometry in PUBLISHED.items():
+        for precision, number in FORMATS.items():
+            for rows, tuning in TUNING.items():
+                name = f"{size}, {precision}, {rows} rows"
+                yield name, step_bucket(geometry, number, rows, tuning)
+
+
+def test_published_sizes() -> None:
+    """Each kernel can be specified, and each of its pointers is as aligned as it expects."""
+    ids = set()
+    for name, bucket in buckets():
+        for argument in (*arguments(bucket.begin), *arguments(bucket.step)):
+            where = (name, argument)
+            assert argument.offset % POINTER_ALIGNMENT == 0, where
+            assert argument.stride % POINTER_ALIGNMENT == 0, where
+        ids |= {item.kernel.id for item in (*flat(bucket.begin), *flat(bucket.step))}
+    assert len(ids) > 200
+
+
+def test_model_in_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every format, the runtime accepts the plan: alignment, and the bounds of all pointers."""
+    out = tmp_path / "emoji"
+    shutil.copytree(models_dir() / "emoji", out)
+    monkeypatch.setattr(engines, "compile_kernels", binaries)
+    bundle = engines.add_engines(out, precisions=list(FORMATS), capabilities=[90])
+    assert sorted(precisions(bundle.manifest)) == sorted(FORMATS)
+    for precision in FORMATS:
+        text = str(bundle.read(f"engines/cuda/plan-{precision}.json"), "utf-8")
+        plan = RuntimePlan.from_json(text, Bundle.open(out).manifest)
+        assert [bucket.rows for bucket in plan.buckets] == list(TUNING)
