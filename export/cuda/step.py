@@ -147,7 +147,9 @@ TUNING: Mapping[int, Tuning] = {
     8: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 64),
     16: Tuning(Tile(16, 32), Tile(16, 16), Tile(16, 128, 64), 16, 64, 1, 1, 4),
     32: Tuning(Tile(32, 32), Tile(32, 16, 128, 4, 5), Tile(32, 128, 64), 16, 32, 4, 2, 2),
-    64: Tuning(Tile(64, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(64, 128, 64), 16, 32, 8, 2, 2),
+    64: Tuning(
+        Tile(64, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(64, 128, 64), 16, 32, 8, 2, 2
+    ),
     128: Tuning(
         Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(128, 128, 64), 16, 32, 16, 2, 2
     ),
@@ -488,6 +490,7 @@ class _StepBuilder:
                 PARTS=self.norm_parts,
                 EPS=EPS,
                 HAS_SCALES=quantised,
+                CONVOLVES=not t.dot,
                 **self._tile(t.in_proj, g.D),
                 OVERLAPS=overlaps,
             ),
@@ -508,8 +511,9 @@ class _StepBuilder:
             _kernel(
                 step.scan,
                 (
-                    *("float32",) * 3,
+                    *("float32",) * 6,
                     "int64",
+                    "float32",
                     number.state,
                     number.history,
                     number.history,
@@ -523,7 +527,9 @@ class _StepBuilder:
                 H=g.H,
                 P=g.P,
                 S=g.S,
+                K=g.K,
                 CHUNK=t.chunk,
+                CONVOLVES=t.dot,
                 BP=self.channels,
                 BLOCKS=self.blocks,
                 STAGES=min(t.stages, self.blocks),
@@ -531,9 +537,13 @@ class _StepBuilder:
             ),
             (g.inner // (self.channels * self.blocks), R),
             "projected",
+            of("conv_weight"),
+            of("conv_bias"),
+            of("dt_bias"),
             of("a"),
             of("d"),
             "position",
+            of("ring"),
             of("state"),
             of("past_x"),
             of("past_b"),

@@ -8,9 +8,10 @@ How a layer is cut into launches (arXiv 2405.21060, section 7, and adaLN):
 
 * `in_proj` takes ``scaled = residual * norm weight * (1 + scale)``, which the launch before it
   wrote, multiplies, and puts the norm's factor behind the product: it is one number a row. The
-  shift's share of the product depends on the class alone and comes ready as ``shifted``. Its
-  epilogue finishes what belongs to one channel: convolution over a ring of the last K inputs, silu,
-  softplus.
+  shift's share of the product depends on the class alone and comes ready as ``shifted``.
+* What belongs to one channel comes next: convolution over a ring of the last K inputs, silu,
+  softplus. With few rows `in_proj` does it before it stores (``CONVOLVES``), spread over many
+  programs; with many, `scan` does, since in_proj's few large blocks would wait for the ring.
 * `scan` reads the states of some heads of one row. A state is that at the start of a chunk of C
   tokens and is rewritten only at the chunk's end; the tokens since then are kept beside it, and
   their share of the output is an attention-like sum (the dual form of the paper's section 6).
@@ -283,6 +284,17 @@ def embed(
 
 
 @triton.jit
+def earlier(ring, conv_weight, conv_bias, channels, at, X: tl.constexpr, K: tl.constexpr):
+    """What the convolution of one row's ``channels`` adds to its newest input."""
+    mixed = tl.load(conv_bias + channels)
+    for back in tl.static_range(1, K):
+        slot = ring + (at - back + K) % K * X + channels
+        past = tl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0)
+        mixed += past * tl.load(conv_weight + (K - 1 - back) * X + channels)
+    return mixed
+
+
+@triton.jit
 def in_proj(
     weight,  # (E, D)
     scales,  # (E,) float32, of int8 weights
@@ -294,7 +306,7 @@ def in_proj(
     conv_weight,  # (K, X) float32, oldest first
     conv_bias,  # (X,) float32
     dt_bias,  # (H,) float32
-    projected,  # (R, E) float32: silu(z) | silu(conv(x B C)) | softplus(dt)
+    projected,  # (R, E) float32: z | x B C | dt, or silu(z) | silu(conv(x B C)) | softplus(dt)
     D: tl.constexpr,
     INNER: tl.constexpr,
     X: tl.constexpr,
@@ -303,8 +315,9 @@ def in_proj(
     PARTS: tl.constexpr,
     EPS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    CONVOLVES: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,  # divides INNER and X
+    BN: tl.constexpr,  # if it convolves, divides INNER and X
     BK: tl.constexpr,
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -317,51 +330,50 @@ def in_proj(
     inside = (outputs < E)[None, :] & (rows >= 0)[:, None]
     loaded = tl.minimum(outputs, E - 1)
     matrix = load_ahead(weight, loaded, D, BK, DOT, OVERLAPS)
-    # What the convolution remembers was written a step ago: its share comes before the wait too.
-    convolved = (first >= INNER) & (first < INNER + X)
-    remembered = inside & convolved
-    channels = tl.minimum(tl.maximum(outputs - INNER, 0), X - 1)
-    at = tl.load(position + rows).to(tl.int32)
-    slots = ring + rows[:, None] * (K * X) + channels[None, :]
-    mixed = tl.zeros((BM, BN), tl.float32)
-    for back in tl.static_range(1, K):
-        then = (at - back)[:, None]
-        past = tl.load(slots + (then + K) % K * X, mask=remembered & (then >= 0), other=0.0)
-        mixed += past * tl.load(conv_weight + (K - 1 - back) * X + channels)[None, :]
-    mixed += tl.load(conv_bias + channels)[None, :]
-    newest = tl.load(conv_weight + (K - 1) * X + channels)[None, :]
     moved = tl.load(shifted + rows[:, None] * E + loaded[None, :]).to(tl.float32)
+    if CONVOLVES:
+        # What the convolution remembers was written a step ago: its share comes before the wait.
+        convolved = (first >= INNER) & (first < INNER + X)
+        remembered = inside & convolved
+        channels = tl.minimum(tl.maximum(outputs - INNER, 0), X - 1)
+        at = tl.load(position + rows).to(tl.int32)
+        slots = ring + rows[:, None] * (K * X) + channels[None, :]
+        mixed = tl.zeros((BM, BN), tl.float32)
+        for back in tl.static_range(1, K):
+            then = (at - back)[:, None]
+            past = tl.load(slots + (then + K) % K * X, mask=remembered & (then >= 0), other=0.0)
+            mixed += past * tl.load(conv_weight + (K - 1 - back) * X + channels)[None, :]
+        mixed += tl.load(conv_bias + channels)[None, :]
+        newest = tl.load(conv_weight + (K - 1) * X + channels)[None, :]
     begin_dependents(OVERLAPS)
     sums = load_partials(partials, rows, PARTS)
     total = multiply(matrix, weight, scaled, rows, loaded, D, BM, BN, BK, DOT)
     if HAS_SCALES:
         total *= tl.load(scales + loaded)[None, :]
     total = total * inverse_rms(sums, D, EPS)[:, None] + moved
-    target = projected + rows[:, None] * E + outputs[None, :]
-    if DOT:
-        # Out of the tensor cores' layout, in which the ring would be read and written piecemeal:
-        # at 128 rows that took longer than the product.
-        tl.store(target, total, mask=inside)
-        tl.debug_barrier()
-        total = tl.load(target, mask=inside, other=0.0)
-    # A masked store, not one under the condition: Triton 3.6 fails to compile that.
-    tl.store(slots + (at % K)[:, None] * X, total, mask=remembered)
-    if convolved:
-        total = mixed + total * newest
-    if first < INNER + X:
-        total *= sigmoid(total)
-    else:
-        heads = tl.minimum(tl.maximum(outputs - (INNER + X), 0), H - 1)
-        total = softplus(total + tl.load(dt_bias + heads)[None, :])
-    tl.store(target, total, mask=inside)
+    if CONVOLVES:
+        # A masked store, not one under the condition: Triton 3.6 fails to compile that.
+        tl.store(slots + (at % K)[:, None] * X, total, mask=remembered)
+        if convolved:
+            total = mixed + total * newest
+        if first < INNER + X:
+            total *= sigmoid(total)
+        else:
+            heads = tl.minimum(tl.maximum(outputs - (INNER + X), 0), H - 1)
+            total = softplus(total + tl.load(dt_bias + heads)[None, :])
+    tl.store(projected + rows[:, None] * E + outputs[None, :], total, mask=inside)
 
 
 @triton.jit
 def scan(
     projected,  # (R, E) float32, from `in_proj`
+    conv_weight,  # (K, X) float32, oldest first
+    conv_bias,  # (X,) float32
+    dt_bias,  # (H,) float32
     a,  # (H,) float32, -exp(A_log)
     d,  # (H,) float32
     position,  # (R,) int64
+    ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
     state,  # (R, H, P, S), as it was before this chunk
     past_x,  # (R, C, I), dt * x of the chunk's tokens so far
     past_b,  # (R, C, S), their B
@@ -373,7 +385,9 @@ def scan(
     H: tl.constexpr,
     P: tl.constexpr,
     S: tl.constexpr,
+    K: tl.constexpr,
     CHUNK: tl.constexpr,
+    CONVOLVES: tl.constexpr,
     BP: tl.constexpr,  # channels a block, divides P
     BLOCKS: tl.constexpr,  # blocks a program, of whole heads or within one
     STAGES: tl.constexpr,  # blocks whose state is on its way at a time
@@ -400,6 +414,14 @@ def scan(
     b_then = tl.load(
         past_b + (row * CHUNK + slots[:, None]) * S + states[None, :], mask=past[:, None], other=0.0
     ).to(tl.float32)
+    if CONVOLVES:
+        ring += row * (K * X)
+        newest = ring + at % K * X
+        last = conv_weight + (K - 1) * X
+        b_early = earlier(ring, conv_weight, conv_bias, INNER + states, at, X, K)
+        c_early = earlier(ring, conv_weight, conv_bias, INNER + S + states, at, X, K)
+        b_weight = tl.load(last + INNER + states)
+        c_weight = tl.load(last + INNER + S + states)
     if BLOCKS == 1:
         only = tl.load(cells, mask=has_state, other=0.0)
         only_x = tl.load(xs, mask=past[:, None], other=0.0)
@@ -411,6 +433,14 @@ def scan(
     source = projected + row * E
     b = tl.load(source + 2 * INNER + states)
     c = tl.load(source + 2 * INNER + S + states)
+    if CONVOLVES:
+        if group == 0:
+            tl.store(newest + INNER + states, b)
+            tl.store(newest + INNER + S + states, c)
+        b = b_early + b * b_weight
+        c = c_early + c * c_weight
+        b *= sigmoid(b)
+        c *= sigmoid(c)
     # How much each of the chunk's tokens is asked for, whatever the head.
     scores = tl.sum(b_then * c[None, :], axis=1)
     asked = tl.sum(b * c, axis=0)
@@ -430,6 +460,12 @@ def scan(
         x = tl.load(source + INNER + inner)
         z = tl.load(source + inner)
         dt = tl.load(source + INNER + X + head)
+        if CONVOLVES:
+            tl.store(newest + inner, x)
+            x = earlier(ring, conv_weight, conv_bias, inner, at, X, K) + x * tl.load(last + inner)
+            x *= sigmoid(x)
+            z *= sigmoid(z)
+            dt = softplus(dt + tl.load(dt_bias + head))
         decay = dt * rate + tl.sum(tl.where(slots == slot - 1, decay_then, 0.0), axis=0)
         y = tl.exp(decay) * tl.sum(kept.to(tl.float32) * c[None, :], axis=1)
         weights = tl.where(past, scores * tl.exp(decay - decay_then), 0.0)
@@ -454,7 +490,7 @@ def scan(
             decay = tl.load(sums + slot)
             written = tl.load(past_x + (row * CHUNK + slot) * INNER + inner).to(tl.float32)
             kept = tl.exp(decay) * kept + written[:, None] * b[None, :]
-            for then in range(CHUNK - 1):
+            for then in tl.range(CHUNK - 1, loop_unroll_factor=5):
                 x_old = tl.load(past_x + (row * CHUNK + then) * INNER + inner).to(tl.float32)
                 b_old = tl.load(past_b + (row * CHUNK + then) * S + states).to(tl.float32)
                 shrunk = tl.exp(decay - tl.load(sums + then))
