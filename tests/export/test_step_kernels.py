@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from aim_export.cuda.plan import Argument, KernelSpec, Launch, launch
 from aim_export.kernels import convert, step
 from aim_training.model import EPS
 
-R, D, INNER, E, S, H, T, V = 4, 48, 96, 237, 16, 4, 9, 37
+R, D, INNER, S, H, K, T, V = 4, 48, 96, 16, 4, 4, 9, 37
+X = INNER + 2 * S
+E = INNER + X + H
 NAN = math.nan
 
 #: Relative to the norm of what is expected.
@@ -45,17 +49,13 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = FULL) -> None:
     assert error <= tolerance, error
 
 
-def spec(function: object, memory: Memory, names: list[str], **constants: object) -> KernelSpec:
-    types = tuple(str(memory[name].dtype).removeprefix("torch.") for name in names)
-    return KernelSpec(function, types, tuple(constants.items()))  # type: ignore[arg-type]
-
-
 def one(
-    function: object, memory: Memory, grid: int | tuple[int, ...], names: str, **constants: object
+    function: Any, memory: Memory, grid: int | tuple[int, ...], **constants: int | float | bool
 ) -> Launch:
-    """A launch on the memory of these names."""
-    listed = names.split()
-    return launch(spec(function, memory, listed, **constants), grid, *listed)
+    """A launch whose pointers are the memory of their names."""
+    names = [name for name in inspect.signature(function.fn).parameters if name not in constants]
+    types = tuple(str(memory[name].dtype).removeprefix("torch.") for name in names)
+    return launch(KernelSpec(function, types, tuple(constants.items())), grid, *names)
 
 
 def at_step(item: Launch, index: int, memory: Memory, *stacked: str) -> Launch:
@@ -95,52 +95,114 @@ def stored(weight: Tensor, dtype: torch.dtype) -> tuple[Memory, Tensor]:
     return {"weight": kept, "scales": unset(len(weight))}, kept.double()
 
 
+# -- what in_proj and scan share ------------------------------------------------------------------
+
+
+def finished(total: Tensor, memory: Memory) -> Tensor:
+    """What a layer makes of in_proj's sums (steps, R, E) before its states: z | x B C | dt.
+
+    A convolution over each row's own inputs since its position 0, silu, and softplus, in float64.
+    """
+    silu = torch.nn.functional.silu
+    taps, bias = memory["conv_weight"].double(), memory["conv_bias"].double()
+    dt_bias = memory["dt_bias"].double()
+    inner, width, heads = total.shape[-1] - taps.shape[1] - H, taps.shape[1], H
+    found = torch.zeros_like(total, dtype=torch.float64)
+    for row in range(total.shape[1]):
+        heard: list[Tensor] = []
+        for index, position in enumerate(memory["position"][:, row]):
+            z, mixed, dt = total[index, row].double().split((inner, width, heads))
+            heard = [*heard, mixed] if position else [mixed]
+            past = heard[-len(taps) :]  # the newest meets the last tap
+            convolved = bias + sum(x * w for x, w in zip(past, taps[-len(past) :], strict=True))
+            dt = torch.nn.functional.softplus(dt + dt_bias, threshold=1e3)
+            found[index, row] = torch.cat([silu(z), silu(convolved), dt])
+    return found
+
+
 # -- in_proj --------------------------------------------------------------------------------------
+
+# Positions of the rows, step by step: on past the convolution's width; begun anew twice; begun
+# late, while the other rows go on.
+POSITIONS = torch.tensor(
+    [[0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 2, 0, 1], [0, 0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]]
+).T.contiguous()
 
 
 @products
-def test_in_proj(interpreter: Interpreter, product: str) -> None:
+@pytest.mark.parametrize("convolves", [True, False])
+def test_in_proj(interpreter: Interpreter, product: str, convolves: bool) -> None:
+    """All memory is garbage at first: what no token of this image wrote must not be read."""
     dtype, activation, tile = PRODUCTS[product]
-    parts = 3
-    kept, matrix = stored(normal(1, E, D), dtype)
+    steps, parts = len(POSITIONS) if convolves else 1, 3
+    weight, shifted = normal(1, E, D), normal(4, R, E, dtype=activation)
+    # Small beside ``dt_bias``, so that it decides how large dt is.
+    weight[-H:] *= 0.1
+    shifted[:, -H:] *= 0.1
+    kept, matrix = stored(weight, dtype)
     memory: Memory = {
         **kept,
-        "scaled": normal(2, R, D, dtype=activation),
-        "partials": normal(3, R, parts) ** 2,
-        "shifted": normal(4, R, E, dtype=activation),
-        "projected": unset(R, E),
+        "scaled": normal(2, steps, R, D, dtype=activation),
+        "partials": D / parts * normal(3, steps, R, parts) ** 2,
+        "shifted": shifted,
+        "position": POSITIONS[:steps],
+        "ring": unset(R, K, X),
+        "conv_weight": normal(5, K, X),
+        "conv_bias": normal(6, X),
+        # From where 1 + exp(dt) has few digits left to where softplus is the identity.
+        "dt_bias": torch.tensor([-18.0, -4.0, 0.0, 25.0]),
+        "projected": unset(steps, R, E),
     }
-    memory["partials"][1] = 1e-7  # where epsilon counts
+    memory["partials"][0, 1] = 1e-5  # where epsilon counts
     item = one(
         step.in_proj,
         memory,
         (-(-E // tile["BN"]), R // tile["BM"]),
-        "weight scales scaled partials shifted projected weight",
         D=D,
-        E=E,
+        INNER=INNER,
+        X=X,
+        H=H,
+        K=K,
         PARTS=parts,
         EPS=EPS,
         HAS_SCALES=dtype == torch.int8,
-        AHEAD=0,
+        CONVOLVES=convolves,
         **tile,
         OVERLAPS=False,
     )
-    found = interpreter.run([item], memory)["projected"]
-    rms = torch.sqrt(memory["partials"].double().sum(1) / D + EPS)
-    wanted = memory["scaled"].double() @ matrix.T / rms[:, None] + memory["shifted"].double()
-    for row in range(R):
-        close(found[row], wanted[row])
+    stacked = ("scaled", "partials", "position", "projected")
+    found = interpreter.run([at_step(item, i, memory, *stacked) for i in range(steps)], memory)
+    rms = torch.sqrt(memory["partials"].double().sum(-1) / D + EPS)
+    wanted = memory["scaled"].double() @ matrix.T / rms[..., None] + memory["shifted"].double()
+    if convolves:
+        wanted = finished(wanted, memory)
+    else:
+        assert found["ring"].isnan().all()
+    # Each region and row by itself.
+    for ours, expected in zip(
+        found["projected"].split((INNER, X, H), -1), wanted.split((INNER, X, H), -1), strict=True
+    ):
+        for row in range(R):
+            close(ours[:, row], expected[:, row])
+    if convolves:  # of the steps dt even the smallest has its digits
+        precise(found["projected"][1:, :, -H:], wanted[1:, :, -H:])
+
+
+def precise(dt: Tensor, wanted: Tensor) -> None:
+    assert float(wanted.min()) < 1e-7
+    assert float(wanted.max()) > 20
+    assert float(((dt - wanted) / wanted).abs().max()) < 2e-5
 
 
 # -- scan -----------------------------------------------------------------------------------------
 
-CHUNK, P = 4, 8
-INNER_S = H * P
-X = INNER_S + 2 * S
-E_S = INNER_S + X + H
+CHUNK, SCAN_P = 4, 8
+SCAN_INNER = H * SCAN_P
+SCAN_X = SCAN_INNER + 2 * S
+SCAN_E = SCAN_INNER + SCAN_X + H
 # Two chunks and into the third; begun anew in the middle of a chunk, and right after one; begun
-# while the other rows are elsewhere. The ring goes round in five.
-POSITIONS = torch.tensor(
+# while the other rows are elsewhere.
+SCAN_POSITIONS = torch.tensor(
     [
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
         [0, 1, 0, 1, 2, 3, 4, 5, 0, 1],
@@ -150,80 +212,72 @@ POSITIONS = torch.tensor(
 FOLDED_LAST = (7, 5, 7)  # the steps after which the rows' memories were last folded
 
 
-def expected_scan(memory: Memory) -> tuple[Tensor, Tensor]:
-    """``gated`` (steps, R, I), and the states (steps, R, H, P, S) after each step.
+def expected_scan(memory: Memory, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """``gated`` (steps, R, I), and the states (steps, R, H, P, S) after each step: the recurrence.
 
-    A convolution over each row's own inputs, then the recurrence of arXiv 2405.21060, section 2,
-    with a scalar times the identity for A; all in float64.
+    Source: arXiv 2405.21060, section 2, with a scalar times the identity for A.
     """
-    silu, softplus = torch.nn.functional.silu, torch.nn.functional.softplus
-    steps, rows = memory["position"].shape
-    projected = memory["projected"].double()
-    taps, bias = memory["conv_weight"].double(), memory["conv_bias"].double()
-    a, d, dt_bias = (memory[name].double() for name in ("a", "d", "dt_bias"))
-    gated = torch.zeros(steps, rows, INNER_S, dtype=torch.float64)
-    states = torch.zeros(steps, rows, H, P, S, dtype=torch.float64)
-    for row in range(rows):
-        heard: list[Tensor] = []
-        state = torch.zeros(H, P, S, dtype=torch.float64)
-        for index, position in enumerate(memory["position"][:, row]):
-            z, mixed, dt = projected[index, row].split((INNER_S, X, H))
-            if position == 0:
-                heard, state = [], torch.zeros_like(state)
-            heard.append(mixed)
-            past = heard[-len(taps) :]  # the newest meets the last tap
-            mixed = bias + sum(x * w for x, w in zip(past, taps[-len(past) :], strict=True))
-            x, b, c = silu(mixed).split((INNER_S, S, S))
-            x, dt = x.view(H, P), softplus(dt + dt_bias, threshold=1e3)
-            state = torch.exp(dt * a)[:, None, None] * state
-            state = state + (dt[:, None] * x)[..., None] * b
-            y = state @ c + d[:, None] * x
-            gated[index, row], states[index, row] = y.view(-1) * silu(z), state
-    return gated, states
+    rows = projected.shape[1]
+    a, d = memory["a"].double(), memory["d"].double()
+    state = torch.zeros(rows, H, SCAN_P, S, dtype=torch.float64)
+    gated, states = [], []
+    for index, positions in enumerate(memory["position"]):
+        state = state * (positions > 0)[:, None, None, None]
+        z, x, b, c, dt = projected[index].split((SCAN_INNER, SCAN_INNER, S, S, H), -1)
+        x = x.view(rows, H, SCAN_P)
+        decay = torch.exp(dt * a)[..., None, None]
+        state = decay * state + (dt[..., None] * x)[..., None] * b[:, None, None, :]
+        y = (state * c[:, None, None, :]).sum(-1) + d[:, None] * x
+        gated.append(y.view(rows, -1) * z)
+        states.append(state)
+    return torch.stack(gated), torch.stack(states)
 
 
 def scan_memory(
+    channels: int,
     state: torch.dtype = torch.float32,
     history: torch.dtype = torch.float32,
     activation: torch.dtype = torch.float32,
-    width: int = 5,
+    width: int = K,
 ) -> Memory:
-    steps, rows = POSITIONS.shape
+    """All memory is garbage at first: what no token of this image wrote must not be read."""
+    steps, rows = SCAN_POSITIONS.shape
     return {
-        "projected": normal(11, steps, rows, E_S),
-        "conv_weight": normal(12, width, X),
-        "conv_bias": normal(13, X),
+        "projected": normal(11, steps, rows, SCAN_E),
+        "conv_weight": normal(12, width, SCAN_X),
+        "conv_bias": normal(13, SCAN_X),
         "dt_bias": normal(14, H) - 1,
         "a": -normal(15, H).abs() - 0.1,
         "d": normal(16, H),
-        "position": POSITIONS,
-        "ring": unset(rows, width, X),
-        "state": unset(rows, H, P, S, dtype=state),
-        "past_x": unset(rows, CHUNK, INNER_S, dtype=history),
+        "position": SCAN_POSITIONS,
+        "ring": unset(rows, width, SCAN_X),
+        "state": unset(rows, H, SCAN_P, S, dtype=state),
+        "past_x": unset(rows, CHUNK, SCAN_INNER, dtype=history),
         "past_b": unset(rows, CHUNK, S, dtype=history),
         "past_decay": unset(rows, H, CHUNK),
-        "gated": unset(steps, rows, INNER_S, dtype=activation),
-        "squares": unset(steps, rows, H),
+        "gated": unset(steps, rows, SCAN_INNER, dtype=activation),
+        "squares": unset(steps, rows, SCAN_INNER // channels),
     }
 
 
-def scan_launches(memory: Memory, heads: int) -> list[Launch]:
+def scan_launches(
+    memory: Memory, channels: int, blocks: int, *, convolves: bool = True
+) -> list[Launch]:
     steps, rows = memory["position"].shape
     item = one(
         step.scan,
         memory,
-        (H // heads, rows),
-        "projected conv_weight conv_bias dt_bias a d position ring state past_x past_b past_decay "
-        "gated squares a",
-        INNER=INNER_S,
-        X=X,
+        (SCAN_INNER // (channels * blocks), rows),
+        INNER=SCAN_INNER,
+        X=SCAN_X,
         H=H,
-        P=P,
+        P=SCAN_P,
         S=S,
         K=len(memory["conv_weight"]),
         CHUNK=CHUNK,
-        AHEAD=0,
-        HEADS=heads,
+        CONVOLVES=convolves,
+        BP=channels,
+        BLOCKS=blocks,
         STAGES=1,
         OVERLAPS=False,
     )
@@ -231,41 +285,53 @@ def scan_launches(memory: Memory, heads: int) -> list[Launch]:
     return [at_step(item, index, memory, *stacked) for index in range(steps)]
 
 
-@pytest.mark.parametrize(("heads", "width"), [(1, 5), (2, 5), (2, 4), (4, 1)])
-def test_scan(interpreter: Interpreter, heads: int, width: int) -> None:
-    """All memory is garbage at first: what no token of this image wrote is not read."""
-    memory = scan_memory(width=width)
-    found = interpreter.run(scan_launches(memory, heads), memory)
-    gated, states = expected_scan(memory)
+# Parts of a head, heads, a head part by part, and several heads each way; widths of the
+# convolution, where the scan does it.
+CUTS = [
+    (4, 1, True, K),
+    (8, 1, False, K),
+    (4, 2, True, 5),
+    (4, 2, False, K),
+    (8, 2, True, 1),
+    (4, 4, True, K),
+]
+
+
+@pytest.mark.parametrize(("channels", "blocks", "convolves", "width"), CUTS)
+def test_scan(
+    interpreter: Interpreter, channels: int, blocks: int, convolves: bool, width: int
+) -> None:
+    memory = scan_memory(channels, width=width)
+    projected = finished(memory["projected"], memory)
+    if not convolves:
+        memory["projected"] = projected.float()
+    found = interpreter.run(scan_launches(memory, channels, blocks, convolves=convolves), memory)
+    gated, states = expected_scan(memory, projected)
     for row, last in enumerate(FOLDED_LAST):
         close(found["gated"][:, row], gated[:, row])
-        close(found["squares"][:, row], gated[:, row].view(-1, H, P).square().sum(-1))
+        squares = gated[:, row].unflatten(-1, (-1, channels)).square().sum(-1)
+        close(found["squares"][:, row], squares)
         # What lies in memory is the state after the last full chunk.
         close(found["state"][row], states[last, row])
+    assert convolves or found["ring"].isnan().all()
 
 
 def test_scan_with_a_short_memory(interpreter: Interpreter) -> None:
     """bfloat16 states: what rounding them costs, and no more. The interpreter cuts digits off."""
-    memory = scan_memory(torch.bfloat16, torch.float16, torch.float16)
-    found = interpreter.run(scan_launches(memory, 2), memory)
-    gated, states = expected_scan(memory)
+    memory = scan_memory(SCAN_P, torch.bfloat16, torch.float16, torch.float16)
+    found = interpreter.run(scan_launches(memory, SCAN_P, 2), memory)
+    gated, states = expected_scan(memory, finished(memory["projected"], memory))
     close(found["gated"], gated, 8e-3)
     for row, last in enumerate(FOLDED_LAST):
         close(found["state"][row], states[last, row], 8e-3)
 
 
-def test_steps_of_any_length(interpreter: Interpreter) -> None:
-    """dt from where 1 + exp has no digits left to where softplus is the identity."""
-    memory = scan_memory()
+def test_scan_with_steps_of_any_length(interpreter: Interpreter) -> None:
+    memory = scan_memory(SCAN_P)
     memory["dt_bias"] = torch.tensor([-18.0, -9.0, 0.0, 25.0])
     memory |= {name: memory[name][:1] for name in ("projected", "position", "gated", "squares")}
-    found = interpreter.run(scan_launches(memory, 4), memory)["past_decay"][..., 0]
-    raw = memory["projected"][0, :, -H:].double() + memory["dt_bias"]
-    dt = torch.nn.functional.softplus(raw, threshold=1e3)
-    assert float(dt.min()) < 1e-7
-    assert float(dt.max()) > 20
-    wanted = dt * memory["a"]
-    assert float(((found - wanted) / wanted).abs().max()) < 1e-5
+    found = interpreter.run(scan_launches(memory, SCAN_P, 4), memory)["past_decay"][..., 0]
+    precise(found / memory["a"], finished(memory["projected"], memory)[0, :, -H:])
 
 
 # -- out_proj -------------------------------------------------------------------------------------
@@ -287,12 +353,10 @@ def test_out_proj(interpreter: Interpreter, product: str) -> None:
         "partials": unset(R, D // 16),
     }
     memory["scale"][1, 5] = 1e9
-    names = "weight scales gated squares gate scale residual scaled partials"
     item = one(
         step.out_proj,
         memory,
         (D // 16, R // tile["BM"]),
-        names,
         D=D,
         INNER=INNER,
         PARTS=3,
@@ -335,12 +399,10 @@ def test_embed(interpreter: Interpreter, offset: int, dtype: torch.dtype) -> Non
     # At position 0 there is no token yet.
     memory["token"][0] = V
     memory["word_table"] = torch.cat([memory["word_table"], unset(1, D, dtype=dtype)])
-    names = "token position word_table position_table class_embedding scale residual scaled"
     item = one(
         step.embed,
         memory,
         R,
-        f"{names} partials",
         D=D,
         BLOCK=64,
         PARTS=3,
@@ -365,8 +427,7 @@ def test_start(interpreter: Interpreter) -> None:
         "position": torch.full((R,), 5),
         "status": torch.full((4,), 1, dtype=torch.int32),
     }
-    names = "class_id class_table class_embedding activated position status"
-    found = interpreter.run([one(step.start, memory, R, names, D=D, BLOCK=64)], memory)
+    found = interpreter.run([one(step.start, memory, R, D=D, BLOCK=64)], memory)
     wanted = memory["class_table"][memory["class_id"]].double()
     close(found["class_embedding"], wanted)
     close(found["activated"], torch.nn.functional.silu(wanted), HALF)
@@ -386,8 +447,7 @@ def test_modulate(interpreter: Interpreter, groups: int) -> None:
         "scale": unset(layers + 1, R, D),
         "gate": unset(layers, R, D),
     }
-    names = "grouped table norm shift scale gate"
-    item = one(step.modulate, memory, (R, layers), names, R=R, GROUPS=groups, D=D, BLOCK=64)
+    item = one(step.modulate, memory, (R, layers), R=R, GROUPS=groups, D=D, BLOCK=64)
     found = interpreter.run([item], memory)
     group = torch.arange(layers) % groups
     whole = memory["grouped"].double()[:, group] + memory["table"].double()  # (R, L, 3, D)
@@ -408,9 +468,8 @@ def test_final_norm(interpreter: Interpreter) -> None:
         "hidden": unset(R, D),
     }
     memory["residual"][1] = 1e-4  # where epsilon counts
-    names = "residual norm modulation final_weight hidden"
     constants = {"D": D, "BLOCK": 64, "EPS": EPS, "OVERLAPS": False}
-    found = interpreter.run([one(step.final_norm, memory, R, names, **constants)], memory)
+    found = interpreter.run([one(step.final_norm, memory, R, **constants)], memory)
 
     def rms_norm(value: Tensor, weight: Tensor) -> Tensor:
         return value / torch.sqrt(value.square().mean(-1, keepdim=True) + EPS) * weight
@@ -436,10 +495,9 @@ def test_linear(interpreter: Interpreter, product: str, bias: bool) -> None:
         "target": unset(R, V),
     }
     flags = {"HAS_SCALES": dtype == torch.int8, "HAS_BIAS": bias, "OVERLAPS": False}
-    constants = {"AHEAD": 0, **flags, **tile}
-    names = "weight scales source bias target weight"
+    constants = {**flags, **tile}
     grid = (-(-V // tile["BN"]), R // tile["BM"])
-    item = one(step.linear, memory, grid, names, N=V, WIDTH=D, **constants)
+    item = one(step.linear, memory, grid, N=V, WIDTH=D, **constants)
     wanted = memory["source"].double() @ matrix.T
     if bias:
         wanted += memory["bias"].double()
@@ -465,7 +523,7 @@ def test_cast(interpreter: Interpreter, source: torch.dtype, target: torch.dtype
     }
     # Numbers below the smallest normal half, and zeros of both signs.
     memory["source"][:4] = torch.tensor([3e-6, -3e-7, 0.0, -0.0], dtype=source)
-    item = one(convert.cast, memory, 2, "source target", BLOCK=convert.CAST_BLOCK)
+    item = one(convert.cast, memory, 2, BLOCK=convert.CAST_BLOCK)
     found = interpreter.run([item], memory)["target"]
     if target == torch.bfloat16:  # the interpreter cuts digits off, a GPU rounds
         assert ((found.double() - memory["source"]).abs() <= memory["source"].abs() / 128).all()
@@ -483,9 +541,7 @@ def test_quantise(interpreter: Interpreter, dtype: torch.dtype) -> None:
     memory["source"][2] = 0
     memory["source"][3] *= 1e-3
     memory["source"][4, 9] = -50  # everything else is small beside it
-    found = interpreter.run(
-        [one(convert.quantise, memory, 7, "source target scales", WIDTH=D, BLOCK=64)], memory
-    )
+    found = interpreter.run([one(convert.quantise, memory, 7, WIDTH=D, BLOCK=64)], memory)
     value, scales = memory["source"].double(), found["scales"].double()
     largest = value.abs().amax(1)
     close(scales, torch.where(largest > 0, largest / 127, 1.0))
@@ -500,7 +556,7 @@ def test_quantise(interpreter: Interpreter, dtype: torch.dtype) -> None:
 
 def test_the_process_reports_what_fails(interpreter: Interpreter) -> None:
     memory: Memory = {"source": torch.zeros(4096), "target": torch.zeros(4096)}
-    item = one(convert.cast, memory, 1, "source target", BLOCK=convert.CAST_BLOCK)
+    item = one(convert.cast, memory, 1, BLOCK=convert.CAST_BLOCK)
     with pytest.raises(AssertionError, match="behind the end of target"):
         interpreter.run([item], memory | {"target": torch.zeros(4090)})
     with pytest.raises(AssertionError, match="target"):
