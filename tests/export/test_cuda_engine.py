@@ -114,7 +114,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 CASES = [
     (ADALN, "fp32", 2),
     (ADALN, "fp32", 16),
-    (ADALN, "fp16-state16", 2),
+    (ADALN, "fp16-state16", 16),
     (ADALN, "int8", 2),
     (GROUP, "fp32", 2),
     (GROUP, "fp16", 1),
