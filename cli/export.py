@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,21 @@ from aim_cli.terminal import Show, fields, progress_bar, table
 
 if TYPE_CHECKING:
     from aim_export import ParityReport
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What to put into a bundle beside its graphs; checked, so that it only has to be done.
+
+    Attributes:
+        trt: TensorRT's engines.
+        precisions: number formats to compile CUDA kernels for; none where none are wanted.
+        capabilities: compute capabilities to compile them for, 90 stands for 9.0.
+    """
+
+    trt: bool
+    precisions: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = ()
 
 
 @click.command("export")
@@ -46,6 +62,26 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Instead of --ckpt and --out: add engines to this bundle.",
+)
+@click.option(
+    "--cuda",
+    is_flag=True,
+    help="Compile the CUDA kernels of the backend 'cuda'. Needs no GPU, and some minutes.",
+)
+@click.option(
+    "--cuda-precision",
+    "cuda_precisions",
+    multiple=True,
+    metavar="NAME,...",
+    help="Number formats to compile for: fp32, fp16, fp16-state16, int8, int8-state16. "
+    "[default: all but the last]",
+)
+@click.option(
+    "--cuda-arch",
+    "cuda_archs",
+    multiple=True,
+    metavar="X.Y,...",
+    help="Compute capabilities to compile for: 8.0, 8.6, 8.9, 9.0, 10.0, 12.0. [default: all]",
 )
 @click.option(
     "--trt",
@@ -96,6 +132,9 @@ def command(
     tokenizer: Path | None,
     out: Path | None,
     bundle_dir: Path | None,
+    cuda: bool,
+    cuda_precisions: tuple[str, ...],
+    cuda_archs: tuple[str, ...],
     trt: bool,
     precision: Literal["fp32", "fp16"],
     position_offset: int | None,
@@ -115,6 +154,7 @@ def command(
 
     \b
     aim export --ckpt aim_l.safetensors --tokenizer vq_ds16_c2i.pt --out aim-l
+    aim export --bundle aim-l --cuda --cuda-precision fp16,fp32 --cuda-arch 8.0,9.0
     aim export --bundle aim-l --trt
 
     The bundle is compared with PyTorch over every step before it is written; if they differ by
@@ -125,21 +165,24 @@ def command(
     """
     report = None if quiet else functools.partial(click.echo, err=True)
     started = time.perf_counter()
+    if not cuda and (cuda_precisions or cuda_archs):
+        given = "--cuda-precision" if cuda_precisions else "--cuda-arch"
+        raise click.UsageError(f"{given} says what --cuda compiles for; give --cuda too")
     if bundle_dir is not None:
-        _check_only_engines(context, trt=trt)
-        _add_engines(bundle_dir, trt=trt, report=report)
+        _check_only_engines(context)
+        engines = _check_engines(cuda, cuda_precisions, cuda_archs, trt=trt)
+        _add_engines(bundle_dir, engines, report=report, quiet=quiet)
         if not quiet:
             click.echo(_outcome(bundle_dir, started))
         return
     if ckpt is None or out is None:
         raise click.UsageError(
-            "--ckpt and --out are missing; or give --bundle and what to add to it, such as --trt"
+            "--ckpt and --out are missing; or give --bundle and what to add to it, --cuda or --trt"
         )
     with requires("export", "aim export"):
         from aim_export import export_bundle
         from aim_export.bundle import check_sampling
-    if trt:
-        _check_tensorrt()
+    engines = _check_engines(cuda, cuda_precisions, cuda_archs, trt=trt)
     settings = {
         "cfg_scale": cfg_scale,
         "temperature": temperature,
@@ -170,7 +213,7 @@ def command(
             )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
-    _add_engines(out, trt=trt, report=report)
+    _add_engines(out, engines, report=report, quiet=quiet)
     if quiet:
         return
     click.echo(parity_table(parity))
@@ -178,9 +221,10 @@ def command(
     click.echo(_outcome(out, started))
 
 
-def _check_only_engines(context: click.Context, *, trt: bool) -> None:
+def _check_only_engines(context: click.Context) -> None:
     """With ``--bundle`` the bundle stays as it is: only engines can be asked for."""
-    allowed = {"bundle_dir", "trt", "quiet"}
+    asked_for = {"cuda", "trt"}
+    allowed = {"bundle_dir", "cuda_precisions", "cuda_archs", "quiet", *asked_for}
     for parameter in context.command.params:
         name = parameter.name or ""
         if (
@@ -190,26 +234,83 @@ def _check_only_engines(context: click.Context, *, trt: bool) -> None:
             raise click.UsageError(
                 f"{parameter.opts[0]} makes a new bundle; --bundle adds engines to one that exists"
             )
-    if not trt:
-        raise click.UsageError("--bundle wants to know what to add to the bundle, such as --trt")
+    if not any(context.params[name] for name in asked_for):
+        raise click.UsageError("--bundle wants to know what to add to the bundle, --cuda or --trt")
 
 
-def _check_tensorrt() -> None:
-    with requires("export", "aim export --trt"):
-        from aim_export.tensorrt import check_library
-    check_library()
+def _check_engines(
+    cuda: bool, precisions: tuple[str, ...], archs: tuple[str, ...], *, trt: bool
+) -> Engines:
+    """What was asked for; asked before an export spends minutes on something else.
+
+    Raises:
+        MissingExtra: packages that it takes are not installed.
+        UsageError: kernels cannot be compiled for a format or compute capability.
+        ExportError: no TensorRT can be used.
+    """
+    if trt:
+        with requires("export", "aim export --trt"):
+            from aim_export.tensorrt import check_library
+        check_library()
+    if not cuda:
+        return Engines(trt)
+    with requires("export", "aim export --cuda"):
+        from aim_export.cuda.bundle import CAPABILITIES, PRECISIONS
+        from aim_export.cuda.precision import FORMATS
+    known = {f"{capability / 10}": capability for capability in CAPABILITIES}
+    chosen = _chosen("--cuda-arch", archs, known)
+    return Engines(
+        trt,
+        _chosen("--cuda-precision", precisions, FORMATS) or PRECISIONS,
+        tuple(known[arch] for arch in chosen) or CAPABILITIES,
+    )
 
 
-def _add_engines(bundle_dir: Path, *, trt: bool, report: Callable[[str], None] | None) -> None:
+def _chosen(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The names in the values of an option, which may hold several with commas, each once.
+
+    Raises UsageError for one that is not among ``known``.
+    """
+    names = dict.fromkeys(name.strip() for value in given for name in value.split(","))
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"{option} is {name!r}; kernels can be for {', '.join(known)}")
+    return tuple(names)
+
+
+def _add_engines(
+    bundle_dir: Path, engines: Engines, *, report: Callable[[str], None] | None, quiet: bool
+) -> None:
     """Add the engines asked for to a bundle that is complete without them."""
-    if not trt:
-        return
-    with requires("export", "aim export --trt"):
+    if engines.precisions:
+        from aim_export.cuda.bundle import add_engines as add_kernels
+
+        with (
+            _whole_if_interrupted(bundle_dir, "CUDA kernels"),
+            late_bar("compiling kernels", quiet=quiet) as progress,
+        ):
+            add_kernels(
+                bundle_dir,
+                precisions=engines.precisions,
+                capabilities=engines.capabilities,
+                report=report,
+                progress=progress,
+            )
+    if engines.trt:
         from aim_export.tensorrt import add_engines
+
+        with _whole_if_interrupted(bundle_dir, "TensorRT engines"):
+            add_engines(bundle_dir, report)
+
+
+@contextlib.contextmanager
+def _whole_if_interrupted(bundle_dir: Path, without: str) -> Iterator[None]:
+    """Say, after Ctrl-C, that the bundle is as it was."""
     try:
-        add_engines(bundle_dir, report)
+        yield
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {bundle_dir} is whole, without new engines") from None
+        raise Interrupted(f"interrupted; {bundle_dir} is whole, without new {without}") from None
 
 
 def _outcome(bundle_dir: Path, started: float) -> str:
