@@ -3,16 +3,23 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from ..export.interpreter import binaries
 from .conftest import Cli, Spawn, refused, tree
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from aim_runtime import BackendError  # noqa: E402
+from aim_export import export_bundle  # noqa: E402
+from aim_runtime import BackendError, Bundle  # noqa: E402
 from aim_runtime.engines.tensorrt_library import find_library  # noqa: E402
 from aim_training.checkpoint import save_checkpoint  # noqa: E402
 from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
@@ -29,6 +36,18 @@ def _one_thread() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with random weights, its tokenizer, and names for its classes."""
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"), d_model=32)
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of such a model that is just wide enough for the CUDA kernels."""
+    folder = tmp_path_factory.mktemp("wide")
+    export_bundle(small_checkpoint(folder, d_model=64), folder / "made")
+    return folder / "made"
+
+
+def small_checkpoint(folder: Path, d_model: int) -> Path:
     torch.manual_seed(0)
     tokenizer = VQTokenizer(
         TokenizerConfig(
@@ -41,11 +60,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     config = ModelConfig(
-        vocab_size=32, num_classes=3, num_tokens=9, d_model=32, num_layers=1, d_state=16
+        vocab_size=32, num_classes=3, num_tokens=9, d_model=d_model, num_layers=1, d_state=16
     )
-    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
     names = {"class_names": ["cat", "dog", "red panda"]}
-    return save_checkpoint(path, AiM(config).initialise(), tokenizer, names)
+    return save_checkpoint(folder / "small.safetensors", AiM(config).initialise(), tokenizer, names)
 
 
 def test_export_reports_parity_and_the_bundle_draws(
@@ -178,6 +196,121 @@ def test_engines_are_added_to_a_bundle_that_exists(
     assert again.exit_code == 0
     assert again.stdout.startswith("bundle  made (")
     assert set(json.loads(cli("info", "made", "--json").stdout)["files"]) == set(files)
+
+
+def engines_of(cli: Cli, bundle: str) -> list[str]:
+    files = json.loads(cli("info", bundle, "--json").stdout)["files"]
+    return sorted(name for name in files if name.startswith("engines/"))
+
+
+def uncompiled(
+    kernels: Any, capabilities: Any, *, progress: Callable[[int, int], None] | None = None
+) -> Any:
+    """`compile_kernels` in no time: the real one takes minutes, and has tests of its own."""
+    found = binaries(list(kernels), capabilities)
+    if progress is not None:
+        progress(len(found), len(found))
+    return found
+
+
+def test_kernels_are_added_to_a_bundle_that_exists(
+    cli: Cli, wide_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip("aim_export.cuda.bundle", reason="Triton is not installed")
+    monkeypatch.setattr(module, "compile_kernels", uncompiled)
+    shutil.copytree(wide_bundle, "made")
+    drawn = ("generate", "--bundle", "made", "-c", "dog", "--backend", "cpu", "--out")
+    assert cli(*drawn, "before").exit_code == 0
+
+    done = cli(
+        *("export", "--bundle", "made", "--cuda"),
+        *("--cuda-precision", "int8-state16,fp16", "--cuda-precision", "fp32", "--cuda-precision"),
+        *("fp16", "--cuda-arch", "8.0, 12.0"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("bundle  made (")
+    assert re.search(r"compiling \d+ kernels for compute capability 8.0, 12.0\n", done.stderr)
+    assert "compiling kernels\n" in done.stderr  # the bar's label, which is all a log file gets
+    kernels = ["constants.bin", "kernels-sm120.bin", "kernels-sm80.bin"]
+    plans = [f"plan-{precision}.json" for precision in ("fp16", "fp32", "int8-state16")]
+    assert engines_of(cli, "made") == [f"engines/cuda/{name}" for name in kernels + plans]
+    Bundle.open("made").verify()
+
+    assert cli(*drawn, "after").exit_code == 0
+    before, after = (
+        Image.open(next(Path(name).glob("dog_*.png"))).tobytes() for name in ("before", "after")
+    )
+    assert before == after
+
+    assert cli("export", "--bundle", "made", "--cuda", "--quiet").stderr == ""
+    names = {f"kernels-sm{capability}.bin" for capability in module.CAPABILITIES}
+    names |= {f"plan-{precision}.json" for precision in module.PRECISIONS}
+    assert engines_of(cli, "made") == sorted(
+        f"engines/cuda/{name}" for name in names | {"constants.bin"}
+    )
+
+
+def test_kernels_cannot_be_made_for_every_model(cli: Cli, checkpoint: Path, folder: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = cli("export", "--ckpt", checkpoint, "--out", "made", "--cuda")
+    refused(done, "a multiple of 64 for d_model, not 32")
+    assert cli("generate", "--bundle", "made").exit_code == 0
+
+
+def test_interrupted_while_compiling(
+    cli: Cli, wide_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip("aim_export.cuda.bundle", reason="Triton is not installed")
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compile_kernels", interrupt)
+    shutil.copytree(wide_bundle, "made")
+    before = tree(folder)
+    stopped = cli("export", "--bundle", "made", "--cuda")
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith("Error: interrupted; made is whole, without new CUDA kernels\n")
+    assert tree(folder) == before
+
+
+def test_help_names_what_kernels_are_compiled_for(cli: Cli) -> None:
+    module = pytest.importorskip("aim_export.cuda.bundle", reason="Triton is not installed")
+    words = " ".join(cli("export", "--help").stdout.split())
+    formats = list(module.FORMATS)
+    assert f"formats to compile for: {', '.join(formats)}. [default: all but the last]" in words
+    assert set(module.PRECISIONS) == set(formats[:-1])
+    archs = ", ".join(f"{capability / 10}" for capability in module.CAPABILITIES)
+    assert f"capabilities to compile for: {archs}. [default: all]" in words
+
+
+def test_kernels_need_triton(spawn: Spawn, folder: Path) -> None:
+    program = "import sys; sys.modules['triton'] = None; from aim_cli.main import main; main()"
+    process = spawn("export", "--bundle", "made", "--cuda", python=("-c", program))
+    assert process.communicate(timeout=60)[1] == (
+        "Error: 'aim export --cuda' needs triton, which is not installed: "
+        "pip install 'aim-runtime[export]'\n"
+    )
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--cuda-arch", "8.0"], "--cuda-arch says what --cuda compiles for; give --cuda too"),
+        (["--trt", "--cuda-precision", "fp16"], "--cuda-precision says what --cuda compiles for"),
+        (["--cuda", "--cuda-arch", "8.0,7.5"], "--cuda-arch is '7.5'; kernels can be for 8.0, 8.6"),
+        (["--cuda", "--cuda-arch", "90"], "--cuda-arch is '90'"),
+        (["--cuda", "--cuda-arch", ""], "--cuda-arch is ''"),
+        (["--cuda", "--cuda-precision", "int4"], "--cuda-precision is 'int4'; kernels can be for"),
+        (["--cuda", "--top-k", "3"], "--top-k makes a new bundle"),
+        (["--cuda"], "made"),
+    ],
+)
+def test_bad_arguments_for_kernels(cli: Cli, folder: Path, args: list[str], words: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    refused(cli("export", "--bundle", "made", *args), words)
+    assert tree(folder) == set()
 
 
 @pytest.mark.parametrize(
