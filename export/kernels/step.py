@@ -13,8 +13,9 @@ How a layer is cut into launches (arXiv 2405.21060, section 7, and adaLN):
   softplus. With few rows `in_proj` does it before it stores (``CONVOLVES``), spread over many
   programs; with many, `scan` does, since in_proj's few large blocks would wait for the ring.
 * `scan` reads the states of some heads of one row. A state is that at the start of a chunk of C
-  tokens and is rewritten only at the chunk's end; the tokens since then are kept beside it, and
-  their share of the output is an attention-like sum (the dual form of the paper's section 6).
+  tokens and is rewritten only at the chunk's end (`fold`); the tokens since then are kept beside
+  it, and their share of the output is an attention-like sum (the dual form of the paper's
+  section 6).
 * `out_proj` puts the gated norm's factor behind its product, adds to the residual and prepares
   ``scaled`` and the sums of squares for the layer that follows.
 
@@ -479,23 +480,52 @@ def scan(
     if group == 0:
         store_rounded(past_b + (row * CHUNK + slot) * S + states, b, states >= 0)
 
-    if slot == CHUNK - 1:
-        # The chunk is full: move its tokens into the states. The newest token's B is taken from
-        # here, since another program may be writing it; its dt * x as it was stored just now.
-        tl.debug_barrier()
-        for index in range(BLOCKS):
-            inner = (group + index) * BP + channels
-            kept = tl.load(cells + index * (BP * S), mask=has_state, other=0.0).to(tl.float32)
-            sums = past_decay + (row * H + (group + index) * BP // P) * CHUNK
-            decay = tl.load(sums + slot)
-            written = tl.load(past_x + (row * CHUNK + slot) * INNER + inner).to(tl.float32)
-            kept = tl.exp(decay) * kept + written[:, None] * b[None, :]
-            for then in tl.range(CHUNK - 1, loop_unroll_factor=5):
-                x_old = tl.load(past_x + (row * CHUNK + then) * INNER + inner).to(tl.float32)
-                b_old = tl.load(past_b + (row * CHUNK + then) * S + states).to(tl.float32)
-                shrunk = tl.exp(decay - tl.load(sums + then))
-                kept += (shrunk * x_old)[:, None] * b_old[None, :]
-            tl.store(cells + index * (BP * S), kept.to(state.dtype.element_ty))
+
+@triton.jit
+def fold(
+    position,  # (R,) int64
+    state,  # (L, R, H, P, S), updated
+    past_x,  # (L, R, C, I), dt * x of the chunk's tokens
+    past_b,  # (L, R, C, S), their B
+    past_decay,  # (L, R, H, C) float32, the sums of dt * a from the chunk's start
+    R: tl.constexpr,
+    INNER: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,  # heads a program, divides H
+    OVERLAPS: tl.constexpr,
+):
+    """Where a row's chunk is full, move its tokens into the states of HEADS heads of a layer.
+
+    A launch of its own, for all layers at once, because it wants more registers than `scan`.
+    """
+    GROUPS: tl.constexpr = H // HEADS
+    row = tl.program_id(1)
+    place = (tl.program_id(0) // GROUPS * R + row).to(tl.int64)
+    first = tl.program_id(0) % GROUPS * HEADS
+    channels = tl.arange(0, P)
+    states = tl.arange(0, S)
+    slots = tl.arange(0, CHUNK)
+    at = tl.load(position + row)
+    begin_dependents(OVERLAPS)
+    if at % CHUNK == CHUNK - 1:
+        b = tl.load(past_b + (place * CHUNK + slots[:, None]) * S + states[None, :]).to(tl.float32)
+        has_state = (at >= CHUNK) & (channels[:, None] >= 0)
+        for index in range(HEADS):
+            head = first + index
+            sums = past_decay + (place * H + head) * CHUNK
+            total = tl.load(sums + CHUNK - 1)
+            shrunk = tl.exp(total - tl.load(sums + slots))
+            inner = head * P + channels
+            x = tl.load(past_x + (place * CHUNK + slots[None, :]) * INNER + inner[:, None])
+            cells = state + ((place * H + head) * P + channels[:, None]) * S + states[None, :]
+            kept = tl.load(cells, mask=has_state, other=0.0).to(tl.float32) * tl.exp(total)
+            # Three products of the tensor cores' format make one of float32.
+            x = x.to(tl.float32) * shrunk[None, :]
+            kept = tl.dot(x, b, kept, input_precision="tf32x3")
+            tl.store(cells, kept.to(state.dtype.element_ty))
 
 
 @triton.jit

@@ -281,8 +281,25 @@ def scan_launches(
         STAGES=1,
         OVERLAPS=False,
     )
+    fold = one(
+        step.fold,
+        memory,
+        (H // 2, rows),
+        R=rows,
+        INNER=SCAN_INNER,
+        H=H,
+        P=SCAN_P,
+        S=S,
+        CHUNK=CHUNK,
+        HEADS=2,
+        OVERLAPS=False,
+    )
     stacked = ("projected", "position", "gated", "squares")
-    return [at_step(item, index, memory, *stacked) for index in range(steps)]
+    return [
+        at_step(launch, index, memory, *stacked)
+        for index in range(steps)
+        for launch in (item, fold)
+    ]
 
 
 # Parts of a head, heads, a head part by part, and several heads each way; widths of the
