@@ -85,6 +85,7 @@ def run(program: Program, memory: Memory) -> None:
 
 
 def launch_one(launch: Launch, index: int, memory: Memory) -> None:
+    """One launch, the repetition ``index`` of it."""
     kernel = launch.kernel
     arguments = [
         memory[a.name][a.offset + index * a.stride :].view(getattr(torch, dtype))
@@ -226,15 +227,17 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                 yield "out_proj", replace(base, out_proj=tile)
                 yield "linear", replace(base, head=tile)
     for chunk in (16, 32):
-        for heads in (1, 2, 4, 8):
-            for stages in (1, 2, 3, 4):
-                for warps in (2, 4):
-                    if stages <= heads and (rows > 8 or heads == 1):
-                        cut = {"chunk": chunk, "heads": heads, "stages": stages}
-                        yield "scan", replace(base, **cut, scan_warps=warps)
+        for channels in (32, 64):
+            for blocks in (1, 2, 4, 8, 16) if base.dot else (1,):
+                for stages in (1, 2, 3):
+                    for warps in (1, 2, 4):
+                        if stages <= blocks:
+                            cut = replace(base, chunk=chunk, channels=channels, blocks=blocks)
+                            yield "scan", replace(cut, stages=stages, scan_warps=warps)
 
 
 def main() -> None:
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="L")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 32, 128])
@@ -285,7 +288,7 @@ def main() -> None:
                 text = str(
                     fields.get(name, tuning.head)
                     if name != "scan"
-                    else (tuning.chunk, tuning.heads, tuning.stages, tuning.scan_warps)
+                    else (tuning.chunk, tuning.channels, tuning.blocks, tuning.stages)
                 )
                 best.setdefault(name, []).append((time, text))
                 figures.append({"rows": rows, "kernel": name, "tile": text, "us": time})

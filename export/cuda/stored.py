@@ -1,4 +1,4 @@
-"""Where a bundle's graphs keep their weights, so that a plan can point at them instead of copies."""
+"""Where a bundle's graphs keep their weights, so that a plan can point at them."""
 
 from __future__ import annotations
 
