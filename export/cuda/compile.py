@@ -78,19 +78,22 @@ def compile_kernels(
     # process on what it cannot do. Not forked: the parent may have threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_compile_named, *_named(*job)): job for job in jobs}
-        for done, future in enumerate(as_completed(futures), start=1):
-            kernel, capability = futures[future]
-            try:
-                found[kernel.id, capability] = future.result()
-            except Exception as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise CompileError(
-                    f"{kernel.function.__name__} does not compile for compute capability "
-                    f"{capability / 10}: {reason}"
-                ) from error
-            if progress is not None:
-                progress(done, len(jobs))
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                kernel, capability = futures[future]
+                try:
+                    found[kernel.id, capability] = future.result()
+                except Exception as error:
+                    reason = (str(error) or type(error).__name__).splitlines()[0]
+                    raise CompileError(
+                        f"{kernel.function.__name__} does not compile for compute capability "
+                        f"{capability / 10}: {reason}"
+                    ) from error
+                if progress is not None:
+                    progress(done, len(jobs))
+        except BaseException:  # Ctrl-C too must not wait for the kernels not begun yet
+            pool.shutdown(cancel_futures=True)
+            raise
     return found
 
 
