@@ -124,7 +124,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The choices for one number of rows that change speed and not results."""
+    """The choices for one number of rows that change speed and, but for rounding, not results.
+
+    Attributes:
+        in_proj: cut of the first projection.
+        out_proj: cut of the second; its outputs divide D.
+        head: cut of the head, and of the projections of the conditioning.
+        chunk: C, tokens between two rewritings of the state; a power of two from 16.
+        channels: channels of a head in a block of the scan.
+        blocks: such blocks a program takes, one after another.
+        stages: blocks whose state is on its way at a time.
+        scan_warps: warps of a program of the scan.
+    """
 
     in_proj: Tile
     out_proj: Tile
@@ -270,7 +281,8 @@ class _StepBuilder:
     ) -> None:
         self.g, self.number, self.rows, self.tuning = geometry, number, rows, tuning
         self.overlaps = overlaps
-        self.norm_parts = geometry.D // self._outputs(tuning.out_proj, geometry.D)
+        # One sum of squares from each program of out_proj.
+        self.norm_parts = geometry.D // tuning.out_proj.outputs
         self.channels = min(tuning.channels, geometry.P)
         # Whole heads share what is computed once a program; as many as divide them evenly.
         self.blocks = math.gcd(tuning.blocks, geometry.inner // self.channels)
@@ -701,12 +713,7 @@ class _StepBuilder:
         depth = tile.depth if dot else triton.next_power_of_2(width)
         while dot and width % depth:
             depth //= 2
-        outputs = tile.outputs if width == self.g.D else self._outputs(tile, self.g.D)
-        return {"BM": min(tile.rows, self.rows), "BN": outputs, "BK": depth, "DOT": dot}
+        return {"BM": tile.rows, "BN": tile.outputs, "BK": depth, "DOT": dot}
 
     def _grid(self, tile: Tile, outputs: int) -> tuple[int, int]:
-        return -(-outputs // tile.outputs), self.rows // min(tile.rows, self.rows)
-
-    def _outputs(self, tile: Tile, outputs: int) -> int:
-        assert outputs % tile.outputs == 0
-        return tile.outputs
+        return -(-outputs // tile.outputs), self.rows // tile.rows
