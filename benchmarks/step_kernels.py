@@ -97,7 +97,6 @@ def launch_one(launch: Launch, index: int, memory: Memory) -> None:
         num_warps=kernel.num_warps,
         num_stages=kernel.num_stages,
         launch_pdl=kernel.overlaps,
-        launch_cooperative_grid=kernel.cooperative,
     )
 
 

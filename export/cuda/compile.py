@@ -134,7 +134,6 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
         options = {
             "num_warps": kernel.num_warps,
             "num_stages": stages,
-            "launch_cooperative_grid": kernel.cooperative,
             "launch_pdl": constants.get("OVERLAPS", False),
         }
         compiled = triton.compile(source, target=target, options=options)

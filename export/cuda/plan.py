@@ -42,7 +42,6 @@ class KernelSpec:
         constants: value of each ``constexpr`` parameter.
         num_warps: warps a program.
         num_stages: depth of software pipelining; lowered where it takes too much shared memory.
-        cooperative: all programs must be resident at once.
         overlaps: may start before the launch ahead of it has ended (programmatic dependent launch,
             compute capability 9.0 and up); the kernel waits for its inputs itself.
     """
@@ -52,7 +51,6 @@ class KernelSpec:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 3
-    cooperative: bool = False
     overlaps: bool = False
 
     def __post_init__(self) -> None:
@@ -159,7 +157,6 @@ class Bucket:
     buffers: Mapping[str, Buffer]
     begin: Program
     step: Program
-    requires_multiprocessors: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,6 @@ class Plan:
             id: {
                 "symbol": kernel.function.__name__,
                 "threads": 32 * kernel.num_warps,
-                "cooperative": kernel.cooperative,
                 "pdl": kernel.overlaps,
                 "code": code[id],
             }
@@ -228,7 +224,6 @@ class Plan:
             "buckets": [
                 {
                     "rows": bucket.rows,
-                    "requires_multiprocessors": bucket.requires_multiprocessors,
                     "buffers": _buffers(bucket.buffers),
                     "begin": _program(bucket.begin),
                     "step": _program(bucket.step),

@@ -67,13 +67,11 @@ class SimulatedDevice:
         find: Find,
         *,
         capability: tuple[int, int] = (9, 0),
-        multiprocessors: int = 132,
         memory: int = 1 << 30,
     ) -> None:
         self.name = "simulated GPU"
         self.label = "cuda:0"
         self.capability = capability
-        self.multiprocessors = multiprocessors
         self.fail: BackendError | None = None
         self.launches: list[DeviceLaunch] = []  # every kernel that ran, in order
         self.captures = 0

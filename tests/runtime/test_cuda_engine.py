@@ -144,7 +144,6 @@ class TestWorkspaces:
         engine = toy_engine(bundle)
         drawn(engine, [0], SamplingOptions(2.0))
         by_name = {item.function.__name__: item for item in device_of(engine).launches}
-        assert by_name["cell"].cooperative
         assert not by_name["cell"].overlaps
         assert by_name["head"].overlaps
         assert by_name["head"].grid == (2, 1, 1)
@@ -389,17 +388,14 @@ class TestPrecisions:
 
 
 class TestChoiceOfBuckets:
-    def test_the_first_that_this_gpu_can_run(self, tiny: Path, tmp_path: Path) -> None:
+    def test_the_first_of_a_size(self, tiny: Path, tmp_path: Path) -> None:
         plan = toy_plan(rows=(2, 2))
-        plan["buckets"][0]["requires_multiprocessors"] = 100
         plan["buckets"][1]["step"] = [
             item | {"grid": [2, 7, 1]} for item in plan["buckets"][1]["step"]
         ]
-        out = write_toy_bundle(tiny, tmp_path / "toy", plan)
-        for multiprocessors, grid in ((100, (2, 1, 1)), (99, (2, 7, 1))):
-            engine = toy_engine(out, multiprocessors=multiprocessors)
-            drawn(engine, [0], SamplingOptions(2.0))
-            assert device_of(engine).launches[-1].grid == grid
+        engine = toy_engine(write_toy_bundle(tiny, tmp_path / "toy", plan))
+        drawn(engine, [0], SamplingOptions(2.0))
+        assert device_of(engine).launches[-1].grid == (2, 1, 1)
 
     def test_one_without_kernels_for_this_gpu_is_passed_over(
         self, tiny: Path, tmp_path: Path
@@ -513,14 +509,11 @@ class TestFaults:
             next(blocks)
         assert np.array_equal(drawn(engine, [0], SamplingOptions(2.0)), expected)
 
-    @pytest.mark.parametrize("status", [2, 77])
-    def test_what_the_kernels_report(
-        self, bundle: Path, monkeypatch: pytest.MonkeyPatch, status: int
-    ) -> None:
+    @pytest.mark.parametrize(("status", "says"), [(1, "not finite"), (77, "report fault 77")])
+    def test_what_the_kernels_report(self, bundle: Path, status: int, says: str) -> None:
         engine = toy_engine(bundle)
         with engine._step_lease(engine._bucket(1, 1), 1) as workspace:
             workspace.host["status"][:] = status
-            says = {2: "waited too long", 77: "report fault 77"}[status]
             with pytest.raises(BackendError, match=says):
                 step._check_status(workspace.host["status"])
 

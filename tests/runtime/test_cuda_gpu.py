@@ -82,7 +82,6 @@ def counting_plan() -> dict[str, Any]:
         name: {
             "symbol": name,
             "threads": 128,
-            "cooperative": name == "step",
             "pdl": name == "decode",
             "code": {cc: code | {"pointers": count} for cc in ALL_ARCHITECTURES},
         }
@@ -98,7 +97,6 @@ def counting_plan() -> dict[str, Any]:
     def bucket(rows: int) -> dict[str, Any]:
         return {
             "rows": rows,
-            "requires_multiprocessors": 0,
             "buffers": buffers(
                 class_id=("int64", rows),
                 token=("int64", rows),

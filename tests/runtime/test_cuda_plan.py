@@ -66,7 +66,6 @@ def test_a_plan_is_read(manifest: Manifest) -> None:
     assert plan.weights["head"].conversion == "quantise"
     assert plan.weights["head"].scales == "head_scales"
     assert plan.weights["words"].conversion is None
-    assert plan.kernels["cell"].cooperative
     assert not plan.kernels["cell"].overlaps
     assert plan.kernels["head"].overlaps
     assert plan.architectures() == {"80", "90"}
@@ -215,10 +214,6 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "no decoder": (lambda d: d.update(decoder=[]), "decoder is a list of 0 items"),
     "order": (lambda d: d["buckets"].reverse(), "buckets are not in ascending order"),
     "decoder order": (lambda d: d["decoder"].reverse(), "decoder are not in ascending order"),
-    "multiprocessors": (
-        lambda d: d["buckets"][1].update(requires_multiprocessors=-1),
-        "buckets[1].requires_multiprocessors is -1",
-    ),
     "no noise": (
         lambda d: d["buckets"][1]["buffers"].pop("noise"),
         f"buckets[1].buffers['noise'] is missing; it must be float64 [2, {TOKENS}]",

@@ -194,7 +194,6 @@ def toy_plan(
             name: {
                 "symbol": name,
                 "threads": 128,
-                "cooperative": name == "cell",
                 "pdl": name == "head",
                 "code": {
                     architecture: {
@@ -242,7 +241,6 @@ def _bucket(rows: int, scores: list[str]) -> dict[str, Any]:
     sampler = ["logits", "noise", "settings", "pairs", "forced", "tokens", "token", "position"]
     return {
         "rows": rows,
-        "requires_multiprocessors": 0,
         "buffers": {name: {"dtype": d, "shape": s} for name, (d, s) in shapes.items()},
         "begin": [launch("begin", rows, "class_id", *conditioning, "position", "status")],
         "step": [

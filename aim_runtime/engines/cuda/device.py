@@ -32,8 +32,8 @@ class DeviceLaunch:
     """One launch, ready for the device.
 
     `function` is what `Device.load` returned, `addresses` its parameters, all of them pointers.
-    `cooperative`: all blocks must be resident at once. `overlaps`: it may start before the launch
-    ahead of it has ended (programmatic dependent launch), where the device can.
+    `overlaps`: it may start before the launch ahead of it has ended (programmatic dependent
+    launch), where the device can.
     """
 
     function: Any
@@ -41,7 +41,6 @@ class DeviceLaunch:
     threads: int
     shared: int
     addresses: tuple[int, ...]
-    cooperative: bool
     overlaps: bool
 
 
@@ -110,13 +109,11 @@ class Device(Protocol):
         name: Its maker's name.
         label: "cuda:0" and so on.
         capability: Its compute capability, (9, 0) for instance.
-        multiprocessors: How many it has.
     """
 
     name: str
     label: str
     capability: tuple[int, int]
-    multiprocessors: int
 
     def current(self) -> AbstractContextManager[None]:
         """Make the device the calling thread's for a while; may be nested."""

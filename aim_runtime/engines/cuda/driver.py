@@ -139,7 +139,6 @@ class CudaDevice:
         name = _call(driver.cuDeviceGetName, 256, device)
         self.name = name.rstrip(b"\0").decode(errors="replace")
         self.label = f"cuda:{gpu}"
-        self.multiprocessors = _attribute(device, "MULTIPROCESSOR_COUNT")
         try:
             self._context = _Context(device)
         except OutOfDeviceMemory:
@@ -323,11 +322,6 @@ class _CudaStream:
 
     def _attributes(self, launch: DeviceLaunch) -> list[Any]:
         attributes = []
-        if launch.cooperative:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-            attributes.append(attribute)
         if launch.overlaps and self._overlaps:
             attribute = driver.CUlaunchAttribute()
             name = driver.CUlaunchAttributeID

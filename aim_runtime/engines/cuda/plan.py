@@ -74,11 +74,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and its binaries by architecture. The flags are as in `DeviceLaunch`."""
+    """A kernel and its binaries by architecture; `overlaps` is as in `DeviceLaunch`."""
 
     symbol: str
     threads: int
-    cooperative: bool
     overlaps: bool
     code: Mapping[str, Code]
 
@@ -140,10 +139,9 @@ Program = tuple[Launch, ...]
 
 @dataclass(frozen=True)
 class Bucket:
-    """The step for up to `rows` rows on a GPU of so many multiprocessors or more."""
+    """The step for up to `rows` rows."""
 
     rows: int
-    requires_multiprocessors: int
     buffers: Mapping[str, Tensor]
     begin: Program
     step: Program
@@ -297,7 +295,7 @@ class _Reader:
         return Plan(precision, self.kernels, self.weights, setup, buckets, decoder)
 
     def kernel(self, value: Any, where: str) -> Kernel:
-        found = _JSON.fields(value, where, ("symbol", "threads", "cooperative", "pdl", "code"))
+        found = _JSON.fields(value, where, ("symbol", "threads", "pdl", "code"))
         threads = _JSON.integer(found["threads"], f"{where}.threads", 32, 1024)
         if threads % 32:
             raise _JSON.wrong(f"{where}.threads", threads, "a multiple of 32")
@@ -307,7 +305,6 @@ class _Reader:
         return Kernel(
             symbol=_JSON.matching(found["symbol"], f"{where}.symbol", _SYMBOL, "a plain symbol"),
             threads=threads,
-            cooperative=_JSON.boolean(found["cooperative"], f"{where}.cooperative"),
             overlaps=_JSON.boolean(found["pdl"], f"{where}.pdl"),
             code={
                 name: self.code(item, name, f"{where}.code.{name}") for name, item in code.items()
@@ -425,17 +422,12 @@ class _Reader:
         return Setup(buffers, launches)
 
     def bucket(self, value: Any, where: str) -> Bucket:
-        keys = ("rows", "requires_multiprocessors", "buffers", "begin", "step")
-        found = _JSON.fields(value, where, keys)
+        found = _JSON.fields(value, where, ("rows", "buffers", "begin", "step"))
         rows = _JSON.integer(found["rows"], f"{where}.rows", 1, 1 << 16)
-        required = found["requires_multiprocessors"]
         buffers = _buffers(found["buffers"], f"{where}.buffers")
         _check_interface(buffers, step_interface(rows, self.manifest.model), where)
         return Bucket(
             rows=rows,
-            requires_multiprocessors=_JSON.integer(
-                required, f"{where}.requires_multiprocessors", 0, 1 << 16
-            ),
             buffers=buffers,
             begin=self.program(found["begin"], f"{where}.begin", buffers),
             step=self.program(found["step"], f"{where}.step", buffers),

@@ -48,7 +48,6 @@ class Kernels:
             threads=kernel.threads,
             shared=code.shared,
             addresses=(*addresses, *nulls),
-            cooperative=kernel.cooperative,
             overlaps=kernel.overlaps,
         )
 

@@ -29,10 +29,7 @@ SLICE = 16
 """Steps that are queued, and end, together."""
 
 # What the first word of status means.
-_FAULTS = {
-    1: "the model's scores are not finite; the bundle or the guidance scale is at fault",
-    2: "a kernel waited too long for the rest of its grid; something else fills the GPU",
-}
+_FAULTS = {1: "the model's scores are not finite; the bundle or the guidance scale is at fault"}
 # Names of the pinned memory that slices use in turn, as (tokens, status).
 _TURNS = (("tokens", "status"), ("tokens of the next slice", "status of the next slice"))
 _FROM_HOST = ("class_id", "token", "position", "pairs", "settings", "noise", "forced")
