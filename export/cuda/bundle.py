@@ -1,5 +1,7 @@
-"""From a bundle to the compiled kernels and plans beside its graphs. Needs neither PyTorch's model
-nor a GPU: everything follows from the bundle."""
+"""From a bundle to the compiled kernels and plans beside its graphs.
+
+Everything follows from the bundle: it takes neither the checkpoint nor a GPU.
+"""
 
 from __future__ import annotations
 
