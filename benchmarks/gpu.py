@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from aim_cli import human
 from aim_cli.bench import machine
 from aim_cli.dataclass_options import CommaSeparated
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from aim_runtime.engine import Engine
@@ -58,8 +59,6 @@ CPU_TOKENS = "cpu-tokens.npy"
 #: Numbers drawn for all weights; odd, so that rows of a matrix start at different places.
 RANDOM_BLOCK = (1 << 22) - 1
 COMPARED_AT_ONCE = 8
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-DTYPE_BYTES |= {"int8": 1, "uint8": 1}
 #: Seconds of the published code in bf16 on an H100 80GB: sampling with its CUDA graph kept between
 #: calls, its `generate` as shipped, decoding. Printed only where it cannot run, and marked so.
 RECORDED = {
@@ -469,52 +468,24 @@ def random_bundle(size: str, cache: Path) -> Path:
         return path
     import torch
 
-    from aim_export.bundle import PUBLISHED_SAMPLING, _graph_spec
-    from aim_export.decoder import lower_decoder
-    from aim_export.graph import write_graph
-    from aim_export.lowering import lower_prologue, lower_step, next_name, state_shapes
+    from aim_export.bundle import PUBLISHED_SAMPLING, model_card, state_pairs, write_graphs
     from aim_runtime import Manifest, write_bundle
-    from aim_runtime.manifest import ModelCard, StatePair
     from aim_training.config import PRESETS, TokenizerConfig
     from aim_training.tokenizer import VQTokenizer
 
     torch.manual_seed(0)
     config, tokenizer = PRESETS[size], VQTokenizer(TokenizerConfig()).eval()
     network = random_network(size, "cpu")
-    side = math.isqrt(config.num_tokens) * tokenizer.config.downsampling
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        specs = {}
-        for name, lower in (
-            ("prologue", lambda: lower_prologue(network)),
-            ("step", lambda: lower_step(network, 1)),
-            ("decoder", lambda: lower_decoder(tokenizer, config.num_tokens)),
-        ):
-            lowered = lower()
-            specs[name] = _graph_spec(name, lowered)
-            write_graph(lowered, Path(folder), name, "fp16")
+        specs = write_graphs(network, tokenizer, 1, "fp16", Path(folder))
         manifest = Manifest(
             name=f"AiM-{size}, random weights",
             description="Draws noise. For measurements of speed.",
             license="MIT",
-            model=ModelCard(
-                d_model=config.d_model,
-                num_layers=config.num_layers,
-                d_state=config.d_state,
-                head_dim=config.head_dim,
-                conv_width=config.conv_width,
-                vocab_size=config.vocab_size,
-                num_classes=config.num_classes,
-                num_tokens=config.num_tokens,
-                image_height=side,
-                image_width=side,
-                position_offset=1,
-                parameters=sum(p.numel() for p in network.parameters()),
-                decoder_parameters=sum(p.numel() for p in tokenizer.decoder.parameters()),
-                conditioning="adaln-group" if config.adaln_groups else "adaln",
-            ),
+            model=model_card(network, tokenizer, 1, specs["decoder"]),
             graphs=specs,
-            state=tuple(StatePair(state, next_name(state)) for state in state_shapes(config)),
+            state=state_pairs(config),
             sampling=PUBLISHED_SAMPLING,
             class_names=tuple(f"class-{index}" for index in range(config.num_classes)),
             precision="fp16",

@@ -30,6 +30,7 @@ from aim_runtime.manifest import (
     sampling_from_json,
 )
 from aim_training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from aim_training.config import ModelConfig
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
 
@@ -131,41 +132,14 @@ def export_bundle(
         graphs_dir.mkdir()
         for path in included:
             shutil.copyfile(path, graphs_dir / path.name)
-        specs = {}
-        for graph, lower in (
-            ("prologue", lambda: lower_prologue(model)),
-            ("step", lambda: lower_step(model, position_offset)),
-            ("decoder", lambda: lower_decoder(vq, config.num_tokens)),
-        ):
-            say(f"lowering the {graph}")
-            lowered = lower()
-            specs[graph] = _graph_spec(graph, lowered)
-            write_graph(lowered, graphs_dir, graph, precision)
-        _, height, width, _ = specs["decoder"].output("image").shape
-        assert isinstance(height, int)
-        assert isinstance(width, int)
+        specs = write_graphs(model, vq, position_offset, precision, graphs_dir, say)
         manifest = Manifest(
             name=name or str(metadata.get("name") or source.path.stem),
             description=description or str(metadata.get("description") or ""),
             license=license or str(metadata.get("license") or ""),
-            model=ModelCard(
-                d_model=config.d_model,
-                num_layers=config.num_layers,
-                d_state=config.d_state,
-                head_dim=config.head_dim,
-                conv_width=config.conv_width,
-                vocab_size=config.vocab_size,
-                num_classes=config.num_classes,
-                num_tokens=config.num_tokens,
-                image_height=height,
-                image_width=width,
-                position_offset=position_offset,
-                parameters=sum(p.numel() for p in model.parameters()),
-                decoder_parameters=_decoder_parameters(vq),
-                conditioning="adaln-group" if config.adaln_groups else "adaln",
-            ),
+            model=model_card(model, vq, position_offset, specs["decoder"]),
             graphs=specs,
-            state=tuple(StatePair(state, next_name(state)) for state in state_shapes(config)),
+            state=state_pairs(config),
             sampling=recommended,
             class_names=tuple(names),
             precision=precision,
@@ -189,6 +163,58 @@ def export_bundle(
         provenance: dict[str, Any] = {**manifest.provenance, "parity": parity.to_dict()}
         final = replace(manifest, provenance=provenance)
         return write_bundle(final, draft_dir, out, overwrite=overwrite), parity
+
+
+def write_graphs(
+    model: AiM,
+    vq: VQTokenizer,
+    position_offset: int,
+    precision: Precision,
+    folder: Path,
+    report: Report | None = None,
+) -> dict[str, GraphSpec]:
+    """Lower both networks and write the three graphs into ``folder``; returns what they are."""
+    specs = {}
+    for graph, lower in (
+        ("prologue", lambda: lower_prologue(model)),
+        ("step", lambda: lower_step(model, position_offset)),
+        ("decoder", lambda: lower_decoder(vq, model.config.num_tokens)),
+    ):
+        if report is not None:
+            report(f"lowering the {graph}")
+        lowered = lower()
+        specs[graph] = _graph_spec(graph, lowered)
+        write_graph(lowered, folder, graph, precision)
+    return specs
+
+
+def model_card(model: AiM, vq: VQTokenizer, position_offset: int, decoder: GraphSpec) -> ModelCard:
+    """Geometry and size of the two networks; the picture's size is read off the ``decoder``."""
+    config = model.config
+    _, height, width, _ = decoder.output("image").shape
+    assert isinstance(height, int)
+    assert isinstance(width, int)
+    return ModelCard(
+        d_model=config.d_model,
+        num_layers=config.num_layers,
+        d_state=config.d_state,
+        head_dim=config.head_dim,
+        conv_width=config.conv_width,
+        vocab_size=config.vocab_size,
+        num_classes=config.num_classes,
+        num_tokens=config.num_tokens,
+        image_height=height,
+        image_width=width,
+        position_offset=position_offset,
+        parameters=sum(p.numel() for p in model.parameters()),
+        decoder_parameters=_decoder_parameters(vq),
+        conditioning="adaln-group" if config.adaln_groups else "adaln",
+    )
+
+
+def state_pairs(config: ModelConfig) -> tuple[StatePair, ...]:
+    """The step's state tensors, each with the output that replaces it."""
+    return tuple(StatePair(state, next_name(state)) for state in state_shapes(config))
 
 
 def imagenet_class_names() -> list[str]:

@@ -27,6 +27,7 @@ from aim_export.cuda.step import (
 from aim_export.cuda.stored import stored_tensors
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
+from aim_runtime.engines.cuda.plan import kernels_file, plan_file
 
 #: Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
 PRECISIONS = ("fp16", "fp16-state16", "int8", "fp32")
@@ -145,7 +146,7 @@ def write_engines(
     code: dict[str, dict[str, dict[str, int]]] = {}
     for capability in sorted({capability for _, capability in binaries}):
         offset = 0
-        with (out_dir / f"kernels-sm{capability}.bin").open("wb") as file:
+        with (out_dir / Path(kernels_file(str(capability))).name).open("wb") as file:
             for (kernel, compiled_for), binary in sorted(binaries.items()):
                 if compiled_for != capability:
                     continue
@@ -160,4 +161,4 @@ def write_engines(
     (out_dir / Path(CONSTANTS_FILE).name).write_bytes(constants.to_bytes())
     for plan in plans:
         text = json.dumps(plan.to_json(code), separators=(",", ":"))
-        (out_dir / f"plan-{plan.precision}.json").write_text(text, encoding="utf-8")
+        (out_dir / Path(plan_file(plan.precision)).name).write_text(text, encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+import triton
 
 from aim_export.cuda.plan import (
     Argument,
@@ -228,10 +229,6 @@ def _power_of_two_in(value: int) -> int:
     return value & -value
 
 
-def _power_of_two_from(value: int) -> int:
-    return 1 << (value - 1).bit_length()
-
-
 def statistics_part(storage: Storage, cells: int) -> int:
     """Pixels whose mean and deviations a convolution takes together, in every bucket."""
     return 128 if storage == "float16" and cells >= _LARGE_MAP else 64
@@ -384,7 +381,7 @@ class _Lowering:
                 CODE_DIM=self.code_dim,
                 OUTPUTS=outputs,
                 STORED=self.z_channels,
-                BLOCK_DIM=_power_of_two_from(self.code_dim),
+                BLOCK_DIM=triton.next_power_of_2(self.code_dim),
                 BLOCK_V=block_v,
                 BLOCK_N=block_n,
             ),
@@ -486,11 +483,10 @@ class _BucketLowering:
                 WIDTH=z.width,
                 CHANNELS=z.channels,
                 **z.as_constants("Y"),
-                BLOCK=_power_of_two_from(z.channels),
+                BLOCK=triton.next_power_of_2(z.channels),
                 OVERLAPS=True,
             ),
             num_warps=1,
-            overlaps=True,
         )
         self._launch(kernel, (z.cells, self.images), "tokens", "decoder/codes", z.buffer)
 
@@ -538,7 +534,6 @@ class _BucketLowering:
             ),
             num_warps=4,
             num_stages=3 if half else 2,
-            overlaps=True,
         )
         grid = (x.channels // block_n, -(-x.cells // block_m), self.images)
         self._launch(kernel, grid, heads.buffer, mixed.buffer)
@@ -573,7 +568,6 @@ class _BucketLowering:
             ),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            overlaps=True,
         )
         weight = whole.matrix("decoder.conv_out", x.channels, outputs=tile.n)
         bias = whole.vector("decoder.conv_out.bias", length=tile.n)
@@ -636,7 +630,6 @@ class _BucketLowering:
             ),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            overlaps=True,
         )
         grid = (y.channels // tile.n * places, -(-x.cells // tile.m), self.images)
         added = (residual or y).buffer
@@ -662,13 +655,12 @@ class _BucketLowering:
                 EPS=_EPS * whole.scale**2,
                 PLACES=moments.places,
                 PART=moments.part,
-                BLOCK_T=min(_power_of_two_from(parts), 128),
+                BLOCK_T=min(triton.next_power_of_2(parts), 128),
                 BLOCK_G=_GROUPS_A_PROGRAM,
-                BLOCK_C=_power_of_two_from(x.channels // _GROUPS),
+                BLOCK_C=triton.next_power_of_2(x.channels // _GROUPS),
                 OVERLAPS=True,
             ),
             num_warps=4,
-            overlaps=True,
         )
         self._launch(
             statistics,
@@ -695,7 +687,6 @@ class _BucketLowering:
                 OVERLAPS=True,
             ),
             num_warps=4,
-            overlaps=True,
         )
         grid = (x.channels // block_c, -(-x.cells // block_m), self.images)
         self._launch(kernel, grid, x.buffer, "factors", y.buffer)

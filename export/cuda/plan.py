@@ -16,8 +16,7 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction
 
-FORMAT = "aim-cuda-plan"
-FORMAT_VERSION = 1
+from aim_runtime.engines.cuda.plan import FORMAT, FORMAT_VERSION
 
 #: Triton's names of the element types, by the plan's names.
 TRITON_TYPES: Mapping[str, str] = {
@@ -42,8 +41,6 @@ class KernelSpec:
         constants: value of each ``constexpr`` parameter.
         num_warps: warps a program.
         num_stages: depth of software pipelining; lowered where it takes too much shared memory.
-        overlaps: may start before the launch ahead of it has ended (programmatic dependent launch,
-            compute capability 9.0 and up); the kernel waits for its inputs itself.
     """
 
     function: JITFunction
@@ -51,7 +48,6 @@ class KernelSpec:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 3
-    overlaps: bool = False
 
     def __post_init__(self) -> None:
         pointers = [name for name in self.parameters if name not in dict(self.constants)]
@@ -64,6 +60,15 @@ class KernelSpec:
     def parameters(self) -> list[str]:
         """Names of all parameters, in order."""
         return list(inspect.signature(self.function.fn).parameters)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it may start before the launch ahead of it has ended.
+
+        That is programmatic dependent launch (compute capability 9.0 and up): the constant OVERLAPS
+        tells the kernel to wait for its inputs itself.
+        """
+        return bool(dict(self.constants).get("OVERLAPS", False))
 
     @property
     def id(self) -> str:

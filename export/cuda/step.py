@@ -25,14 +25,14 @@ from aim_export.cuda.plan import (
 from aim_export.cuda.precision import Format
 from aim_export.cuda.stored import StoredTensor
 from aim_export.kernels import convert, sample, step
-from aim_runtime.manifest import DTYPE_BYTES, ModelCard
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, FOLDER
+from aim_runtime.manifest import ModelCard
 from aim_training.model import EPS
 
-CONSTANTS_FILE = "engines/cuda/constants.bin"
+CONSTANTS_FILE = f"{FOLDER}constants.bin"
 _ALIGNMENT = 256
 #: Heads that a program folds: most programs find nothing to do, so that they should be few.
 _FOLDED_HEADS = 8
-_BYTES = {**DTYPE_BYTES, "float64": 8, "bfloat16": 2, "int8": 1}
 
 
 class Constants:
@@ -271,7 +271,6 @@ def _kernel(
         tuple(constants.items()),
         num_warps,
         num_stages,
-        overlaps=bool(constants.get("OVERLAPS", False)),
     )
 
 
@@ -339,8 +338,8 @@ class _StepBuilder:
         """Bytes from layer to layer of a buffer or weight whose first axis is the layer."""
         if name in self.buffers:
             buffer = self.buffers[name]
-            return int(np.prod(buffer.shape[1:])) * _BYTES[buffer.dtype]
-        g, matrix = self.g, _BYTES[self.number.matrix]
+            return int(np.prod(buffer.shape[1:])) * DTYPE_BYTES[buffer.dtype]
+        g, matrix = self.g, DTYPE_BYTES[self.number.matrix]
         return {
             "in_proj": g.E * g.D * matrix,
             "out_proj": g.D * g.inner * matrix,

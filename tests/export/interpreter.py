@@ -111,6 +111,19 @@ class Interpreter:
         return result
 
 
+def interpret(
+    launches: Sequence[Launch], memory: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """`Interpreter.run` on arrays, in a process that ends with this one."""
+    found = _lasting().run(launches, {name: torch.tensor(memory[name]) for name in memory})
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+@cache
+def _lasting() -> Interpreter:
+    return Interpreter()
+
+
 @contextlib.contextmanager
 def interpreter_process() -> Iterator[Interpreter]:
     """An `Interpreter` that ends with the block."""

@@ -24,7 +24,7 @@ from aim_training.config import TokenizerConfig
 from aim_training.tokenizer import Norm, VQTokenizer, tokenizer_config_from_state
 
 from .conftest import read, weights
-from .interpreted_plan import interpret
+from .interpreter import interpret
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 

@@ -9,7 +9,7 @@ from aim_runtime import SamplingOptions
 from aim_runtime.sampling import guide
 from aim_runtime.sampling import sample as specified
 
-from .interpreted_plan import interpret
+from .interpreter import interpret
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 

@@ -91,7 +91,7 @@ class SimulatedTensorRT:
         module.Runtime = lambda logger: _Runtime(self, logger)
         module.nptype = lambda name: np.dtype(name).type
         name = "TensorRT for RTX" if portable else "TensorRT"
-        self.library = Library(module, name, VERSION, portable)
+        self.loaded = Library(module, name, VERSION, portable)
 
 
 def add_simulated_engines(
@@ -109,22 +109,22 @@ def simulated_tensorrt_engine(bundle_dir: Path, folder: Path) -> tuple[TensorRTE
     """An engine on stand-ins, and the copy of a bundle in `folder` that it is of."""
     copy = shutil.copytree(bundle_dir, folder / "bundle")
     device = SimulatedDeviceWithHandles()
-    library = SimulatedTensorRT(device).library
+    library = SimulatedTensorRT(device).loaded
     bundle = add_simulated_engines(copy, library, folder / "engines")
     return TensorRTEngine(bundle, library, device), bundle
 
 
 class _Runtime:
-    def __init__(self, library: SimulatedTensorRT, logger: ILogger) -> None:
-        self._library, self._logger = library, logger
+    def __init__(self, tensorrt: SimulatedTensorRT, logger: ILogger) -> None:
+        self._tensorrt, self._logger = tensorrt, logger
 
     def deserialize_cuda_engine(self, data: bytes) -> _Engine | None:
-        self._library.device.check_current()
-        if self._library.refuse:
+        self._tensorrt.device.check_current()
+        if self._tensorrt.refuse:
             self._logger.log("warning", "not this")
             self._logger.log(ILogger.ERROR, "The engine was made\nby somebody else")
             return None
-        return _Engine(self._library, self._logger, **json.loads(data))
+        return _Engine(self._tensorrt, self._logger, **json.loads(data))
 
 
 class _RuntimeConfig:
@@ -140,12 +140,12 @@ class _RuntimeConfig:
 class _Engine:
     def __init__(
         self,
-        library: SimulatedTensorRT,
+        tensorrt: SimulatedTensorRT,
         logger: ILogger,
         graph: str,
         profiles: list[tuple[int, int]],
     ) -> None:
-        self.library, self.logger, self.profiles = library, logger, profiles
+        self.tensorrt, self.logger, self.profiles = tensorrt, logger, profiles
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.tensors = self.inputs | {item.name: item for item in self.session.get_outputs()}
@@ -174,23 +174,23 @@ class _Engine:
         return SCRATCH * self.profiles[index][1]
 
     def create_runtime_config(self) -> _RuntimeConfig:
-        assert self.library.library.portable
+        assert self.tensorrt.loaded.portable
         return _RuntimeConfig()
 
     def create_execution_context(self, how: Any) -> _Context:
-        if self.library.library.portable:
+        if self.tensorrt.loaded.portable:
             kind = how.dynamic_shapes_kernel_specialization_strategy
             assert kind is DynamicShapesKernelSpecializationStrategy.EAGER
             how = how._strategy
         assert how is ExecutionContextAllocationStrategy.USER_MANAGED
         context = _Context(self)
-        self.library.contexts.append(context)
+        self.tensorrt.contexts.append(context)
         return context
 
 
 class _Context:
     def __init__(self, engine: _Engine) -> None:
-        self.engine, self._device = engine, engine.library.device
+        self.engine, self._device = engine, engine.tensorrt.device
         self.profile = -1
         self.addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -228,7 +228,7 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert self._scratch, "no working memory"
         assert len(set(self.addresses.values())) == len(self.engine.tensors) == len(self.addresses)
-        if self.engine.library.fail:
+        if self.engine.tensorrt.fail:
             self.engine.logger.log(ILogger.ERROR, "Cuda Runtime (an illegal instruction)")
             return False
         target = self._device.streams[stream]

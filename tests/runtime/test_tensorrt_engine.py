@@ -35,7 +35,7 @@ class Setup:
         capability = (12, 0) if portable else (9, 0)
         self.device = SimulatedDeviceWithHandles(**({"capability": capability} | device))
         self.tensorrt = SimulatedTensorRT(self.device, portable=portable)
-        self.library = self.tensorrt.library
+        self.library = self.tensorrt.loaded
         self.bundle = add_simulated_engines(path, self.library, folder / "engines", capability)
 
     def load(self) -> TensorRTEngine:
