@@ -16,7 +16,7 @@ import torch
 
 from aim_export.cuda.plan import Bucket, Buffer, Launch, Program, Repeat
 from aim_export.cuda.precision import FORMATS
-from aim_export.cuda.step import TUNING, Geometry, Tile, Tuning, step_bucket
+from aim_export.cuda.step import TUNING, Geometry, ScanCut, Tile, Tuning, step_bucket
 
 SIZES = {
     "B": Geometry(768, 24, 128, 64, 4, 16384, 256, 24, 1),
@@ -225,14 +225,11 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                 yield "in_proj", replace(base, in_proj=tile)
                 yield "out_proj", replace(base, out_proj=tile)
                 yield "linear", replace(base, head=tile)
-    for chunk in (16, 32):
-        for channels in (32, 64):
-            for blocks in (1, 2, 4, 8, 16) if base.dot else (1,):
-                for stages in (1, 2, 3):
-                    for warps in (1, 2, 4):
-                        if stages <= blocks:
-                            cut = replace(base, chunk=chunk, channels=channels, blocks=blocks)
-                            yield "scan", replace(cut, stages=stages, scan_warps=warps)
+    for heads in (1, 2, 4, 8, 16) if base.dot else (1,):
+        for stages in range(1, min(heads, 5) + 1):
+            for warps in (1, 2, 4, 8):
+                cut = ScanCut(heads, stages, warps)
+                yield "scan", replace(base, scan=dict.fromkeys(base.scan, cut))
 
 
 def main() -> None:
@@ -283,12 +280,9 @@ def main() -> None:
                 except Exception as error:
                     print(f"  {name} failed: {str(error).splitlines()[0][:80]}", flush=True)
                     continue
-                fields = {"in_proj": tuning.in_proj, "out_proj": tuning.out_proj}
-                text = str(
-                    fields.get(name, tuning.head)
-                    if name != "scan"
-                    else (tuning.chunk, tuning.channels, tuning.blocks, tuning.stages)
-                )
+                text = str(getattr(tuning, name, tuning.head))
+                if name == "scan":
+                    text = str(next(iter(tuning.scan.values())))
                 best.setdefault(name, []).append((time, text))
                 figures.append({"rows": rows, "kernel": name, "tile": text, "us": time})
             for name, found in best.items():

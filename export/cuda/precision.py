@@ -15,7 +15,7 @@ class Format:
         table: the word table (also the head) and the conditioning's matrices: int8 there costs
             more quality than it saves time.
         activation: what enters a product.
-        state: the recurrent state.
+        state: the recurrent state; int8 with one factor a channel of a head.
         history: the tokens since the state was last rewritten.
     """
 
@@ -31,6 +31,8 @@ FORMATS: Mapping[str, Format] = {
     "fp32": Format("float32", "float32", "float32", "float32", "float32"),
     "fp16": Format("float16", "float16", "float16", "float32", "float32"),
     "fp16-state16": Format("float16", "float16", "float16", "bfloat16", "float16"),
+    "fp16-state8": Format("float16", "float16", "float16", "int8", "float16"),
     "int8": Format("int8", "float16", "float16", "float32", "float32"),
     "int8-state16": Format("int8", "float16", "float16", "bfloat16", "float16"),
+    "int8-state8": Format("int8", "float16", "float16", "int8", "float16"),
 }

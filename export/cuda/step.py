@@ -31,8 +31,8 @@ from aim_training.model import EPS
 
 CONSTANTS_FILE = f"{FOLDER}constants.bin"
 _ALIGNMENT = 256
-#: Heads that a program folds: most programs find nothing to do, so that they should be few.
-_FOLDED_HEADS = 8
+#: Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
+_FOLD_PROGRAMS = 1024
 
 
 class Constants:
@@ -123,6 +123,21 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class ScanCut:
+    """How the scan is cut.
+
+    Attributes:
+        heads: heads a program takes, one after another; as many of them as divide H evenly.
+        stages: heads whose state is on its way at a time, the one at hand included.
+        num_warps: warps a program.
+    """
+
+    heads: int = 1
+    stages: int = 1
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
 class Tuning:
     """The choices for one number of rows that change speed and, but for rounding, not results.
 
@@ -131,20 +146,14 @@ class Tuning:
         out_proj: cut of the second; its outputs divide D.
         head: cut of the head, and of the projections of the conditioning.
         chunk: C, tokens between two rewritings of the state; a power of two from 16.
-        channels: channels of a head in a block of the scan.
-        blocks: such blocks a program takes, one after another.
-        stages: blocks whose state is on its way at a time.
-        scan_warps: warps of a program of the scan.
+        scan: cut of the scan for each type of the state.
     """
 
     in_proj: Tile
     out_proj: Tile
     head: Tile
     chunk: int
-    channels: int
-    blocks: int = 1
-    stages: int = 1
-    scan_warps: int = 4
+    scan: Mapping[str, ScanCut]
 
     @property
     def dot(self) -> bool:
@@ -152,19 +161,45 @@ class Tuning:
         return self.in_proj.rows >= 16
 
 
-#: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md).
+def _scan(float32: ScanCut, bfloat16: ScanCut, int8: ScanCut) -> Mapping[str, ScanCut]:
+    return {"float32": float32, "bfloat16": bfloat16, "int8": int8}
+
+
+_FEW = _scan(ScanCut(), ScanCut(), ScanCut())
+
+#: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
+#: the tensor cores are faster with 16.
 TUNING: Mapping[int, Tuning] = {
-    1: Tuning(Tile(1, 8), Tile(1, 4), Tile(1, 8, num_warps=2), 32, 64),
-    2: Tuning(Tile(2, 8), Tile(2, 4), Tile(2, 8, num_warps=2), 32, 64),
-    4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 64),
-    8: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, 64),
-    16: Tuning(Tile(16, 32), Tile(16, 16), Tile(16, 128, 64), 16, 64, 1, 1, 2),
-    32: Tuning(Tile(32, 32), Tile(32, 16, 128, 4, 5), Tile(32, 128, 64), 16, 64, 1, 1, 2),
+    1: Tuning(Tile(1, 8), Tile(1, 4), Tile(1, 8, num_warps=2), 32, _FEW),
+    2: Tuning(Tile(2, 8, num_warps=2), Tile(2, 4), Tile(2, 8, num_warps=2), 32, _FEW),
+    4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, _FEW),
+    16: Tuning(
+        Tile(16, 32, 128, 2, 6),
+        Tile(16, 16, 512, 2, 4),
+        Tile(16, 128, 64),
+        16,
+        _scan(ScanCut(2, 2, 4), ScanCut(4, 4, 2), ScanCut(4, 4, 2)),
+    ),
+    32: Tuning(
+        Tile(32, 64, 128, 8, 4),
+        Tile(32, 16, 128, 2, 6),
+        Tile(32, 128, 64),
+        16,
+        _scan(ScanCut(4, 3, 4), ScanCut(4, 4, 2), ScanCut(4, 4, 2)),
+    ),
     64: Tuning(
-        Tile(64, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(64, 128, 64), 16, 64, 4, 3, 2
+        Tile(64, 64, 128, 8, 4),
+        Tile(64, 32, 128, 4, 5),
+        Tile(64, 128, 64),
+        16,
+        _scan(ScanCut(8, 2, 4), ScanCut(4, 3, 2), ScanCut(4, 4, 2)),
     ),
     128: Tuning(
-        Tile(128, 64, 128, 8, 3), Tile(64, 32, 128, 4, 5), Tile(128, 128, 64), 16, 64, 8, 3, 2
+        Tile(128, 64, 128, 8, 4),
+        Tile(64, 32, 128, 4, 5),
+        Tile(128, 128, 64),
+        16,
+        _scan(ScanCut(8, 2, 4), ScanCut(8, 3, 2), ScanCut(16, 5, 4)),
     ),
 }
 
@@ -282,9 +317,8 @@ class _StepBuilder:
         self.overlaps = overlaps
         # One sum of squares from each program of out_proj.
         self.norm_parts = geometry.D // tuning.out_proj.outputs
-        self.channels = min(tuning.channels, geometry.P)
-        # Whole heads share what is computed once a program; as many as divide them evenly.
-        self.blocks = math.gcd(tuning.blocks, geometry.inner // self.channels)
+        self.scan = tuning.scan[number.state]
+        self.heads = math.gcd(self.scan.heads, geometry.H)
         self.buffers = self._buffers()
 
     def bucket(self) -> Bucket:
@@ -322,12 +356,14 @@ class _StepBuilder:
             "partials": ("float32", (R, self.norm_parts)),
             "projected": ("float32", (R, g.E)),
             "gated": (act, (R, g.inner)),
-            "squares": ("float32", (R, g.inner // self.channels)),
+            "squares": ("float32", (R, g.H // self.heads)),
             "hidden": (act, (R, g.D)),
             "candidates": ("float32", (R, 2, sample.CANDIDATES)),
             # The memory.
             "ring": ("float32", (g.L, R, g.K, g.X)),
             "state": (number.state, (g.L, R, g.H, g.P, g.S)),
+            # Nobody reads more than the first of it, but of int8 states.
+            "state_scale": ("float32", (g.L, R, g.H, g.P) if number.state == "int8" else (1,)),
             "past_x": (number.history, (g.L, R, C, g.inner)),
             "past_b": (number.history, (g.L, R, C, g.S)),
             "past_decay": ("float32", (g.L, R, g.H, C)),
@@ -475,12 +511,17 @@ class _StepBuilder:
             "scaled",
             "partials",
         )
+        # The least number of states that leaves a row few enough programs.
+        of_row = g.L * g.H
+        least = min(of_row, -(-of_row * R // _FOLD_PROGRAMS))
+        folded = next(n for n in range(least, of_row + 1) if of_row % n == 0)
         fold = launch(
             _kernel(
                 step.fold,
                 (
                     "int64",
                     self.number.state,
+                    "float32",
                     self.number.history,
                     self.number.history,
                     "float32",
@@ -491,12 +532,13 @@ class _StepBuilder:
                 P=g.P,
                 S=g.S,
                 CHUNK=self.tuning.chunk,
-                HEADS=math.gcd(_FOLDED_HEADS, g.H),
+                HEADS=folded,
                 OVERLAPS=self.overlaps,
             ),
-            (g.L * g.H // math.gcd(_FOLDED_HEADS, g.H), R),
+            (g.L * g.H // folded, R),
             "position",
             "state",
+            "state_scale",
             "past_x",
             "past_b",
             "past_decay",
@@ -554,13 +596,14 @@ class _StepBuilder:
                     "int64",
                     "float32",
                     number.state,
+                    "float32",
                     number.history,
                     number.history,
                     "float32",
                     act,
                     "float32",
                 ),
-                num_warps=t.scan_warps,
+                num_warps=self.scan.num_warps,
                 INNER=g.inner,
                 X=g.X,
                 H=g.H,
@@ -569,12 +612,11 @@ class _StepBuilder:
                 K=g.K,
                 CHUNK=t.chunk,
                 CONVOLVES=t.dot,
-                BP=self.channels,
-                BLOCKS=self.blocks,
-                STAGES=min(t.stages, self.blocks),
+                HEADS=self.heads,
+                STAGES=min(self.scan.stages, self.heads),
                 OVERLAPS=overlaps,
             ),
-            (g.inner // (self.channels * self.blocks), R),
+            (g.H // self.heads, R),
             "projected",
             of("conv_weight"),
             of("conv_bias"),
@@ -584,6 +626,7 @@ class _StepBuilder:
             "position",
             of("ring"),
             of("state"),
+            of("state_scale") if number.state == "int8" else Argument("state_scale"),
             of("past_x"),
             of("past_b"),
             of("past_decay"),
@@ -609,7 +652,7 @@ class _StepBuilder:
                 num_stages=t.out_proj.num_stages,
                 D=g.D,
                 INNER=g.inner,
-                PARTS=g.inner // self.channels,
+                PARTS=g.H // self.heads,
                 EPS=EPS,
                 HAS_SCALES=quantised,
                 **self._tile(t.out_proj, g.inner),

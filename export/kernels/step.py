@@ -35,6 +35,10 @@ import triton.language as tl
 
 #: The largest finite half; products and residuals are clamped to it before they are rounded.
 HALF_LIMIT = tl.constexpr(65504.0)
+#: 1.5 * 2**23: a number of up to 22 bits and its sign, added to it, becomes an integer in the sum's
+#: low bits. The GPU's converters between floats and integers are four times slower than its adders.
+_INTEGERS = tl.constexpr(12582912.0)
+_INTEGERS_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -84,6 +88,24 @@ def softplus(value):
     lost = tl.where(total == 1.0, 1.0, total - 1.0)
     small = tl.where(total == 1.0, grown, tl.log(total) * (grown / lost))
     return tl.where(value > 20.0, value, small)
+
+
+@triton.jit
+def rounded(value):
+    """The integer nearest to a float32, as float32."""
+    return value + _INTEGERS - _INTEGERS
+
+
+@triton.jit
+def to_int8(value):
+    """The int8 nearest to a float32 within its range."""
+    return (value + _INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def from_int8(value):
+    """int8 to float32."""
+    return (value.to(tl.int32) + _INTEGERS_BITS).to(tl.float32, bitcast=True) - _INTEGERS
 
 
 @triton.jit
@@ -366,6 +388,36 @@ def in_proj(
 
 
 @triton.jit
+def in_columns(value, like: tl.constexpr):
+    """(S,) float32 as columns (S, 8) of type ``like`` and their factors (8,) float32.
+
+    The columns times their factors add up to ``value`` to float32's accuracy, so that the tensor
+    cores can multiply by it.
+    """
+    column = tl.arange(0, 8)
+    if like == tl.int8:
+        # Digits to the base 254, for each leaves at most a half over.
+        largest = tl.max(tl.abs(value), axis=0)
+        unit = tl.where(largest > 0.0, largest / 127.0, 1.0)
+        value /= unit
+        first = rounded(value)
+        value = (value - first) * 254.0
+        second = rounded(value)
+        third = rounded((value - second) * 254.0)
+        factors = tl.where(column == 0, 1.0, tl.where(column == 1, 1 / 254.0, 1 / 64516.0)) * unit
+    else:
+        first = value.to(like).to(tl.float32)
+        value -= first
+        second = value.to(like).to(tl.float32)
+        third = value - second
+        factors = tl.full((8,), 1.0, tl.float32)
+    column = column[None, :]
+    columns = tl.where(column == 0, first[:, None], second[:, None])
+    columns = tl.where(column == 2, third[:, None], columns)
+    return tl.where(column < 3, columns, 0.0).to(like), factors
+
+
+@triton.jit
 def scan(
     projected,  # (R, E) float32, from `in_proj`
     conv_weight,  # (K, X) float32, oldest first
@@ -376,11 +428,12 @@ def scan(
     position,  # (R,) int64
     ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
     state,  # (R, H, P, S), as it was before this chunk
+    state_scale,  # (R, H, P) float32, of int8 states
     past_x,  # (R, C, I), dt * x of the chunk's tokens so far
     past_b,  # (R, C, S), their B
     past_decay,  # (R, H, C) float32, the sums of dt * a from the chunk's start
     gated,  # (R, I), y * silu(z)
-    squares,  # (R, I / BP) float32, sums of squares of ``gated``
+    squares,  # (R, H / HEADS) float32, sums of squares of ``gated``
     INNER: tl.constexpr,
     X: tl.constexpr,
     H: tl.constexpr,
@@ -389,94 +442,122 @@ def scan(
     K: tl.constexpr,
     CHUNK: tl.constexpr,
     CONVOLVES: tl.constexpr,
-    BP: tl.constexpr,  # channels a block, divides P
-    BLOCKS: tl.constexpr,  # blocks a program, of whole heads or within one
-    STAGES: tl.constexpr,  # blocks whose state is on its way at a time
+    HEADS: tl.constexpr,  # heads a program, divides H
+    STAGES: tl.constexpr,  # heads whose state is on its way at a time
     OVERLAPS: tl.constexpr,
 ):
-    """One token through the states of BLOCKS blocks of channels of a row.
+    """One token through the states of HEADS heads of a row.
 
     A position below CHUNK has no state yet: a row that begins anew never reads its old one.
     """
     E: tl.constexpr = INNER + X + H
-    group = tl.program_id(0) * BLOCKS
+    group = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    channels = tl.arange(0, BP)
+    heads = group * HEADS + tl.arange(0, HEADS)
+    channels = tl.arange(0, P)
+    inner = heads[:, None] * P + channels[None, :]
     states = tl.arange(0, S)
     slots = tl.arange(0, CHUNK)
     at = tl.load(position + row).to(tl.int32)
     slot = at % CHUNK
     past = slots < slot
+    state += (row * H + group * HEADS) * P * S
+    cells = state + channels[:, None] * S + states[None, :]
     has_state = (at >= CHUNK) & (channels[:, None] >= 0)
-    cells = state + (row * INNER + group * BP + channels[:, None]) * S + states[None, :]
-    xs = past_x + row * CHUNK * INNER + slots[:, None] * INNER + group * BP + channels[None, :]
-    decays = past_decay + row * H * CHUNK + slots
     # Everything up to the wait was written a step ago or earlier.
     b_then = tl.load(
         past_b + (row * CHUNK + slots[:, None]) * S + states[None, :], mask=past[:, None], other=0.0
     ).to(tl.float32)
+    x_then = tl.load(
+        past_x + (row * CHUNK + slots[None, :, None]) * INNER + inner[:, None, :],
+        mask=past[None, :, None],
+        other=0.0,
+    )
+    decay_then = tl.load(
+        past_decay + (row * H + heads[:, None]) * CHUNK + slots[None, :],
+        mask=past[None, :],
+        other=0.0,
+    )
+    rate = tl.load(a + heads)
+    skip = tl.load(d + heads)
     if CONVOLVES:
         ring += row * (K * X)
         newest = ring + at % K * X
         last = conv_weight + (K - 1) * X
+        x_early = earlier(ring, conv_weight, conv_bias, inner, at, X, K)
         b_early = earlier(ring, conv_weight, conv_bias, INNER + states, at, X, K)
         c_early = earlier(ring, conv_weight, conv_bias, INNER + S + states, at, X, K)
+        x_weight = tl.load(last + inner)
         b_weight = tl.load(last + INNER + states)
         c_weight = tl.load(last + INNER + S + states)
-    if BLOCKS == 1:
-        only = tl.load(cells, mask=has_state, other=0.0)
-        only_x = tl.load(xs, mask=past[:, None], other=0.0)
-        only_decay = tl.load(decays + group * BP // P * CHUNK, mask=past, other=0.0)
-        rate = tl.load(a + group * BP // P)
-        skip = tl.load(d + group * BP // P)
-    begin_dependents(OVERLAPS)
-
+        bias = tl.load(dt_bias + heads)
+    QUANTISED: tl.constexpr = state.dtype.element_ty == tl.int8
+    if QUANTISED:
+        written = (inner >= 0) & (at >= CHUNK)
+        scale = tl.load(state_scale + row * (H * P) + inner, mask=written, other=0.0)
+    DOT: tl.constexpr = QUANTISED or (CONVOLVES and state.dtype.element_ty == tl.bfloat16)
     source = projected + row * E
-    b = tl.load(source + 2 * INNER + states)
-    c = tl.load(source + 2 * INNER + S + states)
+    column = tl.arange(0, HEADS)[None, :]
+    c = tl.zeros((S,), tl.float32)
+    if DOT:
+        asks, factors = in_columns(c, state.dtype.element_ty)
+    else:
+        asks = c
+    x = tl.zeros((HEADS, P), tl.float32)
+    z = x
+    dt = tl.zeros((HEADS,), tl.float32)
+    b = c
+    y = tl.zeros((P, HEADS), tl.float32)
+    for index in tl.range(HEADS, num_stages=STAGES):
+        kept = tl.load(cells + index * (P * S), mask=has_state, other=0)
+        if index == 0:
+            # Here, so that the first states are on their way before the wait.
+            begin_dependents(OVERLAPS)
+            c = tl.load(source + 2 * INNER + S + states)
+            b = tl.load(source + 2 * INNER + states)
+            x = tl.load(source + INNER + inner)
+            z = tl.load(source + inner)
+            dt = tl.load(source + INNER + X + heads)
+            if CONVOLVES:
+                if group == 0:
+                    tl.store(newest + INNER + S + states, c)
+                c = c_early + c * c_weight
+                c *= sigmoid(c)
+            if DOT:
+                asks, factors = in_columns(c, state.dtype.element_ty)
+            else:
+                asks = c
+        if DOT:
+            of_head = tl.sum(tl.dot(kept, asks).to(tl.float32) * factors[None, :], axis=1)
+        else:
+            of_head = tl.sum(kept.to(tl.float32) * asks[None, :], axis=1)
+        y = tl.where(column == index, of_head[:, None], y)
+    y = tl.trans(y)
+    if QUANTISED:
+        y *= scale
     if CONVOLVES:
+        tl.store(newest + inner, x)
         if group == 0:
             tl.store(newest + INNER + states, b)
-            tl.store(newest + INNER + S + states, c)
+        x = x_early + x * x_weight
         b = b_early + b * b_weight
-        c = c_early + c * c_weight
+        x *= sigmoid(x)
+        z *= sigmoid(z)
         b *= sigmoid(b)
-        c *= sigmoid(c)
+        dt = softplus(dt + bias)
     # How much each of the chunk's tokens is asked for, whatever the head.
     scores = tl.sum(b_then * c[None, :], axis=1)
     asked = tl.sum(b * c, axis=0)
-    for index in tl.range(BLOCKS, num_stages=STAGES):
-        head = (group + index) * BP // P
-        inner = (group + index) * BP + channels
-        if BLOCKS == 1:
-            kept = only
-            x_then = only_x
-            decay_then = only_decay
-        else:
-            kept = tl.load(cells + index * (BP * S), mask=has_state, other=0.0)
-            x_then = tl.load(xs + index * BP, mask=past[:, None], other=0.0)
-            decay_then = tl.load(decays + head * CHUNK, mask=past, other=0.0)
-            rate = tl.load(a + head)
-            skip = tl.load(d + head)
-        x = tl.load(source + INNER + inner)
-        z = tl.load(source + inner)
-        dt = tl.load(source + INNER + X + head)
-        if CONVOLVES:
-            tl.store(newest + inner, x)
-            x = earlier(ring, conv_weight, conv_bias, inner, at, X, K) + x * tl.load(last + inner)
-            x *= sigmoid(x)
-            z *= sigmoid(z)
-            dt = softplus(dt + tl.load(dt_bias + head))
-        decay = dt * rate + tl.sum(tl.where(slots == slot - 1, decay_then, 0.0), axis=0)
-        y = tl.exp(decay) * tl.sum(kept.to(tl.float32) * c[None, :], axis=1)
-        weights = tl.where(past, scores * tl.exp(decay - decay_then), 0.0)
-        y += tl.sum(x_then.to(tl.float32) * weights[:, None], axis=0)
-        y += (asked * dt + skip) * x
-        y *= z
-        store_rounded(gated + row * INNER + inner, y, channels >= 0)
-        tl.store(squares + row * (INNER // BP) + group + index, tl.sum(y * y, axis=0))
-        store_rounded(past_x + (row * CHUNK + slot) * INNER + inner, dt * x, channels >= 0)
-        tl.store(past_decay + (row * H + head) * CHUNK + slot, decay)
+    decay = dt * rate + tl.sum(tl.where((slots == slot - 1)[None, :], decay_then, 0.0), axis=1)
+    weights = tl.where(past[None, :], scores[None, :] * tl.exp(decay[:, None] - decay_then), 0.0)
+    y = tl.exp(decay)[:, None] * y
+    y += tl.sum(x_then.to(tl.float32) * weights[:, :, None], axis=1)
+    y += (asked * dt + skip)[:, None] * x
+    y *= z
+    store_rounded(gated + row * INNER + inner, y, inner >= 0)
+    tl.store(squares + row * (H // HEADS) + group, tl.sum(tl.sum(y * y, axis=1), axis=0))
+    store_rounded(past_x + (row * CHUNK + slot) * INNER + inner, dt[:, None] * x, inner >= 0)
+    tl.store(past_decay + (row * H + heads) * CHUNK + slot, decay)
     if group == 0:
         store_rounded(past_b + (row * CHUNK + slot) * S + states, b, states >= 0)
 
@@ -485,6 +566,7 @@ def scan(
 def fold(
     position,  # (R,) int64
     state,  # (L, R, H, P, S), updated
+    state_scale,  # (L, R, H, P) float32, of int8 states, updated
     past_x,  # (L, R, C, I), dt * x of the chunk's tokens
     past_b,  # (L, R, C, S), their B
     past_decay,  # (L, R, H, C) float32, the sums of dt * a from the chunk's start
@@ -494,38 +576,56 @@ def fold(
     P: tl.constexpr,
     S: tl.constexpr,
     CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,  # heads a program, divides H
+    HEADS: tl.constexpr,  # states of a row that a program takes, divides L * H
     OVERLAPS: tl.constexpr,
 ):
-    """Where a row's chunk is full, move its tokens into the states of HEADS heads of a layer.
+    """Where a row's chunk is full, move its tokens into HEADS of its L * H states.
 
-    A launch of its own, for all layers at once, because it wants more registers than `scan`.
+    A launch of its own, for all layers at once, because it wants more registers than `scan`. Most
+    steps find no row at its chunk's end, so that programs should be few.
     """
-    GROUPS: tl.constexpr = H // HEADS
+    first = tl.program_id(0) * HEADS
     row = tl.program_id(1)
-    place = (tl.program_id(0) // GROUPS * R + row).to(tl.int64)
-    first = tl.program_id(0) % GROUPS * HEADS
     channels = tl.arange(0, P)
     states = tl.arange(0, S)
     slots = tl.arange(0, CHUNK)
     at = tl.load(position + row)
     begin_dependents(OVERLAPS)
     if at % CHUNK == CHUNK - 1:
-        b = tl.load(past_b + (place * CHUNK + slots[:, None]) * S + states[None, :]).to(tl.float32)
         has_state = (at >= CHUNK) & (channels[:, None] >= 0)
-        for index in range(HEADS):
-            head = first + index
+        for index in tl.range(HEADS, num_stages=2):
+            place = ((first + index) // H * R + row).to(tl.int64)
+            head = (first + index) % H
+            b = tl.load(past_b + (place * CHUNK + slots[:, None]) * S + states[None, :])
             sums = past_decay + (place * H + head) * CHUNK
             total = tl.load(sums + CHUNK - 1)
             shrunk = tl.exp(total - tl.load(sums + slots))
             inner = head * P + channels
             x = tl.load(past_x + (place * CHUNK + slots[None, :]) * INNER + inner[:, None])
             cells = state + ((place * H + head) * P + channels[:, None]) * S + states[None, :]
-            kept = tl.load(cells, mask=has_state, other=0.0).to(tl.float32) * tl.exp(total)
-            # Three products of the tensor cores' format make one of float32.
+            kept = tl.load(cells, mask=has_state, other=0)
+            factors = state_scale + (place * H + head) * P + channels
+            if state.dtype.element_ty == tl.int8:
+                factor = tl.load(factors, mask=(channels >= 0) & (at >= CHUNK), other=0.0)
+                kept = from_int8(kept) * (factor * tl.exp(total))[:, None]
+            else:
+                kept = kept.to(tl.float32) * tl.exp(total)
             x = x.to(tl.float32) * shrunk[None, :]
-            kept = tl.dot(x, b, kept, input_precision="tf32x3")
-            tl.store(cells, kept.to(state.dtype.element_ty))
+            if b.dtype == tl.float16:
+                # Two halves make more than a float32's product keeps of it, and b is one already.
+                high = x.to(tl.float16)
+                kept = tl.dot(high, b, kept)
+                kept = tl.dot((x - high.to(tl.float32)).to(tl.float16), b, kept)
+            else:
+                # Three products of the tensor cores' format make one of float32.
+                kept = tl.dot(x, b, kept, input_precision="tf32x3")
+            if state.dtype.element_ty == tl.int8:
+                most = tl.max(tl.abs(kept), axis=1)
+                factor = tl.where(most > 0.0, most / 127.0, 1.0)
+                tl.store(factors, factor)
+                tl.store(cells, to_int8(kept * (1.0 / factor)[:, None]))
+            else:
+                tl.store(cells, kept.to(state.dtype.element_ty))
 
 
 @triton.jit
@@ -557,9 +657,9 @@ def out_proj(
     at = rows[:, None] * D + outputs[None, :]
     opened = tl.load(gate + at)
     factor = tl.load(scale + at)
+    value = tl.load(residual + at)  # as the layer before left it
     begin_dependents(OVERLAPS)
     sums = load_partials(squares, rows, PARTS)
-    value = tl.load(residual + at)
     total = multiply(matrix, weight, gated, rows, outputs, INNER, BM, BN, BK, DOT)
     if HAS_SCALES:
         total *= tl.load(scales + outputs)[None, :]

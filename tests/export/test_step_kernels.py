@@ -212,14 +212,17 @@ SCAN_POSITIONS = torch.tensor(
 FOLDED_LAST = (7, 5, 7)  # the steps after which the rows' memories were last folded
 
 
-def expected_scan(memory: Memory, projected: Tensor) -> tuple[Tensor, Tensor]:
+def expected_scan(
+    memory: Memory, projected: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``gated`` (steps, R, I), and the states (steps, R, H, P, S) after each step: the recurrence.
 
     Source: arXiv 2405.21060, section 2, with a scalar times the identity for A.
     """
     rows = projected.shape[1]
     a, d = memory["a"].double(), memory["d"].double()
-    state = torch.zeros(rows, H, SCAN_P, S, dtype=torch.float64)
+    if state is None:
+        state = torch.zeros(rows, H, SCAN_P, S, dtype=torch.float64)
     gated, states = [], []
     for index, positions in enumerate(memory["position"]):
         state = state * (positions > 0)[:, None, None, None]
@@ -234,7 +237,7 @@ def expected_scan(memory: Memory, projected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scan_memory(
-    channels: int,
+    heads: int,
     state: torch.dtype = torch.float32,
     history: torch.dtype = torch.float32,
     activation: torch.dtype = torch.float32,
@@ -251,23 +254,24 @@ def scan_memory(
         "d": normal(16, H),
         "position": SCAN_POSITIONS,
         "ring": unset(rows, width, SCAN_X),
-        "state": unset(rows, H, SCAN_P, S, dtype=state),
+        "state": unset(rows, H, SCAN_P, S).nan_to_num(99).to(state)
+        if state == torch.int8
+        else unset(rows, H, SCAN_P, S, dtype=state),
+        "state_scale": unset(rows, H, SCAN_P),
         "past_x": unset(rows, CHUNK, SCAN_INNER, dtype=history),
         "past_b": unset(rows, CHUNK, S, dtype=history),
         "past_decay": unset(rows, H, CHUNK),
         "gated": unset(steps, rows, SCAN_INNER, dtype=activation),
-        "squares": unset(steps, rows, SCAN_INNER // channels),
+        "squares": unset(steps, rows, H // heads),
     }
 
 
-def scan_launches(
-    memory: Memory, channels: int, blocks: int, *, convolves: bool = True
-) -> list[Launch]:
+def scan_launches(memory: Memory, heads: int, *, convolves: bool = True) -> list[Launch]:
     steps, rows = memory["position"].shape
     item = one(
         step.scan,
         memory,
-        (SCAN_INNER // (channels * blocks), rows),
+        (H // heads, rows),
         INNER=SCAN_INNER,
         X=SCAN_X,
         H=H,
@@ -276,8 +280,7 @@ def scan_launches(
         K=len(memory["conv_weight"]),
         CHUNK=CHUNK,
         CONVOLVES=convolves,
-        BP=channels,
-        BLOCKS=blocks,
+        HEADS=heads,
         STAGES=1,
         OVERLAPS=False,
     )
@@ -302,52 +305,73 @@ def scan_launches(
     ]
 
 
-# Parts of a head, heads, a head part by part, and several heads each way; widths of the
-# convolution, where the scan does it.
-CUTS = [
-    (4, 1, True, K),
-    (8, 1, False, K),
-    (4, 2, True, 5),
-    (4, 2, False, K),
-    (8, 2, True, 1),
-    (4, 4, True, K),
-]
+# Heads a program, whether it convolves, and how far.
+CUTS = [(1, True, K), (1, False, K), (2, True, 5), (2, False, K), (4, True, 1)]
 
 
-@pytest.mark.parametrize(("channels", "blocks", "convolves", "width"), CUTS)
-def test_scan(
-    interpreter: Interpreter, channels: int, blocks: int, convolves: bool, width: int
-) -> None:
-    memory = scan_memory(channels, width=width)
+@pytest.mark.parametrize(("heads", "convolves", "width"), CUTS)
+def test_scan(interpreter: Interpreter, heads: int, convolves: bool, width: int) -> None:
+    memory = scan_memory(heads, width=width)
     projected = finished(memory["projected"], memory)
     if not convolves:
         memory["projected"] = projected.float()
-    found = interpreter.run(scan_launches(memory, channels, blocks, convolves=convolves), memory)
+    found = interpreter.run(scan_launches(memory, heads, convolves=convolves), memory)
     gated, states = expected_scan(memory, projected)
     for row, last in enumerate(FOLDED_LAST):
         close(found["gated"][:, row], gated[:, row])
-        squares = gated[:, row].unflatten(-1, (-1, channels)).square().sum(-1)
+        squares = gated[:, row].unflatten(-1, (H // heads, -1)).square().sum(-1)
         close(found["squares"][:, row], squares)
         # What lies in memory is the state after the last full chunk.
         close(found["state"][row], states[last, row])
     assert convolves or found["ring"].isnan().all()
 
 
-def test_scan_with_a_short_memory(interpreter: Interpreter) -> None:
-    """bfloat16 states: what rounding them costs, and no more. The interpreter cuts digits off."""
-    memory = scan_memory(SCAN_P, torch.bfloat16, torch.float16, torch.float16)
-    found = interpreter.run(scan_launches(memory, SCAN_P, 2), memory)
-    gated, states = expected_scan(memory, finished(memory["projected"], memory))
+@pytest.mark.parametrize("convolves", [False, True])
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.int8])
+def test_scan_with_a_short_memory(
+    interpreter: Interpreter, state: torch.dtype, convolves: bool
+) -> None:
+    """What rounding the states costs, and no more. The interpreter cuts bfloat16's digits off."""
+    memory = scan_memory(2, state, torch.float16, torch.float16)
+    projected = finished(memory["projected"], memory)
+    if not convolves:
+        memory["projected"] = projected.float()
+    found = interpreter.run(scan_launches(memory, 2, convolves=convolves), memory)
+    gated, states = expected_scan(memory, projected)
     close(found["gated"], gated, 8e-3)
+    kept = found["state"].double()
+    if state == torch.int8:
+        assert kept.abs().amax(-1).eq(127).all()
+        kept *= found["state_scale"][..., None]
     for row, last in enumerate(FOLDED_LAST):
-        close(found["state"][row], states[last, row], 8e-3)
+        close(kept[row], states[last, row], 8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_reading_a_short_state(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    """What the state says is as exact as the state is, whatever its type."""
+    memory = scan_memory(2, dtype, width=1)
+    memory |= {name: memory[name][:1] for name in ("projected", "position", "gated", "squares")}
+    memory["position"] = torch.full_like(memory["position"], CHUNK)
+    shape = memory["state"].shape
+    if dtype == torch.int8:
+        generator = torch.Generator().manual_seed(17)
+        memory["state"] = torch.randint(-127, 128, shape, generator=generator, dtype=dtype)
+        memory["state_scale"] = normal(18, *shape[:3]).abs()
+        state = memory["state"] * memory["state_scale"].double()[..., None]
+    else:
+        memory["state"] = normal(17, *shape, dtype=dtype)
+        state = memory["state"].double()
+    gated, _ = expected_scan(memory, finished(memory["projected"], memory), state)
+    found = interpreter.run(scan_launches(memory, 2), memory)
+    close(found["gated"], gated)
 
 
 def test_scan_with_steps_of_any_length(interpreter: Interpreter) -> None:
-    memory = scan_memory(SCAN_P)
+    memory = scan_memory(4)
     memory["dt_bias"] = torch.tensor([-18.0, -9.0, 0.0, 25.0])
     memory |= {name: memory[name][:1] for name in ("projected", "position", "gated", "squares")}
-    found = interpreter.run(scan_launches(memory, SCAN_P, 4), memory)["past_decay"][..., 0]
+    found = interpreter.run(scan_launches(memory, 4), memory)["past_decay"][..., 0]
     precise(found / memory["a"], finished(memory["projected"], memory)[0, :, -H:])
 
 
