@@ -103,7 +103,7 @@ Keep = Callable[..., None]
     "--precision",
     "precisions",
     type=CommaSeparated(str),
-    default="fp16,fp16-state16,int8,fp32",
+    default="fp16,fp16-state16,fp16-state8,int8,fp32",
     show_default=True,
     help="Of the cuda backend, as far as the bundle has them.",
 )
@@ -1142,7 +1142,7 @@ def published_model(checkout: str, mamba: str, size: str, device: str = "cuda") 
             sys.modules.setdefault("transformers", types.ModuleType("transformers"))
         for attribute in attributes:
             if not hasattr(module, attribute):
-                setattr(module, attribute, dict)
+                setattr(module, attribute, types.SimpleNamespace)
     torch.manual_seed(0)
     models = importlib.import_module("models.aim")
     with torch.device(device):

@@ -30,7 +30,7 @@ from aim_runtime.bundle import add_engine
 from aim_runtime.engines.cuda.plan import kernels_file, plan_file
 
 #: Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
-PRECISIONS = ("fp16", "fp16-state16", "int8", "fp32")
+PRECISIONS = ("fp16", "fp16-state16", "fp16-state8", "fp32")
 #: Compute capabilities compiled for if none are named: Ampere, Ada, Hopper and Blackwell.
 CAPABILITIES = tuple(SHARED_MEMORY)
 

@@ -170,9 +170,9 @@ _FEW = _scan(ScanCut(), ScanCut(), ScanCut())
 #: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
 #: the tensor cores are faster with 16.
 TUNING: Mapping[int, Tuning] = {
-    1: Tuning(Tile(1, 8), Tile(1, 4), Tile(1, 8, num_warps=2), 32, _FEW),
+    1: Tuning(Tile(1, 8, num_warps=2), Tile(1, 4), Tile(1, 8, num_warps=2), 32, _FEW),
     2: Tuning(Tile(2, 8, num_warps=2), Tile(2, 4), Tile(2, 8, num_warps=2), 32, _FEW),
-    4: Tuning(Tile(4, 4), Tile(4, 4), Tile(4, 4, num_warps=2), 16, _FEW),
+    4: Tuning(Tile(4, 4), Tile(4, 8), Tile(4, 4, num_warps=2), 16, _FEW),
     16: Tuning(
         Tile(16, 32, 128, 2, 6),
         Tile(16, 16, 512, 2, 4),
@@ -362,7 +362,7 @@ class _StepBuilder:
             # The memory.
             "ring": ("float32", (g.L, R, g.K, g.X)),
             "state": (number.state, (g.L, R, g.H, g.P, g.S)),
-            # Nobody reads more than the first of it, but of int8 states.
+            # Of int8 states; for others it stands in, unread.
             "state_scale": ("float32", (g.L, R, g.H, g.P) if number.state == "int8" else (1,)),
             "past_x": (number.history, (g.L, R, C, g.inner)),
             "past_b": (number.history, (g.L, R, C, g.S)),

@@ -612,7 +612,7 @@ def fold(
                 kept = kept.to(tl.float32) * tl.exp(total)
             x = x.to(tl.float32) * shrunk[None, :]
             if b.dtype == tl.float16:
-                # Two halves make more than a float32's product keeps of it, and b is one already.
+                # Two halves hold 22 bits of x, down to 2**-24; b is one half already.
                 high = x.to(tl.float16)
                 kept = tl.dot(high, b, kept)
                 kept = tl.dot((x - high.to(tl.float32)).to(tl.float16), b, kept)
