@@ -73,8 +73,8 @@ class Engines:
     "cuda_precisions",
     multiple=True,
     metavar="NAME,...",
-    help="Number formats to compile for: fp32, fp16, fp16-state16, int8, int8-state16. "
-    "[default: all but the last]",
+    help="Number formats to compile for: fp32, fp16, fp16-state16, fp16-state8, int8, "
+    "int8-state16, int8-state8. [default: the first four]",
 )
 @click.option(
     "--cuda-arch",
