@@ -745,7 +745,7 @@ def step_bytes(
         "conditioning": size(buffers, "shifted", "scale", "gate", "final_modulation"),
         "convolution": size(buffers, "ring"),
     }
-    state = size(buffers, "state")
+    state = size(buffers, "state", "state_scale")
     if "past_x" in buffers:
         chunk = buffers["past_x"].shape[2]
         terms["state, read"] = state * (steps - chunk) / steps
