@@ -12,17 +12,17 @@ How a layer is cut into launches (arXiv 2405.21060, section 7, and adaLN):
 * What belongs to one channel comes next: convolution over a ring of the last K inputs, silu,
   softplus. With few rows `in_proj` does it before it stores (``CONVOLVES``), spread over many
   programs; with many, `scan` does, since in_proj's few large blocks would wait for the ring.
-* `scan` reads the states of some heads of one row. A state is that at the start of a chunk of C
-  tokens and is rewritten only at the chunk's end (`fold`); the tokens since then are kept beside
-  it, and their share of the output is an attention-like sum (the dual form of the paper's
-  section 6).
+* `scan` reads the states of some heads of one row, one after another. A state is that at the start
+  of a chunk of C tokens and is rewritten only at the chunk's end (`fold`); the tokens since then
+  are kept beside it, and their share of the output is an attention-like sum (the dual form of the
+  paper's section 6).
 * `out_proj` puts the gated norm's factor behind its product, adds to the residual and prepares
   ``scaled`` and the sums of squares for the layer that follows.
 
 A launch may begin before the one ahead of it has ended (programmatic dependent launch); its weights
 are then on their way already.
 
-Products take the weights as [out, in], as the ONNX files store them. With up to 8 rows a weight is
+Products take the weights as [out, in], as the ONNX files store them. With few rows a weight is
 multiplied on the fly (``DOT`` false), with 16 and more the tensor cores do it.
 """
 
@@ -308,13 +308,20 @@ def embed(
 
 @triton.jit
 def earlier(ring, conv_weight, conv_bias, channels, at, X: tl.constexpr, K: tl.constexpr):
-    """What the convolution of one row's ``channels`` adds to its newest input."""
+    """What the convolution of one row's ``channels`` adds to that of its newest input."""
     mixed = tl.load(conv_bias + channels)
     for back in tl.static_range(1, K):
         slot = ring + (at - back + K) % K * X + channels
         past = tl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0)
         mixed += past * tl.load(conv_weight + (K - 1 - back) * X + channels)
     return mixed
+
+
+@triton.jit
+def convolved(newest, early, weight):
+    """silu of the convolution; ``early`` is what `earlier` says, ``weight`` the newest input's."""
+    mixed = early + newest * weight
+    return mixed * sigmoid(mixed)
 
 
 @triton.jit
@@ -521,8 +528,7 @@ def scan(
             if CONVOLVES:
                 if group == 0:
                     tl.store(newest + INNER + S + states, c)
-                c = c_early + c * c_weight
-                c *= sigmoid(c)
+                c = convolved(c, c_early, c_weight)
             if DOT:
                 asks, factors = in_columns(c, state.dtype.element_ty)
             else:
@@ -539,11 +545,9 @@ def scan(
         tl.store(newest + inner, x)
         if group == 0:
             tl.store(newest + INNER + states, b)
-        x = x_early + x * x_weight
-        b = b_early + b * b_weight
-        x *= sigmoid(x)
+        x = convolved(x, x_early, x_weight)
+        b = convolved(b, b_early, b_weight)
         z *= sigmoid(z)
-        b *= sigmoid(b)
         dt = softplus(dt + bias)
     # How much each of the chunk's tokens is asked for, whatever the head.
     scores = tl.sum(b_then * c[None, :], axis=1)
