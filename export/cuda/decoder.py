@@ -381,7 +381,6 @@ class _Lowering:
                 CODE_DIM=self.code_dim,
                 OUTPUTS=outputs,
                 STORED=self.z_channels,
-                BLOCK_DIM=triton.next_power_of_2(self.code_dim),
                 BLOCK_V=block_v,
                 BLOCK_N=block_n,
             ),

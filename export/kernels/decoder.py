@@ -36,36 +36,28 @@ def code_table(
     CODE_DIM: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STORED: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """``post_quant_conv(normalize(codes))`` for every code.
 
     codes (V, E), weight (Z', E) and bias (Z') of ``post_quant_conv``; table (V, Z), Z >= Z'.
-    Grid: (V / BLOCK_V, Z' / BLOCK_N), rounded up. BLOCK_DIM is the power of two from E.
+    Grid: (V / BLOCK_V, Z' / BLOCK_N), rounded up.
     """
-    rows = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_DIM)
-    code = tl.load(
-        codes + rows[:, None] * CODE_DIM + dims[None, :],
-        mask=(rows < CODES)[:, None] & (dims < CODE_DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    length = tl.sqrt(tl.sum(code * code, 1))
-    code = code / tl.maximum(length, 1e-12)[:, None]
-    matrix = tl.load(
-        weight + columns[:, None] * CODE_DIM + dims[None, :],
-        mask=(columns < OUTPUTS)[:, None] & (dims < CODE_DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    value = tl.sum(code[:, None, :] * matrix[None, :, :], 2)
-    value += tl.load(bias + columns, mask=columns < OUTPUTS, other=0.0)[None, :]
+    rows = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    known, wanted = rows < CODES, columns < OUTPUTS
+    value = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_V, 1), tl.float32)
+    for dim in range(CODE_DIM):
+        code = tl.load(codes + rows * CODE_DIM + dim, mask=known, other=0.0).to(tl.float32)
+        factor = tl.load(weight + columns * CODE_DIM + dim, mask=wanted, other=0.0)
+        squares += code * code
+        value += code * factor.to(tl.float32)
+    value /= tl.maximum(tl.sqrt(squares), 1e-12)
+    value += tl.load(bias + columns, mask=wanted, other=0.0)
     tl.store(
-        table + rows[:, None] * STORED + columns[None, :],
-        value.to(table.dtype.element_ty),
-        mask=(rows < CODES)[:, None] & (columns < OUTPUTS)[None, :],
+        table + rows * STORED + columns, value.to(table.dtype.element_ty), mask=known & wanted
     )
 
 

@@ -315,7 +315,6 @@ def test_codes_are_normalised_and_looked_up() -> None:
         CODE_DIM=6,
         OUTPUTS=outputs,
         STORED=stored,
-        BLOCK_DIM=8,
         BLOCK_V=16,
         BLOCK_N=32,
     )
