@@ -56,9 +56,7 @@ def code_table(
         value += code * factor.to(tl.float32)
     value /= tl.maximum(tl.sqrt(squares), 1e-12)
     value += tl.load(bias + columns, mask=wanted, other=0.0)
-    tl.store(
-        table + rows * STORED + columns, value.to(table.dtype.element_ty), mask=known & wanted
-    )
+    tl.store(table + rows * STORED + columns, value.to(table.dtype.element_ty), mask=known & wanted)
 
 
 @triton.jit
