@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aim_export.kernels.step import int8_unit
+
 #: Elements a program of `cast` turns over; buffers are allocated in multiples of it.
 CAST_BLOCK = 4096
 
@@ -24,8 +26,7 @@ def quantise(source, target, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     value = tl.load(source + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=0)
-    scale = tl.where(largest > 0.0, largest / 127.0, 1.0)
+    scale = int8_unit(tl.max(tl.abs(value), axis=0))
     ratio = value / scale
     rounded = tl.floor(tl.abs(ratio) + 0.5)
     signed = tl.minimum(tl.where(ratio < 0.0, -rounded, rounded), 127.0)

@@ -97,6 +97,12 @@ def rounded(value):
 
 
 @triton.jit
+def int8_unit(largest):
+    """What an int8 counts where the numbers it stands for are at most ``largest``."""
+    return tl.where(largest > 0.0, largest / 127.0, 1.0)
+
+
+@triton.jit
 def to_int8(value):
     """The int8 nearest to a float32 within its range."""
     return (value + _INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
@@ -404,8 +410,7 @@ def in_columns(value, like: tl.constexpr):
     column = tl.arange(0, 8)
     if like == tl.int8:
         # Digits to the base 254, for each leaves at most a half over.
-        largest = tl.max(tl.abs(value), axis=0)
-        unit = tl.where(largest > 0.0, largest / 127.0, 1.0)
+        unit = int8_unit(tl.max(tl.abs(value), axis=0))
         value /= unit
         first = rounded(value)
         value = (value - first) * 254.0
@@ -507,7 +512,8 @@ def scan(
     column = tl.arange(0, HEADS)[None, :]
     c = tl.zeros((S,), tl.float32)
     if DOT:
-        asks, factors = in_columns(c, state.dtype.element_ty)
+        asks = tl.zeros((S, 8), state.dtype.element_ty)
+        factors = tl.zeros((8,), tl.float32)
     else:
         asks = c
     x = tl.zeros((HEADS, P), tl.float32)
@@ -624,8 +630,7 @@ def fold(
                 # Three products of the tensor cores' format make one of float32.
                 kept = tl.dot(x, b, kept, input_precision="tf32x3")
             if state.dtype.element_ty == tl.int8:
-                most = tl.max(tl.abs(kept), axis=1)
-                factor = tl.where(most > 0.0, most / 127.0, 1.0)
+                factor = int8_unit(tl.max(tl.abs(kept), axis=1))
                 tl.store(factors, factor)
                 tl.store(cells, to_int8(kept * (1.0 / factor)[:, None]))
             else:
