@@ -41,27 +41,22 @@ BATCHES = (1, 4, 16, 64)
 #: Rows of a table that are shown; all are in the file of ``--out``.
 SHOWN = 18
 
-#: Tiles tried: m, n, k, warps, stages, swap, and registers a thread (0: as the assembler likes).
+#: Tiles tried: m, n, k, warps, stages, and registers a thread (0: as the assembler likes).
 TILES = [
-    (256, 128, 64, 8, 4, False, 0),
-    (256, 128, 64, 8, 3, True, 0),
-    (256, 128, 64, 8, 4, True, 0),
-    (256, 64, 64, 4, 3, True, 0),
-    (128, 256, 64, 8, 3, False, 0),
-    (128, 128, 64, 4, 3, False, 0),
-    (128, 128, 64, 4, 4, False, 0),
-    (128, 128, 64, 4, 3, True, 0),
-    (128, 128, 64, 8, 3, True, 0),
-    (128, 128, 64, 8, 3, False, 128),
-    (128, 64, 64, 4, 4, False, 0),
-    (64, 128, 64, 4, 4, False, 0),
-    (64, 64, 128, 4, 4, False, 0),
-    (64, 64, 256, 4, 3, False, 0),
-    (64, 32, 128, 4, 4, False, 0),
-    (64, 32, 256, 4, 4, False, 0),
-    (64, 16, 128, 4, 4, False, 0),
-    (64, 16, 256, 4, 4, False, 0),
-    (64, 16, 256, 4, 3, False, 0),
+    (256, 128, 64, 8, 4, 0),
+    (128, 256, 64, 8, 3, 0),
+    (128, 128, 64, 4, 3, 0),
+    (128, 128, 64, 4, 4, 0),
+    (128, 128, 64, 8, 3, 128),
+    (128, 64, 64, 4, 4, 0),
+    (64, 128, 64, 4, 4, 0),
+    (64, 64, 128, 4, 4, 0),
+    (64, 64, 256, 4, 3, 0),
+    (64, 32, 128, 4, 4, 0),
+    (64, 32, 256, 4, 4, 0),
+    (64, 16, 128, 4, 4, 0),
+    (64, 16, 256, 4, 4, 0),
+    (64, 16, 256, 4, 3, 0),
 ]
 #: Sizes of the other kernels tried, by kernel: constants, warps, stages.
 OTHERS: dict[str, list[tuple[dict[str, int], int, int]]] = {
@@ -210,9 +205,8 @@ def tile_text(kernel: KernelSpec, registers: int = 0) -> str:
     """How a kernel is cut: its blocks, warps, stages and limit of registers."""
     c = dict(kernel.constants)
     blocks = "x".join(str(c[k]) for k in c if k.startswith("BLOCK_"))
-    swap = " swap" if c.get("SWAP") else ""
     limit = f" r{registers}" if registers else ""
-    return f"{blocks} w{kernel.num_warps} s{kernel.num_stages}{swap}{limit}"
+    return f"{blocks} w{kernel.num_warps} s{kernel.num_stages}{limit}"
 
 
 def recut(item: Launch, **blocks: int) -> Launch:
@@ -238,10 +232,10 @@ def variants(item: Launch) -> Iterator[tuple[Launch, int]]:
     """Other cuts of a launch, and their limit of registers."""
     c = dict(item.kernel.constants)
     if item.kernel.function.__name__ == "convolution":
-        for m, n, k, warps, stages, swap, registers in TILES:
+        for m, n, k, warps, stages, registers in TILES:
             if c["OUTPUTS"] % n or c["INPUTS"] % k or m > c["PIXELS"] or m % c["PART"]:
                 continue
-            cut = recut(item, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SWAP=swap)
+            cut = recut(item, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
             kernel = replace(cut.kernel, num_warps=warps, num_stages=stages)
             yield replace(cut, kernel=kernel), registers
         return

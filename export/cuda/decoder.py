@@ -62,14 +62,13 @@ _BYTES: Mapping[str, int] = {"float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kind of matrix product is cut up and launched; see the kernel for ``swap``."""
+    """How one kind of matrix product is cut up and launched."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
-    swap: bool = False
 
 
 @dataclass(frozen=True)
@@ -624,7 +623,6 @@ class _BucketLowering:
                 PART=part,
                 # Large maps have the same tile in every bucket.
                 PAIRS=x.cells < _LARGE_MAP,
-                SWAP=tile.swap,
                 OVERLAPS=True,
             ),
             num_warps=tile.warps,

@@ -199,7 +199,6 @@ def convolution(
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,
     PAIRS: tl.constexpr,
-    SWAP: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """y = SCALE · conv(x) + bias [+ residual], as ``F.conv2d``.
@@ -219,8 +218,6 @@ def convolution(
         PIXELS: of an image of x; WIDTH, its width.
         X_PIXELS: of an image in memory; X_PITCH, of a row; X_FIRST, where the first tap of the
             first pixel lies. Likewise Y, for the first pixel.
-        SWAP: multiply weights by pixels, not pixels by weights. Tensor cores take up to 256 columns
-            at once, and more pixels than outputs can be had.
 
     Grid: (OUTPUTS / BLOCK_N [· 4], PIXELS / BLOCK_M rounded up, N). BLOCK_N must divide OUTPUTS and
     BLOCK_K INPUTS.
@@ -246,14 +243,9 @@ def convolution(
         weight += place * (OUTPUTS * TAPS * TAPS * INPUTS)
     else:
         x += image * X_PIXELS * INPUTS
-    if SWAP:
-        x_at = x + first[None, :] * INPUTS + reductions[:, None]
-        weight_at = weight + columns[:, None] * (TAPS * TAPS * INPUTS) + reductions[None, :]
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        x_at = x + first[:, None] * INPUTS + reductions[None, :]
-        weight_at = weight + columns[None, :] * (TAPS * TAPS * INPUTS) + reductions[:, None]
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_at = x + first[:, None] * INPUTS + reductions[None, :]
+    weight_at = weight + columns[None, :] * (TAPS * TAPS * INPUTS) + reductions[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if UPSAMPLE:
         target = (rows * 2 + place // 2) * Y_PITCH + row_columns * 2 + place % 2 + Y_FIRST
     else:
@@ -279,12 +271,7 @@ def convolution(
         shift = ((tap // TAPS) * X_PITCH + tap % TAPS) * INPUTS + (step % CHUNKS) * BLOCK_K
         some_x = tl.load(x_at + shift)
         some_weight = tl.load(weight_at + step * BLOCK_K)
-        if SWAP:
-            total = tl.dot(some_weight, some_x, total, input_precision=PRECISION)
-        else:
-            total = tl.dot(some_x, some_weight, total, input_precision=PRECISION)
-    if SWAP:
-        total = tl.trans(total)
+        total = tl.dot(some_x, some_weight, total, input_precision=PRECISION)
 
     value = total * SCALE + tl.load(bias + columns)[None, :]
     at = target[:, None] * OUTPUTS + columns[None, :]

@@ -117,7 +117,6 @@ def convolution(
         BLOCK_K=16,
         PART=PART,
         PAIRS=flags.get("PAIRS", True),
-        SWAP=flags.get("SWAP", False),
     )
     tiles = math.ceil(PIXELS / dict(kernel.constants)["BLOCK_M"])
     grid = (outputs // 32 * (4 if upsample else 1), tiles, IMAGES)
@@ -183,10 +182,8 @@ def pack(name: str, outputs: int, inputs: int, taps: int, stored: int | None = N
     return launch(kernel, grid, "weight", "packed")
 
 
-@pytest.mark.parametrize(
-    ("swap", "pairs", "block_m"), [(False, True, TILE), (True, False, TILE), (False, True, 64)]
-)
-def test_convolution_norm_and_swish(swap: bool, pairs: bool, block_m: int) -> None:
+@pytest.mark.parametrize(("pairs", "block_m"), [(True, TILE), (False, TILE), (True, 64)])
+def test_convolution_norm_and_swish(pairs: bool, block_m: int) -> None:
     inputs, outputs = 48, 96
     x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
     # A mean far from zero, where naive sums of squares would lose the deviation.
@@ -203,9 +200,7 @@ def test_convolution_norm_and_swish(swap: bool, pairs: bool, block_m: int) -> No
     found = interpret(
         [
             pack("pack_weight", outputs, inputs, 3),
-            convolution(
-                "x", "y", inputs, outputs, 3, scale=0.5, SWAP=swap, PAIRS=pairs, BLOCK_M=block_m
-            ),
+            convolution("x", "y", inputs, outputs, 3, scale=0.5, PAIRS=pairs, BLOCK_M=block_m),
             *norm("y", "z", outputs),
         ],
         memory,
@@ -230,7 +225,7 @@ def test_convolution_after_doubling() -> None:
     found = interpret(
         [
             pack("pack_upsampling_weight", outputs, inputs, 3),
-            convolution("x", "y", inputs, outputs, 2, UPSAMPLE=True, SWAP=True),
+            convolution("x", "y", inputs, outputs, 2, UPSAMPLE=True),
             *norm("y", "z", outputs, places=4, side=2),
         ],
         memory,
@@ -562,7 +557,7 @@ def test_tiles_fit_and_statistics_are_the_same_in_every_bucket(published_size: D
             assert sizes["BLOCK_M"] % sizes["PART"] == 0
             # Nearly one program for each multiprocessor of the largest GPUs, even for one image.
             assert math.prod(grid) >= 120
-        parts.append([(sizes["PIXELS"], sizes["PART"], sizes["SWAP"]) for _, sizes in convolutions])
+        parts.append([(sizes["PIXELS"], sizes["PART"]) for _, sizes in convolutions])
     assert parts[0] == parts[1] == parts[2]
 
 
