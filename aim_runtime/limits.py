@@ -35,11 +35,11 @@ def max_tensors(model: ModelCard) -> int:
 
 def max_weights_bytes(model: ModelCard, graph: str) -> int:
     """How large the file of the weights of `graph` may be."""
-    parameters = model.decoder_parameters if graph == "decoder" else _model_parameters(model)
+    parameters = model.decoder_parameters if graph == "decoder" else model_parameters(model)
     return _BYTES_A_PARAMETER * parameters + _FREE_BYTES
 
 
-def _model_parameters(model: ModelCard) -> int:
+def model_parameters(model: ModelCard) -> int:
     """At least the parameters of prologue and step, with an adaLN of its own in every layer."""
     d, inner, s = model.d_model, 2 * model.d_model, model.d_state
     convolved = inner + 2 * s

@@ -1,7 +1,7 @@
 """What the ONNX Runtime backends share: sessions from checked bytes, and rows on any device.
 
-The graphs go in as bytes and their weights as checked, memory-mapped buffers, never as paths, so
-ONNX Runtime reads no file itself. The step runs through I/O binding on two sets of state buffers
+The graphs go in as checked bytes and their weights as checked buffers, never as paths, so ONNX
+Runtime reads no file itself. The step runs through I/O binding on two sets of state buffers
 used in turn, on the device that computes: one buffer bound as input and output gives silently wrong
 results. Between two steps only tokens and positions go to that device, and only scores come back.
 """
@@ -18,24 +18,19 @@ from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import Conditioning, Engine, Rows
+from aim_runtime.engines.interruptible import interruptible
+from aim_runtime.engines.onnxruntime_library import import_quietly, log_level
 from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.manifest import GraphSpec, Manifest, TensorSpec
+from aim_runtime.onnx_graph import checked_graph
+from aim_runtime.quoting import shortened
 
 if TYPE_CHECKING:
     import onnxruntime
 
-# What ONNX Runtime calls the tensor types of the manifest.
-_ORT_TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
-    "uint8": "tensor(uint8)",
-}
 # In a message, these are the GPU's fault and not the graph's.
 _DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
-_FATAL = 4  # log level: its errors reach us as exceptions, once is enough
 
 
 @dataclass(frozen=True)
@@ -166,6 +161,7 @@ class _OnnxRuntimeRows(Rows):
 def import_failure() -> str | None:
     """None if ONNX Runtime imports here, otherwise why not and what to do."""
     try:
+        import_quietly()
         import onnxruntime  # noqa: F401
     except Exception as error:  # a broken installation can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -194,19 +190,22 @@ def make_session(
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.enable_cpu_mem_arena = arena
-    options.log_severity_level = _FATAL
+    options.log_severity_level = log_level()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    model, weights = bundle.read(graph.file), bundle.read(graph.weights)
+    model, weights = checked_graph(bundle, graph), bundle.read(graph.weights)
     # The table is given even where a graph has no weights: with it, a graph that names any other
     # file fails to load. The buffers live until the session is made; it keeps its own copy.
     table = weights if len(weights) else memoryview(b"\0")
     options.add_external_initializers_from_files_in_memory([graph.weights], [table], [len(table)])
-    try:
+
+    def load() -> onnxruntime.InferenceSession:
         # Without "fallback", which prints and tries the same once more.
-        session = onnxruntime.InferenceSession(
-            bytes(model), options, providers=list(providers), enable_fallback=0
+        return onnxruntime.InferenceSession(
+            model, options, providers=list(providers), enable_fallback=0
         )
-        found_inputs, found_outputs = _found(session.get_inputs()), _found(session.get_outputs())
+
+    try:
+        session = interruptible(load, lambda: options.set_load_cancellation_flag(True))
     except Exception as error:  # its exception types share no base but this
         if _DEVICE_FAILURE.search(str(error)):
             raise BackendError(
@@ -222,8 +221,6 @@ def make_session(
             f"ONNX Runtime left out its {providers[0][0]} and would run on "
             f"{session.get_providers()[0]}"
         )
-    _check_border(bundle, graph.file, "input", graph.inputs, found_inputs)
-    _check_border(bundle, graph.file, "output", graph.outputs, found_outputs)
     return session
 
 
@@ -232,38 +229,7 @@ def first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     text = lines[0].strip() if lines else type(error).__name__
     # It may quote names out of a stranger's graph.
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-# Type and shape of a graph's inputs or outputs by name; a symbol or None stands for an open size.
-_Border = dict[str, tuple[str, list[Any]]]
-
-
-def _found(items: list[Any]) -> _Border:
-    return {item.name: (item.type, list(item.shape)) for item in items}
-
-
-def _check_border(
-    bundle: Bundle, file: str, side: str, promised: tuple[TensorSpec, ...], graph: _Border
-) -> None:
-    """The graph's own inputs or outputs must be the manifest's: their sizes decide on buffers."""
-    if len(graph) != len(promised):
-        raise BundleError(
-            f"{bundle.path}: {file} has {len(graph)} {side}s, the manifest says {len(promised)}"
-        )
-    for spec in promised:
-        kind, shape = graph.get(spec.name, ("nothing", []))
-        # A dimension the graph leaves open is checked by ONNX Runtime when it runs.
-        fits = len(shape) == len(spec.shape) and all(
-            not isinstance(size, int) or size == wanted
-            for size, wanted in zip(shape, spec.shape, strict=True)
-        )
-        if kind != _ORT_TYPES[spec.dtype] or not fits:
-            raise BundleError(
-                f"{bundle.path}: {file} has {kind} {shape} as {side} {spec.name!r}, "
-                f"the manifest says {spec.dtype} {list(spec.shape)}"
-            )
+    return shortened(text, 160)
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], rows: int) -> None:
