@@ -29,6 +29,7 @@ from aim_runtime.manifest import (
     is_plain_file_name,
     sampling_from_json,
 )
+from aim_runtime.onnx_graph import checked_graph
 from aim_training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from aim_training.config import ModelConfig
 from aim_training.model import AiM
@@ -153,6 +154,8 @@ def export_bundle(
             },
         )
         draft = write_bundle(manifest, graphs_dir, draft_dir)
+        for graph in specs.values():
+            checked_graph(draft, graph)  # what others' runtimes will ask of it
         say(f"comparing {config.num_tokens} steps with PyTorch")
         parity = check_parity(model, vq, draft, progress=progress)
         if parity.failures:

@@ -18,7 +18,7 @@ from aim_runtime.onnx_graph.limits import GraphLimits, graph_limits
 from aim_runtime.onnx_graph.model import BITS, DTYPES, Border, Function, Model, Node, read_model
 from aim_runtime.onnx_graph.operator_call import Call, Work
 from aim_runtime.onnx_graph.operators import OPERATORS, OPSETS
-from aim_runtime.onnx_graph.protobuf import MalformedMessage
+from aim_runtime.onnx_graph.protobuf import MalformedMessage, RefusedField
 from aim_runtime.onnx_graph.shapes import GraphRefused, Size, Value, fixed
 from aim_runtime.quoting import quoted, shortened
 
@@ -42,6 +42,8 @@ def checked_graph(bundle: Bundle, graph: GraphSpec) -> bytes:
     except MalformedMessage as error:
         reason = shortened(str(error), _MAX_REASON)
         raise BundleError(f"{where} is not a graph that ONNX Runtime can run ({reason})") from None
+    except RefusedField as error:
+        raise BundleError(f"{where} is a graph that no bundle may hold: {error}") from None
     for side, specs, found in (
         ("input", graph.inputs, model.inputs),
         ("output", graph.outputs, model.outputs),

@@ -95,7 +95,11 @@ class Model:
 
 
 def read_model(data: bytes) -> Model:
-    """Raises MalformedMessage for whatever is no ONNX file, or holds more than a bundle's may."""
+    """Read an ONNX file.
+
+    Raises MalformedMessage for what is none, RefusedField for one that holds more than a bundle's
+    may.
+    """
     message = Reader(data, MAX_FIELDS).read(_MODEL)
     graph = message.get("graph")
     if graph is None:
@@ -300,7 +304,10 @@ def _attribute(message: Message) -> tuple[str, Any]:
     if kind is None or not message.keys() <= {kind}:
         raise MalformedMessage(f"its attribute {quoted(name)} is not of the type it says")
     if kind == "t":
-        return name, _tensor(message.get("t", {}))
+        tensor = _tensor(message.get("t", {}))
+        if tensor.external is not None:
+            raise MalformedMessage(f"its attribute {quoted(name)} lies in a file")
+        return name, tensor
     return name, message.get(kind, _ABSENT[kind])
 
 
@@ -361,6 +368,6 @@ def _external(message: Message, name: str) -> tuple[str, int, int]:
 
 def _whole(text: str, name: str) -> int:
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
-    if str(number) != text:
+    if number < 0 or str(number) != text:
         raise MalformedMessage(f"its tensor {quoted(name)} lies at {quoted(text)} of its file")
     return number

@@ -26,6 +26,10 @@ class MalformedMessage(ValueError):
     """The bytes are no message of the wanted type, or one that could be read in two ways."""
 
 
+class RefusedField(ValueError):
+    """The bytes are a message with a field that must not be there."""
+
+
 class Field(NamedTuple):
     """One field of a message.
 
@@ -64,7 +68,7 @@ class Reader:
         self._left = max_fields
 
     def read(self, fields: Table) -> Message:
-        """The one message that `data` is. Raises MalformedMessage."""
+        """The one message that `data` is. Raises MalformedMessage, RefusedField."""
         return self._message(fields, 0, len(self._data))
 
     def _message(self, fields: Table, at: int, end: int) -> Message:
@@ -98,7 +102,7 @@ class Reader:
                 elif kind == "skipped":
                     continue
                 elif kind == "refused":
-                    raise MalformedMessage(f"it has {name}, which no bundle's graph needs")
+                    raise RefusedField(f"it has {name}")
                 else:
                     read = self._integers if kind == "ints" else self._floats
                     found.setdefault(name, []).extend(read(start, at))

@@ -37,6 +37,7 @@ from aim_export.cuda.stored import StoredTensor, stored_tensors
 from aim_export.graph import HALF_SUFFIX
 from aim_export.kernels import decoder as kernels
 from aim_runtime import Bundle
+from aim_runtime.onnx_graph import checked_graph
 
 #: Images at once. A batch of any other size is made of these.
 IMAGES = (1, 4, 16)
@@ -101,7 +102,7 @@ def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
         for name, tensor in stored.items()
         if name.startswith(_PREFIX)
     }
-    graph = onnx.load_from_string(bytes(bundle.read(bundle.manifest.graphs["decoder"].file))).graph
+    graph = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"])).graph
     if "quantize.embedding.weight" not in named:
         (lookup,) = (node for node in graph.node if "tokens" in node.input)
         named["quantize.embedding.weight"] = stored[lookup.input[0].removesuffix(HALF_SUFFIX)]

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from aim_export.cuda.plan import Part
 from aim_export.graph import HALF_SUFFIX
 from aim_runtime import Bundle
+from aim_runtime.onnx_graph import checked_graph
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def stored_tensors(bundle: Bundle, graph: str) -> Mapping[str, StoredTensor]:
     the bundle's files are damaged.
     """
     spec = bundle.manifest.graphs[graph]
-    model = onnx.load_from_string(bytes(bundle.read(spec.file)))
+    model = onnx.load_from_string(checked_graph(bundle, spec))
     data = bundle.read(spec.weights)
     found = {}
     for tensor in model.graph.initializer:

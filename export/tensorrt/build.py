@@ -28,6 +28,7 @@ from aim_runtime.engines.tensorrt_library import (
     find_library,
 )
 from aim_runtime.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
+from aim_runtime.onnx_graph import checked_graph
 
 #: Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
 #: image under guidance is two rows.
@@ -115,7 +116,7 @@ def _write_graph(bundle: Bundle, graph: str, folder: Path) -> Path:
     Its bytes are those whose checksums the manifest gives; TensorRT reads weights by path only.
     """
     spec = bundle.manifest.graphs[graph]
-    model = read_graph(bundle.read(spec.file), spec.weights, f"{bundle.path}: {spec.file}")
+    model = read_graph(checked_graph(bundle, spec), spec.weights, f"{bundle.path}: {spec.file}")
     prepare(model)
     path = folder / spec.file
     path.write_bytes(model.SerializeToString())
