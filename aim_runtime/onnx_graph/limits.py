@@ -14,8 +14,8 @@ from aim_runtime.plan import memory_needed
 _BYTES_A_PIXEL_AND_WIDTH = 5
 # Its multiply-adds for each pixel: the published one has 1 million.
 _DECODER_WORK_PER_PIXEL = 1 << 24
-# Values as wide as the model that a step may make in a layer, and more at its ends.
-_ACTIVATIONS = 1 << 8
+# Values as wide as the model that a step may make in each layer and at either end.
+_ACTIVATIONS = 1 << 7
 _WORK_A_PARAMETER = 1 << 4
 _FREE_FIXED_BYTES = 1 << 20
 _FREE_FIXED_WORK = 1 << 26
@@ -43,7 +43,8 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
         row_bytes = max(2 * decoder, width * pixels)
         row_work = _DECODER_WORK_PER_PIXEL * pixels
     else:
-        row_bytes = 2 * row + _ACTIVATIONS * 4 * model.d_model
+        activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
+        row_bytes = 2 * row + 4 * activations
         row_work = _WORK_A_PARAMETER * (model_parameters(model) + row)
     return GraphLimits(
         row_bytes=row_bytes,
