@@ -18,7 +18,7 @@ from typing import IO
 
 from aim_runtime.errors import BundleError
 from aim_runtime.manifest import MAX_FILES, MAX_MANIFEST_BYTES
-from aim_runtime.quoting import quoted
+from aim_runtime.quoting import quoted, shortened
 
 MANIFEST_NAME = "manifest.json"
 
@@ -54,6 +54,10 @@ class Source(ABC):
     @abstractmethod
     def unreadable(self, name: str, error: Exception) -> BundleError:
         """What to say when `error` came of reading the file `name`."""
+
+    def named(self, name: str) -> str:
+        """The file `name` of this bundle, as messages call it."""
+        return f"{self.path}: {shortened(name, 80)}"
 
     def _manifest_limit(self, size: int) -> None:
         if size > MAX_MANIFEST_BYTES:
@@ -103,9 +107,9 @@ class _Folder(Source):
 
     def unreadable(self, name: str, error: Exception) -> BundleError:
         if isinstance(error, FileNotFoundError):
-            return BundleError(f"{self.path}: {name} is missing; get the bundle again")
+            return BundleError(f"{self.named(name)} is missing; get the bundle again")
         reason = error.strerror if isinstance(error, OSError) else "links in a circle"
-        return BundleError(f"{self.path}: {name} cannot be read ({reason})")
+        return BundleError(f"{self.named(name)} cannot be read ({reason})")
 
     def _locate(self, name: str) -> tuple[Path, int]:
         """The real path and the size of the regular file `name`, which lies inside the folder."""
@@ -115,9 +119,9 @@ class _Folder(Source):
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before 3.13
             raise self.unreadable(name, error) from None
         if not real.is_relative_to(self._root):
-            raise BundleError(f"{self.path}: {name} is a link that leads outside the bundle")
+            raise BundleError(f"{self.named(name)} is a link that leads outside the bundle")
         if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{self.path}: {name} is not a regular file")
+            raise BundleError(f"{self.named(name)} is not a regular file")
         return real, status.st_size
 
 
@@ -163,7 +167,7 @@ class _Zip(Source):
 
     def size(self, name: str) -> int:
         if name not in self._members:
-            raise BundleError(f"{self.path}: {name} is missing; get the bundle again")
+            raise BundleError(f"{self.named(name)} is missing; get the bundle again")
         return self._members[name].file_size
 
     @contextlib.contextmanager
@@ -215,7 +219,7 @@ class _Zip(Source):
 
     def _broken(self, error: Exception, name: str | None = None) -> BundleError:
         """Whatever the zip reader raised: it meets a stranger's bytes, and raises many types."""
-        where = f"{self.path}: {name} in the zip" if name else f"{self.path}"
+        where = f"{self.named(name)} in the zip" if name else f"{self.path}"
         if isinstance(error, OSError) and error.strerror:
             return BundleError(f"{where} cannot be read ({error.strerror})")
         if name is None:

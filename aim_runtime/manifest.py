@@ -20,7 +20,7 @@ from typing import Any
 from aim_runtime.checked_json import CheckedJson
 from aim_runtime.errors import BundleError
 from aim_runtime.limits import MAX_GRAPH_BYTES, max_tensors, max_weights_bytes
-from aim_runtime.quoting import quoted
+from aim_runtime.quoting import quoted, shortened
 
 FORMAT = "aim-bundle"
 FORMAT_VERSION = 2
@@ -532,4 +532,4 @@ def _expect(found: Sequence[TensorSpec], where: str, expected: Sequence[TensorSp
 
 
 def _describe(spec: TensorSpec) -> str:
-    return f"{spec.dtype} [{', '.join(str(size) for size in spec.shape)}]"
+    return shortened(f"{spec.dtype} [{', '.join(str(size) for size in spec.shape)}]", 60)

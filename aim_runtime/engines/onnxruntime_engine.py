@@ -83,8 +83,17 @@ class OnnxRuntimeEngine(Engine):
         return {spec.name: value for spec, value in zip(outputs, found, strict=True)}
 
     def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+
+        def run() -> list[Any]:
+            found: list[Any] = self._sessions.decoder.run(["image"], {"tokens": tokens}, options)
+            return found
+
         try:
-            (image,) = self._sessions.decoder.run(["image"], {"tokens": tokens})
+            # The longest call there is: seconds for a large image.
+            (image,) = interruptible(run, lambda: setattr(options, "terminate", True))
         except Exception as error:
             raise _failed(error) from error
         spec = self.manifest.graphs["decoder"].output("image")
@@ -212,7 +221,7 @@ def make_session(
                 f"ONNX Runtime could not load {graph.file} ({first_line(error)})"
             ) from error
         raise BundleError(
-            f"{bundle.path}: {graph.file} is not a graph that ONNX Runtime can run "
+            f"{bundle.path}: {shortened(graph.file, 40)} is not a graph that ONNX Runtime can run "
             f"({first_line(error)})"
         ) from error
     # A provider whose libraries do not load is left out without an exception.

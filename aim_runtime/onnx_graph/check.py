@@ -30,13 +30,9 @@ _MAX_NODES = 1 << 14
 _MAX_REASON = 160
 
 
-def checked_graph(bundle: Bundle, graph: GraphSpec) -> bytes:
-    """The bytes of a graph's file, once they are known to be a graph that a bundle may hold.
-
-    Raises BundleError when they are altered, or are not such a graph, or not the manifest's.
-    """
-    data = bytes(bundle.read(graph.file))
-    where = f"{bundle.path}: {graph.file}"
+def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> None:
+    """Raises BundleError unless `data` may be the file of the `graph` of `bundle`."""
+    where = f"{bundle.path}: {shortened(graph.file, 40)}"
     try:
         model = read_model(data)
     except MalformedMessage as error:
@@ -54,7 +50,6 @@ def checked_graph(bundle: Bundle, graph: GraphSpec) -> bytes:
     except GraphRefused as error:
         reason = shortened(str(error), _MAX_REASON)
         raise BundleError(f"{where} is a graph that no bundle may hold: {reason}") from None
-    return data
 
 
 def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> None:
@@ -102,7 +97,7 @@ def _check_border(
                 has = f"{DTYPES[border.dtype]} {shortened(str(list(border.shape)), 60)}"
             raise BundleError(
                 f"{where} has {has} as {side} {quoted(spec.name)}, "
-                f"the manifest says {spec.dtype} {list(spec.shape)}"
+                f"the manifest says {spec.dtype} {shortened(str(list(spec.shape)), 60)}"
             )
 
 

@@ -45,31 +45,30 @@ def peak_bytes(steps: Sequence[Step], results: frozenset[int]) -> int:
     """
     if len(steps) > _MAX_TRACED:
         return total_bytes(steps)
-    maker = {value: index for index, step in enumerate(steps) for value in step.outputs}
-    before = _ancestors(steps, maker)  # [i, j]: step j must run before step i
-    peak = np.array([step.extra for step in steps], np.float64)
+    makers = [index for index, step in enumerate(steps) if sum(step.bytes) + step.extra]
+    after = _descendants(steps)  # [i, j]: step i must run before step j
     readers: dict[int, list[int]] = {}
     for index, step in enumerate(steps):
         for value in step.inputs:
             readers.setdefault(value, []).append(index)
-    for index, step in enumerate(steps):
-        possible = ~before[index]  # steps that need not run before this value is made
+    peak = np.array([step.extra for step in steps], np.float64)
+    for index in makers:
+        step = steps[index]
+        before = after[:, index]
         for value, size in zip(step.outputs, step.bytes, strict=True):
-            if not size:
-                continue
-            there = possible.copy()
+            there = np.full(len(steps), float(size))
+            there[before] = 0  # not made yet
             if value not in results and value in readers:
-                there &= ~before[:, readers[value]].all(axis=1)
-            peak += there * float(size)
-    makes = [sum(step.bytes) + step.extra > 0 for step in steps]
-    return int(peak[makes].max(initial=0))
+                there[after[readers[value]].all(axis=0)] = 0  # no longer needed
+            peak += there
+    return int(peak[makers].max(initial=0))
 
 
-def _ancestors(steps: Sequence[Step], maker: dict[int, int]) -> NDArray[np.bool_]:
-    before = np.zeros((len(steps), len(steps)), np.bool_)
+def _descendants(steps: Sequence[Step]) -> NDArray[np.bool_]:
+    maker = {value: index for index, step in enumerate(steps) for value in step.outputs}
+    before = np.zeros((len(steps), len(steps)), np.bool_)  # [i, j]: step j must run before step i
     for index, step in enumerate(steps):
-        for value in step.inputs:
-            if value in maker:
-                before[index] |= before[maker[value]]
-                before[index, maker[value]] = True
-    return before
+        for made in {maker[value] for value in step.inputs if value in maker}:
+            before[index] |= before[made]
+            before[index, made] = True
+    return np.ascontiguousarray(before.T)
