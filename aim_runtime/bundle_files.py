@@ -172,12 +172,10 @@ class _Zip(Source):
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        with (
-            self.path.open("rb") as file,
-            zipfile.ZipFile(_ListReader(file)) as archive,
-            archive.open(self._members[name]) as member,
-        ):
-            yield member
+        with self.path.open("rb") as file, zipfile.ZipFile(reader := _ListReader(file)) as archive:
+            reader.most = None
+            with archive.open(self._members[name]) as member:
+                yield member
 
     def unreadable(self, name: str, error: Exception) -> BundleError:
         return self._broken(error, name)
@@ -236,7 +234,12 @@ class _ListReader:
 
     It reads that list in one piece as long as the archive says, and takes it apart member by
     member, whatever the number of members that the archive gives beside it.
+
+    Attributes:
+        most: What is read at a time at most; None once the list is read.
     """
+
+    most: int | None = _MAX_ZIP_LIST_BYTES
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -244,6 +247,6 @@ class _ListReader:
         self.seekable = file.seekable
 
     def read(self, size: int = -1) -> bytes:
-        if size > _MAX_ZIP_LIST_BYTES:
+        if self.most is not None and size > self.most:
             raise _TooManyMembers
         return self._file.read(size)
