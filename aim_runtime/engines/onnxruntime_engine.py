@@ -201,6 +201,7 @@ def make_session(
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = log_level()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
     model, weights = checked_graph(bundle, graph), bundle.read(graph.weights)
     # The table is given even where a graph has no weights: with it, a graph that names any other
     # file fails to load. The buffers live until the session is made; it keeps its own copy.

@@ -15,7 +15,7 @@ from aim_runtime.manifest import GraphSpec, Manifest, TensorSpec
 from aim_runtime.onnx_graph.cost import Step, peak_bytes, total_bytes
 from aim_runtime.onnx_graph.layout_operators import stored_value
 from aim_runtime.onnx_graph.limits import GraphLimits, graph_limits
-from aim_runtime.onnx_graph.model import BITS, DTYPES, Border, Function, Model, Node, read_model
+from aim_runtime.onnx_graph.model import DTYPES, Border, Function, Model, Node, read_model
 from aim_runtime.onnx_graph.operator_call import Call, Work
 from aim_runtime.onnx_graph.operators import OPERATORS, OPSETS
 from aim_runtime.onnx_graph.protobuf import MalformedMessage, RefusedField
@@ -25,7 +25,12 @@ from aim_runtime.quoting import quoted, shortened
 SCAN = ("aim", "StateScan")
 """Domain and name of the one function that a graph may bring along."""
 
+# By which TensorRT finds our kernel for it.
+_SCAN_ATTRIBUTES = {"plugin_namespace", "aot"}
+
 _IR_VERSIONS = range(8, 14)
+# By these bytes ONNX Runtime takes a file for one of its own format, whatever else it is.
+_ORT_FORMAT = b"ORTM"
 _MAX_NODES = 1 << 14
 _MAX_REASON = 160
 
@@ -33,6 +38,8 @@ _MAX_REASON = 160
 def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> None:
     """Raises BundleError unless `data` may be the file of the `graph` of `bundle`."""
     where = f"{bundle.path}: {shortened(graph.file, 40)}"
+    if data[4:8] == _ORT_FORMAT:
+        raise BundleError(f"{where} is a graph that no bundle may hold: it is in ORT's own format")
     try:
         model = read_model(data)
     except MalformedMessage as error:
@@ -102,9 +109,9 @@ def _check_border(
 
 
 def _input_value(spec: TensorSpec) -> Value:
-    bits = {name: BITS[dtype] for dtype, name in DTYPES.items()}[spec.dtype]
+    dtype = {name: dtype for dtype, name in DTYPES.items()}[spec.dtype]
     sizes = (Size(1, 0) if isinstance(size, str) else fixed(size) for size in spec.shape)
-    return Value(tuple(sizes), bits)
+    return Value(tuple(sizes), dtype)
 
 
 def _functions(model: Model) -> dict[tuple[str, str], Function]:
@@ -224,7 +231,7 @@ class _Trace:
         """Bounds of a node's outputs, the bytes it takes beside them, and its work."""
         function = self.functions.get((node.domain, node.op_type))
         if function is not None:
-            return self._inside(function, inputs)
+            return self._inside(node, function, inputs)
         rule = OPERATORS.get(node.domain, {}).get(node.op_type)
         if rule is None:
             name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
@@ -238,13 +245,15 @@ class _Trace:
         return values, call.extra, (rows, rest)
 
     def _inside(
-        self, function: Function, inputs: list[Value | None]
+        self, node: Node, function: Function, inputs: list[Value | None]
     ) -> tuple[list[Value], Work, Work]:
         """As `_call`, of a call of a function. Layers are alike, so most calls were seen before."""
+        if not node.attributes.keys() <= _SCAN_ATTRIBUTES:
+            raise GraphRefused("it calls aim::StateScan with other attributes than it has")
         if len(inputs) != len(function.inputs) or None in inputs:
             raise GraphRefused("it calls aim::StateScan with other inputs than it has")
         # Without numbers, of which each layer has its own.
-        values = [Value(value.shape, value.bits) for value in inputs if value is not None]
+        values = [Value(value.shape, value.dtype) for value in inputs if value is not None]
         key = tuple(values)
         if key not in self._calls:
             trace = _Trace({})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from aim_runtime.onnx_graph.model import BITS, FLOAT, INT64, Tensor
+from aim_runtime.onnx_graph.model import BFLOAT16, BITS, FLOAT, FLOAT16, INT64, Tensor
 from aim_runtime.onnx_graph.operator_call import Call, Rule
 from aim_runtime.onnx_graph.shapes import (
     ONE,
@@ -30,6 +30,8 @@ from aim_runtime.onnx_graph.shapes import (
 
 _MAX_NUMBERS = 64
 _MAX_SCALE = 64.0
+_BROKEN = {FLOAT, FLOAT16, BFLOAT16}
+_COORDINATES = (b"asymmetric", b"half_pixel", b"pytorch_half_pixel", b"align_corners")
 
 
 def stored_value(tensor: Tensor) -> Value:
@@ -37,7 +39,7 @@ def stored_value(tensor: Tensor) -> Value:
     numbers: Numbers | None = None
     if tensor.numbers is not None and len(tensor.numbers) <= _MAX_NUMBERS:
         numbers = tuple(fixed(n) if isinstance(n, int) else n for n in tensor.numbers)
-    return Value(tuple(map(fixed, tensor.shape)), BITS[tensor.dtype], numbers)
+    return Value(tuple(map(fixed, tensor.shape)), tensor.dtype, numbers)
 
 
 def _identity(call: Call) -> list[Value]:
@@ -49,7 +51,7 @@ def _cast(call: Call) -> list[Value]:
     if to not in BITS:
         raise GraphRefused(f"it casts to type {to}, which no value may have")
     whole = to == INT64 and value.numbers is not None and _are_sizes(value.numbers)
-    return [Value(value.shape, BITS[to], value.numbers if whole else None)]
+    return [Value(value.shape, to, value.numbers if whole else None)]
 
 
 def _are_sizes(numbers: Numbers) -> bool:
@@ -65,9 +67,9 @@ def _constant(call: Call) -> list[Value]:
     many = value if isinstance(value, list) else [value]
     shape = (fixed(len(many)),) if name in ("value_ints", "value_floats") else ()
     if name in ("value_int", "value_ints") and all(type(item) is int for item in many):
-        return [Value(shape, 64, tuple(map(fixed, many[:_MAX_NUMBERS])))][: len(many) + 1]
+        return [Value(shape, INT64, tuple(map(fixed, many[:_MAX_NUMBERS])))][: len(many) + 1]
     if name in ("value_float", "value_floats") and all(type(item) is float for item in many):
-        return [Value(shape, 32, tuple(many))]
+        return [Value(shape, FLOAT, tuple(many))]
     raise GraphRefused("a constant in it is of a kind that no graph needs")
 
 
@@ -75,7 +77,7 @@ def _filled(call: Call) -> list[Value]:
     value = call.attributes.get("value")
     if value is not None and not isinstance(value, Tensor):
         raise GraphRefused("a constant in it is of a kind that no graph needs")
-    return [Value(call.input(0).sizes(), BITS[value.dtype if value else FLOAT])]
+    return [Value(call.input(0).sizes(), value.dtype if value else FLOAT)]
 
 
 def _range(call: Call) -> list[Value]:
@@ -83,9 +85,9 @@ def _range(call: Call) -> list[Value]:
     if len(start) != 1 or len(stop) != 1 or len(step) != 1 or not step[0].constant:
         raise GraphRefused("a range in it is not of whole numbers")
     if start[0] == fixed(0) and step[0] == fixed(1):
-        return [Value(stop, 64)]
+        return [Value(stop, INT64)]
     length = -(-(stop[0].constant - start[0].constant) // step[0].constant)
-    return [Value((fixed(max(length, 0)),), 64)]
+    return [Value((fixed(max(length, 0)),), INT64)]
 
 
 # -- arithmetic that shapes are computed by -------------------------------------------------------
@@ -96,16 +98,24 @@ def _computed(operation: Callable[[Size, Size], Size | None]) -> Rule:
 
     def rule(call: Call) -> list[Value]:
         a, b = call.input(0), call.input(1)
+        if call.op_type == "Div" and a.dtype not in _BROKEN:
+            _check_divisor(b)
         shape = broadcast([a.shape, b.shape])
-        return [Value(shape, max(a.bits, b.bits), _each_number(a, b, operation))]
+        return [Value(shape, a.dtype, _each_number(a, b, operation))]
 
     return rule
+
+
+def _check_divisor(value: Value) -> None:
+    """Whole numbers are divided by what is known: the least one over -1 ends the process."""
+    if value.dtype != INT64 or not all(number > 0 for number in value.constants()):
+        raise GraphRefused("whole numbers in it are divided by what is no positive constant")
 
 
 def _each_number(
     a: Value, b: Value, operation: Callable[[Size, Size], Size | None]
 ) -> Numbers | None:
-    if a.numbers is None or b.numbers is None or a.bits != 64 or b.bits != 64:
+    if a.numbers is None or b.numbers is None or a.dtype != INT64 or b.dtype != INT64:
         return None
     if len(a.shape) > 1 or len(b.shape) > 1:
         return None
@@ -151,11 +161,11 @@ def _shape_of(call: Call) -> list[Value]:
     shape = call.input(0).shape
     start, end = call.integer("start", 0), call.integer("end", len(shape))
     part = shape[slice(start, end)]
-    return [Value((fixed(len(part)),), 64, tuple(part))]
+    return [Value((fixed(len(part)),), INT64, tuple(part))]
 
 
 def _size_of(call: Call) -> list[Value]:
-    return [Value((), 64, (product(call.input(0).shape),))]
+    return [Value((), INT64, (product(call.input(0).shape),))]
 
 
 # -- layout ---------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def _reshape(call: Call) -> list[Value]:
         wanted[axis] = quotient(total, others)
     shape = tuple(wanted)
     numbers = value.numbers if len(shape) <= 1 else None
-    return [Value(_no_larger(shape, total), value.bits, numbers)]
+    return [Value(_no_larger(shape, total), value.dtype, numbers)]
 
 
 def _no_larger(shape: Shape, total: Size) -> Shape:
@@ -193,7 +203,7 @@ def _flatten(call: Call) -> list[Value]:
     axis = call.integer("axis", 1)
     if axis != len(value.shape):
         axis = axis_of(axis, len(value.shape) or 1)
-    return [Value((product(value.shape[:axis]), product(value.shape[axis:])), value.bits)]
+    return [Value((product(value.shape[:axis]), product(value.shape[axis:])), value.dtype)]
 
 
 def _squeeze(call: Call) -> list[Value]:
@@ -204,7 +214,7 @@ def _squeeze(call: Call) -> list[Value]:
     if any(value.shape[axis] != ONE for axis in axes):
         raise GraphRefused("it drops a dimension that is not 1")
     shape = [size for axis, size in enumerate(value.shape) if axis not in axes]
-    return [Value(tuple(shape), value.bits, value.numbers)]
+    return [Value(tuple(shape), value.dtype, value.numbers)]
 
 
 def _unsqueeze(call: Call) -> list[Value]:
@@ -213,7 +223,7 @@ def _unsqueeze(call: Call) -> list[Value]:
     axes = call.axes(len(value.shape) + new) or []
     rest = iter(value.shape)
     shape = [ONE if axis in axes else next(rest) for axis in range(len(value.shape) + new)]
-    return [Value(tuple(shape), value.bits, value.numbers)]
+    return [Value(tuple(shape), value.dtype, value.numbers)]
 
 
 def _transpose(call: Call) -> list[Value]:
@@ -221,7 +231,7 @@ def _transpose(call: Call) -> list[Value]:
     order = call.integers("perm") or list(range(len(value.shape)))[::-1]
     if sorted(order) != list(range(len(value.shape))):
         raise GraphRefused("it does not name every axis once")
-    return [Value(tuple(value.shape[axis] for axis in order), value.bits)]
+    return [Value(tuple(value.shape[axis] for axis in order), value.dtype)]
 
 
 def _concat(call: Call) -> list[Value]:
@@ -235,10 +245,10 @@ def _concat(call: Call) -> list[Value]:
             join = add if index == axis else larger
             shape[index] = join(shape[index], size)
     numbers: Numbers | None = None
-    if len(shape) == 1 and all(v.numbers is not None and v.bits == 64 for v in values):
+    if len(shape) == 1 and all(v.numbers is not None and v.dtype == INT64 for v in values):
         numbers = tuple(number for value in values for number in value.numbers or ())
         numbers = numbers if len(numbers) <= _MAX_NUMBERS else None
-    return [Value(tuple(shape), max(value.bits for value in values), numbers)]
+    return [Value(tuple(shape), values[0].dtype, numbers)]
 
 
 def _split(call: Call) -> list[Value]:
@@ -254,7 +264,7 @@ def _split(call: Call) -> list[Value]:
             raise GraphRefused("it cuts a tensor into other parts than it has outputs")
         parts = [quotient(size, fixed(call.outputs))] * call.outputs
     return [
-        Value((*value.shape[:axis], part, *value.shape[axis + 1 :]), value.bits) for part in parts
+        Value((*value.shape[:axis], part, *value.shape[axis + 1 :]), value.dtype) for part in parts
     ]
 
 
@@ -278,7 +288,7 @@ def _slice(call: Call) -> list[Value]:
         shape[axis] = fixed(len(range(size.fixed)[piece]))
         if numbers is not None and len(shape) == 1:
             numbers = numbers[piece]
-    return [Value(tuple(shape), value.bits, numbers if len(shape) == 1 else None)]
+    return [Value(tuple(shape), value.dtype, numbers if len(shape) == 1 else None)]
 
 
 def _end(end: int, step: int) -> int | None:
@@ -296,12 +306,12 @@ def _gather(call: Call) -> list[Value]:
         if any(not -len(value.numbers) <= place < len(value.numbers) for place in places):
             raise GraphRefused("it takes a number out of a shape that is not there")
         numbers = tuple(value.numbers[place] for place in places)
-    return [Value(shape, value.bits, numbers)]
+    return [Value(shape, value.dtype, numbers)]
 
 
 def _expand(call: Call) -> list[Value]:
     value = call.input(0)
-    return [Value(broadcast([value.shape, call.input(1).sizes()]), value.bits)]
+    return [Value(broadcast([value.shape, call.input(1).sizes()]), value.dtype)]
 
 
 def _tile(call: Call) -> list[Value]:
@@ -309,7 +319,7 @@ def _tile(call: Call) -> list[Value]:
     if len(repeats) != len(value.shape):
         raise GraphRefused("it repeats a tensor along other axes than it has")
     shape = [product(pair) for pair in zip(value.shape, repeats, strict=True)]
-    return [Value(tuple(shape), value.bits)]
+    return [Value(tuple(shape), value.dtype)]
 
 
 def _pad(call: Call) -> list[Value]:
@@ -322,7 +332,7 @@ def _pad(call: Call) -> list[Value]:
     shape = list(value.shape)
     for index, axis in enumerate(axes):
         shape[axis] = add(shape[axis], fixed(pads[index] + pads[index + len(axes)]))
-    return [Value(tuple(shape), value.bits)]
+    return [Value(tuple(shape), value.dtype)]
 
 
 def _resize(call: Call) -> list[Value]:
@@ -330,10 +340,12 @@ def _resize(call: Call) -> list[Value]:
     call.work(count(value.shape))
     if call.attributes.get("mode", b"nearest") not in (b"nearest", b"linear"):
         raise GraphRefused("it resizes in another way than to the nearest or linearly")
+    if call.attributes.get("coordinate_transformation_mode", _COORDINATES[1]) not in _COORDINATES:
+        raise GraphRefused("it resizes a part of a tensor")
     if "axes" in call.attributes or call.integer("antialias", 0):
         raise GraphRefused("it resizes some axes only, or with a filter")
     if sizes is not None and (scales is None or scales.shape == (fixed(0),)):
-        return [Value(_same_rank(sizes.sizes(), value), value.bits)]
+        return [Value(_same_rank(sizes.sizes(), value), value.dtype)]
     if scales is None or scales.numbers is None or _are_sizes(scales.numbers):
         raise GraphRefused("it resizes by what is not a constant")
     factors = [factor for factor in scales.numbers if isinstance(factor, float)]
@@ -343,7 +355,7 @@ def _resize(call: Call) -> list[Value]:
         size if factor == 1 else fixed(math.floor(size.constant * factor))
         for size, factor in zip(_same_rank(value.shape, scales.numbers), factors, strict=True)
     ]
-    return [Value(tuple(shape), value.bits)]
+    return [Value(tuple(shape), value.dtype)]
 
 
 def _same_rank(shape: Shape, other: Value | Numbers) -> Shape:
@@ -362,8 +374,8 @@ def _blocks(call: Call) -> list[Value]:
     wide = tuple(product((size, fixed(side))) for size in (height, width))
     narrow = tuple(quotient(size, fixed(side)) for size in (height, width))
     if call.op_type == "DepthToSpace":
-        return [Value((batch, quotient(channels, square), *wide), value.bits)]
-    return [Value((batch, product((channels, square)), *narrow), value.bits)]
+        return [Value((batch, quotient(channels, square), *wide), value.dtype)]
+    return [Value((batch, product((channels, square)), *narrow), value.dtype)]
 
 
 LAYOUT: dict[str, Rule] = {

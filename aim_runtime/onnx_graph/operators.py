@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from aim_runtime.onnx_graph.layout_operators import LAYOUT
+from aim_runtime.onnx_graph.model import BOOL, FLOAT, INT32, INT64, UINT8
 from aim_runtime.onnx_graph.operator_call import Call, Rule, Work
 from aim_runtime.onnx_graph.shapes import (
     ONE,
@@ -30,16 +31,23 @@ _CONV_RANKS = (3, 4)
 _MAX_BLOCK = 1 << 10  # weights that share a scale
 
 
+def _grouped(call: Call) -> list[Value]:
+    if not 1 <= call.integer("num_groups", 0) <= 1 << 20:
+        raise GraphRefused("a norm in it is over an impossible number of groups")
+    return _normalised(call)
+
+
 def _same(call: Call) -> list[Value]:
     """Element by element, or over axes that stay: every output is as large as the first input."""
     first = call.input(0)
-    return [Value(first.shape, first.bits)] * call.outputs
+    return [Value(first.shape, first.dtype)] * call.outputs
 
 
 def _normalised(call: Call) -> list[Value]:
     # Statistics beside the value are float32, and of fewer elements.
     first = call.input(0)
-    return [Value(first.shape, max(first.bits, 32))] * call.outputs
+    statistics = [Value(first.shape, FLOAT)] * (call.outputs - 1)
+    return [Value(first.shape, first.dtype), *statistics]
 
 
 def _stretched(*operands: int) -> Rule:
@@ -47,13 +55,14 @@ def _stretched(*operands: int) -> Rule:
 
     def rule(call: Call) -> list[Value]:
         values = [call.input(i) for i in operands or range(len(call.inputs))]
-        return [Value(broadcast([v.shape for v in values]), values[-1].bits)]
+        made = values[-1 if operands else 0]
+        return [Value(broadcast([v.shape for v in values]), made.dtype)]
 
     return rule
 
 
 def _compared(call: Call) -> list[Value]:
-    return [_stretched()(call)[0]._replace(bits=8)]
+    return [_stretched()(call)[0]._replace(dtype=BOOL)]
 
 
 def _reduced(call: Call) -> list[Value]:
@@ -68,7 +77,9 @@ def _reduced(call: Call) -> list[Value]:
         if kept or axis not in axes
     ]
     call.work(count(value.shape))
-    return [Value(tuple(shape), value.bits)]
+    if call.op_type == "ReduceMean" and value.dtype != FLOAT:
+        raise GraphRefused("a mean in it is not of float32")  # whole ones divide by how many, or 0
+    return [Value(tuple(shape), value.dtype)]
 
 
 # -- products -------------------------------------------------------------------------------------
@@ -83,7 +94,7 @@ def _matmul_shape(a: Shape, b: Shape) -> tuple[Shape, Size]:
     return broadcast([a[:-2], b[:-2]]) + rows + columns, a[-1]
 
 
-def _multiplied(a: int, b: int, *, bits: int | None = None) -> Rule:
+def _multiplied(a: int, b: int, *, dtype: int | None = None) -> Rule:
     """The matrix product of the inputs number `a` and `b`."""
 
     def rule(call: Call) -> list[Value]:
@@ -97,7 +108,7 @@ def _multiplied(a: int, b: int, *, bits: int | None = None) -> Rule:
             two = (*two[:-2], *two[-2:][::-1])
         shape, terms = _matmul_shape(one, two)
         call.work(_times(count(shape), terms))
-        return [Value(shape, bits or left.bits)]
+        return [Value(shape, dtype or left.dtype)]
 
     return rule
 
@@ -127,11 +138,11 @@ def _matmul_of_few_bits(call: Call) -> list[Value]:
     shape = (*value.shape[:-1], fixed(columns))
     call.work(_times(count(shape), fixed(terms)))
     # What it packs and quantises on the way.
-    call.scratch(Value(value.shape, 64).bytes)
-    return [Value(shape, value.bits)]
+    call.scratch(Value(value.shape, INT64).bytes)
+    return [Value(shape, value.dtype)]
 
 
-def _convolved(x: int, w: int, *, bits: int | None = None, unrolled: bool = False) -> Rule:
+def _convolved(x: int, w: int, *, dtype: int | None = None, unrolled: bool = False) -> Rule:
     """The input `x` (N, channels, ...) convolved with the kernels `w`."""
 
     def rule(call: Call) -> list[Value]:
@@ -155,7 +166,7 @@ def _convolved(x: int, w: int, *, bits: int | None = None, unrolled: bool = Fals
         call.work(_times(count(shape), fixed(terms)))
         if unrolled:  # each window is copied out first
             call.scratch((0, group * terms * math.prod(spatial)))
-        return [Value(shape, bits or value.bits)]
+        return [Value(shape, dtype or value.dtype)]
 
     return rule
 
@@ -187,11 +198,11 @@ def _windows(call: Call, sizes: list[int], taps: list[int], dims: int) -> list[i
 
 def _quantised(call: Call) -> list[Value]:
     value = call.input(0)
-    return [Value(value.shape, 8), Value((), 32), Value((), 8)][: call.outputs]
+    return [Value(value.shape, UINT8), Value((), FLOAT), Value((), UINT8)][: call.outputs]
 
 
 def _dequantised(call: Call) -> list[Value]:
-    return [Value(call.input(0).shape, 32)]
+    return [Value(call.input(0).shape, FLOAT)]
 
 
 # -- recurrences ----------------------------------------------------------------------------------
@@ -216,7 +227,7 @@ def _linear_attention(call: Call) -> list[Value]:
     shape = (batch, time, fixed(width))
     steps = _times(count(state.shape), fixed(3 * time.constant))
     call.work(steps)
-    return [Value(shape, value.bits), Value(state.shape, state.bits)][: call.outputs]
+    return [Value(shape, value.dtype), Value(state.shape, state.dtype)][: call.outputs]
 
 
 def _causal_convolution(call: Call) -> list[Value]:
@@ -240,7 +251,7 @@ def _causal_convolution(call: Call) -> list[Value]:
         raise GraphRefused("a causal convolution in it has a state of another shape than its input")
     call.work(_times(count(value.shape), fixed(taps)))
     call.scratch(add_bytes(value.bytes, state.bytes))
-    return [Value(value.shape, value.bits), Value(state.shape, state.bits)][: call.outputs]
+    return [Value(value.shape, value.dtype), Value(state.shape, state.dtype)][: call.outputs]
 
 
 def add_bytes(a: Work, b: Work) -> Work:
@@ -259,8 +270,9 @@ _STANDARD: dict[str, Rule] = {
     **_each("Abs Ceil Clip Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish LeakyRelu Log", _same),
     **_each("LogSoftmax Mish Neg Not Reciprocal Relu Round Sigmoid Sign Sin Softmax", _same),
     **_each("Softplus Softsign Sqrt Swish Tanh", _same),
-    **_each("GroupNormalization InstanceNormalization LayerNormalization", _normalised),
+    **_each("InstanceNormalization LayerNormalization", _normalised),
     **_each("LpNormalization RMSNormalization SimplifiedLayerNormalization", _normalised),
+    "GroupNormalization": _grouped,
     **_each("Max Mean Min Mod Pow PRelu Sum", _stretched()),
     "Where": _stretched(0, 1, 2),
     **_each("And Equal Greater GreaterOrEqual Less LessOrEqual Or Xor", _compared),
@@ -268,10 +280,10 @@ _STANDARD: dict[str, Rule] = {
     **_each("ReduceMin ReduceProd ReduceSum ReduceSumSquare", _reduced),
     "Gemm": _multiplied(0, 1),
     "MatMul": _multiplied(0, 1),
-    "MatMulInteger": _multiplied(0, 1, bits=32),
+    "MatMulInteger": _multiplied(0, 1, dtype=INT32),
     "QLinearMatMul": _multiplied(0, 3),
     "Conv": _convolved(0, 1),
-    "ConvInteger": _convolved(0, 1, bits=32, unrolled=True),
+    "ConvInteger": _convolved(0, 1, dtype=INT32, unrolled=True),
     "QLinearConv": _convolved(0, 3, unrolled=True),
     **_each("DynamicQuantizeLinear QuantizeLinear", _quantised),
     "DequantizeLinear": _dequantised,
@@ -283,14 +295,14 @@ _STANDARD: dict[str, Rule] = {
 _MICROSOFT: dict[str, Rule] = {
     **_each("Gelu QuickGelu", _same),
     **_each("BiasGelu", _stretched(1, 0)),
-    **_each("GatedRMSNorm GroupNorm SkipLayerNormalization", _normalised),
+    **_each("GatedRMSNorm SkipLayerNormalization", _normalised),
     **_each("SimplifiedLayerNormalization SkipSimplifiedLayerNormalization", _normalised),
     **_each("FusedGemm FusedMatMul", _multiplied(0, 1)),
     "FusedConv": _convolved(0, 1),
-    "DynamicQuantizeMatMul": _multiplied(0, 1, bits=32),
-    "MatMulIntegerToFloat": _multiplied(0, 1, bits=32),
+    "DynamicQuantizeMatMul": _multiplied(0, 1, dtype=FLOAT),
+    "MatMulIntegerToFloat": _multiplied(0, 1, dtype=FLOAT),
     "MatMulNBits": _matmul_of_few_bits,
-    "QGemm": _multiplied(0, 3, bits=32),
+    "QGemm": _multiplied(0, 3, dtype=FLOAT),
     **_each("QLinearAdd QLinearMul", _stretched(3, 0)),
     "QLinearSigmoid": _same,
     "QuantizeLinear": _quantised,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from aim_runtime.onnx_graph.model import BITS
+
 _INT64 = 1 << 63
 # Larger is refused wherever it appears: no machine has it.
 _MAX_ELEMENTS = 1 << 36
@@ -43,21 +45,21 @@ Numbers = tuple[Size | float, ...]
 
 
 class Value(NamedTuple):
-    """A tensor: a bound of its shape, bits an element, and its numbers where they are known.
+    """A tensor: a bound of its shape, its type, and its numbers where they are known.
 
     `numbers` are in the order of memory: sizes (which may be negative) of an int64 tensor, floats
     of a stored float32 one.
     """
 
     shape: Shape
-    bits: int
+    dtype: int
     numbers: Numbers | None = None
 
     @property
     def bytes(self) -> tuple[int, int]:
         """Its bytes: a row, and whatever the rows."""
         rows, fixed = count(self.shape)
-        return -(-rows * self.bits // 8), -(-fixed * self.bits // 8)
+        return -(-rows * BITS[self.dtype] // 8), -(-fixed * BITS[self.dtype] // 8)
 
     def sizes(self) -> tuple[Size, ...]:
         """Its numbers as sizes. Raises GraphRefused where they are not known."""

@@ -395,6 +395,54 @@ CATALOGUE: dict[str, tuple[Edit, str]] = {
     ),
     "an unlucky order": (many_at_once, "it takes up to"),
     "many nodes": (many, "no model has"),
+    # what ends the process, or may
+    "the least number over -1": (
+        logits_by(
+            node("Div", "token minus", "d"),
+            node("Cast", "d", "f", to=1),
+            node("ReduceMax", "f", "m", keepdims=0),
+            node("Add", "old m", "logits"),
+            minus=-1,
+        ),
+        "divided by what is no positive constant",
+    ),
+    "divided by data": (
+        logits_by(node("Div", "token position", "d"), node("Identity", "old", "logits")),
+        "a shape in it is not a constant",
+    ),
+    "divided as int32": (
+        logits_by(
+            node("Cast", "token", "t", to=TensorProto.INT32),
+            node("Div", "t t", "d"),
+            node("Identity", "old", "logits"),
+        ),
+        "divided by what is no positive constant",
+    ),
+    "a mean of whole numbers": (
+        logits_by(node("ReduceMean", "token", "d"), node("Identity", "old", "logits")),
+        "a mean in it is not of float32",
+    ),
+    "no groups": (
+        logits_by(node("GroupNormalization", "old old old", "logits", num_groups=0)),
+        "impossible number of groups",
+    ),
+    "a part of a picture": (
+        logits_by(
+            node(
+                *("Resize", "old old scales", "logits"),
+                coordinate_transformation_mode="tf_crop_and_resize",
+            ),
+            scales=[1, 1],
+        ),
+        "it resizes a part of a tensor",
+    ),
+    "another plugin": (
+        lambda m: (
+            with_function("aim", "StateScan", node("Neg", "x", "y"))(m),
+            m.graph.node[-2].attribute.append(helper.make_attribute("plugin_version", "1")),
+        ),
+        "with other attributes than it has",
+    ),
     # structure
     "out of nothing": (logits_by(node("Neg", "ghost", "logits")), "which nothing before it makes"),
     "in a circle": (
@@ -521,6 +569,10 @@ SPELLINGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "longer than the file": (lambda b: b + varint(GRAPH << 3 | 2) + varint(1 << 40), "cut short"),
     "empty": (lambda b: b"", "it holds no graph"),
     "no ONNX": (lambda b: b"hello", "is not a graph that ONNX Runtime can run"),
+    "ONNX Runtime's own format": (
+        lambda b: b"\x08\x0a\x12\x04ORTM" + b.removeprefix(b"\x08\x09"),
+        "it is in ORT's own format",
+    ),
     "not text": (
         lambda b: b + field(8, field(1, b"\xff\xfe")),
         "field domain is not text",
