@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from aim_runtime.onnx_graph.protobuf import Field, MalformedMessage, Message, Reader, table
+from aim_runtime.onnx_graph.protobuf import (
+    Field,
+    MalformedMessage,
+    Message,
+    Reader,
+    RefusedField,
+    table,
+)
 from aim_runtime.quoting import quoted
 
 MAX_FIELDS = 1 << 20
@@ -306,7 +313,7 @@ def _attribute(message: Message) -> tuple[str, Any]:
     if kind == "t":
         tensor = _tensor(message.get("t", {}))
         if tensor.external is not None:
-            raise MalformedMessage(f"its attribute {quoted(name)} lies in a file")
+            raise RefusedField(f"it has an attribute {quoted(name)} that lies in a file")
         return name, tensor
     return name, message.get(kind, _ABSENT[kind])
 

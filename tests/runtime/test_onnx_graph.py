@@ -284,7 +284,7 @@ CATALOGUE: dict[str, tuple[Edit, str]] = {
     "too few weights": (words(length=508), "is given 508 bytes"),
     "too many weights": (words(length=516), "is given 516 bytes"),
     "weights twice": (shares, "out of a file of"),
-    "a constant's weights in a file": (bad_external_constant, "lies in"),
+    "a constant's weights in a file": (bad_external_constant, "'value' that lies in a file"),
     "raw memory": (words(location="*/_ORT_MEM_ADDR_/*", offset=4096), "is in"),
     "key twice": (
         lambda m: initializer(m, "words").external_data.add(key="location", value="x"),
