@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -7,9 +8,12 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from aim_runtime import Generator
 from aim_runtime.engines.interruptible import interruptible
 
 
@@ -79,3 +83,22 @@ def test_ctrl_c_while_a_model_loads(tiny: Path) -> None:
     )
     assert done.stdout == "interrupted\n", done.stderr
     assert time.monotonic() - started < 40
+
+
+def test_ctrl_c_while_an_image_is_decoded(tiny: Path) -> None:
+    class Slow:
+        def run(self, names: list[str], feed: dict[str, Any], options: Any) -> list[Any]:
+            threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+            until = time.monotonic() + 20
+            while not options.terminate and time.monotonic() < until:
+                time.sleep(0.01)
+            stopped.append(options.terminate)
+            raise RuntimeError("terminated")
+
+    stopped: list[bool] = []
+    with Generator.load(tiny, backend="cpu", threads=1) as generator:
+        engine: Any = generator._engine
+        engine._sessions = dataclasses.replace(engine._sessions, decoder=Slow())
+        with pytest.raises(KeyboardInterrupt):
+            engine.decode(np.zeros((1, 9), np.int64))
+    assert stopped == [True]
