@@ -483,7 +483,7 @@ def random_bundle(size: str, cache: Path) -> Path:
             name=f"AiM-{size}, random weights",
             description="Draws noise. For measurements of speed.",
             license="MIT",
-            model=model_card(network, tokenizer, 1, specs["decoder"]),
+            model=model_card(network, tokenizer, 1),
             graphs=specs,
             state=state_pairs(config),
             sampling=PUBLISHED_SAMPLING,

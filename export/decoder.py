@@ -25,7 +25,11 @@ class Pictures(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Decode and quantise."""
-        pixels = self.tokenizer.decode(tokens)  # (N, 3, height, width) in about [-1, 1]
+        return self.levels(self.tokenizer.decode(tokens))
+
+    @staticmethod
+    def levels(pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, height, width) in about [-1, 1] to 8 bits, (N, height, width, 3)."""
         levels = torch.clamp(torch.round((pixels + 1) * 127.5), 0, 255)
         return levels.to(torch.uint8).permute(0, 2, 3, 1)
 

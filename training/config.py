@@ -25,6 +25,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+#: What every RMSNorm adds to the mean square before its root.
+EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class ModelConfig:

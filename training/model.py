@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aim_training.config import ModelConfig
+from aim_training.config import EPS, ModelConfig
 from aim_training.ssd import fastest_ssd
-
-EPS = 1e-5
 
 
 class Conditioning(NamedTuple):

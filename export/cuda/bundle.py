@@ -10,8 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from aim_export.bundle import ExportError
-from aim_export.cuda.compile import SHARED_MEMORY, Binary, CompileError, Progress, compile_kernels
+from aim_export.cuda.compile import Binary, CompileError, Progress, compile_kernels
 from aim_export.cuda.decoder import decoder_tensors, lower_decoder
 from aim_export.cuda.plan import Plan
 from aim_export.cuda.precision import FORMATS
@@ -25,14 +24,11 @@ from aim_export.cuda.step import (
     step_weights,
 )
 from aim_export.cuda.stored import stored_tensors
+from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
+from aim_export.errors import ExportError
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
 from aim_runtime.engines.cuda.plan import kernels_file, plan_file
-
-#: Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
-PRECISIONS = ("fp16", "fp16-state16", "fp16-state8", "fp32")
-#: Compute capabilities compiled for if none are named: Ampere, Ada, Hopper and Blackwell.
-CAPABILITIES = tuple(SHARED_MEMORY)
 
 Report = Callable[[str], None]
 

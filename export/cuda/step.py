@@ -27,7 +27,7 @@ from aim_export.cuda.stored import StoredTensor
 from aim_export.kernels import convert, sample, step
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, FOLDER
 from aim_runtime.manifest import ModelCard
-from aim_training.model import EPS
+from aim_training.config import EPS
 
 CONSTANTS_FILE = f"{FOLDER}constants.bin"
 _ALIGNMENT = 256

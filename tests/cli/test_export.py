@@ -139,7 +139,6 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, folder: Path, kind: str, wo
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "--out"),
         (["--out", "made", "--precision", "int4"], "int4"),
         (["--out", "made", "--position-offset", "2"], "--position-offset"),
         (["--out", "made", "--tokenizer", "nowhere"], "no checkpoint at nowhere"),
@@ -288,8 +287,8 @@ def test_kernels_need_triton(spawn: Spawn, folder: Path) -> None:
     program = "import sys; sys.modules['triton'] = None; from aim_cli.main import main; main()"
     process = spawn("export", "--bundle", "made", "--cuda", python=("-c", program))
     assert process.communicate(timeout=60)[1] == (
-        "Error: 'aim export --cuda' needs triton, which is not installed: "
-        "pip install 'aim-runtime[export]'\n"
+        "Error: no kernels can be compiled: Triton is not installed; "
+        "pip install 'aim-runtime[kernels]'\n"
     )
     assert process.returncode == 2
 
@@ -317,12 +316,13 @@ def test_bad_arguments_for_kernels(cli: Cli, folder: Path, args: list[str], word
     ("args", "words"),
     [
         ([], "--bundle"),
-        (["--ckpt", "a.pt"], "--out"),
+        (["--ckpt", "a.pt"], "there is no checkpoint at a.pt"),
+        (["--out", "made"], "--ckpt"),
         (["--bundle", "made"], "--trt"),
         (["--bundle", "made", "--trt", "--ckpt", "a.pt"], "--ckpt makes a new bundle"),
         (["--bundle", "made", "--trt", "--top-k", "3"], "--top-k makes a new bundle"),
         (["--bundle", "made", "--trt"], "no engines can be built: TensorRT is not installed"),
-        (["--ckpt", "a.pt", "--out", "made", "--trt"], "TensorRT is not installed"),
+        (["--ckpt", "a.pt", "--trt", "--cuda"], "there is no checkpoint at a.pt"),
     ],
 )
 def test_bad_arguments_for_engines(
