@@ -179,10 +179,12 @@ def _tree(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{name} is a tar archive; unpack it and name the file inside")
     if head.startswith(ZIP_MAGIC):
         return read_torch_zip(path)
-    if looks_like_safetensors(head) or path.suffix.lower() == ".safetensors":
+    if looks_like_safetensors(head):
         return dict(safetensors_in(path))
     if head.startswith(b"\x80"):
         return read_old_torch_file(path)
+    if path.suffix.lower() == ".safetensors":  # what its header lacks is the better message
+        return dict(safetensors_in(path))
     if text.startswith((b"{", b"[")):
         raise CheckpointError(f"{name} is JSON, not weights")
     raise CheckpointError(
@@ -229,7 +231,7 @@ def _sharded(index: Path) -> OpenedWeights:
         ) from None
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or "\\" in shard or ":" in shard or "\0" in shard:
+        if not shard or Path(shard).name != shard or "\\" in shard or ":" in shard or "\0" in shard:
             raise CheckpointError(
                 f"{shown(index.name)} names the file {shown(shard)}; shards must lie beside it"
             )
