@@ -29,7 +29,7 @@ from aim_export.manifest import (
 )
 from aim_export.parity import ParityReport, Progress, check_parity
 from aim_export.versions import check_versions
-from aim_runtime import Bundle, write_bundle
+from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
 from aim_runtime.manifest import GraphSpec, SamplingDefaults, TensorSpec
 from aim_training.checkpoint import Checkpoint, load_checkpoint
@@ -106,12 +106,7 @@ def export_bundle(
         aim_runtime.BundleError: ``out`` is taken or cannot be written.
     """
     say = report or (lambda line: None)
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
-    if position_offset not in (None, 0, 1):
-        raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
-    chosen = asdict(sampling) if isinstance(sampling, SamplingDefaults) else dict(sampling or {})
-    check_sampling(chosen)
+    chosen = _checked_options(precision, position_offset, sampling)
     included = [Path(path) for path in extra_files]
     check_extra_files(included)
     check_versions()
@@ -131,30 +126,9 @@ def export_bundle(
         chosen,
     )
     draft = draft_manifest(source, both, wishes, offset, precision, say)
-    model, vq = source.model, both.tokenizer
-    assert model is not None
-    assert vq is not None
-
-    # Beside the target, since a whole model may not fit where temporary files usually go.
-    existing = next(parent for parent in out.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name[:60]}.") as scratch:
-        graphs_dir, draft_dir = Path(scratch, "graphs"), Path(scratch, "bundle")
-        graphs_dir.mkdir()
-        for path in included:
-            shutil.copyfile(path, graphs_dir / path.name)
-        specs = write_graphs(model, vq, offset, precision, graphs_dir, say)
-        draft = replace(draft, graphs=specs)
-        written = write_bundle(draft, graphs_dir, draft_dir)
-        say(f"comparing {model.config.num_tokens} steps with PyTorch")
-        parity = check_parity(model, vq, written, progress=progress)
-        if parity.failures:
-            raise ExportError(
-                f"the graphs do not compute what {shown(source.path.name)} computes, so nothing "
-                f"was written: {'; '.join(parity.failures)}"
-            )
-        provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
-        final = replace(draft, provenance=provenance)
-        return write_bundle(final, draft_dir, out, overwrite=overwrite), parity
+    return _lower_and_compare(
+        source, both, draft, out, included, say=say, overwrite=overwrite, progress=progress
+    )
 
 
 def write_graphs(
@@ -178,6 +152,60 @@ def write_graphs(
         specs[graph] = _graph_spec(graph, lowered)
         write_graph(lowered, folder, graph, precision)
     return specs
+
+
+def _checked_options(
+    precision: str,
+    position_offset: int | None,
+    sampling: SamplingDefaults | Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """The sampling settings by name; ValueError for what is out of range."""
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
+    if position_offset not in (None, 0, 1):
+        raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
+    chosen = asdict(sampling) if isinstance(sampling, SamplingDefaults) else dict(sampling or {})
+    check_sampling(chosen)
+    return chosen
+
+
+def _lower_and_compare(
+    source: Checkpoint,
+    tokenizer: Checkpoint,
+    draft: Manifest,
+    out: Path,
+    included: Sequence[Path],
+    *,
+    say: Report,
+    overwrite: bool,
+    progress: Progress | None,
+) -> tuple[Bundle, ParityReport]:
+    """Write the bundle that ``draft`` describes, if it computes what the checkpoint does."""
+    precision: Precision = "fp16" if draft.precision == "fp16" else "fp32"
+    model, vq = source.model, tokenizer.tokenizer
+    assert model is not None
+    assert vq is not None
+
+    # Beside the target, since a whole model may not fit where temporary files usually go.
+    existing = next(parent for parent in out.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name[:60]}.") as scratch:
+        graphs_dir, draft_dir = Path(scratch, "graphs"), Path(scratch, "bundle")
+        graphs_dir.mkdir()
+        for path in included:
+            shutil.copyfile(path, graphs_dir / path.name)
+        specs = write_graphs(model, vq, draft.model.position_offset, precision, graphs_dir, say)
+        draft = replace(draft, graphs=specs)
+        written = write_bundle(draft, graphs_dir, draft_dir)
+        say(f"comparing {model.config.num_tokens} steps with PyTorch")
+        parity = check_parity(model, vq, written, progress=progress)
+        if parity.failures:
+            raise ExportError(
+                f"the graphs do not compute what {shown(source.path.name)} computes, so nothing "
+                f"was written: {'; '.join(parity.failures)}"
+            )
+        provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
+        final = replace(draft, provenance=provenance)
+        return write_bundle(final, draft_dir, out, overwrite=overwrite), parity
 
 
 def _with_tokenizer(source: Checkpoint, tokenizer: str | Path | None) -> Checkpoint:

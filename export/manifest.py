@@ -125,8 +125,9 @@ def default_name(checkpoint: Path) -> str:
         for ending in _ENDINGS:
             if name.lower().endswith(ending):
                 name = name[: -len(ending)]
-    plain = "".join(c if c.isprintable() else "-" for c in name)[:_MAX_NAME].strip()
-    return plain or "model"
+    plain = "".join(c if c.isprintable() else "-" for c in name)
+    # In bytes, as file systems count, with room for the names of temporary files.
+    return plain.encode()[:_MAX_NAME].decode(errors="ignore").strip() or "model"
 
 
 def model_card(model: AiM, vq: VQTokenizer, position_offset: int) -> ModelCard:

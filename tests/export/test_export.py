@@ -294,6 +294,7 @@ def test_the_draft_is_the_bundle(each_golden: Golden, exported: Exported) -> Non
         ("a\nb\x1b.pt", "a-b-"),
         ("\udcff.pt", "-"),
         ("n" * 240 + ".safetensors", "n" * 200),
+        ("🙂" * 60 + ".pt", "🙂" * 50),
         (".pt", "model"),
     ],
 )
