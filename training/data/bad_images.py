@@ -1,0 +1,85 @@
+"""What becomes of images that cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from aim_training.data.errors import ImageError, shown
+
+#: Bad images that are said one by one; after them only the list grows.
+_SAID = 3
+
+
+class BadImages:
+    """Either an error, or counted, said and listed in a file, one ``path<TAB>reason`` a line.
+
+    Args:
+        policy: ``stop`` makes the first bad image an error, ``skip`` goes on with another image of
+            its class in its place.
+        listing: file that bad images are added to, each once however often a run is resumed.
+            Control characters in a name stand there as escapes.
+        say: takes a line for the user; standard error when left out.
+        quiet: say and write nothing (every process but the main one).
+
+    Attributes:
+        found: reasons by path, of the bad images met so far.
+    """
+
+    def __init__(
+        self,
+        policy: Literal["skip", "stop"] = "stop",
+        listing: Path | None = None,
+        say: Callable[[str], None] | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.listing = listing
+        self.quiet = quiet
+        self.found: dict[Path, str] = {}
+        self._say = say or _to_stderr
+
+    def note(self, fault: ImageError) -> None:
+        """Takes up a bad image.
+
+        Raises:
+            ImageError: the policy is to stop.
+        """
+        if self.policy == "stop":
+            raise fault
+        if fault.path in self.found:
+            return
+        self.found[fault.path] = fault.reason
+        if len(self.found) <= _SAID:
+            where = f" (listed in {shown(self.listing)})" if self.listing else ""
+            self.say(f"skipping an image{where}: {fault}")
+        elif len(self.found) == _SAID + 1:
+            self.say(
+                "skipping more images" + (f"; see {shown(self.listing)}" if self.listing else "")
+            )
+        self._list(fault)
+
+    def say(self, line: str) -> None:
+        """Says a line about the images, in the main process."""
+        if not self.quiet:
+            self._say(line)
+
+    def _list(self, fault: ImageError) -> None:
+        if self.listing is None or self.quiet:
+            return
+        name = shown(fault.path, sys.maxsize)
+        try:
+            self.listing.parent.mkdir(parents=True, exist_ok=True)
+            with self.listing.open("a+", encoding="utf-8") as file:
+                file.seek(0)
+                if all(line.partition("\t")[0] != name for line in file):
+                    file.write(f"{name}\t{fault.reason}\n")
+        except OSError as error:  # no reason to end a training
+            self.say(f"cannot write {shown(self.listing)}: {error.strerror}")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
