@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,5 +27,7 @@ def command(**values: Any) -> None:
     with requires("train", "aim train"):
         from aim_training.train_model import train_model
     weights = run(train_model, ModelTrainingOptions, values)
-    then = f"aim export --ckpt {weights} --out ..."
+    out = values["out"]
+    bundle = out.with_name("bundle" if out.name == "model" else f"{out.name}-bundle")
+    then = f"aim export --ckpt {shlex.quote(str(weights))} --out {shlex.quote(str(bundle))}"
     click.echo(fields([("weights", str(weights)), ("next", then)]))

@@ -20,30 +20,11 @@ def training_folders(options: TrainingOptions) -> tuple[ImageFolder, ImageFolder
         DataError: they cannot be used.
     """
     folder = ImageFolder.scan(options.data)
-    check_class_names(folder.class_names)
     if options.val_data is not None:
         return folder, ImageFolder.scan(options.val_data, folder.class_names)
     if options.val_fraction:
         return split(folder, options.val_fraction)
     return folder, None
-
-
-def check_class_names(names: tuple[str, ...]) -> None:
-    """Refuses names that no bundle could carry, before anything is trained on them.
-
-    Raises:
-        DataError: a name is longer than 1024 characters, no Unicode or holds control characters.
-    """
-    for name in names:
-        shown = ascii(name)[:80]
-        if any(ord(character) < 32 or 127 <= ord(character) < 160 for character in name):
-            raise DataError(f"the class {shown} has a control character in its name; rename it")
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"the class {shown} has a name that is not Unicode; rename it"
-            ) from None
 
 
 def split(folder: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
