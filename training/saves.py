@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from aim_training.errors import TrainingError, is_disk_full, is_out_of_memory, os_sentence
 
 _KEEP = 2
-_NAME = re.compile(r"step-(\d{1,18})\.pt")
+_NAME = re.compile(r"step-([0-9]{1,18})\.pt")
 #: What a checkpoint must hold to be one of ours.
 _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
@@ -77,11 +78,14 @@ class Saves:
         )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything
+        except Exception as caught:  # a damaged file can raise nearly anything
+            error: Exception = caught
             if is_out_of_memory(error) or isinstance(error, PermissionError):
                 raise
+            if isinstance(error, pickle.UnpicklingError):  # PyTorch's words are about its options
+                error = ValueError("it holds something else than tensors and plain values")
             reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise TrainingError(f"{path} cannot be read ({reason}); {advice}") from error
+            raise TrainingError(f"{path} cannot be read ({reason}); {advice}") from caught
         if not isinstance(state, dict) or any(key not in state for key in _KEYS):
             raise TrainingError(f"{path} is no checkpoint of a training; {advice}")
         if state["step"] != step:
