@@ -18,6 +18,7 @@ Options = TypeVar("Options")
     "train",
     cls=LazyGroup,
     commands=[
+        LazyCommand("check", "Before: what is wrong with the images.", "aim_cli.train_check"),
         LazyCommand("tokenizer", "First: images to codes and back.", "aim_cli.train_tokenizer"),
         LazyCommand("model", "Then: draw codes, class by class.", "aim_cli.train_model"),
     ],

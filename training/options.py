@@ -31,6 +31,11 @@ class TrainingOptions:
         1.125,
         "The shorter side is resized to this times the size before a random crop; 1: no crop.",
     )
+    bad_images: Literal["skip", "stop"] = _option(
+        "skip",
+        "Images that cannot be read: skip them (another image of the class stands in, and "
+        "RUN/bad-images.txt lists them) or stop at the first.",
+    )
     flip: bool = _option(True, "Mirror half of the images (not for data with writing in it).")
     steps: int = _option(100_000, "Optimizer steps of the whole training.")
     batch_size: int = _option(64, "Images a step, over all devices together.")

@@ -19,7 +19,7 @@ from torch import Tensor
 from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
-from aim_training.data import BatchOrder, Crop, ImageFolder
+from aim_training.data import BadImages, BatchOrder, Crop, ImageFolder
 from aim_training.loop import (
     Learner,
     Task,
@@ -116,7 +116,11 @@ class ModelTask(Task):
         # Part of every checkpoint's fingerprint, and the tokenizer never changes: hashed once.
         self.tokenizer_sha256 = weights_digest(self.tokenizer)
         self.tokenizer.requires_grad_(False)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
         self.folder = ImageFolder.scan(options.data)
+        self.bad_images.say(f"{options.data}: {self.folder.describe()}")
         held_out = None
         if options.val_data is not None:
             held_out = ImageFolder.scan(options.val_data, self.folder.class_names)
@@ -164,6 +168,7 @@ class ModelTask(Task):
                 self.device,
                 workers=self.options.workers,
                 resident_limit_mb=self.options.resident_limit_mb,
+                bad_images=self.bad_images,
                 quiet=not self.accelerator.is_main_process,
             )
 

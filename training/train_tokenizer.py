@@ -18,7 +18,14 @@ from torch.nn.grad import conv2d_weight
 
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import TokenizerConfig
-from aim_training.data import BatchOrder, Crop, ImageFolder, centre_draws, open_images
+from aim_training.data import (
+    BadImages,
+    BatchOrder,
+    Crop,
+    ImageFolder,
+    centre_draws,
+    open_images,
+)
 from aim_training.discriminator import (
     PatchDiscriminator,
     discriminator_loss,
@@ -95,7 +102,11 @@ class TokenizerTask(Task):
         self.accelerator = accelerator
         self.device = accelerator.device
         crop = Crop(options.size, options.resize_factor, options.flip)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
         self.folder = ImageFolder.scan(options.data)
+        self.bad_images.say(f"{options.data}: {self.folder.describe()}")
         held_out = None
         if options.val_data is not None:
             held_out = ImageFolder.scan(options.val_data, self.folder.class_names)
@@ -134,6 +145,7 @@ class TokenizerTask(Task):
             self.device,
             workers=self.options.workers,
             resident_limit_mb=self.options.resident_limit_mb,
+            bad_images=self.bad_images,
         )
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:

@@ -42,6 +42,13 @@ class BadImages:
         self.found: dict[Path, str] = {}
         self._say = say or _to_stderr
 
+    @classmethod
+    def of_run(
+        cls, policy: Literal["skip", "stop"], run: Path, *, quiet: bool = False
+    ) -> BadImages:
+        """Those of a training, listed in its run folder."""
+        return cls(policy, run / "bad-images.txt", quiet=quiet)
+
     def note(self, fault: ImageError) -> None:
         """Takes up a bad image.
 
