@@ -49,6 +49,7 @@ _HELP = ("-h", "--help")
     cls=TrainGroup,
     commands=[
         LazyCommand(_DEFAULT, "From pictures to a bundle, in one go.", "aim_cli.train_all"),
+        LazyCommand("check", "Before: what is wrong with the images.", "aim_cli.train_check"),
         LazyCommand("tokenizer", "First: images to codes and back.", "aim_cli.train_tokenizer"),
         LazyCommand("model", "Then: draw codes, class by class.", "aim_cli.train_model"),
     ],

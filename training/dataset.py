@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 
-from aim_training.data import DataError, ImageFolder
+from aim_training.data import DataError, ImageFolder, shown
 from aim_training.options import TrainingOptions
 
 #: A class of so many images or more holds out one at least.
 _ENOUGH = 10
 
 
-def training_folders(options: TrainingOptions) -> tuple[ImageFolder, ImageFolder | None]:
+def training_folders(
+    options: TrainingOptions, say: Callable[[str], None]
+) -> tuple[ImageFolder, ImageFolder | None]:
     """The training images and, where there are any, those held out.
+
+    Args:
+        options: where they are.
+        say: told how many were taken and what was left out.
 
     Raises:
         DataError: they cannot be used.
     """
     folder = ImageFolder.scan(options.data)
+    say(f"{shown(options.data)}: {folder.describe()}")
     if options.val_data is not None:
-        return folder, ImageFolder.scan(options.val_data, folder.class_names)
+        held_out = ImageFolder.scan(options.val_data, folder.class_names)
+        say(f"{shown(options.val_data)}: {held_out.describe()}")
+        return folder, held_out
     if options.val_fraction:
-        return split(folder, options.val_fraction)
+        training, held_out = split(folder, options.val_fraction)
+        say(f"held out of these: {len(held_out):,}, chosen by their names")
+        return training, held_out
     return folder, None
 
 
@@ -50,8 +62,8 @@ def split(folder: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolde
             held_out |= chosen
     if not held_out:
         raise DataError(
-            f"{folder.root} has {len(folder)} images, too few to hold out {fraction:g} of them; "
-            f"add some (a class of {_ENOUGH} holds out one) or use --val-fraction 0"
+            f"{shown(folder.root)} has {len(folder)} images, too few to hold out {fraction:g} of "
+            f"them; add some (a class of {_ENOUGH} holds out one) or use --val-fraction 0"
         )
     everything = range(len(folder))
     training = [place for place in everything if place not in held_out]

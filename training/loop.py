@@ -139,6 +139,8 @@ class _Run:
         self.progress.say(f"Trained {self.step} steps in {minutes:.1f} minutes{why}.")
         if self._exports_best():
             self.progress.say(f"The weights are the average after {self.best.describe()}.")
+        if remark := self.task.remark():
+            self.progress.say(remark)
         self.accelerator.wait_for_everyone()
         return self.task.path
 

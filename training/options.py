@@ -47,6 +47,11 @@ class TrainingOptions:
         least=1,
         most=16,
     )
+    bad_images: Literal["skip", "stop"] = _option(
+        "skip",
+        "Images that cannot be read: skip them (another image of the class stands in, and "
+        "RUN/bad-images.txt lists them) or stop at the first.",
+    )
     flip: bool = _option(True, "Mirror half of the images (not for data with writing in it).")
     steps: int = _option(100_000, "Optimizer steps of the whole training.", least=1)
     batch_size: int = _option(

@@ -116,6 +116,10 @@ class Task(ABC):
         """Numbers gathered since the last call, for the log."""
         return {}
 
+    def remark(self) -> str | None:
+        """A sentence for the end of the training."""
+        return None
+
     def extra_state(self) -> dict[str, Tensor]:
         """The very tensors to keep in checkpoints besides the learners."""
         return {}

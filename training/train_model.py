@@ -19,7 +19,7 @@ from torch import Tensor
 from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
-from aim_training.data import BatchOrder, Crop
+from aim_training.data import BadImages, BatchOrder, Crop
 from aim_training.dataset import training_folders
 from aim_training.devices import make_accelerator
 from aim_training.errors import TrainingError, explained, options_that_fit
@@ -123,7 +123,10 @@ class ModelTask(Task):
         # Part of every checkpoint's fingerprint, and the tokenizer never changes: hashed once.
         self.tokenizer_sha256 = weights_digest(self.tokenizer)
         self.tokenizer.requires_grad_(False)
-        self.folder, self.held_out_folder = training_folders(options)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
+        self.folder, self.held_out_folder = training_folders(options, self.bad_images.say)
         with options_that_fit():
             config = model_config(
                 options,
@@ -175,6 +178,7 @@ class ModelTask(Task):
                 self.device,
                 workers=self.options.workers,
                 resident_limit_mb=self.options.resident_limit_mb,
+                bad_images=self.bad_images,
                 quiet=not self.accelerator.is_main_process,
             )
 
@@ -265,6 +269,10 @@ class ModelTask(Task):
             "data_digest": self.folder.digest,
             "tokenizer_sha256": self.tokenizer_sha256,
         }
+
+    def remark(self) -> str | None:
+        """How many images could not be read."""
+        return self.bad_images.remark()
 
     def held_out_digest(self) -> str | None:
         """That of the held-out images' names and contents."""

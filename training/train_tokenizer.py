@@ -19,6 +19,7 @@ from torch.nn.grad import conv2d_weight
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import TokenizerConfig
 from aim_training.data import (
+    BadImages,
     BatchOrder,
     Crop,
     ImageFolder,
@@ -118,7 +119,10 @@ class TokenizerTask(Task):
         self.options = options
         self.accelerator = accelerator
         self.device = accelerator.device
-        self.folder, self.held_out_folder = training_folders(options)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
+        self.folder, self.held_out_folder = training_folders(options, self.bad_images.say)
         with options_that_fit():
             config = tokenizer_config(options)
             self.order = BatchOrder(
@@ -163,6 +167,7 @@ class TokenizerTask(Task):
             self.device,
             workers=self.options.workers,
             resident_limit_mb=self.options.resident_limit_mb,
+            bad_images=self.bad_images,
         )
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
@@ -339,6 +344,10 @@ class TokenizerTask(Task):
             "data_digest": self.folder.digest,
             "discriminator": bool(self.discriminator),
         }
+
+    def remark(self) -> str | None:
+        """How many images could not be read."""
+        return self.bad_images.remark()
 
     def held_out_digest(self) -> str | None:
         """That of the held-out images' names and contents."""

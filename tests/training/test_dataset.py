@@ -51,5 +51,5 @@ def test_no_class_is_held_out_whole(tmp_path: Path) -> None:
 
 
 def test_too_few_images_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="too few to hold out 0.01 of them"):
+    with pytest.raises(DataError, match=r"too few to hold out 0\.01 of them"):
         split(folder(tmp_path, a=3), 0.01)

@@ -42,6 +42,13 @@ class BadImages:
         self.found: dict[Path, str] = {}
         self._say = say or _to_stderr
 
+    @classmethod
+    def of_run(
+        cls, policy: Literal["skip", "stop"], run: Path, *, quiet: bool = False
+    ) -> BadImages:
+        """Those of a training, listed in its run folder."""
+        return cls(policy, run / "bad-images.txt", quiet=quiet)
+
     def note(self, fault: ImageError) -> None:
         """Takes up a bad image.
 
@@ -66,6 +73,16 @@ class BadImages:
         """Says a line about the images, in the main process."""
         if not self.quiet:
             self._say(line)
+
+    def remark(self) -> str | None:
+        """How many there were, None without any."""
+        count = len(self.found)
+        if not count:
+            return None
+        were = "image was" if count == 1 else "images were"
+        return f"{count:,} {were} skipped" + (
+            f"; {shown(self.listing)} lists them" if self.listing else ""
+        )
 
     def _list(self, fault: ImageError) -> None:
         if self.listing is None or self.quiet:

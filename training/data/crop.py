@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: A crop that sees less than 1/64 of an image has no use, and memory grows with the square.
-MAX_RESIZE_FACTOR = 8
+#: Memory grows with the square.
+MAX_RESIZE_FACTOR = 16
 
 
 @dataclass(frozen=True)

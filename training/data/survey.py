@@ -18,6 +18,17 @@ _USUAL_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 
 @dataclass(frozen=True)
+class ClassCounts:
+    """How many images of a class are what."""
+
+    name: str
+    images: int
+    damaged: int
+    oversized: int
+    small: int
+
+
+@dataclass(frozen=True)
 class Survey:
     """What was found, image by image.
 
@@ -76,9 +87,20 @@ class Survey:
             count = "1 image is" if len(pairs) == 1 else f"{len(pairs):,} images are"
             yield f"{count} {what}: {shown(path)} ({header}){' ...' if len(pairs) > 1 else ''}"
 
-    def modes(self) -> Counter[str]:
-        """How many images are in which of Pillow's modes."""
-        return Counter(header.mode for header in self.headers)
+    def classes(self, size: int) -> list[ClassCounts]:
+        """How many images each class has and how many of them are bad or small, by class id."""
+        images, damaged, oversized, small = (Counter[int]() for _ in range(4))
+        for label, found in zip(self.folder.labels.tolist(), self.found, strict=True):
+            images[label] += 1
+            if isinstance(found, Header):
+                small[label] += found.is_small(size)
+            else:
+                (oversized if found.kind == "oversized" else damaged)[label] += 1
+        names = self.folder.class_names
+        return [
+            ClassCounts(names[label], images[label], damaged[label], oversized[label], small[label])
+            for label in sorted(images)
+        ]
 
 
 def survey(
@@ -120,11 +142,12 @@ def survey(
     return Survey(folder, tuple(found), hashes)
 
 
-def same_contents(*surveys: Survey) -> list[list[Path]]:
-    """Files with the same bytes, in groups of two or more, in the order of their first."""
-    groups: defaultdict[bytes, list[Path]] = defaultdict(list)
-    for one in surveys:
+def same_contents(*surveys: Survey) -> list[list[tuple[int, Path]]]:
+    """Files with the same bytes, each with its survey's place among the arguments, in groups of
+    two or more, in the order of their first."""
+    groups: defaultdict[bytes, list[tuple[int, Path]]] = defaultdict(list)
+    for place, one in enumerate(surveys):
         for path in one.folder.paths:
             if path in one.hashes:
-                groups[one.hashes[path]].append(path)
+                groups[one.hashes[path]].append((place, path))
     return [group for group in groups.values() if len(group) > 1]
