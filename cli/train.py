@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ import click
 
 from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.lazy import LazyCommand, LazyGroup
+from aim_cli.terminal import fields
 
 if TYPE_CHECKING:
     from aim_training.options import TrainingOptions
@@ -24,6 +26,7 @@ Options = TypeVar("Options")
 
 #: What `aim train PICTURES` stands for.
 _DEFAULT = "all"
+_HELP = ("-h", "--help")
 #: Options about the images: the second training must be given those of the first.
 _ABOUT_IMAGES = ("val_data", "val_fraction", "size", "resize_factor", "flip", "bad_images")
 
@@ -39,9 +42,6 @@ class TrainGroup(LazyGroup):
         ):
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
-
-
-_HELP = ("-h", "--help")
 
 
 @click.command(
@@ -88,21 +88,24 @@ def run_with(train: Callable[[Options], Path], options: Options) -> Path:
         raise Interrupted(str(error) or "interrupted before the first step") from error
 
 
-def next_command(
-    command: str, options: TrainingOptions, *, without: frozenset[str] = frozenset(), **more: object
-) -> str:
+def say_outcome(weights: Path, then: str) -> None:
+    """Print what there is now and the next command, once for all processes of a training."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(fields([("weights", str(weights)), ("next", then)]))
+
+
+def next_command(command: str, options: TrainingOptions, **more: object) -> str:
     """A command line that goes on with the same images.
 
     Args:
         command: its beginning.
         options: of the training that is done.
-        without: options that are left out.
         more: options that it takes besides.
     """
     words = [command]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name in _ABOUT_IMAGES and field.name not in without and value != field.default:
+        if field.name in _ABOUT_IMAGES and value != field.default:
             flag = field.name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +77,8 @@ def command(
         import aim_export  # noqa: F401
     if size is not None and size % 16:
         raise click.UsageError(f"--size is {size}; it must be a multiple of 16")
+    if not math.isfinite(minutes):
+        raise click.UsageError(f"--minutes is {minutes}; it must be a finite number")
     _check_place(out)
     with explained("fewer or smaller pictures"), run_folder(out, pictures):
         plan = make_plan(pictures, out, minutes=minutes, size=size, flip=flip, seed=seed)

@@ -10,8 +10,7 @@ import click
 
 from aim_cli.dataclass_options import options_from
 from aim_cli.errors import requires
-from aim_cli.terminal import fields
-from aim_cli.train import run
+from aim_cli.train import run, say_outcome
 from aim_training.options import ModelTrainingOptions
 
 
@@ -30,4 +29,4 @@ def command(**values: Any) -> None:
     out = values["out"]
     bundle = out.with_name("bundle" if out.name == "model" else f"{out.name}-bundle")
     then = f"aim export --ckpt {shlex.quote(str(weights))} --out {shlex.quote(str(bundle))}"
-    click.echo(fields([("weights", str(weights)), ("next", then)]))
+    say_outcome(weights, then)

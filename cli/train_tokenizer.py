@@ -10,8 +10,7 @@ import click
 
 from aim_cli.dataclass_options import options_from
 from aim_cli.errors import requires
-from aim_cli.terminal import fields
-from aim_cli.train import next_command, run
+from aim_cli.train import next_command, run, say_outcome
 from aim_training.options import TokenizerTrainingOptions
 
 
@@ -32,6 +31,4 @@ def command(**values: Any) -> None:
     model = out.with_name("model" if out.name == "tokenizer" else f"{out.name}-model")
     data, tokenizer = shlex.quote(str(options.data)), shlex.quote(str(weights))
     begun = f"aim train model {data} --tokenizer {tokenizer}"
-    click.echo(
-        fields([("weights", str(weights)), ("next", next_command(begun, options, out=model))])
-    )
+    say_outcome(weights, next_command(begun, options, out=model))

@@ -66,6 +66,8 @@ __all__ = [
 #: Steps between agreements of several GPUs, which have to wait for each other for it, on the time
 #: and on stopping. Processes without a GPU take long over a step and agree at each.
 _AGREE_EVERY = 10
+#: Seconds of training between checkpoints, however slow the steps.
+_SAVE_EVERY_S = 900.0
 
 
 def train(task: Task, options: TrainingOptions, accelerator: Accelerator) -> Path:
@@ -102,6 +104,7 @@ class _Run:
         self.saved_at: int | None = None  # by this call
         self.earlier_s = 0.0  # training time before a resume
         self.elapsed_s = 0.0
+        self.saved_s = 0.0  # elapsed_s at the last checkpoint
         self.scores: dict[str, float] = {}
         self.evaluated_at = 0
         self.history: list[dict[str, Any]] = []
@@ -188,7 +191,8 @@ class _Run:
         def due(every: int) -> bool:
             return self.step % every == 0 or ended in ("steps", "time")
 
-        saves = due(options.save_every) or ended == "signal"
+        overdue = self.elapsed_s - self.saved_s >= _SAVE_EVERY_S
+        saves = due(options.save_every) or overdue or ended == "signal"
         if saves:
             self._save()
         better = False
@@ -346,6 +350,7 @@ class _Run:
             TrainingError: something is not finite, or the disk refuses.
         """
         self._check({}, weights=True)
+        self.saved_s = self.elapsed_s
         if not self.main:
             return
         state = {
@@ -397,7 +402,7 @@ class _Run:
         self.step = self.resumed_at = state["step"]
         self.scores = state["scores"]
         self.evaluated_at = state.get("evaluated_at", self.step)
-        self.earlier_s = self.elapsed_s = state["elapsed_s"]
+        self.earlier_s = self.elapsed_s = self.saved_s = state["elapsed_s"]
         self.history = from_json(state.get("history")) or []
         self.progress = Progress(self.step, self.options.steps, quiet=not self.main)
         self.progress.say(

@@ -85,7 +85,7 @@ class TrainingOptions:
     save_every: int = _option(
         1000,
         "Steps between checkpoints, of which the last two are kept, and exports of the averaged "
-        "weights.",
+        "weights; a quarter of an hour at most.",
         least=1,
     )
     export_weights: Literal["best", "last"] | None = _option(

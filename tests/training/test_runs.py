@@ -24,6 +24,10 @@ from .tiny_task import TinyTask, run
 HELD_OUT: dict[str, Any] = {"val_data": Path("val")}
 
 
+class Killed(BaseException):
+    """What a process that is killed does: nothing at all, no saving either."""
+
+
 def checkpoints(out: Path) -> list[int]:
     return sorted(saves.Saves(out).steps())
 
@@ -220,6 +224,15 @@ def test_a_disk_that_is_full_keeps_the_newest_checkpoint(
     assert checkpoints(tmp_path) == [4, 6]
 
 
+def test_slow_steps_are_saved_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aim_training import loop
+
+    monkeypatch.setattr(loop, "_SAVE_EVERY_S", 0.0)
+    with pytest.raises(Killed):
+        run(tmp_path, {"before": at_step(5, raises(Killed()))}, save_every=1000)
+    assert checkpoints(tmp_path) == [4, 5]
+
+
 def test_a_run_that_the_disk_cannot_hold_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,10 +315,6 @@ def test_the_best_average_is_exported(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_scores_that_tell_nothing_choose_nothing(tmp_path: Path) -> None:
     task = run(tmp_path, {"scores": [2, 3, 4, 5], "trusted": False}, steps=8, **HELD_OUT)
     assert task.exported["exported"] == "last"
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("hook", ["before", "evaluating"])

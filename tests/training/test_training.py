@@ -348,31 +348,25 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 def test_two_processes_train_what_one_trains(
     squares: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / "train.py"
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in {"data": squares, "tokenizer": tokenizer, **TINY_MODEL}.items()
-    }
-    script.write_text(
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from aim_training.options import ModelTrainingOptions\n"
-        "from aim_training.train_model import train_model\n"
-        f"settings = json.loads('''{json.dumps(settings)}''')\n"
-        "for name in ('data', 'tokenizer'):\n"
-        "    settings[name] = Path(settings[name])\n"
-        "train_model(ModelTrainingOptions(out=Path(sys.argv[1]), steps=4, save_every=2,"
-        " **settings))\n"
-    )
+    """As README starts them, on a machine without a GPU; a resumed run, too."""
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in (TINY_MODEL | {"tokenizer": tokenizer, "save_every": 2}).items()
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for count in (1, 2):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for count, steps in ((1, 4), (2, 2), (2, 4)):
+        run = tmp_path / f"run{count}"
+        command = [*launcher, f"--nproc-per-node={count}", "-m", "aim_cli", "train", "model"]
         done = subprocess.run(
-            [*launcher, f"--nproc-per-node={count}", script, tmp_path / f"run{count}"],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            [*command, squares, "--out", run, "--steps", str(steps), *flags],
+            env=environment,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("weights") == 1
+        assert ("Resuming" in done.stderr) == (run.name == "run2" and steps == 4)
     one, two = (load_checkpoint(tmp_path / f"run{count}").model for count in (1, 2))
     assert one is not None
     assert two is not None
@@ -382,3 +376,20 @@ def test_two_processes_train_what_one_trains(
         "step-00000002.pt",
         "step-00000004.pt",
     ]
+    facts = json.loads((tmp_path / "run2" / "model.json").read_text())["training"]
+    assert facts["devices"] == 2
+    logged = [line["step"] for line in metrics(tmp_path / "run2") if "loss" in line]
+    assert logged == [2, 4]
+
+
+def test_processes_that_do_not_find_each_other_are_refused(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aim_training import devices
+
+    options = TokenizerTrainingOptions(data=squares, out=tmp_path, **TINY_TOKENIZER)
+    alone = devices.Accelerator(mixed_precision="no", cpu=True)
+    monkeypatch.setattr(devices, "Accelerator", lambda **settings: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes were started, and 1 found each other"):
+        train_tokenizer(options)
