@@ -154,10 +154,11 @@ class ModelTask(Task):
         """Encodes the images, or takes their codes from the cache."""
         options = self.options
         crop = Crop(options.size, options.resize_factor, options.flip)
-        request = CodeRequest(self.folder, crop, options.variants, options.seed)
+        at_once = min(64, max(1, options.batch_size // self.accelerator.num_processes))
+        request = CodeRequest(self.folder, crop, options.variants, options.seed, at_once)
         self.codes = self._codes("train", request)
         if self.held_out_folder is not None:
-            codes = self._codes("val", CodeRequest(self.held_out_folder, crop, 0, 0))
+            codes = self._codes("val", CodeRequest(self.held_out_folder, crop, 0, 0, at_once))
             self.held_out = CodeBatch(
                 torch.from_numpy(codes[0].astype(np.int64)),
                 torch.from_numpy(self.held_out_folder.labels),
