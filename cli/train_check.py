@@ -93,7 +93,7 @@ def _overview(found: Survey, size: int) -> str:
         most = max(headers, key=lambda header: header.width * header.height)
         span = f"{least.width} x {least.height} to {most.width} x {most.height} pixels"
         pairs.insert(0, ("sizes", span))
-    return f"{table(lines)}\n{fields(pairs)}"
+    return f"{table(lines)}\n\n{fields(pairs)}"
 
 
 def _cells(row: Sequence[str | int]) -> list[str]:
@@ -117,10 +117,11 @@ def _equal_files(groups: list[list[tuple[int, Path]]]) -> Iterator[str]:
     if shared:
         (_, first), *_, (_, last) = shared[0]
         yield (
-            f"{count(len(shared), 'held-out image')} equal training images, so scores on them mean "
-            f"little: {shown(last)} = {shown(first)}"
+            f"{count(len(shared), 'image')} both trained on and held out, so scores will look too "
+            f"good: {shown(last)} = {shown(first)}"
         )
     copies = sum(len(group) - 1 for group in groups if group not in shared)
     if copies:
         (_, first), (_, second), *_ = next(group for group in groups if group not in shared)
-        yield f"{count(copies, 'file')} equal another one: {shown(second)} = {shown(first)}"
+        what = "1 file is a copy" if copies == 1 else f"{copies:,} files are copies"
+        yield f"{what} of another: {shown(second)} = {shown(first)}"

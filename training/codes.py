@@ -145,7 +145,8 @@ def cached_codes(
     if description is not None:
         if file_hash(path).hex() == description["sha256"]:
             around = description["bad_images"]
-            note = f" (made around {around} images that could not be read)" if around else ""
+            skipped = "1 image" if around == 1 else f"{around:,} images"
+            note = f" (made around {skipped} that could not be read)" if around else ""
             progress.say(f"Codes of {root}: using {shown(path)}{note}")
             return np.load(path, mmap_mode="r")
         progress.say(f"Codes of {root}: {shown(path)} is damaged and made anew")

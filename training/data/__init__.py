@@ -3,7 +3,13 @@
 From files to batches: a `folder` is scanned, a `survey` looks through it, an `order` of draws says
 which image a step sees and where a `crop` cuts it, and a source (`sources`) decodes it. What
 image data may look like, and what happens to each oddity, is told in ``docs/data.md``.
+
+PyTorch, which takes seconds, is imported with the sources only.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from aim_training.data.bad_images import BadImages
 from aim_training.data.crop import Crop
@@ -12,14 +18,16 @@ from aim_training.data.digest import file_hash
 from aim_training.data.errors import DataError, ImageError, shown
 from aim_training.data.folder import ImageFolder, LeftOut
 from aim_training.data.order import BatchOrder, Draws, centre_draws, epoch_draws
-from aim_training.data.sources import (
-    ImageSource,
-    ResidentImages,
-    StreamedImages,
-    open_images,
-    to_pixels,
-)
 from aim_training.data.survey import Survey, same_contents, survey
+
+if TYPE_CHECKING:
+    from aim_training.data.sources import (
+        ImageSource,
+        ResidentImages,
+        StreamedImages,
+        open_images,
+        to_pixels,
+    )
 
 __all__ = [
     "BadImages",
@@ -46,3 +54,11 @@ __all__ = [
     "survey",
     "to_pixels",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from aim_training.data import sources
+
+    return getattr(sources, name)

@@ -40,6 +40,7 @@ class BadImages:
         self.listing = listing
         self.quiet = quiet
         self.found: dict[Path, str] = {}
+        self._listed: set[str] | None = None  # names in the file, once it was read
         self._say = say or _to_stderr
 
     @classmethod
@@ -89,13 +90,19 @@ class BadImages:
             return
         name = shown(fault.path, sys.maxsize)
         try:
-            self.listing.parent.mkdir(parents=True, exist_ok=True)
-            with self.listing.open("a+", encoding="utf-8") as file:
-                file.seek(0)
-                if all(line.partition("\t")[0] != name for line in file):
+            if self._listed is None:
+                self._listed = set()
+                if self.listing.is_file():
+                    lines = self.listing.read_text(encoding="utf-8", errors="replace").splitlines()
+                    self._listed.update(line.partition("\t")[0] for line in lines)
+            if name not in self._listed:
+                self._listed.add(name)
+                self.listing.parent.mkdir(parents=True, exist_ok=True)
+                with self.listing.open("a", encoding="utf-8") as file:
                     file.write(f"{name}\t{fault.reason}\n")
         except OSError as error:  # no reason to end a training
             self.say(f"cannot write {shown(self.listing)}: {error.strerror}")
+            self.listing = None
 
 
 def _to_stderr(line: str) -> None:

@@ -97,9 +97,9 @@ def _float_white(image: Image.Image) -> float:
     low, high = _extrema(image)
     if not (math.isfinite(low) and math.isfinite(high) and np.isfinite(np.asarray(image)).all()):
         raise ValueError("its floating-point samples are not all finite numbers")
-    for largest, white in _FLOAT_WHITES:
-        if high <= largest and low >= -_UNDERSHOOT * white:
-            return white
+    white = next((white for largest, white in _FLOAT_WHITES if high <= largest), None)
+    if white is not None and low >= -_UNDERSHOOT * white:
+        return white
     raise ValueError(
         f"its floating-point samples go from {low:.4g} to {high:.4g}; expected 0 to 1, 0 to 255 "
         "or 0 to 65535"

@@ -7,6 +7,7 @@ before its pixels are decoded, and large images are decoded one at a time.
 from __future__ import annotations
 
 import errno
+import math
 import stat
 import threading
 from collections.abc import Iterator
@@ -81,7 +82,8 @@ def read_header(path: Path, shorter_side: int) -> Header:
     Raises:
         ImageError: it is no image, or has too many pixels to be decoded for ``shorter_side``.
     """
-    with _opened(path, shorter_side) as (image, size):
+    with _opened(path, shorter_side) as (image, stored):
+        size = _turned(stored, _early_orientation(image))
         return Header(image.format or "", image.mode, *size)
 
 
@@ -108,19 +110,30 @@ def load_image(
     Raises:
         ImageError: the file is not a readable image, or has too many pixels.
     """
-    with _opened(path, shorter_side) as (image, size):
-        decoded = image.width * image.height
-        if image.info.get("progressive"):  # the whole image is kept in coefficients
-            decoded = size[0] * size[1]
+    with _opened(path, shorter_side) as (image, stored):
+        # Of a progressive JPEG the whole is kept in coefficients.
+        decoded = math.prod(stored if image.info.get("progressive") else image.size)
         with one_large_image if decoded > _MANY_PIXELS else nullcontext():
-            image.load()
-            upright = _upright(image)
-            pixels = _without_length(eight_bit(upright, image.format), at)
-            target = fitted(*size, shorter_side)
-            if pixels.size != target:
-                # Antialiased when shrinking: Pillow widens the filter by the scale.
-                pixels = pixels.resize(target, Image.Resampling.BICUBIC)
+            pixels = _resized(image, stored, shorter_side, at)
+            if pixels is not image:
+                image.close()  # and with it goes its memory, before the next one is decoded
         return np.asarray(on_white(pixels, image.info.get("icc_profile")))
+
+
+def _resized(
+    image: Image.Image, stored: tuple[int, int], shorter_side: int, at: tuple[float, float]
+) -> Image.Image:
+    """An image decoded, upright, in a mode of 8 bits and of the shape wanted."""
+    image.load()
+    orientation = _orientation(image)
+    method = _UPRIGHT.get(orientation)
+    upright = image if method is None else image.transpose(method)
+    pixels = _without_length(eight_bit(upright, image.format), at)
+    target = fitted(*_turned(stored, orientation), shorter_side)
+    if pixels.size == target:
+        return pixels
+    # Antialiased when shrinking: Pillow widens the filter by the scale.
+    return pixels.resize(target, Image.Resampling.BICUBIC)
 
 
 def fitted(width: int, height: int, shorter_side: int) -> tuple[int, int]:
@@ -133,7 +146,7 @@ def fitted(width: int, height: int, shorter_side: int) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: Path, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-    """An image with its header read, and its upright size. What fails inside is the file's fault.
+    """An image with its header read, and its whole size. What fails inside is the file's fault.
 
     Raises:
         ImageError: instead of any exception but MemoryError.
@@ -141,13 +154,13 @@ def _opened(path: Path, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[
     try:
         _check_file(path)
         with Image.open(path, formats=readable_formats()) as image:
-            size = _upright_size(image)
-            if min(size) < 1:
-                raise ImageError(path, f"it has {size[0]} x {size[1]} pixels")
+            stored = image.size
+            if min(stored) < 1:
+                raise ImageError(path, f"it has {stored[0]} x {stored[1]} pixels")
             _draft(image, shorter_side)
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(path, _too_large(size), "oversized")
-            yield image, size
+            if math.prod(image.size) > MAX_PIXELS:
+                raise ImageError(path, _too_large(stored), "oversized")
+            yield image, stored
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -172,16 +185,18 @@ def _check_file(path: Path) -> None:
         raise ImageError(path, "the file is empty")
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # Pillow turns TIFFs itself, and says so in their size.
-    turned = image.format != "TIFF" and _orientation(image) >= 5
-    return (image.height, image.width) if turned else image.size
+def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height of an image once it is upright."""
+    return (size[1], size[0]) if orientation >= 5 else size
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """A loaded image as it is to be seen."""
-    method = _UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
+def _early_orientation(image: Image.Image) -> int:
+    """The orientation as far as the header says."""
+    if image.format == "TIFF":  # which Pillow turns itself; its size is that of the turned image
+        return 1
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to look behind
+        return 1
+    return _orientation(image)
 
 
 def _orientation(image: Image.Image) -> int:

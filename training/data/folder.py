@@ -107,7 +107,7 @@ class ImageFolder:
             if name not in ids:
                 raise DataError(
                     f"{shown(folder)} is a class that the training images lack; expected some of "
-                    f"{len(names)} classes such as {shown(names[0], 60)!r}"
+                    f"{len(names)} classes such as '{shown(names[0], 60)}'"
                 )
             others: Counter[str] = Counter()
             images = sorted(_images_below(folder, above, others))
@@ -163,7 +163,7 @@ def _class_folders(
         name = _class_name(folder)
         if name in folders:
             raise DataError(
-                f"{shown(root)} holds two folders named {shown(name, 60)!r}, written with "
+                f"{shown(root)} holds two folders named '{shown(name, 60)}', written with "
                 "different Unicode characters; merge them or rename one"
             )
         folders[name] = folder
@@ -175,13 +175,17 @@ def _class_folders(
 def _class_name(folder: Path) -> str:
     """The name of a class folder, which ends up in every bundle trained on it."""
     name = _composed(folder.name)
-    if shown(name, len(name)) != name or not name.strip():
+    fault = None
+    if any(0xD800 <= ord(character) < 0xE000 for character in name):
+        fault = "is not UTF-8"
+    elif shown(name, len(name)) != name:
+        fault = "has line breaks or control characters"
+    elif not name.strip():
+        fault = "is blank"
+    if fault:
         where = shown(folder.parent)
-        fault = "is blank" if not name.strip() else "has line breaks or control characters"
-        if any(0xD800 <= ord(character) < 0xE000 for character in name):
-            fault = "is not UTF-8"
         raise DataError(
-            f"the name of the class folder {shown(name, 60)!r} in {where} {fault}; rename it"
+            f"the name of the class folder '{shown(name, 60)}' in {where} {fault}; rename it"
         )
     return name
 

@@ -103,8 +103,8 @@ def _read(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's batches; the death of one of its processes as a sentence."""
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:  # as it is noticed here or there
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(
             "a process that reads images was killed, most likely for lack of memory or, in a "
