@@ -110,7 +110,7 @@ def os_sentence(error: OSError) -> str:
     """The operating system's reason, with the file where it is known."""
     where = f" ({error.filename})" if error.filename else ""
     if is_disk_full(error):
-        return f"the disk is full{where}; free some space and run the same command again"
+        return f"the disk is full{where}; free some space"
     return f"{error.strerror or error or type(error).__name__}{where}"
 
 

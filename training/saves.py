@@ -56,8 +56,14 @@ class Saves:
                     self.steps()[old].unlink()
                 _write(path, state)
         except OSError as error:
+            newest = self.newest()
+            kept = (
+                "no checkpoint was written"
+                if newest is None
+                else f"the same command goes on after step {newest}"
+            )
             raise TrainingError(
-                f"cannot write the checkpoint {path}: {os_sentence(error)}"
+                f"cannot write the checkpoint {path}: {os_sentence(error)}; {kept}"
             ) from error
         saved = self.steps()
         for old in sorted(saved)[:-_KEEP]:

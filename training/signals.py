@@ -29,6 +29,7 @@ class StopSignals:
         self.arrived = False
         self._say = say
         self._first = 0.0
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -39,6 +40,8 @@ class StopSignals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a process that reads images and has inherited this; ours decides for it
         now = time.monotonic()
         if not self.arrived:
             self.arrived = True

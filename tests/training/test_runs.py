@@ -287,6 +287,22 @@ def test_two_signals_of_one_request_save(tmp_path: Path) -> None:
         run(tmp_path, {"before": at_step(3, interrupt)})
 
 
+def test_a_hangup_kills_no_reader(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal that closes tells every process of the training."""
+    ends: list[int] = []
+
+    def hang_up(task: TinyTask) -> None:
+        reader = os.fork()
+        if not reader:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os._exit(7)
+        ends.append(os.waitpid(reader, 0)[1])
+
+    run(tmp_path, {"before": at_step(3, hang_up)})
+    assert os.waitstatus_to_exitcode(ends[0]) == 7
+    assert "stopping" not in capfd.readouterr().err
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
