@@ -41,7 +41,7 @@ from aim_training.data import (
 from aim_training.progress import Progress
 from aim_training.tokenizer import VQTokenizer
 
-#: Images encoded at once.
+#: Images encoded at once, at most.
 _BATCH = 64
 
 
@@ -54,12 +54,14 @@ class CodeRequest:
         crop: how they are cut and mirrored.
         variants: random versions of every image; 0: its centre crop alone.
         seed: decides the random versions.
+        batch: images encoded at once, which memory bounds and codes do not depend on.
     """
 
     folder: ImageFolder
     crop: Crop
     variants: int
     seed: int
+    batch: int = _BATCH
 
     def draws(self) -> Iterator[Draws]:
         """Batches of draws, all images of one variant after the other."""
@@ -70,8 +72,8 @@ class CodeRequest:
                 if self.variants
                 else centre_draws(np.arange(count))
             )
-            for first in range(0, count, _BATCH):
-                part = slice(first, first + _BATCH)
+            for first in range(0, count, self.batch):
+                part = slice(first, first + self.batch)
                 yield Draws(draws.index[part], draws.uniform[part])
 
 
@@ -163,7 +165,7 @@ def cached_codes(
         resident_limit_mb=resident_limit_mb,
         bad_images=bad_images,
     )
-    codes = _encode(images.batches(request.draws()), tokenizer.to(device), progress)
+    codes = _encode(images.batches(request.draws()), tokenizer.to(device), progress, request.batch)
     with _replacing(path) as file:
         digest = _write(file, codes, shape, dtype)
     met = 0 if bad_images is None else len(bad_images.found) - known
@@ -200,13 +202,13 @@ def _description_that_fits(
 
 @torch.no_grad()
 def _encode(
-    batches: Iterator[Tensor], tokenizer: VQTokenizer, progress: Progress
+    batches: Iterator[Tensor], tokenizer: VQTokenizer, progress: Progress, at_once: int
 ) -> Iterator[NDArray[np.int64]]:
     """Codes (B, T) of every batch."""
     for number, batch in enumerate(batches, 1):
         yield tokenizer.encode(batch).cpu().numpy()
         if number % 50 == 0 or number == progress.total:
-            progress.show(number, {}, _BATCH, float("inf"))
+            progress.show(number, {}, at_once, float("inf"))
 
 
 def _write(

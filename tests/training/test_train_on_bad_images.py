@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aim_training.data import DataError
+from aim_training.errors import TrainingError
 from aim_training.options import TokenizerTrainingOptions
 from aim_training.train_tokenizer import TokenizerTask, train_tokenizer
 
@@ -74,5 +74,5 @@ def test_it_ends_a_strict_run(damaged: Path, tmp_path: Path) -> None:
     options = TokenizerTrainingOptions(
         data=damaged, out=tmp_path / "run", bad_images="stop", **TINY
     )
-    with pytest.raises(DataError, match=r"green/001\.png cannot be read as an image"):
+    with pytest.raises(TrainingError, match=r"green/001\.png cannot be read as an image.*step 1"):
         train_tokenizer(options)

@@ -75,6 +75,16 @@ class BadImages:
         if not self.quiet:
             self._say(line)
 
+    def remark(self) -> str | None:
+        """How many there were, None without any."""
+        count = len(self.found)
+        if not count:
+            return None
+        were = "image was" if count == 1 else "images were"
+        return f"{count:,} {were} skipped" + (
+            f"; {shown(self.listing)} lists them" if self.listing else ""
+        )
+
     def _list(self, fault: ImageError) -> None:
         if self.listing is None or self.quiet:
             return
