@@ -70,9 +70,9 @@ def test_samples_of_any_width_are_read_by_their_meaning(
 
 def test_a_mode_that_opened_as_wide_is_16_bit_in_formats_of_16_bits(tmp_path: Path) -> None:
     """Older versions of Pillow open a 16-bit PNG as 32 bits; a dark one is no 8-bit picture."""
-    wide = Image.fromarray(np.full((16, 16), 200, np.int32))
-    assert np.asarray(module.eight_bit(wide, "PNG")).max() == 1
-    assert np.asarray(module.eight_bit(wide, "TIFF")).max() == 200
+    wide = Image.fromarray(np.full((16, 16), 255, np.int32))
+    assert np.asarray(module.eight_bit(wide, "PNG")).max() == 0
+    assert np.asarray(module.eight_bit(wide, "TIFF")).max() == 255
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-#: 16-bit samples as bytes: 65535 is white.
-_SIXTEEN_BITS = [(value * 255 + 32767) // 65535 for value in range(65536)]
+#: 16-bit grey as bytes, as Pillow itself reads 16-bit colour: 65535 is white.
+_SIXTEEN_BITS = [value >> 8 for value in range(65536)]
 #: Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
 _INTEGER_WHITES = (255.0, 65535.0, 2.0**31 - 1)
 #: The largest value up to which floating-point samples have which white. Filters overshoot: a
