@@ -70,11 +70,15 @@ def rehearse(
     total = min(per_step * steps, seconds)
     line = (
         f"Expected: {memory.gib(takes)} of memory (of {memory.gib(most)}), about "
-        f"{per_step:.2g} s a step, {duration(total)} for what is left to train"
+        f"{_short(per_step)} a step, {duration(total)} for what is left to train"
     )
     if total > _LONG_S:
         line += "; --preset small and --max-minutes are made for machines without a GPU"
     return line
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
 class Pace:
@@ -117,7 +121,7 @@ class Pace:
         per_step = (time.monotonic() - self._since) / done
         left = min(per_step * (steps - step), seconds)
         return (
-            f"Measured: {per_step:.2g} s a step, {memory.gib(memory.peak(self._device))} of "
+            f"Measured: {_short(per_step)} a step, {memory.gib(memory.peak(self._device))} of "
             f"memory, {duration(left)} left"
         )
 

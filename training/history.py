@@ -8,6 +8,7 @@ from typing import Any
 
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions, recipe
+from aim_training.saves import Saves, from_json
 
 #: Options that decide nothing about what is trained.
 _HOUSEKEEPING = frozenset(
@@ -25,6 +26,33 @@ _HOUSEKEEPING = frozenset(
 )
 #: Parts of a fingerprint that `--allow-changed-data` lets differ.
 _DATA = frozenset(("data_digest",))
+
+
+def newest_of_same_run(
+    saves: Saves, ours: Mapping[str, Any], options: TrainingOptions
+) -> dict[str, Any] | None:
+    """The newest checkpoint, None without any; nothing is changed yet.
+
+    Args:
+        saves: of the run folder.
+        ours: this call's fingerprint.
+        options: of this call.
+
+    Raises:
+        TrainingError: this call may not go on from it.
+    """
+    newest = saves.newest()
+    if newest is None:
+        return None
+    state = saves.read(newest)
+    theirs = from_json(state["fingerprint"])
+    check_same_run(theirs if isinstance(theirs, dict) else {}, ours, options)
+    if newest > options.steps:
+        raise TrainingError(
+            f"steps is {options.steps}, but {options.out} has trained {newest} already; ask for as "
+            "many or more"
+        )
+    return state
 
 
 def check_same_run(

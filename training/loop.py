@@ -38,7 +38,7 @@ from aim_training.errors import (
     explained,
     options_that_fit,
 )
-from aim_training.history import changes, check_same_run
+from aim_training.history import changes, newest_of_same_run
 from aim_training.learner import Learner, autocast, make_optimizer, rate_fraction
 from aim_training.options import TrainingOptions, recipe
 from aim_training.progress import Progress
@@ -113,7 +113,7 @@ class _Run:
 
     def train(self) -> Path:
         with explained(self.task.smaller):
-            state = self._read_checkpoint()
+            state = newest_of_same_run(self.saves, self.task.fingerprint(), self.options)
             self.task.prepare()
             if state is not None:
                 self._take_up(state)
@@ -368,23 +368,6 @@ class _Run:
         }
         self.saves.write(self.step, state)
         self.saved_at = self.step
-
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint, if this call may go on from it; nothing is changed yet."""
-        newest = self.saves.newest()
-        if newest is None:
-            return None
-        state = self.saves.read(newest)
-        theirs = from_json(state["fingerprint"])
-        check_same_run(
-            theirs if isinstance(theirs, dict) else {}, self.task.fingerprint(), self.options
-        )
-        if newest > self.options.steps:
-            raise TrainingError(
-                f"steps is {self.options.steps}, but {self.options.out} has trained {newest} "
-                "already; ask for as many or more"
-            )
-        return state
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, and says what is different from before."""
