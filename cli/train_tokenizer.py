@@ -31,4 +31,6 @@ def command(**values: Any) -> None:
     model = out.with_name("model" if out.name == "tokenizer" else f"{out.name}-model")
     data, tokenizer = shlex.quote(str(options.data)), shlex.quote(str(weights))
     begun = f"aim train model {data} --tokenizer {tokenizer}"
-    say_outcome(weights, next_command(begun, options, out=model))
+    # A laptop's tokenizer is for a laptop's model.
+    sizes = {"preset": options.preset} if options.preset else {}
+    say_outcome(weights, next_command(begun, options, **sizes, out=model))

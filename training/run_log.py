@@ -35,8 +35,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(out / "tensorboard"))
-        except ImportError:
-            progress.say("no TensorBoard logs: the package tensorboard is not installed")
+        except (ImportError, AttributeError, TypeError):  # not there, or at odds with others
+            progress.say("no TensorBoard logs: the package tensorboard cannot be imported")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs numbers of a step."""

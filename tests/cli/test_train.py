@@ -82,6 +82,7 @@ def test_the_next_command_trains_on_the_same_images(
     done = cli(
         *("train", "tokenizer", "my pictures", "--out", "a b/tokenizer", "--val-data", "held out"),
         *("--size", 64, "--resize-factor", 1, "--no-flip", "--bad-images", "stop"),
+        *("--preset", "small"),
     )
     line = next(line for line in done.stdout.splitlines() if line.startswith("next"))
     words = shlex.split(line)[1:]
@@ -102,6 +103,7 @@ def test_the_next_command_trains_on_the_same_images(
             resize_factor=1.0,
             flip=False,
             bad_images="stop",
+            preset="small",
         )
     ]
     assert "aim export --ckpt 'a b/model/model.safetensors' --out 'a b/bundle'" in done.stdout
