@@ -15,6 +15,7 @@ from aim_training.errors import TrainingError, is_disk_full, is_out_of_memory, o
 
 _KEEP = 2
 _NAME = re.compile(r"step-([0-9]{1,18})\.pt")
+_PARTIAL = re.compile(r"step-[0-9]{1,18}\.part")
 #: What a checkpoint must hold to be one of ours.
 _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
@@ -46,6 +47,9 @@ class Saves:
         path = self.folder / f"step-{step:08d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.iterdir():
+                if _PARTIAL.fullmatch(left.name):
+                    left.unlink()  # by a run that was killed while it wrote
             try:
                 _write(path, state)
             except OSError as error:

@@ -438,8 +438,14 @@ def test_foreign_files_among_the_checkpoints_are_left_alone(tmp_path: Path) -> N
     for name in foreign:
         (folder / name).write_text("mine")
     (folder / "step-00000009.pt").mkdir()
+    (folder / "step-00000003.part").write_text("of a run that was killed")
     run(tmp_path)
-    assert {path.name for path in folder.iterdir()} >= {*foreign, "step-00000009.pt"}
+    assert {path.name for path in folder.iterdir()} == {
+        *foreign,
+        "step-00000009.pt",
+        "step-00000004.pt",
+        "step-00000006.pt",
+    }
     assert checkpoints(tmp_path) == [4, 6]
 
 
