@@ -255,9 +255,11 @@ class ModelTask(Task):
         model, count = self.model.averaged, self.options.sample_count
         share = max(1, self.options.batch_size // self.accelerator.num_processes)
         spread = torch.linspace(0, model.config.num_classes - 1, count, device=self.device)
-        codes = sample(model, spread.round().long(), self.options.sample_guidance, seed=0)
+        classes = spread.round().long()
+        names = [self.folder.class_names[index] for index in classes.tolist()]
+        codes = sample(model, classes, self.options.sample_guidance, seed=0)
         images = torch.cat([self.tokenizer.decode(part) for part in codes.split(share)])
-        return contact_sheet(images, columns=math.ceil(math.sqrt(count)))
+        return contact_sheet(images, math.ceil(math.sqrt(count)), names)
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs the same run."""

@@ -320,10 +320,11 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def picture(self) -> Image.Image:
-        """Images above their reconstructions, in rows of eight."""
-        source, count = self.images, len(self.folder)
+        """Images with their classes above their reconstructions, in rows of eight."""
+        folder, source, count = self.folder, self.images, len(self.folder)
         if self.held_out is not None:
-            source, count = self.held_out, self.held_out_count
+            assert self.held_out_folder is not None
+            folder, source, count = self.held_out_folder, self.held_out, self.held_out_count
         index = np.unique(np.linspace(0, count - 1, _SHOWN).astype(np.int64))
         parts = np.array_split(index, -(-len(index) // self.share))
         shown = list(source.batches(centre_draws(part) for part in parts))
@@ -332,7 +333,10 @@ class TokenizerTask(Task):
         drawn = torch.cat([network.decode(network.encode(part)) for part in shown])
         rows = [row for pair in zip(batch.split(8), drawn.split(8), strict=True) for row in pair]
         rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 8 - len(row)), value=1.0) for row in rows]
-        return contact_sheet(torch.cat(rows), columns=8)
+        names = [folder.class_names[label] for label in folder.labels[index]]
+        captions = [names[first : first + 8] for first in range(0, len(names), 8)]
+        captions = [row + [""] * (16 - len(row)) for row in captions]  # none under the second row
+        return contact_sheet(torch.cat(rows), 8, [text for row in captions for text in row])
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs the same run."""

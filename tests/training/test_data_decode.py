@@ -22,7 +22,10 @@ COLOUR = np.stack([RAMP, RAMP[::-1], RAMP.T], -1)
 
 
 def saved(folder: Path, image: Image.Image, name: str, **options: Any) -> Path:
-    image.save(folder / name, **options)
+    try:
+        image.save(folder / name, **options)
+    except (KeyError, OSError, ValueError) as error:
+        pytest.skip(f"this Pillow cannot write {name}: {error}")
     return folder / name
 
 

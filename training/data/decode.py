@@ -11,13 +11,14 @@ import math
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from aim_training.data.colour import eight_bit, on_white
 from aim_training.data.errors import ImageError, one_line
@@ -124,12 +125,14 @@ def _resized(
     image: Image.Image, stored: tuple[int, int], shorter_side: int, at: tuple[float, float]
 ) -> Image.Image:
     """An image decoded, upright, in a mode of 8 bits and of the shape wanted."""
+    drafted = image.size != stored
     image.load()
     orientation = _orientation(image)
     method = _UPRIGHT.get(orientation)
     upright = image if method is None else image.transpose(method)
     pixels = _without_length(eight_bit(upright, image.format), at)
-    target = fitted(*_turned(stored, orientation), shorter_side)
+    whole = _turned(stored, orientation) if drafted else upright.size
+    target = fitted(*whole, shorter_side)
     if pixels.size == target:
         return pixels
     # Antialiased when shrinking: Pillow widens the filter by the scale.
@@ -153,7 +156,7 @@ def _opened(path: Path, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[
     """
     try:
         _check_file(path)
-        with Image.open(path, formats=readable_formats()) as image:
+        with closing(Image.open(path, formats=readable_formats())) as image:
             stored = image.size
             if min(stored) < 1:
                 raise ImageError(path, f"it has {stored[0]} x {stored[1]} pixels")
@@ -192,8 +195,9 @@ def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 def _early_orientation(image: Image.Image) -> int:
     """The orientation as far as the header says."""
-    if image.format == "TIFF":  # which Pillow turns itself; its size is that of the turned image
-        return 1
+    if isinstance(image, TiffImageFile):  # newer Pillows have turned its size already
+        as_stored = (image.tag_v2.get(IMAGEWIDTH), image.tag_v2.get(IMAGELENGTH))
+        return _orientation(image) if image.size == as_stored else 1
     if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to look behind
         return 1
     return _orientation(image)
