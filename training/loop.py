@@ -253,6 +253,7 @@ class _Run:
             if warning := check_room(self.options.out, kept, weights):
                 self.progress.say(warning)
         if self.accelerator.device.type == "cpu":
+            self.progress.say("Trying a step of a few blank images, to see what it takes ...")
             left = (self.options.steps - self.step, self.limit_s - self.elapsed_s)
             processes = self.accelerator.num_processes
             self.progress.say(foresight.rehearse(self.task, self.options, processes, *left))
