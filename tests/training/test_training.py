@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert whole.read_bytes() == resumed.read_bytes()
 
 
+@pytest.fixture
+def _heard_hangups() -> Iterator[None]:
+    """Tests may themselves run under nohup, which has hang-ups ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_heard_hangups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_at_the_step_boundary(
     trainer: tuple[Train, type], tmp_path: Path, number: int
