@@ -4,10 +4,15 @@ The graphs go in as bytes and their weights as checked, memory-mapped buffers, n
 ONNX Runtime reads no file itself. The step runs through I/O binding on two sets of state buffers
 used in turn, on the device that computes: one buffer bound as input and output gives silently wrong
 results. Between two steps only tokens and positions go to that device, and only scores come back.
+
+From 1.29 on ONNX Runtime reports its use over the network, from a thread that it starts when it is
+imported and that lets no forked child exit. Neither suits a library inside other programs: where
+nobody has decided (ORT_DISABLE_TELEMETRY), it is off.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +41,9 @@ _ORT_TYPES = {
 _DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
 _FATAL = 4  # log level: its errors reach us as exceptions, once is enough
+_MINIMUM_VERSION = (1, 24)
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when onnxruntime is imported
 
 
 @dataclass(frozen=True)
@@ -107,22 +115,21 @@ class _OnnxRuntimeRows(Rows):
     ) -> None:
         super().__init__(engine.manifest, rows)
         step = engine.manifest.graphs["step"]
-        self._session = session
         try:
             self._token = engine.zeros(step.input("token"), rows)
             self._position = engine.zeros(step.input("position"), rows)
-            self._conditioning = dict(conditioning)
             states = [
                 [engine.zeros(step.input(pair.input), rows) for pair in engine.manifest.state]
                 for _ in range(2)
             ]
             # On the host wherever the step runs: the sampler is NumPy. Only here is it copied.
             self._logits = _zeros(step.output("logits"), rows)  # (rows, V)
+            inputs = {"token": self._token, "position": self._position, **conditioning}
             # Two bindings for the two directions, made once: each reads one set and writes the
             # other.
             self._bindings = [
-                self._bind(engine.manifest, *states),
-                self._bind(engine.manifest, *states[::-1]),
+                _Binding(engine, session, inputs, old, new, self._logits)
+                for old, new in (states, states[::-1])
             ]
         except BackendError:
             raise
@@ -132,44 +139,70 @@ class _OnnxRuntimeRows(Rows):
 
     def close(self) -> None:
         # The bindings hold the state.
-        self._bindings, self._conditioning = [], {}
-
-    def _bind(
-        self,
-        manifest: Manifest,
-        old: list[onnxruntime.OrtValue],
-        new: list[onnxruntime.OrtValue],
-    ) -> onnxruntime.IOBinding:
-        binding = self._session.io_binding()
-        inputs = {"token": self._token, "position": self._position, **self._conditioning}
-        for pair, value in zip(manifest.state, old, strict=True):
-            inputs[pair.input] = value
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for pair, value in zip(manifest.state, new, strict=True):
-            binding.bind_ortvalue_output(pair.output, value)
-        logits = self._logits
-        binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
-        return binding
+        self._bindings = []
 
     def _step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
         try:
             self._token.update_inplace(np.ascontiguousarray(token))
             self._position.update_inplace(np.ascontiguousarray(position))
-            self._session.run_with_iobinding(self._bindings[self._turn])
+            self._bindings[self._turn].run()
         except Exception as error:
             raise _failed(error) from error
         self._turn = 1 - self._turn
         return self._logits  # (rows, V)
 
 
+class _Binding:
+    """The step's inputs and outputs in one direction, bound once, and the owner of them all.
+
+    ONNX Runtime's own binding holds addresses. Of what lies there, older versions keep nothing
+    alive, and memory of NumPy's not in any version unless its OrtValue is kept.
+    """
+
+    def __init__(
+        self,
+        engine: OnnxRuntimeEngine,
+        session: onnxruntime.InferenceSession,
+        inputs: Mapping[str, onnxruntime.OrtValue],
+        old: Sequence[onnxruntime.OrtValue],
+        new: Sequence[onnxruntime.OrtValue],
+        logits: NDArray[np.float32],
+    ) -> None:
+        pairs = engine.manifest.state
+        inputs = {**inputs, **{pair.input: v for pair, v in zip(pairs, old, strict=True)}}
+        outputs = {pair.output: value for pair, value in zip(pairs, new, strict=True)}
+        self._binding = session.io_binding()  # first: it goes before what it points to
+        self._session = session
+        # The engine too: its sessions own the memory that the prologue filled.
+        self._alive = (engine, inputs, outputs, logits)
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+        self._binding.bind_output(
+            "logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data
+        )
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
 def import_failure() -> str | None:
     """None if ONNX Runtime imports here, otherwise why not and what to do."""
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime
+
+        version = str(onnxruntime.__version__)
+        numbers = tuple(int(part) for part in version.split(".")[:2])
     except Exception as error:  # a broken installation can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"onnxruntime does not import ({reason}); pip install onnxruntime"
+    if numbers < _MINIMUM_VERSION:
+        least = ".".join(map(str, _MINIMUM_VERSION))
+        return (
+            f"onnxruntime {version} is too old, {least} or later is needed; "
+            "pip install --upgrade onnxruntime"
+        )
     return None
 
 

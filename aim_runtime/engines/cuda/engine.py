@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import whole_number
+from aim_runtime.arguments import shown, whole_number
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import Conditioning, Engine
 from aim_runtime.engines.cuda import step, weights, workspace
@@ -80,7 +80,7 @@ class CudaEngine(Engine):
             if not sizes:
                 least = -(-min(needs.values()) // 2**20)
                 raise ValueError(
-                    f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+                    f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
                     f"needs {least}: give memory_limit_mb={least} or more"
                 )
         free = self._device.free_memory() * _SHARE_OF_FREE_MEMORY + self._pool.idle_bytes()
