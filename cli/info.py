@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aim_cli import human
-from aim_cli.terminal import fields, table
+from aim_cli.terminal import as_json, fields, table
 
 if TYPE_CHECKING:
     from aim_runtime import BatchPlan, Bundle
@@ -21,9 +21,9 @@ _CLASSES_SHOWN = 6
 
 @click.command("info")
 @click.argument("path", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
-@click.option("--classes", is_flag=True, help="List the classes: number, tab, name.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(path: Path | None, classes: bool, as_json: bool) -> None:
+@click.option("--classes", is_flag=True, help="List the classes: index, tab, name.")
+@click.option("--json", "everything", is_flag=True, help="Print everything as one JSON object.")
+def command(path: Path | None, classes: bool, everything: bool) -> None:
     """Show what a bundle holds, what it needs and what can run it.
 
     BUNDLE is a folder or a .zip; without it, the model in the box. Nothing in it is executed.
@@ -31,8 +31,8 @@ def command(path: Path | None, classes: bool, as_json: bool) -> None:
     from aim_runtime import Bundle
 
     bundle = Bundle.open(path)
-    if as_json:
-        click.echo(json.dumps(as_dict(bundle), indent=2, ensure_ascii=False))
+    if everything:
+        click.echo(as_json(as_dict(bundle), indent=2))
     elif classes:
         names = bundle.manifest.class_names
         click.echo("\n".join(f"{index}\t{name}" for index, name in enumerate(names)))
