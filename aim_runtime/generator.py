@@ -302,9 +302,16 @@ class Generator:
         shape = (len(request.seeds), model.num_tokens)
         allowed = f"whole numbers of shape {shape}, one row for each of classes"
         try:
-            forced = np.asarray(tokens)
-        except Exception:  # ragged lists, or whatever a stranger's object raises
-            raise ValueError(f"tokens is {shown(tokens)}; it must be {allowed}") from None
+            # Lists are measured first: NumPy would walk through a range of a billion.
+            if not hasattr(tokens, "shape") and len(tokens) == shape[0]:
+                fits = all(len(row) == shape[1] for row in tokens)
+            else:
+                fits = hasattr(tokens, "shape")
+            forced = np.asarray(tokens) if fits else None
+        except Exception:  # no lists, or whatever a stranger's object raises
+            forced = None
+        if forced is None:
+            raise ValueError(f"tokens is {shown(tokens)}; it must be {allowed}")
         if forced.shape != shape or forced.dtype.kind not in "iu":
             what = f"{shown(forced.dtype)} of shape {shown(forced.shape)}"
             raise ValueError(f"tokens is {what}; it must be {allowed}")

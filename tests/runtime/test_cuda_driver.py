@@ -24,7 +24,7 @@ from aim_runtime.engines.cuda.device import DeviceLaunch, OutOfDeviceMemory
 from .toy_cuda import toy_plan, write_toy_bundle
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
-from aim_runtime.engines.cuda import driver as module  # noqa: E402
+from aim_runtime.engines.cuda import driver as module
 
 RESULT = module.driver.CUresult
 real = module.driver
