@@ -203,7 +203,7 @@ def test_every_argument_works_or_names_itself(
             tried += 1
             continue
         case = f"{what} = {shown(value)}"
-        started, tried = time.perf_counter(), tried + 1
+        started, tried = time.process_time(), tried + 1
         try:
             call(value)
         except (ValueError, AimError) as error:
@@ -221,7 +221,7 @@ def test_every_argument_works_or_names_itself(
             wrong.append(
                 f"{case}: {type(error).__name__}: {error} ({where.name}:{where.lineno})"[:250]
             )
-        slowest = max(slowest, (time.perf_counter() - started, case))
+        slowest = max(slowest, (time.process_time() - started, case))
     assert not wrong, "\n".join([f"{len(wrong)} of {tried}", *wrong])
     assert tried > 2000
     assert slowest[0] < 5, slowest
