@@ -90,6 +90,10 @@ class Learner(Generic[Network]):
         """One step down the gradient of ``loss``; returns the gradient's norm before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(loss)
+        return self.apply_gradients()
+
+    def apply_gradients(self) -> Tensor:
+        """One step down the parameters' gradients; returns their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
         self.optimizer.step()
         if self.ema is not None:

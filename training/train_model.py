@@ -20,6 +20,7 @@ from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
 from aim_training.data import BatchOrder, Crop, ImageFolder
+from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.loop import (
     Learner,
     Task,
@@ -34,6 +35,7 @@ from aim_training.model import AiM
 from aim_training.options import ModelTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
 from aim_training.sampling import sample
+from aim_training.step_graph import StepGraph
 from aim_training.tokenizer import VQTokenizer, channels_last
 
 #: Codes that stay on the device at most, bytes; larger ones are read from the disk.
@@ -152,6 +154,9 @@ class ModelTask(Task):
         network = AiM(config, dropout=options.dropout).initialise()
         self.model = Learner(network, accelerator, options, average=True)
         self.learners = {"model": self.model}
+        self.graph: StepGraph | None = None
+        if self.device.type == "cuda" and accelerator.num_processes == 1:
+            self.graph = StepGraph(network, self._loss)
 
     def _codes(self, name: str, request: CodeRequest) -> NDArray[Any]:
         cache = self.options.cache or self.options.out / "codes"
@@ -192,16 +197,23 @@ class ModelTask(Task):
 
     def train_step(self, step: int, progress: float, batch: CodeBatch) -> dict[str, Tensor]:
         """Cross-entropy over all T tokens."""
-        with autocast(self.options, self.device):
-            logits = self.model.wrapped(batch.codes, batch.classes)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.codes.flatten())
-        norm = self.model.update(loss)
+        if self.graph is not None:
+            loss = self.graph(batch.codes, batch.classes)
+            norm = self.model.apply_gradients()
+        else:
+            loss = self._loss(batch.codes, batch.classes)
+            norm = self.model.update(loss)
         detached = loss.detach()
         return {
             "loss": detached,
             "bits_per_token": detached / math.log(2),
             "gradient_norm": norm.detach(),
         }
+
+    def _loss(self, codes: Tensor, classes: Tensor) -> Tensor:
+        with autocast(self.options, self.device):
+            logits = self.model.wrapped(codes, classes)  # (B, T, V)
+        return cross_entropy(logits, codes)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
