@@ -128,14 +128,28 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, partial_json = (path.with_name(path.name + end) for end in (".part", ".json.part"))
     try:
-        save_file(tensors, partial)
         partial_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        _save_file(tensors, partial)
+        # safetensors lets nobody but the owner read; the process's umask decides, as for the JSON.
+        partial.chmod(partial_json.stat().st_mode & 0o666)
         os.replace(partial_json, path.with_suffix(".json"))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
         partial_json.unlink(missing_ok=True)
     return path
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors; what the operating system refuses is an OSError again."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def model_config_from_shapes(shapes: Shapes, source: str = "the checkpoint") -> ModelConfig:
