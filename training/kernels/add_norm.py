@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aim_training.kernels.language import blocks, jit, launchable, power_of_2, tl
 
+#: Added to the mean square in every norm of the network.
 EPS = 1e-5
 #: Rows a program of the backward kernel sums gradients over.
 _ROWS = 32

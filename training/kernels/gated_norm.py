@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aim_training.kernels.add_norm import EPS
 from aim_training.kernels.language import blocks, jit, power_of_2, tl
 
-EPS = 1e-5
 #: Rows a program of the backward kernel sums the weight's gradient over, and columns a warp.
 _ROWS = 64
 _COLUMNS = 256
