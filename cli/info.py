@@ -59,6 +59,21 @@ def model_bytes(bundle: Bundle) -> int:
     return (model.parameters + model.decoder_parameters) * _FLOAT32_BYTES
 
 
+def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
+    """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any."""
+    from aim_runtime.engines.cuda.architecture import describe
+    from aim_runtime.engines.cuda.plan import Plan, architectures, precisions
+
+    formats = precisions(bundle.manifest)
+    if not formats:
+        return None
+    return {
+        "precisions": formats,
+        "compute_capabilities": describe(architectures(bundle.manifest)).split(", "),
+        "compiler": Plan.read(bundle, formats[0]).compiler,
+    }
+
+
 def as_dict(bundle: Bundle) -> dict[str, Any]:
     """Everything ``aim info`` knows, as JSON values."""
     from aim_runtime import available_backends
@@ -82,6 +97,7 @@ def as_dict(bundle: Bundle) -> dict[str, Any]:
                 for n, plan in plans.items()
             ],
         },
+        "cuda_kernels": cuda_kernels(bundle),
         "backends": [
             {"name": s.name, "available": s.available, "reason": s.reason}
             for s in available_backends(bundle)
@@ -127,6 +143,13 @@ def card(bundle: Bundle) -> str:
         ("provenance", _provenance(manifest.provenance)),
         ("backends", _backends(bundle)),
     ]
+    if (kernels := cuda_kernels(bundle)) is not None:
+        formats, capabilities = (
+            ", ".join(kernels[key]) for key in ("precisions", "compute_capabilities")
+        )
+        made_by = kernels["compiler"] or "an unrecorded compiler"
+        shown = f"{formats} for compute capability {capabilities}, compiled by {made_by}"
+        pairs.insert(-1, ("CUDA kernels", shown))
     return fields(pairs)
 
 

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from aim_export.bundle import ExportError
-from aim_export.cuda.compile import SHARED_MEMORY, Binary, CompileError, Progress, compile_kernels
+from aim_export.cuda.compile import (
+    MEASURED_TRITON,
+    SHARED_MEMORY,
+    Binary,
+    CompileError,
+    Progress,
+    compile_kernels,
+    compiler,
+)
 from aim_export.cuda.decoder import decoder_tensors, lower_decoder
 from aim_export.cuda.plan import Plan
 from aim_export.cuda.precision import FORMATS
@@ -92,7 +100,12 @@ def compile_engines(
     plans = [build_plan(bundle, precision, constants) for precision in precisions]
     kernels = {id: kernel for plan in plans for id, kernel in plan.kernels().items()}
     shown = ", ".join(f"{capability / 10}" for capability in capabilities)
-    say(f"compiling {len(kernels)} kernels for compute capability {shown}")
+    say(f"compiling {len(kernels)} kernels for compute capability {shown} with {compiler()}")
+    if compiler() != f"Triton {MEASURED_TRITON}":
+        say(
+            f"the published speeds are of kernels that Triton {MEASURED_TRITON} compiled; other "
+            "releases have been slower: pip install 'aim-runtime[kernels]' brings that one"
+        )
     try:
         binaries = compile_kernels(kernels.values(), capabilities, progress=progress)
     except CompileError as error:
@@ -126,6 +139,7 @@ def build_plan(bundle: Bundle, precision: str, constants: Constants) -> Plan:
     weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
     return Plan(
         precision=precision,
+        compiler=compiler(),
         weights=weights,
         conversions=conversions(weights),
         setup=decoder.setup,

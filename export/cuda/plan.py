@@ -186,10 +186,12 @@ class Plan:
     """All of it, for one precision.
 
     ``conversions`` are the kernels that bring stored weights to the types above, called
-    ``cast_<from>_<to>`` and ``quantise_<from>_<columns>``.
+    ``cast_<from>_<to>`` and ``quantise_<from>_<columns>``. ``compiler`` names what compiles the
+    kernels: how fast they are depends on it.
     """
 
     precision: str
+    compiler: str
     weights: Mapping[str, Weight]
     conversions: Mapping[str, KernelSpec]
     setup: Setup
@@ -219,6 +221,7 @@ class Plan:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "precision": self.precision,
+            "compiler": self.compiler,
             "kernels": kernels,
             "conversions": {name: kernel.id for name, kernel in self.conversions.items()},
             "weights": {name: asdict(weight) for name, weight in self.weights.items()},

@@ -7,6 +7,7 @@ import pytest
 
 from aim_runtime import BackendStatus
 
+from ..runtime.toy_cuda import toy_plan, write_toy_bundle
 from .conftest import Cli, refused
 
 
@@ -49,6 +50,19 @@ def test_json_says_what_memory_is_needed(cli: Cli, bundle: Path) -> None:
     assert found["backends"][-1] == {"name": "cpu", "available": True, "reason": ""}
     assert all(bool(item["reason"]) != item["available"] for item in found["backends"])
     assert len(found["manifest_sha256"]) == 64
+
+
+def test_kernels_are_listed_with_what_compiled_them(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    kernels = write_toy_bundle(bundle, tmp_path / "toy", toy_plan("int8"), toy_plan("fp16"))
+    shown = " ".join(cli("info", kernels).stdout.split())
+    assert "fp16, int8 for compute capability 8.0, 9.0, compiled by Triton 3.6.0" in shown
+    assert json.loads(cli("info", kernels, "--json").stdout)["cuda_kernels"] == {
+        "precisions": ["fp16", "int8"],
+        "compute_capabilities": ["8.0", "9.0"],
+        "compiler": "Triton 3.6.0",
+    }
+    assert json.loads(cli("info", bundle, "--json").stdout)["cuda_kernels"] is None
+    assert "CUDA kernels" not in cli("info", bundle).stdout
 
 
 def test_an_unavailable_backend_says_why(

@@ -81,6 +81,22 @@ def test_what_does_not_compile_is_named() -> None:
         compile_kernels([product(2, BM=128, BN=256, BK=256)], [120], workers=1)
 
 
+@pytest.mark.parametrize("release", ["3.6.0", "3.7.1"])
+def test_the_compiler_is_recorded_and_another_one_is_remarked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    """Kernels of other releases are as right, but the published speeds are not theirs."""
+    out = tmp_path / "emoji"
+    shutil.copytree(models_dir() / "emoji", out)
+    monkeypatch.setattr(engines, "compile_kernels", binaries)
+    monkeypatch.setattr(engines, "compiler", lambda: f"Triton {release}")
+    said: list[str] = []
+    engines.add_engines(out, precisions=["fp16"], capabilities=[90], report=said.append)
+    assert RuntimePlan.read(Bundle.open(out), "fp16").compiler == f"Triton {release}"
+    remarks = [line for line in said if "published speeds" in line]
+    assert len(remarks) == (release != engines.MEASURED_TRITON)
+
+
 def arguments(program: Program) -> Iterator[Argument]:
     for item in program:
         for launch in item.body if isinstance(item, Repeat) else (item,):

@@ -71,6 +71,14 @@ def test_a_plan_is_read(manifest: Manifest) -> None:
     assert plan.architectures() == {"80", "90"}
 
 
+def test_a_plan_of_format_1_does_not_say_what_compiled_it(manifest: Manifest) -> None:
+    document = toy_plan("int8")
+    assert Plan.from_json(json.dumps(document), manifest).compiler == "Triton 3.6.0"
+    del document["compiler"]
+    document["format_version"] = 1
+    assert Plan.from_json(json.dumps(document), manifest).compiler == ""
+
+
 def test_what_a_bundle_has(manifest: Manifest) -> None:
     assert architectures(manifest) == ["80", "90"]
     entry = FileEntry("0" * 64, 1)
@@ -92,10 +100,13 @@ def head_launch(document: dict[str, Any]) -> dict[str, Any]:
 
 EDITS: dict[str, tuple[Edit, str]] = {
     "not a plan": (lambda d: d.update(format="x"), 'lacks "format": "aim-cuda-plan"'),
-    "newer": (lambda d: d.update(format_version=2), "made by a newer aim-runtime (format 2"),
+    "newer": (lambda d: d.update(format_version=3), "made by a newer aim-runtime (format 3"),
     "version": (lambda d: d.update(format_version="1"), "format_version is '1'"),
     "missing key": (lambda d: d.pop("setup"), "top level lacks the key 'setup'"),
     "unknown key": (lambda d: d.update(more=1), "unknown key 'more'"),
+    "no compiler": (lambda d: d.pop("compiler"), "top level lacks the key 'compiler'"),
+    "compiler": (lambda d: d.update(compiler="a\nb"), "compiler is 'a\\nb'"),
+    "compiler of format 1": (lambda d: d.update(format_version=1), "unknown key 'compiler'"),
     "precision": (lambda d: d.update(precision="../x y"), "precision is '../x y'"),
     "kernels": (lambda d: d.update(kernels=[]), "kernels is a list of 0 items"),
     "kernel name": (

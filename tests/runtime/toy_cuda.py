@@ -188,8 +188,9 @@ def toy_plan(
         scores = ["byte_head", "ssm", "final", "head", "head_scales", "logits"]
     return {
         "format": "aim-cuda-plan",
-        "format_version": 1,
+        "format_version": 2,
         "precision": precision,
+        "compiler": "Triton 3.6.0",
         "kernels": {
             name: {
                 "symbol": name,

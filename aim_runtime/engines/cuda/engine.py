@@ -15,9 +15,9 @@ from aim_runtime.engine import Conditioning, Engine
 from aim_runtime.engines.cuda import step, weights, workspace
 from aim_runtime.engines.cuda.architecture import describe
 from aim_runtime.engines.cuda.device import Device, OutOfDeviceMemory
-from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket, Plan, plan_file
+from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket, Plan
 from aim_runtime.engines.cuda.program import Kernels
-from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.errors import BackendError
 from aim_runtime.plan import BatchPlan, check_memory_limit
 from aim_runtime.sampling import SamplingOptions
 
@@ -42,7 +42,7 @@ class CudaEngine(Engine):
         self.device = device.label
         self.precision = precision
         self._device = device
-        self._plan = _read_plan(bundle, precision)
+        self._plan = Plan.read(bundle, precision)
         self._buckets = self._runnable_buckets()
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
@@ -216,19 +216,6 @@ class CudaEngine(Engine):
             f"{what} needs {-(-needed // 2**20)} MiB of GPU memory; {self._device.label} "
             f"({self._device.name}) has {free // 2**20} MiB free{hint}"
         )
-
-
-def _read_plan(bundle: Bundle, precision: str) -> Plan:
-    file = plan_file(precision)
-    try:
-        plan = Plan.from_json(str(bundle.read(file), "utf-8"), bundle.manifest)
-    except UnicodeDecodeError:
-        raise BundleError(f"{bundle.path}: {file} is not UTF-8 text") from None
-    except BundleError as error:
-        raise BundleError(f"{bundle.path}: {error}") from None
-    if plan.precision != precision:
-        raise BundleError(f"{bundle.path}: {file} is a CUDA plan for {plan.precision!r}")
-    return plan
 
 
 def _decoder_bucket(buckets: Sequence[DecoderBucket], images: int) -> DecoderBucket:

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aim_runtime.bundle import Bundle
 from aim_runtime.checked_json import CheckedJson
 from aim_runtime.engines.cuda.architecture import choose
 from aim_runtime.errors import BundleError
 from aim_runtime.manifest import MAX_FILE_BYTES, Manifest, ModelCard
 
 FORMAT = "aim-cuda-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "engines/cuda/"
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -53,6 +54,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:+-]{0,255}")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,255}")
 _ARCHITECTURE = re.compile(r"[1-9][0-9]{1,2}")
 _PRECISION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_COMPILER = re.compile(r"[A-Za-z0-9._+ -]{1,64}")
 _PLAN_FILE = re.compile(rf"{re.escape(FOLDER)}plan-({_PRECISION.pattern})\.json")
 _KERNELS_FILE = re.compile(rf"{re.escape(FOLDER)}kernels-sm({_ARCHITECTURE.pattern})\.bin")
 
@@ -166,14 +168,32 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is launched in one precision."""
+    """All that is launched in one precision.
+
+    `compiler` names what made the kernels, "Triton 3.6.0"; it is empty in plans of format 1.
+    """
 
     precision: str
+    compiler: str
     kernels: Mapping[str, Kernel]
     weights: Mapping[str, Weight]
     setup: Setup
     buckets: tuple[Bucket, ...]
     decoder: tuple[DecoderBucket, ...]
+
+    @classmethod
+    def read(cls, bundle: Bundle, precision: str) -> Plan:
+        """Read and check the plan of `bundle` for `precision`. Raises BundleError."""
+        file = plan_file(precision)
+        try:
+            plan = cls.from_json(str(bundle.read(file), "utf-8"), bundle.manifest)
+        except UnicodeDecodeError:
+            raise BundleError(f"{bundle.path}: {file} is not UTF-8 text") from None
+        except BundleError as error:
+            raise BundleError(f"{bundle.path}: {error}") from None
+        if plan.precision != precision:
+            raise BundleError(f"{bundle.path}: {file} is a CUDA plan for {plan.precision!r}")
+        return plan
 
     @classmethod
     def from_json(cls, text: str, manifest: Manifest) -> Plan:
@@ -265,9 +285,13 @@ class _Reader:
                 f"the bundle's CUDA plan was made by a newer aim-runtime (format {version}, this "
                 f"one reads up to {FORMAT_VERSION}); upgrade aim-runtime"
             )
-        keys = ("format", "format_version", "precision", "kernels", "conversions", "weights")
-        top = _JSON.fields(value, "top level", (*keys, "setup", "buckets", "decoder"))
+        keys = ["format", "format_version", "precision", "kernels", "conversions", "weights"]
+        keys += ["setup", "buckets", "decoder"] + ["compiler"] * (version > 1)
+        top = _JSON.fields(value, "top level", keys)
         precision = _JSON.matching(top["precision"], "precision", _PRECISION, "a plain name")
+        compiler = ""
+        if version > 1:
+            compiler = _JSON.matching(top["compiler"], "compiler", _COMPILER, "a plain name")
         for name, item in _table(top["kernels"], "kernels"):
             self.kernels[name] = self.kernel(item, f"kernels[{name!r}]")
         for name, item in _table(top["conversions"], "conversions"):
@@ -292,7 +316,7 @@ class _Reader:
         ):
             if sizes != sorted(sizes):
                 raise BundleError(f"the CUDA plan's {where} are not in ascending order")
-        return Plan(precision, self.kernels, self.weights, setup, buckets, decoder)
+        return Plan(precision, compiler, self.kernels, self.weights, setup, buckets, decoder)
 
     def kernel(self, value: Any, where: str) -> Kernel:
         found = _JSON.fields(value, where, ("symbol", "threads", "pdl", "code"))
