@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -212,7 +212,7 @@ class Report:
     def __init__(self, target: Path | None, model: str, repeats: int) -> None:
         self.target, self.model = target, model
         self.found: dict[str, Any] = machine() | {
-            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": model,
             "repeats": repeats,
             "settings": SETTINGS,

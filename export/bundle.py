@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def export_bundle(
             precision=precision,
             provenance={
                 "exported_by": f"aim-runtime {__version__}",
-                "exported_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "checkpoint": source.path.name,
                 "checkpoint_sha256": _sha256(source.path),
                 "tokenizer": vq_file.name,
