@@ -62,7 +62,8 @@ def model_bytes(bundle: Bundle) -> int:
 def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any."""
     from aim_runtime.engines.cuda.architecture import describe
-    from aim_runtime.engines.cuda.plan import Plan, architectures, precisions
+    from aim_runtime.engines.cuda.plan import architectures, precisions
+    from aim_runtime.engines.cuda.plan_reader import read_plan
 
     formats = precisions(bundle.manifest)
     if not formats:
@@ -70,7 +71,7 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     return {
         "precisions": formats,
         "compute_capabilities": describe(architectures(bundle.manifest)).split(", "),
-        "compiler": Plan.read(bundle, formats[0]).compiler,
+        "compiler": read_plan(bundle, formats[0]).compiler,
     }
 
 
