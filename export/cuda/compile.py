@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aim_export.cuda.plan import TRITON_TYPES, KernelSpec
+from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 
 #: Compute capabilities compiled for, with the shared memory in bytes that a program may take.
 SHARED_MEMORY: Mapping[int, int] = {
