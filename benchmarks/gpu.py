@@ -511,7 +511,7 @@ def write_outline(path: Path, out: Path) -> None:
             if tensor.part is not None:
                 part, values = tensor.part, tensor.values.astype(np.float32)
                 moments = [values.mean(), values.std(), values.min(), values.max()]
-                place = [part.file, part.offset, part.dtype, values.size]
+                place = [part.file, part.offset, tensor.dtype, values.size]
                 tensors.append([*place, *map(float, moments)])
     (out / "tensors.json").write_text(json.dumps(tensors))
 

@@ -37,21 +37,18 @@ def _convolved(
     in_range,
     stored,
     started,
-    new,
-    conv_weight,
-    conv_bias,
-    conv_state,
-    next_conv_state,
+    pointers,  # new inputs, weight, bias, old and new state; but for the weights the row's
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
 ):
-    """Convolve and activate the channels `channel`; pointers but the weights are the row's.
+    """Convolve and activate the channels `channel`.
 
     Where `stored` says so, the inputs move up by one. Taps are an axis, not a loop: the tile is
     then large enough that the compiler spreads its loads over the threads instead of repeating them
     in each.
     """
+    new, conv_weight, conv_bias, conv_state, next_conv_state = pointers
     tap = tl.arange(0, WIDTH_BLOCK)[:, None]
     channel = channel[None, :]
     in_range = in_range[None, :]
@@ -107,51 +104,13 @@ def state_scan_kernel(
     in_cell = in_head[:, None] & in_state[None, :]
     first_cell = (row * HEADS + head) * HEAD_DIM * STATE
 
-    new = projected + INNER
+    rows = (projected + INNER, conv_weight, conv_bias, conv_state, next_conv_state)
     channel = head * HEAD_DIM + p
-    x = _convolved(
-        channel,
-        in_head,
-        in_head,
-        started,
-        new,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        next_conv_state,
-        CHANNELS,
-        WIDTH,
-        WIDTH_BLOCK,
-    )
-    first_head = in_state & (head == 0)
-    b = _convolved(
-        INNER + s,
-        in_state,
-        first_head,
-        started,
-        new,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        next_conv_state,
-        CHANNELS,
-        WIDTH,
-        WIDTH_BLOCK,
-    )
-    c = _convolved(
-        INNER + STATE + s,
-        in_state,
-        first_head,
-        started,
-        new,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        next_conv_state,
-        CHANNELS,
-        WIDTH,
-        WIDTH_BLOCK,
-    )
+    x = _convolved(channel, in_head, in_head, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
+    of_b, of_c = INNER + s, INNER + STATE + s
+    first = in_state & (head == 0)
+    b = _convolved(of_b, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
+    c = _convolved(of_c, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
 
     old_state = tl.load(ssm_state + first_cell + cell, in_cell & started, 0.0)
     dt = softplus(tl.load(projected + INNER + CHANNELS + head) + tl.load(dt_bias + head))
