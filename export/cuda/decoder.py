@@ -2,7 +2,7 @@
 
 Maps are kept in half precision, sums and norm statistics in float32. The residual stream of such a
 decoder has no bound that is known beforehand, so in half precision every map that a norm will read
-is stored as :data:`HALF_SCALE` times its values: the norm takes any factor out again, and a power
+is stored as `HALF_SCALE` times its values: the norm takes any factor out again, and a power
 of two rounds nothing. That leaves room up to 10^6 where half precision ends at 65504, and
 steps of 10^-6 near zero; bfloat16 would have the room without the factor, but an eighth of the
 resolution.

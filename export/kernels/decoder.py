@@ -9,12 +9,11 @@ Convolutions are in `aim_export.kernels.convolution`, what prepares weights in `
 
 With OVERLAPS a launch starts while the one ahead of it ends, and asks for its weights meanwhile.
 
-Letters as in :mod:`aim_training.tokenizer`; besides, Z = `z_channels` as stored, filled up with
-zeros. The plain reference of each kernel is named in its docstring.
+Letters as in `aim_training.tokenizer`; besides, Z = `z_channels` as stored, filled up with
+zeros. What a kernel computes is said in PyTorch's words, which the tests hold it to.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
-# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

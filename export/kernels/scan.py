@@ -182,7 +182,7 @@ def read_states(
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """What the states as they were before the chunk say to the token's C: y (HEADS, P).
+    """What the states as they were before the chunk make of the token's C: y (HEADS, P).
 
     Waits for the launch before, and returns the token as well, of which C is convolved: y, C, B, x,
     z and dt. States of int8 are read as they are, without their factors.
