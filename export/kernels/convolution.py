@@ -28,9 +28,9 @@ def sum_over_taps(
     X_PITCH: tl.constexpr,
     INPUTS: tl.constexpr,
     TAPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """The convolution's sums, float32 (BLOCK_M, BLOCK_N)."""
-    BLOCK_K: tl.constexpr = x.shape[1]
     CHUNKS: tl.constexpr = INPUTS // BLOCK_K
     PRECISION: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
     total = tl.zeros((x.shape[0], weight.shape[1]), tl.float32)
@@ -93,9 +93,9 @@ def store_moments(
     value,  # (BLOCK_M, BLOCK_N) as stored
     moments,
     columns,
-    there,  # (BLOCK_M,) whether a pixel is one
-    tile,
-    plane,  # image and place
+    mask,  # (BLOCK_M, 1) whether a pixel is one; None if all are
+    block,  # tile, place and image
+    UPSAMPLE: tl.constexpr,
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     PART: tl.constexpr,
@@ -105,10 +105,11 @@ def store_moments(
     BLOCK_M: tl.constexpr = value.shape[0]
     BLOCK_N: tl.constexpr = value.shape[1]
     PARTS: tl.constexpr = (PIXELS + PART - 1) // PART
-    UNEVEN: tl.constexpr = PIXELS % BLOCK_M != 0
+    PLACES: tl.constexpr = 4 if UPSAMPLE else 1
+    tile, place, image = block
     parts = tile * (BLOCK_M // PART) + tl.arange(0, BLOCK_M // PART)
-    if UNEVEN:
-        value = tl.where(there[:, None], value, 0.0)
+    if mask is not None:
+        value = tl.where(mask, value, 0.0)
         counts = tl.minimum(tl.maximum(PIXELS - parts * PART, 1), PART).to(tl.float32)
         mean = sums_of_parts(value, PART, PAIRS) / counts[:, None]
     else:
@@ -116,15 +117,17 @@ def store_moments(
     shape: tl.constexpr = (BLOCK_M // PART, PART, BLOCK_N)
     means = tl.reshape(tl.broadcast_to(mean[:, None, :], shape), (BLOCK_M, BLOCK_N))
     deviation = value - means
-    if UNEVEN:
-        deviation = tl.where(there[:, None], deviation, 0.0)
+    if mask is not None:
+        deviation = tl.where(mask, deviation, 0.0)
     squares = sums_of_parts(deviation * deviation, PART, PAIRS)
-    target = moments + (plane * PARTS + parts)[:, None] * (2 * OUTPUTS) + columns[None, :]
-    mask = None
-    if UNEVEN:
-        mask = (parts < PARTS)[:, None]
-    tl.store(target, mean, mask=mask)
-    tl.store(target + OUTPUTS, squares, mask=mask)
+    number = (image * PLACES + place) * PARTS + parts
+    target = moments + number[:, None] * (2 * OUTPUTS) + columns[None, :]
+    if mask is not None:
+        tl.store(target, mean, mask=(parts < PARTS)[:, None])
+        tl.store(target + OUTPUTS, squares, mask=(parts < PARTS)[:, None])
+    else:
+        tl.store(target, mean)
+        tl.store(target + OUTPUTS, squares)
 
 
 @triton.jit
@@ -159,35 +162,36 @@ def convolution(
 ):
     """y = SCALE * `F.conv2d(x)` + bias [+ residual]; with UPSAMPLE of x at twice its size."""
     LENGTH: tl.constexpr = TAPS * TAPS * INPUTS
-    UNEVEN: tl.constexpr = PIXELS % BLOCK_M != 0
     first_column = (tl.program_id(0) % (OUTPUTS // BLOCK_N)) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
     place = tl.program_id(0) // (OUTPUTS // BLOCK_N)
     tile, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     pixels = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there, mask = pixels < PIXELS, None
-    if UNEVEN:
-        pixels, mask = tl.minimum(pixels, PIXELS - 1), there[:, None]
+    mask = None
+    if PIXELS % BLOCK_M != 0:
+        mask = (pixels < PIXELS)[:, None]
+        pixels = tl.minimum(pixels, PIXELS - 1)
     row, column = pixels // WIDTH, pixels % WIDTH
     if UPSAMPLE:
         x += (image * X_PIXELS + (place // 2) * X_PITCH + place % 2) * INPUTS
         weight += place * (OUTPUTS * LENGTH)
-        target = (row * 2 + place // 2) * Y_PITCH + column * 2 + place % 2 + Y_FIRST
     else:
         x += image * X_PIXELS * INPUTS
-        target = row * Y_PITCH + column + Y_FIRST
     inputs = tl.arange(0, BLOCK_K)
     x_at = x + (row * X_PITCH + column + X_FIRST)[:, None] * INPUTS + inputs[None, :]
     weight_at = weight + columns[None, :] * LENGTH + inputs[:, None]
-    if RESIDUAL:
-        residual += image * Y_PIXELS * OUTPUTS
+    if UPSAMPLE:
+        target = (row * 2 + place // 2) * Y_PITCH + column * 2 + place % 2 + Y_FIRST
+    else:
+        target = row * Y_PITCH + column + Y_FIRST
+    residual += image * Y_PIXELS * OUTPUTS
     if OVERLAPS:
         if tile + tl.program_id(2) == 0:
             prefetch_panel(weight, columns, LENGTH, BLOCK_K)
         if RESIDUAL:
             prefetch_block(residual, target, first_column, OUTPUTS, BLOCK_N)
     begin_dependents(OVERLAPS)
-    value = sum_over_taps(x_at, weight_at, X_PITCH, INPUTS, TAPS) * SCALE
+    value = sum_over_taps(x_at, weight_at, X_PITCH, INPUTS, TAPS, BLOCK_K) * SCALE
     value += tl.load(bias + columns)[None, :]
     at = target[:, None] * OUTPUTS + columns[None, :]
     y += image * Y_PIXELS * OUTPUTS
@@ -195,5 +199,5 @@ def convolution(
         value += tl.load(residual + at).to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
     if MOMENTS:
-        plane = image * (4 if UPSAMPLE else 1) + place
-        store_moments(value, moments, columns, there, tile, plane, PIXELS, OUTPUTS, PART, PAIRS)
+        block = (tile, place, image)
+        store_moments(value, moments, columns, mask, block, UPSAMPLE, PIXELS, OUTPUTS, PART, PAIRS)

@@ -265,7 +265,7 @@ def picture(
     x_at = x + first[:, None] * INPUTS + inputs[None, :]
     weight_at = weight + columns[None, :] * (9 * INPUTS) + inputs[:, None]
     begin_dependents(OVERLAPS)
-    total = sum_over_taps(x_at, weight_at, X_PITCH, INPUTS, 3)
+    total = sum_over_taps(x_at, weight_at, X_PITCH, INPUTS, 3, BLOCK_K)
     level = (total + tl.load(bias + columns)[None, :] + 1.0) * 127.5
     level = rounded(tl.minimum(tl.maximum(level, 0.0), 255.0))
     at = image_bytes + (image * PIXELS + pixels)[:, None] * 3 + columns[None, :]

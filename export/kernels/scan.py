@@ -57,13 +57,14 @@ def load_convolution(
     Zeros where `in_proj` has convolved already.
     """
     if CONVOLVES:
-        of_b = INNER + tl.arange(0, S)
-        of_c = INNER + S + tl.arange(0, S)
-        x_before = convolution_before(ring, conv_weight, conv_bias, inner, at, X, K)
-        b_before = convolution_before(ring, conv_weight, conv_bias, of_b, at, X, K)
-        c_before = convolution_before(ring, conv_weight, conv_bias, of_c, at, X, K)
+        states = tl.arange(0, S)
         last = conv_weight + (K - 1) * X
-        x_tap, b_tap, c_tap = tl.load(last + inner), tl.load(last + of_b), tl.load(last + of_c)
+        x_before = convolution_before(ring, conv_weight, conv_bias, inner, at, X, K)
+        b_before = convolution_before(ring, conv_weight, conv_bias, INNER + states, at, X, K)
+        c_before = convolution_before(ring, conv_weight, conv_bias, INNER + S + states, at, X, K)
+        x_tap = tl.load(last + inner)
+        b_tap = tl.load(last + INNER + states)
+        c_tap = tl.load(last + INNER + S + states)
         bias = tl.load(dt_bias + heads)
         return (x_before, x_tap), (b_before, b_tap), (c_before, c_tap), bias
     else:
@@ -300,11 +301,11 @@ def scan(
     group = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     heads = group * HEADS + tl.arange(0, HEADS)
-    channels, states = tl.arange(0, P), tl.arange(0, S)
+    channels, states, slots = tl.arange(0, P), tl.arange(0, S), tl.arange(0, CHUNK)
     inner = heads[:, None] * P + channels[None, :]
     at = tl.load(position + row).to(tl.int32)
     slot = at % CHUNK
-    past = tl.arange(0, CHUNK) < slot
+    past = slots < slot
     cells = state + (row * H + group * HEADS) * P * S + channels[:, None] * S + states[None, :]
     old = (at >= CHUNK) & (channels[:, None] >= 0)
     # Everything up to the wait, which `read_states` does, was written a step ago or earlier.
