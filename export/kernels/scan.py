@@ -301,9 +301,9 @@ def scan(
     group = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     heads = group * HEADS + tl.arange(0, HEADS)
-    channels, states, slots = tl.arange(0, P), tl.arange(0, S), tl.arange(0, CHUNK)
+    channels, states = tl.arange(0, P), tl.arange(0, S)
     inner = heads[:, None] * P + channels[None, :]
-    at = tl.load(position + row).to(tl.int32)
+    slots, at = tl.arange(0, CHUNK), tl.load(position + row).to(tl.int32)
     slot = at % CHUNK
     past = slots < slot
     cells = state + (row * H + group * HEADS) * P * S + channels[:, None] * S + states[None, :]
