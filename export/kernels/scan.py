@@ -218,8 +218,8 @@ def read_states(
                 query, factors = in_columns(c, dtype)
             else:
                 query = c
-        of_head = ask(kept, query, factors, DOT)
-        y = tl.where(column == index, of_head[:, None], y)
+        head_output = ask(kept, query, factors, DOT)
+        y = tl.where(column == index, head_output[:, None], y)
     return tl.trans(y), c, b, x, z, dt
 
 
