@@ -106,6 +106,7 @@ def linear(
     """target = source @ weight^T + bias: the head, and the projections of the conditioning."""
     outputs = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    inside = outputs < N
     loaded = tl.minimum(outputs, N - 1)
     matrix = load_ahead(weight, loaded, WIDTH, BK, DOT, OVERLAPS)
     begin_dependents(OVERLAPS)
@@ -114,5 +115,5 @@ def linear(
         total *= tl.load(scales + loaded)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + loaded)[None, :]
-    inside = (outputs < N)[None, :] & (rows >= 0)[:, None]
+    inside = inside[None, :] & (rows[:, None] >= 0)
     store_rounded(target + rows[:, None] * N + outputs[None, :], total, inside)
