@@ -167,18 +167,18 @@ def convolution(
     place = tl.program_id(0) // (OUTPUTS // BLOCK_N)
     tile, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     pixels = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = None
+    mask = (pixels < PIXELS)[:, None] if PIXELS % BLOCK_M != 0 else None
     if PIXELS % BLOCK_M != 0:
-        mask = (pixels < PIXELS)[:, None]
         pixels = tl.minimum(pixels, PIXELS - 1)
     row, column = pixels // WIDTH, pixels % WIDTH
+    first = row * X_PITCH + column + X_FIRST
     if UPSAMPLE:
         x += (image * X_PIXELS + (place // 2) * X_PITCH + place % 2) * INPUTS
         weight += place * (OUTPUTS * LENGTH)
     else:
         x += image * X_PIXELS * INPUTS
     inputs = tl.arange(0, BLOCK_K)
-    x_at = x + (row * X_PITCH + column + X_FIRST)[:, None] * INPUTS + inputs[None, :]
+    x_at = x + first[:, None] * INPUTS + inputs[None, :]
     weight_at = weight + columns[None, :] * LENGTH + inputs[:, None]
     if UPSAMPLE:
         target = (row * 2 + place // 2) * Y_PITCH + column * 2 + place % 2 + Y_FIRST
