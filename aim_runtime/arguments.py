@@ -1,22 +1,128 @@
-"""Checks of what callers pass."""
+"""Checks of what callers pass: a value in the form that the code works with, or a ValueError.
+
+Its message names the argument, what it got and what it may be, on one short line whatever was
+passed: a class name of a megabyte, a number of 5,000 digits, an object that cannot print itself.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any
+import os
+import reprlib
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+_Value = TypeVar("_Value")
+
+_SHOWN = 60
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = _SHOWN
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = _short.maxarray = 8
+
+
+def shown(value: Any) -> str:
+    """`value` as one printable line of at most 60 characters."""
+    try:
+        # Numbers of many digits have no decimal form, and only the ends of long texts are shown.
+        text = _short.repr(value[:_SHOWN] if isinstance(value, (bytes, bytearray)) else value)
+    except Exception:  # whatever a stranger's __repr__ raises
+        text = f"a value of type {type(value).__name__}"
+    text = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def whole_number(name: str, value: Any, low: int, high: int, also: str = "") -> int:
     """`value` as an int from `low` to `high`.
 
-    Raises ValueError naming the argument, what it got and what it may be; `also` says what else the
-    caller takes.
+    Integers of other libraries count, True and 1.0 do not. `also` says what else the caller takes.
+    """
+    number = _integer(value)
+    if number is None or not low <= number <= high:
+        allowed = " ".join(filter(None, [f"a whole number from {low} to {high}", also]))
+        raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+    return number
+
+
+def number(name: str, value: Any, low: float, high: float, allowed: str) -> float:
+    """`value` as a plain number from `low` to `high`, an int where it is one; in words `allowed`.
+
+    Numbers of other libraries count, arrays of one dimension or more, texts and True do not.
+    """
+    found = _integer(value)
+    plain: float = math.nan if found is None else found
+    if found is None and not _is_no_number(value) and hasattr(type(value), "__float__"):
+        try:
+            plain = float(value)
+        except Exception:  # whatever a stranger's __float__ raises
+            plain = math.nan
+    if not low <= plain <= high:  # a NaN is neither
+        raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+    return plain
+
+
+def instance(
+    name: str, value: _Value, kinds: type[Any] | tuple[type[Any], ...], allowed: str
+) -> _Value:
+    """`value` if it is of one of `kinds`, in words `allowed`."""
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+    return value
+
+
+def path(name: str, value: Any) -> str:
+    """The path `value`, a str or a path object, as a str."""
+    try:
+        found = os.fspath(value)
+    except Exception:
+        found = None
+    if not isinstance(found, str):
+        raise ValueError(f"{name} is {shown(value)}; it must be a path, as text or a Path")
+    return found
+
+
+def optional_method(name: str, value: Any, method: str, allowed: str) -> None:
+    """Check that `value` is None or has what the caller will call, `method`."""
+    if value is not None and not callable(getattr(value, method, None)):
+        raise ValueError(f"{name} is {shown(value)}; it must be {allowed}, or None")
+
+
+def room_for(
+    name: str, value: Collection[Any], shape: tuple[int, ...], dtype: DTypeLike
+) -> NDArray[Any]:
+    """An array for what a request returns, made before any work goes into it.
+
+    Raises ValueError when `value`, the argument `name`, asks for more than there is memory for.
     """
     try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = low - 1
-    if not low <= number <= high:
-        allowed = " ".join(filter(None, [f"a whole number from {low} to {high}", also]))
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
-    return number
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError):  # ValueError: more than an address can tell
+        size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
+        raise ValueError(
+            f"{name} has {len(value)} items; their results take {size:.1f} GiB, more memory than "
+            "there is: ask for fewer at a time"
+        ) from None
+
+
+def _integer(value: Any) -> int | None:
+    if _is_no_number(value):
+        return None
+    try:
+        return operator.index(value)
+    except Exception:  # not an integer, or one whose __index__ raises anything
+        return None
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether `value` would become a number by courtesy only: True, a text, an array of one."""
+    if isinstance(value, (bool, str, bytes, bytearray)):
+        return True
+    try:
+        kind = getattr(getattr(value, "dtype", None), "kind", "f")
+        return bool(getattr(value, "ndim", 0)) or kind not in "iuf"
+    except Exception:  # an object that answers every question with something odd
+        return True

@@ -15,25 +15,18 @@ import mmap
 import os
 import secrets
 import shutil
-import stat
-import zipfile
-from abc import ABC, abstractmethod
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+from aim_runtime.bundle_files import MANIFEST_NAME, Source, find_source
 from aim_runtime.errors import BundleError
-from aim_runtime.manifest import (
-    ENGINES_FOLDER,
-    MAX_MANIFEST_BYTES,
-    FileEntry,
-    Manifest,
-    is_plain_file_name,
-)
+from aim_runtime.manifest import ENGINES_FOLDER, FileEntry, Manifest, is_plain_file_name
+from aim_runtime.quoting import quoted
 
-MANIFEST_NAME = "manifest.json"
-
-# A large member that shrinks more than this is no network: it is made to fill the memory.
-_MAX_ZIP_RATIO = 100
-_ZIP_RATIO_FREE_BYTES = 64 << 20
+# What is read at a time.
+_CHUNK_BYTES = 4 << 20
 
 
 def models_dir() -> Path:
@@ -48,7 +41,7 @@ class Bundle:
     files and may be shared between threads.
     """
 
-    def __init__(self, source: _Source, manifest: Manifest, manifest_sha256: str) -> None:
+    def __init__(self, source: Source, manifest: Manifest, manifest_sha256: str) -> None:
         self._source = source
         self.manifest = manifest
         self.manifest_sha256 = manifest_sha256
@@ -67,7 +60,7 @@ class Bundle:
                     "this installation of aim-runtime has no model in the box; "
                     "give the path of a bundle"
                 )
-        source = _source(Path(path))
+        source = find_source(Path(path))
         text = source.manifest_bytes()
         try:
             manifest = Manifest.from_json(text.decode("utf-8"))
@@ -87,197 +80,107 @@ class Bundle:
     def read(self, name: str) -> memoryview:
         """The bytes of the file `name`, after comparing their sha256 with the manifest's.
 
-        A folder's file is mapped into memory, a zip's is unpacked into it. Raises BundleError when
-        the manifest does not list the file or its bytes are not the ones it promises.
+        They are in memory of their own: nothing that happens to the file afterwards reaches them.
+        Raises BundleError when the manifest does not list the file or its bytes are not the ones
+        it promises.
         """
-        entry = self.manifest.files.get(name)
-        if entry is None:
-            raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
-        data = self._source.read(name, entry)
-        _check_size(self._source, name, len(data), entry)
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
+        entry = self._entry(name)
+        data = self._memory(name, entry.size)
+        with self._opened(name, entry) as file, _Hashing() as hashing:
+            done = 0
+            while count := file.readinto(data[done : done + _CHUNK_BYTES]):  # type: ignore[attr-defined]
+                hashing.update(data[done : done + count])
+                done += count
+            self._check(name, entry, done + len(file.read(1) or b""), hashing.hexdigest())
+        return data.toreadonly()
+
+    def _memory(self, name: str, size: int) -> memoryview:
+        """Memory for the file `name`. Mapped without a file: it is not filled with zeros first."""
+        try:
+            if size and hasattr(mmap, "MAP_ANONYMOUS"):
+                private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                return memoryview(mmap.mmap(-1, size, flags=private))
+            return memoryview(bytearray(size))
+        except (MemoryError, OSError):
             raise BundleError(
-                f"{self.path}: {name} is altered (its sha256 is not the manifest's); "
-                "get the bundle again"
-            )
-        return data
+                f"{self._source.named(name)} takes {size} bytes of memory, which are not there"
+            ) from None
 
     def verify(self) -> None:
         """Compare every file's sha256 with the manifest; BundleError at the first that differs."""
-        for name in self.manifest.files:
-            self.read(name)
+        for name, entry in self.manifest.files.items():
+            with self._opened(name, entry) as file:
+                digest, done = hashlib.sha256(), 0
+                while chunk := file.read(min(_CHUNK_BYTES, entry.size + 1 - done)):
+                    digest.update(chunk)
+                    done += len(chunk)
+                self._check(name, entry, done, digest.hexdigest())
+
+    def _entry(self, name: str) -> FileEntry:
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path}: the manifest lists no file {quoted(name)}")
+        return entry
+
+    @contextlib.contextmanager
+    def _opened(self, name: str, entry: FileEntry) -> Iterator[IO[bytes]]:
+        """The file `name`, whose size is the manifest's; its errors become BundleErrors."""
+        _check_size(self._source, name, self._source.size(name), entry)
+        try:
+            with self._source.open(name) as file:
+                yield file
+        except BundleError:
+            raise
+        except Exception as error:  # zipfile meets a stranger's bytes, and raises many types
+            raise self._source.unreadable(name, error) from None
+
+    def _check(self, name: str, entry: FileEntry, size: int, sha256: str) -> None:
+        """What was read of a file must be what the manifest says."""
+        _check_size(self._source, name, size, entry)
+        if sha256 != entry.sha256:
+            raise BundleError(
+                f"{self._source.named(name)} is altered (its sha256 is not the manifest's); "
+                "get the bundle again"
+            )
 
 
-def _check_size(source: _Source, name: str, size: int, entry: FileEntry) -> None:
+class _Hashing:
+    """A SHA-256 that is computed beside reading: both take about as long, and neither a lock."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._running: threading.Thread | None = None
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wait()
+
+    def update(self, piece: memoryview) -> None:
+        """Begin with the next piece, which must stay as it is."""
+        self._wait()
+        self._running = threading.Thread(target=self._digest.update, args=(piece,))
+        self._running.start()
+
+    def hexdigest(self) -> str:
+        """The checksum of all pieces."""
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.join()
+            self._running = None
+
+
+def _check_size(source: Source, name: str, size: int, entry: FileEntry) -> None:
     if size != entry.size:
         verb = "cut short" if size < entry.size else "altered"
         raise BundleError(
-            f"{source.path}: {name} is {verb} ({size} bytes, the manifest says {entry.size}); "
+            f"{source.named(name)} is {verb} ({size} bytes, the manifest says {entry.size}); "
             "get the bundle again"
         )
-
-
-# -- where the bytes come from --------------------------------------------------------------------
-
-
-class _Source(ABC):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @abstractmethod
-    def manifest_bytes(self) -> bytes:
-        """The manifest's bytes, at most MAX_MANIFEST_BYTES."""
-
-    @abstractmethod
-    def size(self, name: str) -> int:
-        """How large the file `name` is now."""
-
-    @abstractmethod
-    def read(self, name: str, entry: FileEntry) -> memoryview:
-        """The bytes of the file `name`; never more than `entry.size` are unpacked."""
-
-    def _manifest_limit(self, size: int) -> None:
-        if size > MAX_MANIFEST_BYTES:
-            raise BundleError(
-                f"{self.path}: {MANIFEST_NAME} has {size} bytes; "
-                f"at most {MAX_MANIFEST_BYTES} are read"
-            )
-
-
-def _source(path: Path) -> _Source:
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = error.strerror if isinstance(error, OSError) else "not a possible path"
-        raise BundleError(f"{path}: there is no bundle here ({reason})") from None
-    if stat.S_ISDIR(mode):
-        return _Folder(path)
-    if stat.S_ISREG(mode):
-        return _Zip(path)
-    raise BundleError(f"{path}: a bundle is a folder or a .zip file, and this is neither")
-
-
-class _Folder(_Source):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._root = Path(os.path.realpath(path))
-
-    def manifest_bytes(self) -> bytes:
-        if not os.path.lexists(self._root / MANIFEST_NAME):
-            raise BundleError(
-                f"{self.path}: this folder is not a bundle (it has no {MANIFEST_NAME})"
-            )
-        self._manifest_limit(self.size(MANIFEST_NAME))
-        try:
-            with self._locate(MANIFEST_NAME).open("rb") as file:
-                return file.read(MAX_MANIFEST_BYTES)
-        except OSError as error:
-            raise self._unreadable(MANIFEST_NAME, error) from None
-
-    def size(self, name: str) -> int:
-        return self._locate(name).stat().st_size
-
-    def read(self, name: str, entry: FileEntry) -> memoryview:
-        try:
-            with self._locate(name).open("rb") as file:
-                if not os.fstat(file.fileno()).st_size:
-                    return memoryview(b"")  # an empty file cannot be mapped
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except OSError as error:
-            raise self._unreadable(name, error) from None
-
-    def _locate(self, name: str) -> Path:
-        """The real path of the regular file `name`, which lies inside the folder."""
-        try:
-            real = (self._root / name).resolve(strict=True)
-            mode = real.stat().st_mode
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before 3.13
-            raise self._unreadable(name, error) from None
-        if not real.is_relative_to(self._root):
-            raise BundleError(f"{self.path}: {name} is a link that leads outside the bundle")
-        if not stat.S_ISREG(mode):
-            raise BundleError(f"{self.path}: {name} is not a regular file")
-        return real
-
-    def _unreadable(self, name: str, error: Exception) -> BundleError:
-        if isinstance(error, FileNotFoundError):
-            return BundleError(f"{self.path}: {name} is missing; get the bundle again")
-        reason = error.strerror if isinstance(error, OSError) else "links in a circle"
-        return BundleError(f"{self.path}: {name} cannot be read ({reason})")
-
-
-class _Zip(_Source):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-        except Exception as error:
-            raise self._broken(error) from None
-        self._members: dict[str, zipfile.ZipInfo] = {}
-        for info in members:
-            self._check_member(info)
-            if info.filename in self._members:
-                raise BundleError(f"{path}: the zip holds {info.filename!r} twice")
-            self._members[info.filename] = info
-
-    def manifest_bytes(self) -> bytes:
-        if MANIFEST_NAME not in self._members:
-            raise BundleError(
-                f"{self.path}: not a bundle (no {MANIFEST_NAME} at the top of the zip)"
-            )
-        size = self.size(MANIFEST_NAME)
-        self._manifest_limit(size)
-        return self._unpack(MANIFEST_NAME, size)
-
-    def size(self, name: str) -> int:
-        if name not in self._members:
-            raise BundleError(f"{self.path}: {name} is missing; get the bundle again")
-        return self._members[name].file_size
-
-    def read(self, name: str, entry: FileEntry) -> memoryview:
-        _check_size(self, name, self.size(name), entry)
-        return memoryview(self._unpack(name, entry.size))
-
-    def _check_member(self, info: zipfile.ZipInfo) -> None:
-        # orig_filename: zipfile itself turns the system's separators into "/".
-        for name in (info.filename, info.orig_filename):
-            parts = name.split("/")
-            if (
-                not name
-                or "\\" in name
-                or "\0" in name
-                or ":" in name
-                or not parts[0]
-                or ".." in parts
-            ):
-                raise BundleError(f"{self.path}: the zip holds the unsafe path {name[:60]!r}")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise BundleError(f"{self.path}: {info.filename[:60]!r} in the zip is a link")
-        if info.flag_bits & 0x1:
-            raise BundleError(f"{self.path}: the zip is encrypted; unpack it first")
-        large = info.file_size > _ZIP_RATIO_FREE_BYTES
-        if large and info.file_size > _MAX_ZIP_RATIO * info.compress_size:
-            raise BundleError(
-                f"{self.path}: {info.filename[:60]!r} claims to unpack from {info.compress_size} "
-                f"to {info.file_size} bytes, which no model does"
-            )
-
-    def _unpack(self, name: str, size: int) -> bytes:
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self._members[name]) as file:
-                return file.read(size)
-        except Exception as error:
-            raise self._broken(error, name) from None
-
-    def _broken(self, error: Exception, name: str | None = None) -> BundleError:
-        """Whatever the zip reader raised: it meets a stranger's bytes, and raises many types."""
-        where = f"{self.path}: {name} in the zip" if name else f"{self.path}"
-        if isinstance(error, OSError) and error.strerror:
-            return BundleError(f"{where} cannot be read ({error.strerror})")
-        if name is None:
-            return BundleError(f"{where}: neither a bundle folder nor a readable .zip file")
-        return BundleError(f"{where} is damaged; get the bundle again")
 
 
 # -- writing --------------------------------------------------------------------------------------

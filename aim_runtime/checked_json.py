@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from aim_runtime.errors import BundleError
+from aim_runtime.quoting import quoted, shortened
 
 
 class CheckedJson:
@@ -24,13 +26,14 @@ class CheckedJson:
         """The JSON document `text` of at most `limit` characters; no key twice, no NaN."""
 
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            keys = [key for key, _ in pairs]
-            if len(set(keys)) != len(keys):
-                twice = next(key for key in keys if keys.count(key) > 1)
+            found = dict(pairs)
+            if len(found) != len(pairs):
+                counts = Counter(key for key, _ in pairs)
+                twice = next(key for key, count in counts.items() if count > 1)
                 raise BundleError(
                     f"{self.subject} holds the key {_show(twice)} twice in one object"
                 )
-            return dict(pairs)
+            return found
 
         def constant(name: str) -> Any:
             raise BundleError(f"{self.subject} holds {name}; numbers must be finite")
@@ -51,7 +54,9 @@ class CheckedJson:
 
     def wrong(self, where: str, value: Any, allowed: str) -> BundleError:
         """The error that `where` holds `value` but must be `allowed`."""
-        return BundleError(f"{self.subject}'s {where} is {_show(value)}; it must be {allowed}")
+        return BundleError(
+            f"{self.subject}'s {shortened(where, 80)} is {_show(value)}; it must be {allowed}"
+        )
 
     def fields(self, value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
         """An object with exactly these keys."""
@@ -122,5 +127,4 @@ def _show(value: Any) -> str:
         return f"a list of {len(value)} items"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return quoted(value)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import importlib
+import os
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -31,8 +32,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aim_runtime.arguments import instance, shown
 from aim_runtime.bundle import Bundle
 from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.forks import abandon_in_children, check_process
 from aim_runtime.manifest import Manifest
 from aim_runtime.plan import BatchPlan, plan_batches
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
@@ -62,6 +65,7 @@ class Rows(ABC):
     def __init__(self, manifest: Manifest, rows: int) -> None:
         self.rows = rows
         self._model = manifest.model
+        self._process = os.getpid()
 
     def step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
         """Advance every row by one token.
@@ -71,6 +75,7 @@ class Rows(ABC):
         Returns the scores (rows, V), valid until the next call.
         Raises ValueError for tensors of another shape or out of range, BackendError on failure.
         """
+        check_process(self._process)
         _check_integers("token", token, (self.rows,), self._model.vocab_size)
         _check_integers("position", position, (self.rows,), self._model.num_tokens)
         return self._step(token, position)
@@ -98,6 +103,8 @@ class Rows(ABC):
 class Engine(ABC):
     """A loaded bundle on one device. Shared by threads: whatever a request changes is its own.
 
+    In a process forked from the one that made it, it raises BackendError.
+
     Attributes:
         backend: Its name.
         device: Where it computes: "cpu", "cuda:0".
@@ -112,6 +119,13 @@ class Engine(ABC):
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self._process = os.getpid()
+        abandon_in_children(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether it was made before this process was forked, and is of no use here."""
+        return self._process != os.getpid()
 
     def plan(
         self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
@@ -136,6 +150,7 @@ class Engine(ABC):
         Raises ValueError for arguments of another shape or out of range; on the way BackendError
         when the backend fails or the scores are not finite.
         """
+        check_process(self._process)
         model = self.manifest.model
         _check_integers("class_ids", class_ids, None, model.num_classes)
         if not len(class_ids):
@@ -170,6 +185,7 @@ class Engine(ABC):
 
     def prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         """What depends on the class alone, for rows of `class_ids` (rows,); C is "no class"."""
+        check_process(self._process)
         _check_integers("class_ids", class_ids, None, self.manifest.model.num_classes + 1)
         return self._prologue(class_ids)
 
@@ -179,6 +195,7 @@ class Engine(ABC):
 
     def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Turn `tokens` (n, T) into images (n, height, width, 3)."""
+        check_process(self._process)
         model = self.manifest.model
         _check_integers("tokens", tokens, (len(tokens), model.num_tokens), model.vocab_size)
         return self._decode(tokens)
@@ -237,14 +254,15 @@ def available_backends(bundle: Bundle | None = None) -> list[BackendStatus]:
 
     With a `bundle`, from running that bundle.
     """
+    instance("bundle", bundle, (Bundle, type(None)), "a Bundle or None")
     return [_status(name, bundle) for name in _BACKENDS]
 
 
 def require_backend(name: str, bundle: Bundle | None = None) -> None:
     """Raises BackendError unless there is a backend `name` that can run here (and `bundle`)."""
-    if name not in _BACKENDS:
-        known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
-        raise BackendError(f"backend is {name!r}; it may be {known}")
+    known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
+    if instance("backend", name, str, f"one of {known}") not in _BACKENDS:
+        raise BackendError(f"backend is {shown(name)}; it may be {known}")
     status = _status(name, bundle)
     if not status.available:
         raise BackendError(f"backend {name!r} cannot run here: {status.reason}")
@@ -265,15 +283,16 @@ def load_engine(
 
     Under "auto" a backend that should run here but fails is passed over with a RuntimeWarning.
     Raises BackendError when the backend is unknown or cannot run, BundleError when it refuses the
-    bundle's graphs.
+    bundle's graphs, ValueError when an argument is no text.
     """
     kind = _device_kind(device)
+    instance("precision", precision, str, "'auto', 'fp32' or another format of the bundle's")
     options: dict[str, Any] = {"device": device, "threads": threads, "precision": precision}
-    if backend != "auto":
+    if not isinstance(backend, str) or backend != "auto":
         require_backend(backend, bundle)
         if kind not in ("auto", _BACKENDS[backend].device):
             raise BackendError(
-                f"device is {device!r}; the {backend} backend runs on "
+                f"device is {shown(device)}; the {backend} backend runs on "
                 f"{_BACKENDS[backend].device!r} only"
             )
         return _load(backend, bundle, options)
@@ -308,9 +327,11 @@ def cuda_index(device: str) -> int:
 
 
 def _device_kind(device: str) -> str:
+    known = "'auto', 'cpu', 'cuda' or 'cuda:1'"
+    instance("device", device, str, known)
     found = re.fullmatch(r"auto|cpu|(cuda)(:\d{1,3})?", device, re.ASCII)
     if found is None:
-        raise BackendError(f"device is {device!r}; it may be 'auto', 'cpu', 'cuda' or 'cuda:1'")
+        raise BackendError(f"device is {shown(device)}; it may be {known}")
     return found[1] or found[0]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
-import difflib
+import functools
 import os
 import threading
 import time
@@ -22,107 +22,43 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import whole_number
+from aim_runtime import arguments, forks
+from aim_runtime.arguments import (
+    instance,
+    number,
+    optional_method,
+    room_for,
+    shown,
+    whole_number,
+)
 from aim_runtime.bundle import Bundle
+from aim_runtime.class_names import ClassLike, ClassNames, listed
 from aim_runtime.engine import Engine, load_engine
-from aim_runtime.errors import AimError, RequestCancelled
+from aim_runtime.errors import AimError, BackendError, RequestCancelled
 from aim_runtime.manifest import Manifest
 from aim_runtime.noise import uniforms
 from aim_runtime.plan import BatchPlan, check_memory_limit
+from aim_runtime.result import UNDECIDED, Preview, Result
 from aim_runtime.sampling import SamplingOptions
-from aim_runtime.version import __version__
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-UNDECIDED = -1
-"""Stands for a token that is not drawn yet."""
-
-UNDECIDED_GRAY = 128
-"""The value of all three channels where the token is not drawn yet."""
 
 MAX_SEED = 2**64 - 1
+
+MAX_IMAGES = 2**20
+"""The most images of one request: far more than fit into a memory, few enough to count."""
+
+MAX_CFG_SCALE = 1000
+"""The most guidance of one request, as of a bundle's defaults; scores overflow sooner or later."""
 
 # In progress, decoding an image counts as the T tokens over this: a guess, the true share of the
 # time varies with the model.
 _DECODING_SHARE = 4
 
-ClassLike = int | str
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The images of one request and what it takes to draw each of them again."""
-
-    tokens: NDArray[np.int64]
-    """(N, T)"""
-    array: NDArray[np.uint8]
-    """(N, height, width, 3)"""
-    classes: tuple[int, ...]
-    class_names: tuple[str, ...]
-    seeds: tuple[int, ...]
-    options: SamplingOptions
-    seconds: float
-    backend: str
-    precision: str
-    bundle: str
-    """Name of the bundle."""
-    bundle_sha256: str
-    """Checksum of the bundle's manifest, which holds those of all its files."""
-
-    @cached_property
-    def images(self) -> list[Image]:
-        """The images as PIL images."""
-        return _pil_images(self.array)
-
-    def settings(self, index: int) -> dict[str, Any]:
-        """Everything that reproduces image `index`, ready for JSON."""
-        return {
-            "class": self.classes[index],
-            "class_name": self.class_names[index],
-            "seed": self.seeds[index],
-            "cfg_scale": self.options.cfg_scale,
-            "temperature": self.options.temperature,
-            "top_k": self.options.top_k,
-            "top_p": self.options.top_p,
-            "bundle": self.bundle,
-            "bundle_sha256": self.bundle_sha256,
-            "backend": self.backend,
-            "precision": self.precision,
-            "version": __version__,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class Preview:
-    """A request on its way. Images are decoded when asked for, so progress alone costs nothing."""
-
-    tokens: NDArray[np.int64]
-    """(N, T), -1 where undecided."""
-    done_tokens: int
-    total_tokens: int
-    _engine: Engine
-
-    @property
-    def done(self) -> bool:
-        """Whether every token of every image is decided."""
-        return self.done_tokens == self.total_tokens
-
-    @cached_property
-    def array(self) -> NDArray[np.uint8]:
-        """(N, height, width, 3); flat gray where undecided."""
-        return _preview(self._engine, self.tokens)
-
-    @cached_property
-    def images(self) -> list[Image]:
-        """The images as PIL images; flat gray where undecided."""
-        return _pil_images(self.array)
 
 
 @dataclass(frozen=True)
@@ -149,8 +85,10 @@ class Generator:
     def __init__(
         self, bundle: Bundle, engine: Engine, *, memory_limit_mb: float | None = None
     ) -> None:
+        instance("bundle", bundle, Bundle, "a Bundle; Generator.load makes one from a path")
+        instance("engine", engine, Engine, "an Engine; Generator.load chooses one")
         if memory_limit_mb is not None:
-            check_memory_limit(memory_limit_mb)
+            memory_limit_mb = check_memory_limit(memory_limit_mb)
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self.backend = engine.backend
@@ -163,6 +101,7 @@ class Generator:
         )
         self._memory_limit_mb = memory_limit_mb
         self._engine: Engine | None = engine
+        self._load_again: Callable[..., Engine] | None = None
 
     @classmethod
     def load(
@@ -188,6 +127,8 @@ class Generator:
                 means 512 on a CPU and most of what is free on a GPU.
 
         A backend that should work but fails is passed over under "auto", with a RuntimeWarning.
+        After a fork, the child loads the model again when it first uses it; on a GPU it cannot,
+        and gets a BackendError.
 
         Raises:
             BundleError: The bundle is missing, damaged, unsafe or too new.
@@ -196,11 +137,14 @@ class Generator:
         """
         if threads is not None:
             threads = whole_number("threads", threads, 1, 1024)
-        bundle = Bundle.open(path)
-        engine = load_engine(
-            bundle, backend=backend, device=device, threads=threads, precision=precision
-        )
-        return cls(bundle, engine, memory_limit_mb=memory_limit_mb)
+        if memory_limit_mb is not None:
+            memory_limit_mb = check_memory_limit(memory_limit_mb)
+        bundle = Bundle.open(None if path is None else arguments.path("path", path))
+        load = functools.partial(load_engine, bundle, threads=threads)
+        engine = load(backend=backend, device=device, precision=precision)
+        generator = cls(bundle, engine, memory_limit_mb=memory_limit_mb)
+        generator._load_again = load
+        return generator
 
     def close(self) -> None:
         """Let go of the model; its memory is free once requests still running have ended.
@@ -208,6 +152,12 @@ class Generator:
         Requests made afterwards raise AimError.
         """
         self._engine = None
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Generator cannot be pickled or copied: its model lives in this process; "
+            "load the bundle where it is needed"
+        )
 
     def __enter__(self) -> Generator:
         return self
@@ -221,30 +171,17 @@ class Generator:
         self.close()
 
     def class_index(self, class_: ClassLike) -> int:
-        """The index of a class given by index, by name or by one of a name's comma-parted synonyms.
+        """The index of a class given by number, by name or by one of a name's synonyms.
 
-        Case does not matter. Raises ValueError, with close matches, when there is no such class.
+        Synonyms are parted by commas in the name. Case does not matter. A number, 7 or "7", is the
+        index itself; only where the names of all classes are whole numbers it is a name.
+        Raises ValueError, with close matches, when there is no such class.
         """
-        names = self.class_names
-        if isinstance(class_, str):
-            wanted = class_.strip().casefold()
-            found = self._classes_by_name.get(wanted)
-            if found is None and wanted.isascii() and wanted.isdigit() and len(wanted) < 10:
-                return self.class_index(int(wanted))
-            if found is None:
-                close = difflib.get_close_matches(wanted, self._classes_by_name, n=3)
-                hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-                raise ValueError(
-                    f"class {class_!r} is unknown: it must be a class name "
-                    f"or a whole number from 0 to {len(names) - 1}{hint}"
-                )
-            if len(found) > 1:
-                raise ValueError(
-                    f"class {class_!r} is the name of several classes; "
-                    f"give one of the numbers {', '.join(map(str, found))}"
-                )
-            return found[0]
-        return whole_number("class", class_, 0, len(names) - 1, "or a class name")
+        return self._classes_by_name.index(class_)
+
+    def class_number(self, index: int) -> int:
+        """The number that means the class of `index`: `class_index` the other way around."""
+        return self._classes_by_name.number(index)
 
     def plan(self, n: int, cfg_scale: float | None = None) -> BatchPlan:
         """How `n` images are batched within the memory limit, and the memory that takes.
@@ -253,7 +190,8 @@ class Generator:
         Raises ValueError when not even one image fits, BackendError when a GPU has too little
         memory for one.
         """
-        return self._open_engine().plan(n, cfg_scale, self._memory_limit_mb)
+        engine, options = self._open_engine(), self._options(cfg_scale=cfg_scale)
+        return engine.plan(n, options.cfg_scale, self._memory_limit_mb)
 
     def generate(
         self,
@@ -270,7 +208,7 @@ class Generator:
         """Draw one image for each of `classes`.
 
         Args:
-            classes: Class indices or names, one an image.
+            classes: Classes by number or name as in `class_index`, one an image.
             seed: Image i uses seed + i, so each image can be drawn again alone.
             cfg_scale: Guidance, as in `SamplingOptions`; None takes the bundle's default.
             temperature: As in `SamplingOptions`; None takes the bundle's default.
@@ -282,13 +220,19 @@ class Generator:
             cancel: Once set, the request ends before the next of these with RequestCancelled.
 
         Raises:
-            ValueError: An argument is out of range, or one image exceeds the memory limit.
+            ValueError: An argument is out of range, or one image exceeds the memory limit, or all
+                images together the memory.
             RequestCancelled: `cancel` was set.
             BackendError: The backend failed.
         """
         started = time.perf_counter()
+        optional_method("progress", progress, "__call__", "a function of two numbers")
+        optional_method("cancel", cancel, "is_set", "a threading.Event")
         request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
         tokens = self._undecided(request)  # (N, T)
+        model = self.manifest.model
+        size = (len(tokens), model.image_height, model.image_width, 3)
+        images = room_for("classes", request.seeds, size, np.uint8)
         decoding = -(-tokens.shape[1] // _DECODING_SHARE)
 
         def report(done: int) -> None:
@@ -298,8 +242,6 @@ class Generator:
         with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
             for _, done in steps:
                 report(done)
-        model = self.manifest.model
-        images = np.empty((len(tokens), model.image_height, model.image_width, 3), np.uint8)
         for start in range(0, len(tokens), request.engine.decode_batch):
             _check_cancel(cancel)
             stop = min(start + request.engine.decode_batch, len(tokens))
@@ -338,6 +280,7 @@ class Generator:
         the work is done as the previews are asked for, and closing the iterator stops it.
         """
         every = whole_number("every", every, 1, 2**31)
+        optional_method("cancel", cancel, "is_set", "a threading.Event")
         request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
         return self._previews(request, every, cancel)
 
@@ -356,20 +299,31 @@ class Generator:
         """
         model = self.manifest.model
         request = self._request(classes, 0, cfg_scale, None, None, None)
-        forced = np.asarray(tokens)
         shape = (len(request.seeds), model.num_tokens)
+        allowed = f"whole numbers of shape {shape}, one row for each of classes"
+        try:
+            # Lists are measured first: NumPy would walk through a range of a billion.
+            if not hasattr(tokens, "shape") and len(tokens) == shape[0]:
+                fits = all(len(row) == shape[1] for row in tokens)
+            else:
+                fits = hasattr(tokens, "shape")
+            forced = np.asarray(tokens) if fits else None
+        except Exception:  # no lists, or whatever a stranger's object raises
+            forced = None
+        if forced is None:
+            raise ValueError(f"tokens is {shown(tokens)}; it must be {allowed}")
         if forced.shape != shape or forced.dtype.kind not in "iu":
-            raise ValueError(
-                f"tokens is {forced.dtype} of shape {forced.shape}; "
-                f"it must be whole numbers of shape {shape}, one row for each of classes"
-            )
+            what = f"{shown(forced.dtype)} of shape {shown(forced.shape)}"
+            raise ValueError(f"tokens is {what}; it must be {allowed}")
         if forced.min() < 0 or forced.max() >= model.vocab_size:
             raise ValueError(
                 f"tokens has values from {forced.min()} to {forced.max()}; "
                 f"they must be from 0 to {model.vocab_size - 1}"
             )
         forced = forced.astype(np.int64)
-        out = np.empty((*shape, model.vocab_size), np.float32)  # (N, T, V)
+        out = room_for(
+            "classes", request.seeds, (*shape, model.vocab_size), np.float32
+        )  # (N, T, V)
         for start, stop in _batches(request):
             steps = request.engine.scores(
                 request.class_ids[start:stop], forced[start:stop], request.options.cfg_scale
@@ -381,21 +335,41 @@ class Generator:
     # -- inside -----------------------------------------------------------------------------------
 
     @cached_property
-    def _classes_by_name(self) -> dict[str, list[int]]:
-        """Casefolded names, and the synonyms within them, to indices; whole names win."""
-        whole: dict[str, list[int]] = {}
-        parts: dict[str, list[int]] = {}
-        for index, name in enumerate(self.class_names):
-            whole.setdefault(name.strip().casefold(), []).append(index)
-            for part in {part.strip().casefold() for part in name.split(",")} - {""}:
-                parts.setdefault(part, []).append(index)
-        return parts | whole
+    def _classes_by_name(self) -> ClassNames:
+        return ClassNames(self.class_names)
 
     def _open_engine(self) -> Engine:
         engine = self._engine
         if engine is None:
             raise AimError("this generator is closed; load it again")
-        return engine
+        return self._again(engine) if engine.inherited else engine
+
+    def _again(self, inherited: Engine) -> Engine:
+        """The engine of a child process, which cannot use the one it has from its parent."""
+        if self._load_again is None or inherited.device != "cpu":
+            raise BackendError(
+                "the model was loaded before this process was forked; load it after the fork"
+            )
+        with forks.reloading():
+            if self._engine is inherited:
+                self._engine = self._load_again(
+                    backend=self.backend, device=self.device, precision=self.precision
+                )
+        return self._open_engine()
+
+    def _options(
+        self,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> SamplingOptions:
+        if cfg_scale is not None:
+            allowed = f"a number from 0 to {MAX_CFG_SCALE}"
+            cfg_scale = number("cfg_scale", cfg_scale, 0, MAX_CFG_SCALE, allowed)
+        return self.sampling.replace(
+            cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
 
     def _request(
         self,
@@ -407,22 +381,19 @@ class Generator:
         top_p: float | None,
     ) -> _Request:
         engine = self._open_engine()
-        alone = isinstance(classes, str) or not hasattr(classes, "__iter__")
-        wanted: list[Any] = [classes] if alone else list(classes)  # type: ignore[arg-type]
-        if not wanted:
-            raise ValueError("classes is empty; it must name at least one class")
+        wanted = listed(classes, MAX_IMAGES)
         class_ids = np.array([self.class_index(item) for item in wanted], np.int64)
         n = len(wanted)
         seed = whole_number("seed", seed, 0, MAX_SEED - (n - 1))
-        options = self.sampling.replace(
-            cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        options = self._options(cfg_scale, temperature, top_k, top_p)
         plan = engine.plan(n, options.cfg_scale, self._memory_limit_mb)
         return _Request(engine, class_ids, tuple(range(seed, seed + n)), options, plan)
 
     def _undecided(self, request: _Request) -> NDArray[np.int64]:
         shape = (len(request.seeds), self.manifest.model.num_tokens)
-        return np.full(shape, UNDECIDED, np.int64)
+        tokens = room_for("classes", request.seeds, shape, np.int64)
+        tokens[:] = UNDECIDED
+        return tokens
 
     def _draw(
         self, request: _Request, tokens: NDArray[np.int64], cancel: threading.Event | None
@@ -458,25 +429,6 @@ class Generator:
                     yield Preview(tokens.copy(), done, tokens.size, request.engine)
 
 
-def _preview(engine: Engine, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Images of partly decided `tokens`, gray where they are undecided."""
-    model = engine.manifest.model
-    shape = (len(tokens), model.image_height, model.image_width, 3)
-    array = np.full(shape, UNDECIDED_GRAY, np.uint8)
-    square = np.ones((model.token_side, model.token_side), bool)
-    decided = tokens != UNDECIDED  # (N, T)
-    begun = np.flatnonzero(decided.any(axis=1))
-    for start in range(0, len(begun), engine.decode_batch):
-        some = begun[start : start + engine.decode_batch]
-        # The decoder wants all tokens; the last one drawn disturbs its neighbours least.
-        last = [row[known][-1:] for row, known in zip(tokens[some], decided[some], strict=True)]
-        images = engine.decode(np.where(decided[some], tokens[some], last))
-        for index, image in zip(some, images, strict=True):
-            pixels = np.kron(decided[index].reshape(model.grid), square)  # (height, width)
-            array[index][pixels] = image[pixels]
-    return array
-
-
 def _batches(request: _Request) -> Iterator[tuple[int, int]]:
     n, size = len(request.seeds), request.plan.batch_size
     for start in range(0, n, size):
@@ -486,9 +438,3 @@ def _batches(request: _Request) -> Iterator[tuple[int, int]]:
 def _check_cancel(cancel: threading.Event | None) -> None:
     if cancel is not None and cancel.is_set():
         raise RequestCancelled("the request was cancelled")
-
-
-def _pil_images(array: NDArray[np.uint8]) -> list[Image]:
-    from PIL import Image  # here: importing the package stays quick
-
-    return [Image.fromarray(image) for image in array]

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from aim_runtime import arguments
+from aim_runtime.arguments import instance, shown, whole_number
 from aim_runtime.errors import AimError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MAX_SHEET_PIXELS = 2**28 // 3
+"""The most pixels of a contact sheet: what Pillow opens without a warning."""
+
+_KEYWORD = "aim"
+# Ours stands among the first chunks, and the names of 100,000 files on a contact sheet fit.
+_MAX_CHUNKS = 64
+_MAX_TEXT_BYTES = 4 << 20
 
 
 def save_png(
@@ -24,14 +36,23 @@ def save_png(
     `settings` (see `Result.settings`) go into the PNG as text: as JSON under "aim", and readable
     under "parameters". Raises AimError when the file cannot be written.
     """
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    instance("image", image, Image.Image, "a PIL image")
+    target = Path(arguments.path("path", path))
     info = PngInfo()
     if settings is not None:
-        info.add_itxt("aim", json.dumps(settings, ensure_ascii=False))
-        readable = ", ".join(f"{name}: {value}" for name, value in settings.items())
-        info.add_itxt("parameters", readable)
-    target = Path(path)
+        instance("settings", settings, Mapping, "a mapping of names to JSON values, or None")
+        try:
+            info.add_itxt(_KEYWORD, json.dumps(dict(settings), ensure_ascii=False))
+            readable = ", ".join(f"{name}: {value}" for name, value in settings.items())
+            info.add_itxt("parameters", readable)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"settings is {shown(settings)}; it must be a mapping of names to JSON values "
+                f"({shown(str(error))})"
+            ) from None
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -47,26 +68,84 @@ def save_png(
 def contact_sheet(images: Sequence[Image], columns: int | None = None) -> Image:
     """All `images` on one white sheet, row by row, with small margins.
 
-    `columns` defaults to a sheet about as wide as high. Raises ValueError for no images or fewer
-    than one column.
+    `columns` defaults to a sheet about as wide as high. Raises ValueError for no images, fewer than
+    one column, or more pixels than `MAX_SHEET_PIXELS`.
     """
     from PIL import Image
 
-    if not images:
+    tiles: list[Image.Image] = []
+    try:
+        for image in itertools.islice(images, MAX_SHEET_PIXELS // 4):
+            tiles.append(instance("images", image, Image.Image, "PIL images"))
+    except TypeError:
+        raise ValueError(f"images is {shown(images)}; it must be a list of PIL images") from None
+    if not tiles:
         raise ValueError("images is empty; a contact sheet needs at least one")
-    if columns is None:
-        columns = math.ceil(math.sqrt(len(images)))
-    if columns < 1:
-        raise ValueError(f"columns is {columns}; it must be 1 or more")
-    columns = min(columns, len(images))
-    width = max(image.width for image in images)
-    height = max(image.height for image in images)
-    margin = max(2, min(width, height) // 32)
-    rows = math.ceil(len(images) / columns)
-    size = (margin + columns * (width + margin), margin + rows * (height + margin))
+    across = min(len(tiles), _columns(len(tiles), columns))
+    tile = (max(image.width for image in tiles), max(image.height for image in tiles))
+    size = sheet_size(len(tiles), tile, across)
+    if math.prod(size) > MAX_SHEET_PIXELS:
+        raise ValueError(
+            f"images has {len(tiles)} images; a sheet of them would have {size[0]} x {size[1]} "
+            f"pixels, and many programs open no more than {MAX_SHEET_PIXELS}"
+        )
+    margin = _margin(tile)
     sheet = Image.new("RGB", size, "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        place = (margin + column * (width + margin), margin + row * (height + margin))
+    for index, image in enumerate(tiles):
+        row, column = divmod(index, across)
+        place = (
+            margin + column * (tile[0] + margin),
+            margin + row * (tile[1] + margin),
+        )
         sheet.paste(image, place)
     return sheet
+
+
+def sheet_size(count: int, tile: tuple[int, int], columns: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels of a contact sheet of `count` images of at most `tile`."""
+    margin, across = _margin(tile), min(count, _columns(count, columns))
+    rows = math.ceil(count / across)
+    return margin + across * (tile[0] + margin), margin + rows * (tile[1] + margin)
+
+
+def _columns(count: int, columns: int | None) -> int:
+    if columns is None:
+        return math.ceil(math.sqrt(count))
+    return whole_number("columns", columns, 1, 2**31)
+
+
+def _margin(tile: tuple[int, int]) -> int:
+    return max(2, min(tile) // 32)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that `save_png` put into the file `path`; empty for any other file.
+
+    Only a regular file is opened, and of it only what stands before the pixels is read: nothing is
+    decoded or unpacked, so that a stranger's file costs no more than one of ours.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return {}
+        with open(path, "rb") as file:
+            text = _text_chunk(file)
+        found = json.loads(text) if text is not None else None
+    except (OSError, ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, no path
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text_chunk(file: BinaryIO) -> str | None:
+    """What stands under our keyword in a PNG's text ahead of the pixels."""
+    head = _KEYWORD.encode() + bytes(5)  # not packed, in no language, not translated
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return None
+    for _ in range(_MAX_CHUNKS):
+        start = file.read(8)
+        size, kind, data = int.from_bytes(start[:4], "big"), start[4:], file.tell()
+        if len(kind) < 4 or kind == b"IDAT":
+            return None
+        if kind == b"iTXt" and size <= _MAX_TEXT_BYTES and file.read(len(head)) == head:
+            return file.read(size - len(head)).decode()
+        file.seek(data + size + 4)  # its checksum
+    return None

@@ -14,10 +14,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from aim_runtime.checked_json import CheckedJson
 from aim_runtime.errors import BundleError
+from aim_runtime.limits import MAX_GRAPH_BYTES, max_tensors, max_weights_bytes
+from aim_runtime.quoting import quoted, shortened
 
 FORMAT = "aim-bundle"
 FORMAT_VERSION = 2
@@ -41,12 +44,15 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 64 << 30
 MAX_TENSOR_BYTES_PER_ROW = 1 << 30
 MAX_STATE_BYTES_PER_ROW = 4 << 30
-MAX_TENSORS = 8192
+MAX_FILES = 1024
 MAX_PROVENANCE_DEPTH = 8
+MAX_PROVENANCE_ITEMS = 1 << 14
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 _TENSOR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Zero-width joiners and the like stay legal: names in many languages (and emoji) need them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 Dimension = int | str
 
@@ -83,11 +89,20 @@ class GraphSpec:
 
     def input(self, name: str) -> TensorSpec:
         """The input called `name` (KeyError if there is none)."""
-        return _by_name(self.inputs)[name]
+        return self._inputs_by_name[name]
 
     def output(self, name: str) -> TensorSpec:
         """The output called `name` (KeyError if there is none)."""
-        return _by_name(self.outputs)[name]
+        return self._outputs_by_name[name]
+
+    # Kept: a step has hundreds of tensors, each of which is asked for.
+    @cached_property
+    def _inputs_by_name(self) -> dict[str, TensorSpec]:
+        return _by_name(self.inputs)
+
+    @cached_property
+    def _outputs_by_name(self) -> dict[str, TensorSpec]:
+        return _by_name(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -224,11 +239,7 @@ def _text(value: Any, where: str, limit: int = 256, *, empty: bool = False) -> s
 
 
 def _is_printable(text: str) -> bool:
-    # Zero-width joiners and the like stay legal: names in many languages (and emoji) need them.
-    return not any(
-        ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 or c in "\u2028\u2029" or 0xD800 <= ord(c) < 0xE000
-        for c in text
-    )
+    return _UNPRINTABLE.search(text) is None
 
 
 def _file_name(value: Any, where: str) -> str:
@@ -256,16 +267,18 @@ def _manifest(value: Any) -> Manifest:
         )
     keys = ["format", "format_version"] + [item.name for item in dataclasses.fields(Manifest)]
     top = _object(value, "top level", keys)
+    model = _model(top["model"])
+    most = max_tensors(model)
     graphs = _object(top["graphs"], "graphs", GRAPHS)
     manifest = Manifest(
         name=_text(top["name"], "name"),
         description=_text(top["description"], "description", 4096, empty=True),
         license=_text(top["license"], "license", 1024, empty=True),
-        model=_model(top["model"]),
-        graphs={name: _graph(graphs[name], f"graphs.{name}") for name in GRAPHS},
+        model=model,
+        graphs={name: _graph(graphs[name], f"graphs.{name}", most) for name in GRAPHS},
         state=tuple(
             _state_pair(item, f"state[{index}]")
-            for index, item in enumerate(_list(top["state"], "state", 1, MAX_TENSORS))
+            for index, item in enumerate(_list(top["state"], "state", 1, most))
         ),
         sampling=sampling_from_json(top["sampling"]),
         class_names=tuple(
@@ -313,18 +326,18 @@ def _model(value: Any) -> ModelCard:
     return model
 
 
-def _graph(value: Any, where: str) -> GraphSpec:
+def _graph(value: Any, where: str, most: int) -> GraphSpec:
     found = _object(value, where, ("file", "weights", "inputs", "outputs"))
     return GraphSpec(
         file=_file_name(found["file"], f"{where}.file"),
         weights=_file_name(found["weights"], f"{where}.weights"),
-        inputs=_tensors(found["inputs"], f"{where}.inputs"),
-        outputs=_tensors(found["outputs"], f"{where}.outputs"),
+        inputs=_tensors(found["inputs"], f"{where}.inputs", most),
+        outputs=_tensors(found["outputs"], f"{where}.outputs", most),
     )
 
 
-def _tensors(value: Any, where: str) -> tuple[TensorSpec, ...]:
-    items = _list(value, where, 1, MAX_TENSORS)
+def _tensors(value: Any, where: str, most: int) -> tuple[TensorSpec, ...]:
+    items = _list(value, where, 1, most)
     specs = tuple(_tensor(item, f"{where}[{index}]") for index, item in enumerate(items))
     if len(_by_name(specs)) != len(specs):
         raise BundleError(f"the manifest's {where} names a tensor twice")
@@ -380,7 +393,15 @@ def _provenance(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _wrong("provenance", value, "an object")
 
+    items = 0
+
     def check(item: Any, where: str, depth: int) -> None:
+        nonlocal items
+        items += 1
+        if items > MAX_PROVENANCE_ITEMS:
+            raise BundleError(
+                f"the manifest's provenance holds more than {MAX_PROVENANCE_ITEMS} values"
+            )
         if depth > MAX_PROVENANCE_DEPTH:
             raise BundleError(
                 f"the manifest's provenance is nested more than {MAX_PROVENANCE_DEPTH} levels deep"
@@ -401,13 +422,13 @@ def _provenance(value: Any) -> dict[str, Any]:
 
 
 def _files(value: Any, version: int) -> dict[str, FileEntry]:
-    if not isinstance(value, dict):
-        raise _wrong("files", value, "an object")
+    if not isinstance(value, dict) or len(value) > MAX_FILES:
+        raise _wrong("files", value, f"an object of at most {MAX_FILES} keys")
     files = {}
     for name, entry in value.items():
         if version < 2 or not is_engine_file_name(name):
             _file_name(name, "files key")
-        where = f"files[{name!r}]"
+        where = f"files[{quoted(name)}]"
         found = _object(entry, where, ("sha256", "size"))
         files[name] = FileEntry(
             sha256=_matching(
@@ -438,8 +459,17 @@ def _check_consistency(manifest: Manifest) -> None:
         for kind, name in (("file", graph.file), ("weights", graph.weights)):
             if name not in manifest.files:
                 raise BundleError(
-                    f"the manifest's graphs.{graph_name}.{kind} is {name!r}, "
+                    f"the manifest's graphs.{graph_name}.{kind} is {quoted(name)}, "
                     "which its files does not list"
+                )
+        for name, most in (
+            (graph.file, MAX_GRAPH_BYTES),
+            (graph.weights, max_weights_bytes(model, graph_name)),
+        ):
+            if manifest.files[name].size > most:
+                raise BundleError(
+                    f"the manifest's files[{quoted(name)}].size is {manifest.files[name].size}; "
+                    f"a {graph_name} of the manifest's geometry needs at most {most} bytes"
                 )
     _check_prologue_and_decoder(manifest)
     _check_step(manifest)
@@ -489,15 +519,17 @@ def _expect(found: Sequence[TensorSpec], where: str, expected: Sequence[TensorSp
         raise BundleError(f"the manifest gives one tensor of {where} two meanings")
     for name in [*wanted, *by_name]:
         if name not in by_name:
-            raise BundleError(f"the manifest's {where} lacks the tensor {name!r}")
+            raise BundleError(f"the manifest's {where} lacks the tensor {quoted(name)}")
         if name not in wanted:
-            raise BundleError(f"the manifest's {where} has the tensor {name!r}, which has no use")
+            raise BundleError(
+                f"the manifest's {where} has the tensor {quoted(name)}, which has no use"
+            )
         if by_name[name] != wanted[name]:
             raise BundleError(
-                f"the manifest's {where} gives {name!r} as {_describe(by_name[name])}; "
+                f"the manifest's {where} gives {quoted(name)} as {_describe(by_name[name])}; "
                 f"it must be {_describe(wanted[name])}"
             )
 
 
 def _describe(spec: TensorSpec) -> str:
-    return f"{spec.dtype} [{', '.join(str(size) for size in spec.shape)}]"
+    return shortened(f"{spec.dtype} [{', '.join(str(size) for size in spec.shape)}]", 60)

@@ -5,9 +5,10 @@ All of it follows from the manifest: nothing is loaded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from aim_runtime.arguments import whole_number
+from aim_runtime.arguments import instance, number, shown, whole_number
 from aim_runtime.manifest import Manifest
 from aim_runtime.sampling import SamplingOptions
 
@@ -21,6 +22,9 @@ _SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
 
 DEFAULT_MEMORY_LIMIT_MB = 512
 """Working memory of one request on a CPU, in MiB, where nobody says otherwise."""
+
+_MAX_LIMIT_MB = 2**40  # an exbibyte
+_LIMIT_ALLOWED = "a number above 0 of MiB, up to 2**40"
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,16 @@ def plan_batches(
     Raises ValueError for arguments out of range, or when not even one image fits.
     """
     n = whole_number("n", n, 1, 2**31)
+    instance("manifest", manifest, Manifest, "the manifest of a bundle")
     if memory_limit_mb is None:
         memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
-    check_memory_limit(memory_limit_mb)
+    memory_limit_mb = check_memory_limit(memory_limit_mb)
     image, decoder = memory_needed(manifest, cfg_scale)
     largest = int((memory_limit_mb * 2**20 - decoder) // image)
     if largest < 1:
         needed = -(-(image + decoder) // 2**20)
         raise ValueError(
-            f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+            f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
             f"needs {needed}: give memory_limit_mb={needed} or more"
         )
     return BatchPlan.split(n, largest, image, decoder)
@@ -99,8 +104,7 @@ def memory_needed(manifest: Manifest, cfg_scale: float | None = None) -> tuple[i
     return image, _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
 
 
-def check_memory_limit(memory_limit_mb: float) -> None:
-    """Raises ValueError unless `memory_limit_mb` is a finite number above 0."""
-    number = isinstance(memory_limit_mb, (int, float)) and not isinstance(memory_limit_mb, bool)
-    if not number or not 0 < memory_limit_mb < float("inf"):
-        raise ValueError(f"memory_limit_mb is {memory_limit_mb!r}; it must be a number above 0")
+def check_memory_limit(memory_limit_mb: float) -> float:
+    """`memory_limit_mb` as a plain number. Raises ValueError unless it is one above 0."""
+    above_0 = math.ulp(0.0)
+    return number("memory_limit_mb", memory_limit_mb, above_0, _MAX_LIMIT_MB, _LIMIT_ALLOWED)

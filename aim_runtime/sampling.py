@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aim_runtime.arguments import number, whole_number
 from aim_runtime.errors import BackendError
+
+_MAX_TOP_K = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,15 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen: normalised to plain numbers here, once
-        put(self, "cfg_scale", _number("cfg_scale", self.cfg_scale, "a number from 0 up"))
-        put(self, "temperature", _number("temperature", self.temperature, "a number from 0 up"))
-        put(self, "top_p", _number("top_p", self.top_p, "a number above 0, up to 1"))
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p!r}; it must be a number above 0, up to 1")
-        put(self, "top_k", _count("top_k", self.top_k))
+        highest = sys.float_info.max
+        scale = number("cfg_scale", self.cfg_scale, 0, highest, "a number from 0 up")
+        put(self, "cfg_scale", float(scale))
+        heat = number("temperature", self.temperature, 0, highest, "a number from 0 up")
+        put(self, "temperature", float(heat))
+        put(self, "top_k", whole_number("top_k", self.top_k, 0, _MAX_TOP_K, "(0 means all)"))
+        above_0 = math.ulp(0.0)
+        share = number("top_p", self.top_p, above_0, 1, "a number above 0, up to 1")
+        put(self, "top_p", float(share))
 
     @property
     def rows_per_image(self) -> int:
@@ -55,26 +61,6 @@ class SamplingOptions:
         """These options with those overrides that are not None."""
         given = {name: value for name, value in overrides.items() if value is not None}
         return dataclasses.replace(self, **given)
-
-
-def _number(name: str, value: Any, allowed: str) -> float:
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
-    return number
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from 0 up (0 means all)")
-    return count
 
 
 def guide(logits: NDArray[np.float32], images: int, cfg_scale: float) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
@@ -27,11 +28,13 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from aim_export.cuda.decoder import DecoderPart, Storage, lower_decoder
-from aim_export.cuda.plan import Argument, Buffer, KernelSpec, Launch, flat
+from aim_export.cuda.decoder import DecoderPart, lower_decoder
+from aim_export.cuda.decoder_tiles import Storage
+from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.stored import StoredTensor
 from aim_export.decoder import Pictures
-from aim_export.kernels import decoder as kernels
+from aim_runtime.engines.cuda.plan import Argument, Launch, flat
+from aim_runtime.engines.cuda.plan import Tensor as PlanTensor
 from aim_training.config import TokenizerConfig
 from aim_training.tokenizer import Norm, VQTokenizer
 
@@ -139,7 +142,7 @@ class Device:
         return tensor[argument.offset // tensor.element_size() :]
 
 
-def zeros(buffer: Buffer) -> Tensor:
+def zeros(buffer: PlanTensor) -> Tensor:
     """Memory for a buffer."""
     return torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device="cuda")
 
@@ -248,10 +251,14 @@ def variants(item: Launch) -> Iterator[tuple[Launch, int]]:
 
 
 def compile_ahead(
-    name: str, types: tuple[str, ...], constants: dict[str, Any], options: dict[str, Any]
+    module: str,
+    name: str,
+    types: tuple[str, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Leave a kernel in Triton's cache on disk; runs in a process of its own."""
-    function = getattr(kernels, name)
+    function = getattr(import_module(module), name)
     function.warmup(*(getattr(torch, each) for each in types), grid=(1,), **constants, **options)
 
 
@@ -262,6 +269,7 @@ def compile_all(jobs: Iterable[tuple[KernelSpec, int]]) -> None:
         waiting = [
             pool.submit(
                 compile_ahead,
+                kernel.function.__module__,
                 kernel.function.__name__,
                 kernel.types,
                 dict(kernel.constants),

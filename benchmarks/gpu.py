@@ -344,7 +344,9 @@ def describe_agreement(found: dict[str, Any]) -> str:
 # -- sections in processes of their own -----------------------------------------------------------
 
 
-def in_process(function: Callable[..., None], *args: Any, **extra: Any) -> dict[str, Any]:
+def in_process(
+    function: Callable[..., None], *args: Any, limit_s: float = SECTION_LIMIT_S, **extra: Any
+) -> dict[str, Any]:
     """Call ``function(keep, *args, **extra)`` in a new process; returns what it kept.
 
     What it raised, or how else it ended early, is under "error"; never raises itself.
@@ -355,14 +357,14 @@ def in_process(function: Callable[..., None], *args: Any, **extra: Any) -> dict[
         path = Path(folder) / "found.json"
         process = get_context("spawn").Process(target=_work, args=(function, path, args, extra))
         process.start()
-        process.join(SECTION_LIMIT_S)
+        process.join(limit_s)
         late = process.is_alive()
         if late:
             process.kill()
             process.join()
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if late:
-        found["error"] = f"stopped after {SECTION_LIMIT_S} s"
+        found["error"] = f"stopped after {limit_s:.0f} s"
     elif process.exitcode and "error" not in found:
         found["error"] = f"the process ended with code {process.exitcode}"
     return found
@@ -483,7 +485,7 @@ def random_bundle(size: str, cache: Path) -> Path:
             name=f"AiM-{size}, random weights",
             description="Draws noise. For measurements of speed.",
             license="MIT",
-            model=model_card(network, tokenizer, 1, specs["decoder"]),
+            model=model_card(network, tokenizer, 1),
             graphs=specs,
             state=state_pairs(config),
             sampling=PUBLISHED_SAMPLING,
@@ -511,7 +513,7 @@ def write_outline(path: Path, out: Path) -> None:
             if tensor.part is not None:
                 part, values = tensor.part, tensor.values.astype(np.float32)
                 moments = [values.mean(), values.std(), values.min(), values.max()]
-                place = [part.file, part.offset, part.dtype, values.size]
+                place = [part.file, part.offset, tensor.dtype, values.size]
                 tensors.append([*place, *map(float, moments)])
     (out / "tensors.json").write_text(json.dumps(tensors))
 
@@ -630,6 +632,10 @@ def measure_speed(
         process_seconds=time.time() - started,
         loaded_gpu_bytes=memory.taken(),
     )
+    if engine.backend == "cuda":
+        from aim_runtime.engines.cuda.plan import Plan
+
+        keep(compiler=Plan.read(bundle, engine.precision).compiler)
     rows: list[dict[str, Any]] = []
     for images in batches:
         wanted = [index % classes for index in range(images)]
@@ -1109,15 +1115,26 @@ def published_row(row: dict[str, Any], model: Any, repeats: int) -> None:
 
 
 def published_model(checkout: str, mamba: str, size: str, device: str = "cuda") -> Any:
-    """The model class of the published checkout, random weights.
+    """The model class of the published checkout, random weights."""
+    import torch
 
-    What its imports want but sampling never calls is stood in for where it is missing: names that
-    newer versions of `transformers` dropped, and the parts of mamba_ssm for other models.
+    models = published_code(checkout, mamba)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = models.AiM_models[f"AiM-{size}"]()
+    model.eval()
+    return model.to(device, torch.bfloat16)
+
+
+def published_code(checkout: str, mamba: str) -> Any:
+    """The module `models.aim` of the published checkout.
+
+    What its imports want but neither sampling nor a training step calls is stood in for where it is
+    missing: names that newer versions of `transformers` dropped, and the parts of mamba_ssm for
+    other models.
     """
     import importlib
     import types
-
-    import torch
 
     sys.path.insert(0, checkout)
     if mamba:
@@ -1143,12 +1160,7 @@ def published_model(checkout: str, mamba: str, size: str, device: str = "cuda") 
         for attribute in attributes:
             if not hasattr(module, attribute):
                 setattr(module, attribute, types.SimpleNamespace)
-    torch.manual_seed(0)
-    models = importlib.import_module("models.aim")
-    with torch.device(device):
-        model = models.AiM_models[f"AiM-{size}"]()
-    model.eval()
-    return model.to(device, torch.bfloat16)
+    return importlib.import_module("models.aim")
 
 
 if __name__ == "__main__":

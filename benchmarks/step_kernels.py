@@ -14,57 +14,47 @@ from dataclasses import replace
 
 import torch
 
-from aim_export.cuda.plan import Bucket, Buffer, Launch, Program, Repeat
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
-from aim_export.cuda.step import TUNING, Geometry, ScanCut, Tile, Tuning, step_bucket
+from aim_export.cuda.step import step_bucket
+from aim_export.cuda.step_tensors import weight_table
+from aim_export.cuda.tuning import TUNING, ScanCut, Tile, Tuning
+from aim_runtime.engines.cuda.plan import Bucket, Program, Repeat, Tensor, unrolled
 
 SIZES = {
-    "B": Geometry(768, 24, 128, 64, 4, 16384, 256, 24, 1),
-    "L": Geometry(1024, 48, 128, 64, 4, 16384, 256, 4, 1),
-    "XL": Geometry(1536, 48, 128, 64, 4, 16384, 256, 4, 1),
+    name: Geometry(D=D, L=L, S=128, P=64, K=4, V=16384, T=256, groups=groups, position_offset=1)
+    for name, D, L, groups in (("B", 768, 24, 24), ("L", 1024, 48, 4), ("XL", 1536, 48, 4))
 }
 Memory = dict[str, torch.Tensor]
 
 
-def random_weights(g: Geometry, number: str) -> Memory:
+def random_weights(g: Geometry, precision: str) -> Memory:
     """What a plan of this geometry reads, as bytes on the GPU."""
     torch.manual_seed(0)
-    formats = FORMATS[number]
+    declared = weight_table(g, FORMATS[precision]).tensors
 
-    def normal(dtype: str, *shape: int, std: float = 0.02) -> torch.Tensor:
-        values = torch.randn(shape, device="cuda") * std
-        if dtype == "int8":
-            return (values * 1000).round().clamp(-127, 127).to(torch.int8)
-        return values.to(getattr(torch, dtype))
-
-    ones = torch.ones
-    table, matrix = formats.table, formats.matrix
-    found = {
-        "class_table": normal(table, 1001, g.D, std=1.0),
-        "word_table": normal(table, g.V, g.D),
-        "position_table": normal("float32", g.T + 1, g.D),
-        "in_proj": normal(matrix, g.L * g.E, g.D, std=0.03),
-        "out_proj": normal(matrix, g.L * g.D, g.inner, std=0.02),
-        "in_proj_scales": torch.full((g.L * g.E,), 0.001, device="cuda"),
-        "out_proj_scales": torch.full((g.L * g.D,), 0.001, device="cuda"),
-        "final": normal(table, 2 * g.D, g.D),
-        "final_bias": normal("float32", 2 * g.D),
-        "norm_f": ones(g.D, device="cuda"),
-        "final_norm": ones(g.D, device="cuda"),
-        "conv_weight": normal("float32", g.L, g.K, g.X, std=0.5),
-        "conv_bias": normal("float32", g.L, g.X),
-        "dt_bias": torch.rand((g.L, g.H), device="cuda") * 5 - 6,
-        "a": -(torch.rand((g.L, g.H), device="cuda") * 15 + 1),
-        "d": ones((g.L, g.H), device="cuda"),
-        "modulation": normal(table, g.groups * 3 * g.D, g.D),
-        "modulation_bias": normal("float32", g.groups * 3 * g.D),
-        "modulation_table": normal("float32", g.L, 3, g.D, std=0.3),
-        "norm": ones((g.L, g.D), device="cuda"),
-    }
+    spread = {"class_table": 1.0, "in_proj": 0.03, "conv_weight": 0.5, "modulation_table": 0.3}
+    ones = ("norm_f", "final_norm", "d", "norm")
+    found = {}
+    for name, tensor in declared.items():
+        if name in ones:
+            values = torch.ones(tensor.shape, device="cuda")
+        elif name.endswith("_scales"):
+            values = torch.full(tensor.shape, 0.001, device="cuda")
+        elif name == "dt_bias":
+            values = torch.rand(tensor.shape, device="cuda") * 5 - 6
+        elif name == "a":
+            values = -(torch.rand(tensor.shape, device="cuda") * 15 + 1)
+        else:
+            values = torch.randn(tensor.shape, device="cuda") * spread.get(name, 0.02)
+        if tensor.dtype == "int8":
+            values = (values * 1000).round().clamp(-127, 127)
+        found[name] = values.to(getattr(torch, tensor.dtype))
     return {name: value.contiguous().view(-1).view(torch.uint8) for name, value in found.items()}
 
 
-def allocate(buffers: dict[str, Buffer]) -> Memory:
+def allocate(buffers: dict[str, Tensor]) -> Memory:
     """Zeroed buffers, as bytes on the GPU."""
     found = {}
     for name, buffer in buffers.items():
@@ -75,29 +65,21 @@ def allocate(buffers: dict[str, Buffer]) -> Memory:
     return found
 
 
-def run(program: Program, memory: Memory) -> None:
+def run(program: Program[KernelSpec], memory: Memory) -> None:
     """Launch a program through Triton, in order, on the current stream."""
-    for item in program:
-        body = item.body if isinstance(item, Repeat) else (item,)
-        for index in range(item.times if isinstance(item, Repeat) else 1):
-            for launch in body:
-                launch_one(launch, index, memory)
-
-
-def launch_one(launch: Launch, index: int, memory: Memory) -> None:
-    """One launch, the repetition ``index`` of it."""
-    kernel = launch.kernel
-    arguments = [
-        memory[a.name][a.offset + index * a.stride :].view(getattr(torch, dtype))
-        for a, dtype in zip(launch.arguments, kernel.types, strict=True)
-    ]
-    kernel.function[launch.grid](
-        *arguments,
-        **dict(kernel.constants),
-        num_warps=kernel.num_warps,
-        num_stages=kernel.num_stages,
-        launch_pdl=kernel.overlaps,
-    )
+    for launch in unrolled(program):
+        kernel = launch.kernel
+        arguments = [
+            memory[name][offset:].view(getattr(torch, dtype))
+            for (name, offset), dtype in zip(launch.arguments, kernel.types, strict=True)
+        ]
+        kernel.function[launch.grid](
+            *arguments,
+            **dict(kernel.constants),
+            num_warps=kernel.num_warps,
+            num_stages=kernel.num_stages,
+            launch_pdl=kernel.overlaps,
+        )
 
 
 def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -127,7 +109,7 @@ def milliseconds(work: Callable[[], None], repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def prepare(g: Geometry, bucket: Bucket, weights: Memory) -> Memory:
+def prepare(g: Geometry, bucket: Bucket[KernelSpec], weights: Memory) -> Memory:
     """Buffers of a bucket, ready for position 0 of guided images."""
     memory = weights | allocate(dict(bucket.buffers))
     rows = bucket.rows
@@ -146,7 +128,11 @@ def prepare(g: Geometry, bucket: Bucket, weights: Memory) -> Memory:
 
 
 def whole_step(
-    g: Geometry, bucket: Bucket, weights: Memory, first: int = 0, steps: int | None = None
+    g: Geometry,
+    bucket: Bucket[KernelSpec],
+    weights: Memory,
+    first: int = 0,
+    steps: int | None = None,
 ) -> float:
     """Milliseconds a step, mean over ``steps`` of them from ``first`` on, the sampler included."""
     memory = prepare(g, bucket, weights)
@@ -164,34 +150,28 @@ def whole_step(
     return result
 
 
-def each_kernel(g: Geometry, bucket: Bucket, weights: Memory) -> dict[str, float]:
+def each_kernel(g: Geometry, bucket: Bucket[KernelSpec], weights: Memory) -> dict[str, float]:
     """Microseconds of every launch of a step, each repeated over the layers in a graph."""
     memory = prepare(g, bucket, weights)
     memory["position"].view(torch.int64).fill_(100)
     memory["forced"].view(torch.int32).fill_(0)
     found: dict[str, float] = {}
-    for launch in launches(bucket.step):
-        name = launch.kernel.function.__name__
-        if name in found:  # the last layer's
-            continue
-        repeat = Repeat(g.L - 1, (launch,))
-        graph = capture(lambda repeat=repeat: run([repeat], memory))
-        memory["position"].view(torch.int64).fill_(100)
-        found[name] = milliseconds(graph.replay, 20) / (g.L - 1) * 1e3
-        memory["position"].view(torch.int64).fill_(100)
+    for item in bucket.step:
+        repeats = isinstance(item, Repeat)
+        for launch in item.body if repeats else (item,):
+            name = launch.kernel.function.__name__
+            repeat = Repeat(g.L - 1, (launch,), item.strides if repeats else {})
+            graph = capture(lambda repeat=repeat: run((repeat,), memory))
+            memory["position"].view(torch.int64).fill_(100)
+            found[name] = milliseconds(graph.replay, 20) / (g.L - 1) * 1e3
+            memory["position"].view(torch.int64).fill_(100)
     return found
 
 
-def launches(program: Program) -> Iterator[Launch]:
-    """Each launch once."""
-    for item in program:
-        yield from item.body if isinstance(item, Repeat) else (item,)
-
-
-def logits_of(g: Geometry, number: str, rows: int, steps: int) -> torch.Tensor:
+def logits_of(g: Geometry, precision: str, rows: int, steps: int) -> torch.Tensor:
     """Teacher-forced scores (steps, V) of row 0, for comparing formats and numbers of rows."""
-    bucket = step_bucket(g, FORMATS[number], rows, TUNING[rows])
-    memory = prepare(g, bucket, random_weights(g, number))
+    bucket = step_bucket(g, FORMATS[precision], rows, TUNING[rows])
+    memory = prepare(g, bucket, random_weights(g, precision))
     memory["forced"].view(torch.int32).fill_(1)
     tokens = torch.randint(g.V, (steps,), generator=torch.Generator().manual_seed(1))
     found = []
@@ -214,25 +194,35 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                     for warps in (2, 4, 8):
                         if not 64 * warps <= m * n <= 128 * 64:
                             continue
-                        tile = Tile(m, n, depth, warps, stages)
+                        tile = Tile(
+                            rows=m, outputs=n, depth=depth, num_warps=warps, num_stages=stages
+                        )
                         yield "in_proj", replace(base, in_proj=tile)
                         if n <= 32:
                             yield "out_proj", replace(base, out_proj=tile)
         for n in (64, 128):
             for warps in (4, 8):
                 for stages in (3, 4):
-                    yield "linear", replace(base, head=Tile(rows, n, 64, warps, stages))
+                    yield (
+                        "linear",
+                        replace(
+                            base,
+                            head=Tile(
+                                rows=rows, outputs=n, depth=64, num_warps=warps, num_stages=stages
+                            ),
+                        ),
+                    )
     else:
         for n in (4, 8, 16, 32):
             for warps in (2, 4, 8):
-                tile = Tile(base.in_proj.rows, n, num_warps=warps)
+                tile = Tile(rows=base.in_proj.rows, outputs=n, num_warps=warps)
                 yield "in_proj", replace(base, in_proj=tile)
                 yield "out_proj", replace(base, out_proj=tile)
                 yield "linear", replace(base, head=tile)
     for heads in (1, 2, 4, 8, 16) if base.dot else (1,):
         for stages in range(1, min(heads, 5) + 1):
             for warps in (1, 2, 4, 8):
-                cut = ScanCut(heads, stages, warps)
+                cut = ScanCut(heads=heads, stages=stages, num_warps=warps)
                 yield "scan", replace(base, scan=dict.fromkeys(base.scan, cut))
 
 
@@ -255,29 +245,30 @@ def main() -> None:
     if options.agree:
         small = replace(g, L=6)
         reference = logits_of(small, "fp32", 2, 48)
-        for number in ("fp32", "fp16", "fp16-state16", "int8"):
+        for precision in ("fp32", "fp16", "fp16-state16", "int8"):
             for rows in (1, 2, 4, 8, 16, 32, 128):
-                error = (logits_of(small, number, rows, 48) - reference).norm(dim=1)
+                error = (logits_of(small, precision, rows, 48) - reference).norm(dim=1)
                 worst = (error / reference.norm(dim=1)).max().item()
-                print(f"{number:14} {rows:4} rows: relative error {worst:.2e}", flush=True)
-                figures.append({"precision": number, "rows": rows, "error": worst})
-    for number in options.precision:
-        weights = random_weights(g, number)
+                print(f"{precision:14} {rows:4} rows: relative error {worst:.2e}", flush=True)
+                figures.append({"precision": precision, "rows": rows, "error": worst})
+    for precision in options.precision:
+        weights = random_weights(g, precision)
         for rows in options.rows:
-            base = step_bucket(g, FORMATS[number], rows, TUNING[rows])
+            base = step_bucket(g, FORMATS[precision], rows, TUNING[rows])
             step = whole_step(g, base, weights)
             kernels = each_kernel(g, base, weights)
             print(
-                f"{options.size} {number} {rows} rows: {step:.3f} ms a step; us a launch: ", end=""
+                f"{options.size} {precision} {rows} rows: {step:.3f} ms a step; us a launch: ",
+                end="",
             )
             print(", ".join(f"{name} {time:.2f}" for name, time in kernels.items()), flush=True)
-            figures.append({"precision": number, "rows": rows, "ms": step, "us": kernels})
+            figures.append({"precision": precision, "rows": rows, "ms": step, "us": kernels})
             if not options.sweep:
                 continue
             best: dict[str, list[tuple[float, str]]] = {}
             for name, tuning in sweep(rows):
                 try:
-                    bucket = step_bucket(g, FORMATS[number], rows, tuning)
+                    bucket = step_bucket(g, FORMATS[precision], rows, tuning)
                     # Not the kernel alone: how launches get on with each other decides.
                     time = whole_step(g, bucket, weights, 64, 32)
                 except Exception as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +13,9 @@ import click
 
 from aim_cli import human
 from aim_cli.dataclass_options import CommaSeparated
+from aim_cli.errors import bad_arguments
 from aim_cli.measure import Measurement, Workload, measure
-from aim_cli.options import EngineOptions, bundle_option, engine_options
+from aim_cli.options import EngineOptions, bundle_option, check_count, engine_options
 from aim_cli.terminal import progress_bar, table
 
 
@@ -72,6 +72,8 @@ def command(
 
     if not batches or min(batches) < 1:
         raise click.BadParameter("sizes must be 1 or more.", param_hint="--batch")
+    with bad_arguments():
+        check_count(max(batches))
     path = None if bundle is None else str(bundle)
     if backends != ("auto",):  # the last of them must not fail after the others took minutes
         opened = Bundle.open(path)
@@ -133,11 +135,11 @@ def gpus(devices: set[str]) -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """What the figures depend on besides the bundle."""
     from aim_runtime import __version__
+    from aim_runtime.cores import usable_cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu_name(),
-        "cores": cores,
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "aim_runtime": __version__,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
-_STRIP = 18
+STRIP = 18
+"""Pixels that a line adds to an image's height."""
 _PAPER = "white"
 _INK = "#444444"
 _FONT_PIXELS = 11
@@ -13,7 +14,7 @@ _FONT_PIXELS = 11
 def captioned(image: Image.Image, text: str) -> Image.Image:
     """The image with a strip below it that holds as much of ``text`` as fits."""
     font = ImageFont.load_default(size=_FONT_PIXELS)
-    page = Image.new("RGB", (image.width, image.height + _STRIP), _PAPER)
+    page = Image.new("RGB", (image.width, image.height + STRIP), _PAPER)
     page.paste(image, (0, 0))
     place = (image.width / 2, image.height + 3)
     draw = ImageDraw.Draw(page)

@@ -20,6 +20,9 @@ BUG = 1
 PROBLEM = 2
 INTERRUPTED = 130
 
+_LONGEST_WORD = 160
+_LONGEST_SENTENCE = 600
+
 #: (module, class) of what the other packages raise on purpose. Looked up among the modules already
 #: imported: an exception whose module was never imported cannot have been raised, and importing it
 #: to find out could cost seconds of PyTorch.
@@ -77,6 +80,7 @@ def debugging() -> bool:
 def report(error: Exception) -> int:
     """Print what went wrong in one sentence to stderr; returns the exit code."""
     sentence, code = describe(error)
+    sentence = _printable(sentence)
     if debugging():
         traceback.print_exception(error)
     if sentence:
@@ -92,7 +96,8 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, click.Abort) and not isinstance(error.__cause__, EOFError):
         return "interrupted", INTERRUPTED
     if isinstance(error, click.UsageError):
-        return _one_line(error.format_message()).rstrip(".") + _see_help(error), PROBLEM
+        said = _shortened(_one_line(error.format_message()).rstrip("."))
+        return said + _see_help(error), PROBLEM
     if isinstance(error, click.ClickException):
         return _one_line(error.format_message()), PROBLEM
     if isinstance(error, BrokenPipeError):
@@ -160,3 +165,23 @@ def _see_help(error: click.UsageError) -> str:
 def _one_line(text: str) -> str:
     """The text with its line breaks folded into spaces."""
     return " ".join(text.split())
+
+
+def _shortened(text: str) -> str:
+    """What click says about an argument, of which it quotes all."""
+    return text if len(text) <= 240 else f"{text[:140]} ... {text[-80:]}"
+
+
+def _printable(sentence: str) -> str:
+    """A sentence without what moves a cursor, and what it quotes cut to a length to be read."""
+    words = []
+    for word in sentence.split(" "):
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in word)
+        if len(shown) > _LONGEST_WORD:
+            shown = f"{shown[: _LONGEST_WORD - 30]}...{shown[-20:]}"
+        words.append(shown)
+    text = " ".join(words)
+    if len(text) > _LONGEST_SENTENCE:
+        # What is wrong stands in front, what to do about it at the end.
+        text = f"{text[: _LONGEST_SENTENCE - 120]} ... {text[-110:]}"
+    return text

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import functools
+import os
+import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from aim_cli import human
 from aim_cli.errors import Interrupted, bad_arguments, requires
+from aim_cli.export_engines import Report, add_engines, chosen_engines, late_bar
 from aim_cli.options import sampling_options
-from aim_cli.terminal import Show, fields, progress_bar, table
+from aim_cli.terminal import fields, table
 
 if TYPE_CHECKING:
     from aim_export import ParityReport
 
-
-@dataclass(frozen=True)
-class Engines:
-    """What to put into a bundle beside its graphs; checked, so that it only has to be done.
-
-    Attributes:
-        trt: TensorRT's engines.
-        precisions: number formats to compile CUDA kernels for; none where none are wanted.
-        capabilities: compute capabilities to compile them for, 90 stands for 9.0.
-    """
-
-    trt: bool
-    precisions: tuple[str, ...] = ()
-    capabilities: tuple[int, ...] = ()
+_MAX_NAMES_BYTES = 16 << 20
+_SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
 
 
 @click.command("export")
@@ -42,7 +31,8 @@ class Engines:
     "--ckpt",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="AiM weights: ours or published, .safetensors, .bin or .pt, or a folder with one.",
+    help="AiM weights, ours or published: .safetensors, .bin or .pt, whole or in shards; a folder "
+    "with one, or the run folder of a training, stopped or running.",
 )
 @click.option(
     "--tokenizer",
@@ -54,19 +44,20 @@ class Engines:
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the new bundle.",
+    help="Folder of the new bundle. [default: the checkpoint's name without its ending, here]",
 )
 @click.option(
     "--bundle",
     "bundle_dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Instead of --ckpt and --out: add engines to this bundle.",
+    help="Instead of --ckpt: add engines to this bundle.",
 )
 @click.option(
     "--cuda",
     is_flag=True,
-    help="Compile the CUDA kernels of the backend 'cuda'. Needs no GPU, and some minutes.",
+    help="Compile the CUDA kernels of the backend 'cuda' too. Needs Triton and some minutes, but "
+    "no GPU.",
 )
 @click.option(
     "--cuda-precision",
@@ -86,7 +77,7 @@ class Engines:
 @click.option(
     "--trt",
     is_flag=True,
-    help="Build TensorRT engines for the GPU of this machine; with TensorRT for RTX installed "
+    help="Build TensorRT engines for the GPU of this machine too; with TensorRT for RTX installed "
     "instead, engines for any GPU that it supports, without one.",
 )
 @click.option(
@@ -108,7 +99,8 @@ class Engines:
     "class_names_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text file, one class name a line. [default: the checkpoint's, or ImageNet's for 1000]",
+    help="Text file in UTF-8, one class name a line. [default: the checkpoint's, or ImageNet's for "
+    "1000]",
 )
 @click.option("--name", metavar="TEXT", help="Name of the bundle. [default: the checkpoint's]")
 @click.option("--description", metavar="TEXT", help="A sentence for the model card.")
@@ -121,7 +113,7 @@ class Engines:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Put this file into the bundle too, a licence's text for example; several with several "
-    "--include.",
+    "--include; 64 MiB each at most.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
@@ -129,96 +121,87 @@ class Engines:
 def command(
     context: click.Context,
     ckpt: Path | None,
-    tokenizer: Path | None,
     out: Path | None,
     bundle_dir: Path | None,
     cuda: bool,
     cuda_precisions: tuple[str, ...],
     cuda_archs: tuple[str, ...],
     trt: bool,
-    precision: Literal["fp32", "fp16"],
-    position_offset: int | None,
-    class_names_file: Path | None,
-    name: str | None,
-    description: str | None,
-    license_: str | None,
-    cfg_scale: float | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    extra_files: tuple[Path, ...],
-    overwrite: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs, or add engines to a bundle.
 
     \b
+    aim export --ckpt aim_l.pt                              # makes the folder aim_l
     aim export --ckpt aim_l.safetensors --tokenizer vq_ds16_c2i.pt --out aim-l
-    aim export --bundle aim-l --cuda --cuda-precision fp16,fp32 --cuda-arch 8.0,9.0
-    aim export --bundle aim-l --trt
+    aim export --ckpt runs/model                            # a training's best model so far
+    aim export --ckpt aim_l.pt --trt --cuda                 # and its engines
+    aim export --bundle aim_l --cuda --cuda-precision fp16,fp32 --cuda-arch 8.0,9.0
 
     The bundle is compared with PyTorch over every step before it is written; if they differ by
     more than rounding, nothing is.
+
+    Where --trt or --cuda cannot be done on this machine, the bundle is made all the same, and the
+    last line says what is missing and which command adds the engines later.
 
     Guidance, temperature, top-k and top-p are what the bundle will recommend; where not given, what
     the checkpoint says, or else the published ones.
     """
     report = None if quiet else functools.partial(click.echo, err=True)
     started = time.perf_counter()
-    if not cuda and (cuda_precisions or cuda_archs):
-        given = "--cuda-precision" if cuda_precisions else "--cuda-arch"
-        raise click.UsageError(f"{given} says what --cuda compiles for; give --cuda too")
+    engines = chosen_engines(cuda, cuda_precisions, cuda_archs, trt=trt)
     if bundle_dir is not None:
         _check_only_engines(context)
-        engines = _check_engines(cuda, cuda_precisions, cuda_archs, trt=trt)
-        _add_engines(bundle_dir, engines, report=report, quiet=quiet)
+        add_engines(bundle_dir, engines, useful=False, report=report, quiet=quiet)
         if not quiet:
             click.echo(_outcome(bundle_dir, started))
         return
-    if ckpt is None or out is None:
+    if ckpt is None:
         raise click.UsageError(
-            "--ckpt and --out are missing; or give --bundle and what to add to it, --cuda or --trt"
+            "--ckpt is missing; or give --bundle and what to add to it, --cuda or --trt"
         )
-    with requires("export", "aim export"):
-        from aim_export import export_bundle
-        from aim_export.bundle import check_sampling
-    engines = _check_engines(cuda, cuda_precisions, cuda_archs, trt=trt)
-    settings = {
-        "cfg_scale": cfg_scale,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
-    sampling = {name: value for name, value in settings.items() if value is not None}
-    with bad_arguments():
-        check_sampling(sampling)
-    class_names = None if class_names_file is None else read_class_names(class_names_file)
-    try:
-        with late_bar("PyTorch, step by step", quiet=quiet) as progress:
-            _, parity = export_bundle(
-                ckpt,
-                out,
-                tokenizer=tokenizer,
-                precision=precision,
-                position_offset=position_offset,
-                class_names=class_names,
-                name=name,
-                description=description,
-                license=license_,
-                sampling=sampling,
-                extra_files=extra_files,
-                overwrite=overwrite,
-                report=report,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; nothing was written") from None
-    _add_engines(out, engines, report=report, quiet=quiet)
+    out, parity = _export(ckpt, out, options, report=report, quiet=quiet)
+    add_engines(out, engines, useful=True, report=report, quiet=quiet)
     if quiet:
         return
     click.echo(parity_table(parity))
     click.echo()
     click.echo(_outcome(out, started))
+
+
+def _export(
+    ckpt: Path, out: Path | None, options: dict[str, Any], *, report: Report | None, quiet: bool
+) -> tuple[Path, ParityReport]:
+    """Make the bundle; returns where it is and how well it agrees with PyTorch."""
+    with requires("export", "aim export"):
+        from aim_export import export_bundle
+        from aim_export.bundle import check_sampling, default_name
+    given = {name: options.pop(name) for name in _SAMPLING}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    with bad_arguments():
+        check_sampling(sampling)
+    names_file = options.pop("class_names_file")
+    class_names = None if names_file is None else read_class_names(names_file)
+    if out is None:
+        out = Path(default_name(ckpt))
+        if os.path.abspath(out) == os.path.abspath(ckpt):
+            out = Path(f"{out}-bundle")
+    try:
+        with late_bar("PyTorch, step by step", quiet=quiet) as progress:
+            _, parity = export_bundle(
+                ckpt,
+                out,
+                class_names=class_names,
+                license=options.pop("license_"),
+                sampling=sampling,
+                report=report,
+                progress=progress,
+                **options,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; nothing was written") from None
+    return out, parity
 
 
 def _check_only_engines(context: click.Context) -> None:
@@ -238,81 +221,6 @@ def _check_only_engines(context: click.Context) -> None:
         raise click.UsageError("--bundle wants to know what to add to the bundle, --cuda or --trt")
 
 
-def _check_engines(
-    cuda: bool, precisions: tuple[str, ...], archs: tuple[str, ...], *, trt: bool
-) -> Engines:
-    """What was asked for; asked before an export spends minutes on something else.
-
-    Raises:
-        MissingExtra: packages that it takes are not installed.
-        UsageError: kernels cannot be compiled for a format or compute capability.
-        ExportError: no TensorRT can be used.
-    """
-    if trt:
-        with requires("export", "aim export --trt"):
-            from aim_export.tensorrt import check_library
-        check_library()
-    if not cuda:
-        return Engines(trt)
-    with requires("export", "aim export --cuda"):
-        from aim_export.cuda.bundle import CAPABILITIES, PRECISIONS
-        from aim_export.cuda.precision import FORMATS
-    known = {f"{capability / 10}": capability for capability in CAPABILITIES}
-    chosen = _chosen("--cuda-arch", archs, known)
-    return Engines(
-        trt,
-        _chosen("--cuda-precision", precisions, FORMATS) or PRECISIONS,
-        tuple(known[arch] for arch in chosen) or CAPABILITIES,
-    )
-
-
-def _chosen(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The names in the values of an option, which may hold several with commas, each once.
-
-    Raises UsageError for one that is not among ``known``.
-    """
-    names = dict.fromkeys(name.strip() for value in given for name in value.split(","))
-    known = tuple(known)
-    for name in names:
-        if name not in known:
-            raise click.UsageError(f"{option} is {name!r}; kernels can be for {', '.join(known)}")
-    return tuple(names)
-
-
-def _add_engines(
-    bundle_dir: Path, engines: Engines, *, report: Callable[[str], None] | None, quiet: bool
-) -> None:
-    """Add the engines asked for to a bundle that is complete without them."""
-    if engines.precisions:
-        from aim_export.cuda.bundle import add_engines as add_kernels
-
-        with (
-            _whole_if_interrupted(bundle_dir, "CUDA kernels"),
-            late_bar("compiling kernels", quiet=quiet) as progress,
-        ):
-            add_kernels(
-                bundle_dir,
-                precisions=engines.precisions,
-                capabilities=engines.capabilities,
-                report=report,
-                progress=progress,
-            )
-    if engines.trt:
-        from aim_export.tensorrt import add_engines
-
-        with _whole_if_interrupted(bundle_dir, "TensorRT engines"):
-            add_engines(bundle_dir, report)
-
-
-@contextlib.contextmanager
-def _whole_if_interrupted(bundle_dir: Path, without: str) -> Iterator[None]:
-    """Say, after Ctrl-C, that the bundle is as it was."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {bundle_dir} is whole, without new {without}") from None
-
-
 def _outcome(bundle_dir: Path, started: float) -> str:
     """What there is now, and how long it took since ``started``."""
     from aim_runtime import Bundle
@@ -323,33 +231,28 @@ def _outcome(bundle_dir: Path, started: float) -> str:
     return fields([("bundle", f"{bundle_dir} ({stored})"), ("time", took)])
 
 
-@contextlib.contextmanager
-def late_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears with the first (done, in all) and goes once all is done."""
-    with contextlib.ExitStack() as bar:
-        show: Show | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal show
-            if show is None:
-                show = bar.enter_context(progress_bar(label, total, quiet=quiet))
-            show(done)
-            if done == total:
-                bar.close()
-
-        yield progress
-
-
 def read_class_names(path: Path) -> list[str]:
     """The lines of a text file; a blank one is no name and only allowed at the end.
 
+    UTF-8 with or without its mark, or UTF-16 with it, as some editors write; any line ends.
+
     Raises:
-        UsageError: the file is not text.
+        UsageError: the file is not text, or cannot be a list of names.
     """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise click.UsageError(f"--class-names: {path} is no regular file")
+    if status.st_size > _MAX_NAMES_BYTES:
+        raise click.UsageError(
+            f"--class-names: {path} has {status.st_size} bytes; at most {_MAX_NAMES_BYTES} are read"
+        )
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return path.read_text(encoding="utf-8").rstrip().splitlines()
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"{path} is not a text file in UTF-8") from error
+        raise click.UsageError(f"--class-names: {path} is not a text file in UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
 
 
 def parity_table(parity: ParityReport) -> str:

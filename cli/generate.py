@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import stat
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +21,7 @@ from aim_cli.options import (
     EngineOptions,
     backend_option,
     bundle_option,
+    check_count,
     check_seed,
     engine_options,
     load_generator,
@@ -26,7 +29,7 @@ from aim_cli.options import (
     seed_option,
 )
 from aim_cli.output import staged
-from aim_cli.terminal import fields, progress_bar
+from aim_cli.terminal import fields, finish, progress_bar
 
 if TYPE_CHECKING:
     from aim_runtime import Generator, Result, SamplingOptions
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 CONTACT_SHEET = "contact-sheet.png"
 _SAMPLER = 16
 """Images drawn when no class is asked for, each of another class."""
+_LONGEST_STEM = (60, 120)
+"""The most letters and bytes of a class's name in a file name, which may have 255 bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Request:
     multiple=True,
     metavar="CLASS",
     help="What to draw: a class by name or by number, several with several --class. "
-    "'aim info --classes' lists them. [default: 16 classes, spread over all]",
+    "'aim info --classes' lists both. Where all names are numbers, a number is a name. "
+    "[default: 16 classes, spread over all]",
 )
 @click.option(
     "-n",
@@ -123,19 +129,21 @@ def command(
                 options = generator.sampling.replace(
                     cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
                 )
-                check_seed(seed, (len(wanted) or _SAMPLER) * per_class)
                 request = plan_request(generator, wanted, per_class, seed, options)
                 generator.plan(len(request.classes), options.cfg_scale)
-            sheet = len(request.classes) > 1 if grid is None else grid
-            if not overwrite:
-                check_free(out, request, generator.bundle.manifest_sha256, sheet=sheet)
+            sheet = plan_sheet(generator, request, grid)
+            if sheet is None and not quiet:
+                click.echo(f"No {CONTACT_SHEET}: so many images do not fit on one page.", err=True)
+            sheet = bool(sheet)
+            check_free(out, request, generator.bundle.manifest_sha256, sheet, overwrite=overwrite)
             loaded = time.perf_counter()
             result = draw(generator, request, quiet=quiet)
             save(result, request, folder, sheet=sheet)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
     if not quiet:
-        click.echo(summary(result, request, out, sheet=sheet, load_seconds=loaded - started))
+        text = summary(result, request, out, sheet=sheet, load_seconds=loaded - started)
+        finish(text, f"the pictures are in {out}")
 
 
 def plan_request(
@@ -148,7 +156,8 @@ def plan_request(
     """Resolve class names and give every image its file name.
 
     Raises:
-        ValueError: a class is unknown or ambiguous.
+        ValueError: a class is unknown or ambiguous, or there are more images than one request or
+            the seeds allow.
     """
     if wanted:
         chosen = [generator.class_index(name) for name in wanted]
@@ -156,57 +165,103 @@ def plan_request(
         total = len(generator.class_names)
         chosen = [i * total // _SAMPLER for i in range(_SAMPLER)] if total > _SAMPLER else []
         chosen = chosen or list(range(total))
+    check_count(len(chosen) * per_class)
+    check_seed(seed, len(chosen) * per_class)
     classes = [index for index in chosen for _ in range(per_class)]
     slugs = file_stems(generator.class_names)
     files = [f"{slugs[index]}_seed{seed + i}.png" for i, index in enumerate(classes)]
     return Request(tuple(classes), tuple(files), seed, options)
 
 
+def plan_sheet(generator: Generator, request: Request, wanted: bool | None) -> bool | None:
+    """Whether to make a contact sheet; None for one that nobody asked for and that cannot be made.
+
+    Raises:
+        UsageError: one is asked for and would be too large.
+    """
+    from aim_cli.captions import STRIP
+    from aim_runtime.images import MAX_SHEET_PIXELS, sheet_size
+
+    count = len(request.classes)
+    if wanted is False or (wanted is None and count == 1):
+        return False
+    model = generator.manifest.model
+    tile = (model.image_width, model.image_height + STRIP)
+    width, height = sheet_size(count, tile, columns(request.classes))
+    if width * height <= MAX_SHEET_PIXELS:
+        return True
+    if wanted:
+        raise click.UsageError(
+            f"a page of {human.count(count, 'image')} would have {width} x {height} pixels, which "
+            f"few programs open; draw fewer at a time or use --no-grid"
+        )
+    return None
+
+
 def file_stems(class_names: tuple[str, ...]) -> list[str]:
     """A short file name for each class: of synonyms the first, with a number where two agree."""
-    slugs = [re.sub(r"\W+", "-", name.split(",")[0].casefold()).strip("-") for name in class_names]
-    slugs = [slug[:60] or "class" for slug in slugs]
+    slugs = [_slug(name.split(",")[0]) or "class" for name in class_names]
     count = Counter(slugs)
     return [f"{slug}-{i}" if count[slug] > 1 else slug for i, slug in enumerate(slugs)]
 
 
-def check_free(out: Path, request: Request, bundle_sha256: str, *, sheet: bool) -> None:
-    """Refuse to replace pictures that this request would not draw again.
+def _slug(name: str) -> str:
+    """What of a name a file can be called here; it may be nothing."""
+    letters, most = _LONGEST_STEM
+    slug = re.sub(r"\W+", "-", name.casefold()).strip("-")[:letters]
+    try:
+        os.fsencode(slug)
+    except UnicodeEncodeError:  # under a locale without these letters
+        plain = unicodedata.normalize("NFKD", slug).encode("ascii", "ignore").decode()
+        slug = re.sub(r"\W+", "-", plain).strip("-")
+    return slug.encode()[:most].decode(errors="ignore")
+
+
+def check_free(
+    out: Path, request: Request, bundle_sha256: str, sheet: bool, *, overwrite: bool
+) -> None:
+    """Refuse to replace what this request would not draw again, before it draws.
+
+    With ``overwrite`` only folders are in the way.
 
     Raises:
-        ClickException: a file of that name exists and has other settings, or none of ours.
+        ClickException: a file of that name exists and has other settings, or is none of ours.
     """
+    from aim_runtime.images import read_settings
+
     for i, (index, name) in enumerate(zip(request.classes, request.files, strict=True)):
         path = out / name
-        same = asdict(request.options) | {
-            "class": index,
-            "seed": request.seed + i,
-            "bundle_sha256": bundle_sha256,
-        }
-        if path.exists() and not same.items() <= read_settings(path).items():
-            raise _taken(path, "drawn with other settings")
+        if _is_in_the_way(path, overwrite):
+            same = asdict(request.options) | {
+                "class": index,
+                "seed": request.seed + i,
+                "bundle_sha256": bundle_sha256,
+            }
+            if not same.items() <= read_settings(path).items():
+                raise _taken(path, "was drawn with other settings")
     path = out / CONTACT_SHEET
-    if sheet and path.exists() and "images" not in read_settings(path):
-        raise _taken(path, "not made by aim")
+    if sheet and _is_in_the_way(path, overwrite) and "images" not in read_settings(path):
+        raise _taken(path, "was not made by aim")
+
+
+def _is_in_the_way(path: Path, overwrite: bool) -> bool:
+    """Whether there is a file of that name that may only be replaced if it is ours."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISDIR(mode):
+        raise click.ClickException(f"{path} is a folder; choose another --out, or remove it")
+    if not stat.S_ISREG(mode) and not overwrite:
+        kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise _taken(path, f"is {kind}")
+    return not overwrite
 
 
 def _taken(path: Path, what: str) -> click.ClickException:
     return click.ClickException(
-        f"{path} exists and was {what}; choose another --out or --seed, or replace it with "
-        "--overwrite"
+        f"{path} exists and {what}; choose another --out or --seed, or replace it with --overwrite"
     )
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that a PNG of ours carries; empty for any other file."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            settings = json.loads(image.info["aim"])
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def draw(generator: Generator, request: Request, *, quiet: bool) -> Result:
@@ -221,7 +276,7 @@ def draw(generator: Generator, request: Request, *, quiet: bool) -> Result:
             show(done * tokens // total, f"Decoding {what}" if done >= tokens else None)
 
         return generator.generate(
-            request.classes,
+            [generator.class_number(index) for index in request.classes],
             seed=request.seed,
             **asdict(request.options),
             progress=progress,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aim_cli import human
-from aim_cli.terminal import fields, table
+from aim_cli.terminal import as_json, fields, table
 
 if TYPE_CHECKING:
     from aim_runtime import BatchPlan, Bundle
@@ -21,9 +21,9 @@ _CLASSES_SHOWN = 6
 
 @click.command("info")
 @click.argument("path", required=False, type=click.Path(path_type=Path), metavar="[BUNDLE]")
-@click.option("--classes", is_flag=True, help="List the classes: number, tab, name.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(path: Path | None, classes: bool, as_json: bool) -> None:
+@click.option("--classes", is_flag=True, help="List the classes: index, tab, name.")
+@click.option("--json", "everything", is_flag=True, help="Print everything as one JSON object.")
+def command(path: Path | None, classes: bool, everything: bool) -> None:
     """Show what a bundle holds, what it needs and what can run it.
 
     BUNDLE is a folder or a .zip; without it, the model in the box. Nothing in it is executed.
@@ -31,8 +31,8 @@ def command(path: Path | None, classes: bool, as_json: bool) -> None:
     from aim_runtime import Bundle
 
     bundle = Bundle.open(path)
-    if as_json:
-        click.echo(json.dumps(as_dict(bundle), indent=2, ensure_ascii=False))
+    if everything:
+        click.echo(as_json(as_dict(bundle), indent=2))
     elif classes:
         names = bundle.manifest.class_names
         click.echo("\n".join(f"{index}\t{name}" for index, name in enumerate(names)))
@@ -62,7 +62,8 @@ def model_bytes(bundle: Bundle) -> int:
 def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any."""
     from aim_runtime.engines.cuda.architecture import describe
-    from aim_runtime.engines.cuda.plan import Plan, architectures, precisions
+    from aim_runtime.engines.cuda.plan import architectures, precisions
+    from aim_runtime.engines.cuda.plan_reader import read_plan
 
     formats = precisions(bundle.manifest)
     if not formats:
@@ -70,7 +71,7 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     return {
         "precisions": formats,
         "compute_capabilities": describe(architectures(bundle.manifest)).split(", "),
-        "compiler": Plan.read(bundle, formats[0]).compiler,
+        "compiler": read_plan(bundle, formats[0]).compiler,
     }
 
 

@@ -12,6 +12,7 @@ import click
 
 from aim_cli.errors import debugging, report, silence_stdout
 from aim_cli.lazy import LazyCommand, LazyGroup
+from aim_cli.terminal import prepare_streams
 
 
 class AimGroup(LazyGroup):
@@ -20,6 +21,7 @@ class AimGroup(LazyGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and leave by ``SystemExit``: 0, 1 (a bug), 2 or 130."""
         kwargs["standalone_mode"] = False
+        prepare_streams()
         try:
             result = super().main(*args, **kwargs)
             # Here and not at interpreter exit: a full disk behind a redirection is an error too.
@@ -61,6 +63,9 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The console script ``aim``."""
     signal.signal(signal.SIGTERM, _terminate)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(hangup, _terminate)
     if not sys.warnoptions and not debugging():
         # Notes of one library to another's authors would bury our one sentence.
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -102,7 +103,11 @@ def measure(workload: Workload) -> Measurement:
     """
     command = [sys.executable, "-m", "aim_cli.measure", json.dumps(asdict(workload))]
     started = time.time()
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    # In one encoding, whatever this process's streams are in: names come back as they were.
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    finished = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, check=False
+    )
     if finished.returncode:
         said = finished.stderr.strip().splitlines() or ["it said nothing"]
         raise click.ClickException(said[-1].removeprefix("Error: "))
@@ -141,7 +146,7 @@ def _run(workload: Workload) -> dict[str, Any]:
     with load_generator(workload.bundle, workload.backend, workload.engine) as generator:
         loaded = time.perf_counter()
         total = len(generator.class_names)
-        classes = [index % total for index in range(workload.batch)]
+        classes = [generator.class_number(index % total) for index in range(workload.batch)]
         times = []
         first_image_time = 0.0
         for repeat in range(1 + workload.repeats):

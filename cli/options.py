@@ -49,11 +49,25 @@ def load_generator(
     return generator
 
 
+def check_count(images: int) -> None:
+    """Raise ValueError for more images than one request may have."""
+    from aim_runtime.generator import MAX_IMAGES
+
+    if images > MAX_IMAGES:
+        raise ValueError(
+            f"{images:,} images are asked for; draw {MAX_IMAGES:,} at a time at most "
+            "('aim sample' draws more, batch by batch)"
+        )
+
+
 def check_seed(seed: int, images: int) -> None:
     """Raise ValueError unless images may take ``seed``, ``seed + 1`` and so on."""
-    if not 0 <= seed <= _MAX_SEED - (images - 1):
+    from aim_runtime.arguments import shown
+
+    highest = _MAX_SEED - (images - 1)
+    if not 0 <= seed <= highest:
         raise ValueError(
-            f"seed is {seed}; for {images} images it must be from 0 to {_MAX_SEED - (images - 1)}"
+            f"seed is {shown(seed)}; for {images} images it must be from 0 to {highest}"
         )
 
 
@@ -115,7 +129,8 @@ def engine_options(function: Function) -> Function:
             type=int,
             callback=_check_threads,
             metavar="N",
-            help="CPU threads. [default: one a core]",
+            help="CPU threads. [default: one for each core that this process, or its container, "
+            "may use]",
         ),
         click.option(
             "--precision",

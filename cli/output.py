@@ -35,7 +35,7 @@ def staged(folder: Path) -> Iterator[Path]:
         yield hidden
         for file in sorted(hidden.iterdir()):
             target = folder / file.name
-            if not target.exists():
+            if not os.path.lexists(target):
                 moved.append(target)
             os.replace(file, target)
         hidden.rmdir()

@@ -1,16 +1,20 @@
 """``aim sample``: a balanced set of images for an evaluation, restartable, with its record.
 
-Image i is of class ``i mod C`` and has the seed ``seed + i``, so any image can be drawn again alone
-and a run that was killed goes on where it stopped. ``sample.json`` says what the images are; a
+Image i is of class ``i mod C`` and has the seed ``seed + i``, however many there are: any image can
+be drawn again alone, a run that was killed goes on where it stopped, and the first images of a
+large set are the small one, which grows where it lies. ``sample.json`` says what the images are; a
 folder never mixes two settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +25,6 @@ from numpy.typing import NDArray
 
 from aim_cli import human
 from aim_cli.errors import Interrupted, bad_arguments
-from aim_cli.generate import read_settings
 from aim_cli.npz import write_npz
 from aim_cli.options import (
     EngineOptions,
@@ -34,7 +37,7 @@ from aim_cli.options import (
     seed_option,
 )
 from aim_cli.output import staged
-from aim_cli.terminal import fields, progress_bar
+from aim_cli.terminal import fields, finish, progress_bar
 
 if TYPE_CHECKING:
     from aim_runtime import Generator, SamplingOptions
@@ -44,11 +47,19 @@ _FORMAT = "aim-sample"
 _VERSION = 1
 _BAR_UNITS = 1000
 """Units of the progress bar an image."""
+_MAX_IMAGES = 10_000_000
+"""Far more than any evaluation takes, few enough to keep in one folder."""
+_MAX_RECORD_BYTES = 1 << 20
 
 
 @click.command("sample")
 @click.option(
-    "-n", "count", type=click.IntRange(min=1), required=True, metavar="N", help="Images in all."
+    "-n",
+    "count",
+    type=click.IntRange(min=1, max=_MAX_IMAGES),
+    required=True,
+    metavar="N",
+    help="Images in all. More than before adds to what is there.",
 )
 @click.option(
     "--out",
@@ -93,8 +104,9 @@ def command(
 
     Writes images/000000.png and so on, at the end one .npz in ADM's format (arr_0: uint8, images x
     height x width x 3), and in sample.json what they were drawn with: bundle and checkpoint hash,
-    settings, seeds, backend, precision. Stopped at any moment, the same command goes on. Single
-    settings such as --cfg-scale replace those of the preset.
+    settings, seeds, backend, precision. Stopped at any moment, the same command goes on; with a
+    larger N it adds the images that are missing. Single settings such as --cfg-scale replace those
+    of the preset.
     """
     with load_generator(bundle, backend, engine, quiet=quiet) as generator:
         with bad_arguments():
@@ -113,7 +125,7 @@ def command(
                 "the same command goes on from there"
             ) from None
     if not quiet:
-        click.echo(summary)
+        finish(summary, f"the sample is in {out}")
 
 
 def preset_options(defaults: SamplingOptions, preset: str) -> SamplingOptions:
@@ -145,8 +157,7 @@ class Sample:
 
     def path(self, index: int) -> Path:
         """The file of an image."""
-        digits = max(6, len(str(self.count - 1)))
-        return self.out / "images" / f"{index:0{digits}d}.png"
+        return self.out / "images" / f"{index:06d}.png"  # the same however many there are
 
     def class_of(self, index: int) -> int:
         """The class of an image."""
@@ -165,7 +176,7 @@ class Sample:
         return self.count, model.image_height, model.image_width, 3
 
     def open(self, preset: str) -> None:
-        """Start a folder, or go on in one with exactly these settings.
+        """Start a folder, or go on in one with these settings and as many images or fewer.
 
         Raises:
             ClickException: the folder holds a sample with other settings, or something else.
@@ -173,8 +184,9 @@ class Sample:
         """
         path = self.out / RECORD
         record = self.record(preset)
-        if path.exists():
-            _require_same(path, record)
+        if os.path.lexists(path):
+            if _checked_count(path, record) < self.count:
+                _write_json(path, record)
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise click.ClickException(
                 f"{self.out} holds other things and no {RECORD}; choose another --out"
@@ -186,7 +198,9 @@ class Sample:
         with staged(images):
             pass  # an older run's folder may have become read-only, its disk full
         for stale in images.glob(".*.tmp"):  # a kill in the middle of writing an image
-            stale.unlink()
+            with contextlib.suppress(IsADirectoryError, PermissionError):  # nothing of ours
+                stale.unlink()
+        _require_no_folder(self.archive)
 
     def record(self, preset: str) -> dict[str, Any]:
         """What the images are: whoever reads the figures can draw the same ones again."""
@@ -239,6 +253,7 @@ class Sample:
                 )
         drawing = time.perf_counter() - started
         write_npz(self.archive, self.pixels(quiet=quiet), self.shape)
+        self.remove_smaller_archives()
         lines = [("images", f"{self.out / 'images'}/"), ("archive", str(self.archive))]
         lines.append(("record", str(self.out / RECORD)))
         speed = f" ({human.rate(len(missing) / drawing, 'images')})" if missing else ""
@@ -249,22 +264,29 @@ class Sample:
 
     def draw(self, batch: range, progress: Any) -> None:
         """Draw images with adjoining numbers together and write each whole or not at all."""
-        from aim_runtime import save_png
+        from aim_runtime import AimError, save_png
 
         result = self.generator.generate(
-            [self.class_of(index) for index in batch],
+            [self.generator.class_number(self.class_of(index)) for index in batch],
             seed=self.seed + batch.start,
             **asdict(self.options),
             progress=progress,
         )
+        trouble: AimError | OSError | None = None
         for i, index in enumerate(batch):
-            save_png(result.images[i], self.path(index), result.settings(i))
-            self.finished += 1
+            try:
+                save_png(result.images[i], self.path(index), result.settings(i))
+            except (AimError, OSError) as error:  # the others are drawn too: keep them
+                trouble = trouble or error
+            else:
+                self.finished += 1
+        if trouble is not None:
+            raise trouble
 
-    def missing(self, *, quiet: bool) -> list[int]:
+    def missing(self, *, quiet: bool) -> Sequence[int]:
         """The images that are not there, or not whole, or not of these settings."""
         if not any(self.path(0).parent.iterdir()):
-            return list(range(self.count))
+            return range(self.count)
         found = []
         with progress_bar("Checking images", self.count, quiet=quiet) as show:
             for index in range(self.count):
@@ -274,28 +296,46 @@ class Sample:
         return found
 
     def is_complete(self, index: int) -> bool:
-        """Whether the image's file is readable to its last pixel and was drawn for this place."""
+        """Whether the image's file is readable to its last pixel and was drawn for this place.
+
+        Raises:
+            ClickException: something that is no file has the image's name.
+        """
+        from aim_runtime.images import read_settings
+
+        path = self.path(index)
         same = asdict(self.options) | {
             "class": self.class_of(index),
             "seed": self.seed + index,
             "bundle_sha256": self.generator.bundle.manifest_sha256,
         }
-        if not same.items() <= read_settings(self.path(index)).items():
+        if not same.items() <= read_settings(path).items():
+            _require_no_folder(path)
             return False
         try:
-            return read_pixels(self.path(index)).shape == self.shape[1:]
+            read_pixels(path, self.shape[1:])
         except (OSError, ValueError, SyntaxError):
             return False
+        return True
 
     def pixels(self, *, quiet: bool) -> Iterator[NDArray[np.uint8]]:
         """All images in order."""
         with progress_bar(f"Packing {self.archive.name}", self.count, quiet=quiet) as show:
             for index in range(self.count):
-                yield read_pixels(self.path(index))
+                yield read_pixels(self.path(index), self.shape[1:])
                 show(index + 1)
 
+    def remove_smaller_archives(self) -> None:
+        """Remove those that this sample had when it was smaller: its images are all in the new."""
+        _, height, width, channels = self.shape
+        pattern = re.compile(rf"samples_(\d+)x{height}x{width}x{channels}\.npz")
+        for path in self.out.iterdir():
+            found = pattern.fullmatch(path.name)
+            if found and int(found[1]) < self.count and stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
 
-def contiguous(indices: list[int], most: int) -> Iterator[range]:
+
+def contiguous(indices: Iterable[int], most: int) -> Iterator[range]:
     """Cut ascending numbers into runs without gaps, none longer than ``most``."""
     start = previous = None
     for index in indices:
@@ -308,33 +348,81 @@ def contiguous(indices: list[int], most: int) -> Iterator[range]:
         yield range(start, previous + 1)
 
 
-def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """An image file as (height, width, 3)."""
+def read_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An image file of ``shape`` (height, width, 3).
+
+    Raises:
+        ValueError: it is of another size, which nothing is unpacked to find out.
+    """
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def _require_same(path: Path, record: dict[str, Any]) -> None:
-    """Refuse a folder whose record differs, naming the first difference."""
+    height, width, _ = shape
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        there = None
-    if not isinstance(there, dict) or there.get("format") != _FORMAT:
+        with Image.open(path) as image:
+            if image.size != (width, height):
+                raise ValueError(f"{path} has {image.width} x {image.height} pixels")
+            return np.asarray(image.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _require_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise click.ClickException(
+            f"{path} is a folder where a file of the sample belongs; choose another --out, or "
+            "remove it"
+        )
+
+
+def _checked_count(path: Path, record: dict[str, Any]) -> int:
+    """The number of images of the sample in a folder, which one of ``record`` may go on.
+
+    Raises:
+        ClickException: the folder's record differs, whose first difference is named, or asks for
+            fewer images, or is none.
+    """
+    there = _read_record(path)
+    if there is None or there.get("format") != _FORMAT:
         raise click.ClickException(f"{path} is not the record of a sample; choose another --out")
     if there.get("format_version") != _VERSION:
         raise click.ClickException(
             f"{path} was written by another version of aim; choose another --out"
         )
-    before, now = there.get("settings", {}), record["settings"]
+    before, now = there.get("settings"), record["settings"]
+    if not isinstance(before, dict):
+        before = {}
+    count = before.get("count")
+    count = count if isinstance(count, int) else 0
+    more = 0 < count <= now["count"]
     for name in now:
-        if before.get(name) != now[name]:
-            raise click.ClickException(
-                f"{path.parent} holds a sample with {name} {before.get(name)!r}, this one has "
-                f"{now[name]!r}; choose another --out, or the same settings to go on"
-            )
+        if before.get(name) != now[name] and not (name == "count" and more):
+            raise click.ClickException(_differs(path.parent, name, before.get(name), now[name]))
+    return count
+
+
+def _differs(folder: Path, name: str, before: Any, now: Any) -> str:
+    from aim_runtime.arguments import shown
+
+    advice = "choose another --out, or the same settings to go on"
+    if name == "count" and isinstance(before, int):
+        advice = "samples grow and do not shrink: its first images are those of a smaller one"
+    return (
+        f"{folder} holds a sample with {name} {shown(before)}, this one has {shown(now)}; {advice}"
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file; None for what is none."""
+    _require_no_folder(path)
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    with path.open("rb") as file:
+        data = file.read(_MAX_RECORD_BYTES + 1)
+    try:
+        found = json.loads(data) if len(data) <= _MAX_RECORD_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _write_json(path: Path, value: Any) -> None:

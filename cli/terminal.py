@@ -1,13 +1,64 @@
-"""What differs between a person watching and a log file: bars, colours, Unicode."""
+"""What differs between a person watching and a log file: bars, colours, Unicode, or nobody."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr take any text, and be there.
+
+    What the encoding of a terminal or a redirection lacks is written as \\u732b. A stream that was
+    closed is the null device: its number would go to the next file opened, and what libraries print
+    into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            mode = "r" if name == "stdin" else "w"
+            stream = open(number, mode, closefd=False)  # noqa: SIM115 - for as long as we run
+            setattr(sys, name, stream)
+        if name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """``value`` as JSON that stdout can hold: with JSON's own escapes where that is not Unicode."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    with contextlib.suppress(UnicodeEncodeError, LookupError):
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+        return text
+    return json.dumps(value, indent=indent)
+
+
+def finish(text: str, done: str) -> None:
+    """Print the summary of work that is ``done``, whether or not anybody can read it.
+
+    Raises:
+        ClickException: stdout cannot be written, other than because its reader has gone.
+    """
+    try:
+        click.echo(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise click.ClickException(
+            f"{done}, but standard output cannot be written ({reason})"
+        ) from error
 
 
 def speaks_unicode(stream: object) -> bool:

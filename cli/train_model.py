@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import click
 
 from aim_cli.dataclass_options import options_from
 from aim_cli.errors import requires
-from aim_cli.terminal import fields
-from aim_cli.train import run
+from aim_cli.train import run, say_outcome
 from aim_training.options import ModelTrainingOptions
 
 
@@ -26,5 +26,7 @@ def command(**values: Any) -> None:
     with requires("train", "aim train"):
         from aim_training.train_model import train_model
     weights = run(train_model, ModelTrainingOptions, values)
-    then = f"aim export --ckpt {weights} --out ..."
-    click.echo(fields([("weights", str(weights)), ("next", then)]))
+    out = values["out"]
+    bundle = out.with_name("bundle" if out.name == "model" else f"{out.name}-bundle")
+    then = f"aim export --ckpt {shlex.quote(str(weights))} --out {shlex.quote(str(bundle))}"
+    say_outcome(weights, then)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import click
 
 from aim_cli.dataclass_options import options_from
 from aim_cli.errors import requires
-from aim_cli.terminal import fields
-from aim_cli.train import run
+from aim_cli.train import next_command, run, say_outcome
 from aim_training.options import TokenizerTrainingOptions
 
 
@@ -26,5 +26,11 @@ def command(**values: Any) -> None:
     with requires("train", "aim train"):
         from aim_training.train_tokenizer import train_tokenizer
     weights = run(train_tokenizer, TokenizerTrainingOptions, values)
-    then = f"aim train model {values['data']} --tokenizer {weights} --out ..."
-    click.echo(fields([("weights", str(weights)), ("next", then)]))
+    options = TokenizerTrainingOptions(**values)
+    out = options.out
+    model = out.with_name("model" if out.name == "tokenizer" else f"{out.name}-model")
+    data, tokenizer = shlex.quote(str(options.data)), shlex.quote(str(weights))
+    begun = f"aim train model {data} --tokenizer {tokenizer}"
+    # A laptop's tokenizer is for a laptop's model.
+    sizes = {"preset": options.preset} if options.preset else {}
+    say_outcome(weights, next_command(begun, options, **sizes, out=model))

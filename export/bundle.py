@@ -2,52 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from onnx import ModelProto
 
 from aim_export.decoder import lower_decoder
+from aim_export.errors import ExportError
 from aim_export.graph import Precision, write_graph
-from aim_export.lowering import lower_prologue, lower_step, next_name, state_shapes
-from aim_export.parity import ParityReport, Progress, check_parity
-from aim_runtime import Bundle, BundleError, Manifest, __version__, write_bundle
-from aim_runtime.bundle import check_target
-from aim_runtime.manifest import (
-    GraphSpec,
-    ModelCard,
-    SamplingDefaults,
-    StatePair,
-    TensorSpec,
-    is_plain_file_name,
-    sampling_from_json,
+from aim_export.lowering import lower_prologue, lower_step
+from aim_export.manifest import (
+    PUBLISHED_SAMPLING,
+    Report,
+    Wishes,
+    check_extra_files,
+    check_sampling,
+    default_name,
+    draft_manifest,
+    imagenet_class_names,
+    model_card,
+    state_pairs,
 )
-from aim_training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from aim_training.config import ModelConfig
+from aim_export.parity import ParityReport, Progress, check_parity
+from aim_export.versions import check_versions
+from aim_runtime import Bundle, Manifest, write_bundle
+from aim_runtime.bundle import check_target
+from aim_runtime.manifest import GraphSpec, SamplingDefaults, TensorSpec
+from aim_runtime.onnx_graph import checked_graph
+from aim_training.checkpoint import Checkpoint, load_checkpoint
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
+from aim_training.weights.stored import shown
+
+__all__ = [
+    "PUBLISHED_SAMPLING",
+    "ExportError",
+    "check_sampling",
+    "default_name",
+    "export_bundle",
+    "imagenet_class_names",
+    "model_card",
+    "state_pairs",
+    "write_graphs",
+]
 
 #: What the published sampler does; a checkpoint that says nothing was made for it.
 PUBLISHED_POSITION_OFFSET = 1
-#: The published sampling settings, for checkpoints that bring none.
-PUBLISHED_SAMPLING = SamplingDefaults(cfg_scale=4.0, temperature=1.0, top_k=600, top_p=0.98)
 
-_GRAPHS = ("prologue", "step", "decoder")
 _DTYPES = {1: "float32", 2: "uint8", 7: "int64"}
-
-#: Called with one line for the user whenever something is decided or begins.
-Report = Callable[[str], None]
-
-
-class ExportError(Exception):
-    """A checkpoint cannot become a bundle; the message is one sentence for the user."""
+#: What trainers call a moving average of the weights.
+_AVERAGES = ("ema", "model_ema", "state_dict_ema")
 
 
 def export_bundle(
@@ -99,70 +107,29 @@ def export_bundle(
         aim_runtime.BundleError: ``out`` is taken or cannot be written.
     """
     say = report or (lambda line: None)
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
-    if position_offset not in (None, 0, 1):
-        raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
-    chosen = asdict(sampling) if isinstance(sampling, SamplingDefaults) else dict(sampling or {})
-    check_sampling(chosen)
+    chosen = _checked_options(precision, position_offset, sampling)
     included = [Path(path) for path in extra_files]
-    _check_extra_files(included)
+    check_extra_files(included)
+    check_versions()
     out = Path(out).absolute()
     check_target(out, overwrite)
 
     source = load_checkpoint(checkpoint)
-    model, vq, vq_file = _both_halves(source, tokenizer)
-    config = model.config
-    if position_offset is None:
-        position_offset = config.position_offset
-    if position_offset is None:
-        position_offset = PUBLISHED_POSITION_OFFSET
-        say(
-            f"{source.path.name} does not say its position offset: taking "
-            f"{PUBLISHED_POSITION_OFFSET}, as the published sampler does (--position-offset)"
-        )
-    names = _class_names(class_names, source, config.num_classes, say)
-    metadata = source.metadata
-    recommended = replace(_sampling(metadata), **chosen)
-
-    # Beside the target, since a whole model may not fit where temporary files usually go.
-    existing = next(parent for parent in out.parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name}.") as scratch:
-        graphs_dir, draft_dir = Path(scratch, "graphs"), Path(scratch, "bundle")
-        graphs_dir.mkdir()
-        for path in included:
-            shutil.copyfile(path, graphs_dir / path.name)
-        specs = write_graphs(model, vq, position_offset, precision, graphs_dir, say)
-        manifest = Manifest(
-            name=name or str(metadata.get("name") or source.path.stem),
-            description=description or str(metadata.get("description") or ""),
-            license=license or str(metadata.get("license") or ""),
-            model=model_card(model, vq, position_offset, specs["decoder"]),
-            graphs=specs,
-            state=state_pairs(config),
-            sampling=recommended,
-            class_names=tuple(names),
-            precision=precision,
-            provenance={
-                "exported_by": f"aim-runtime {__version__}",
-                "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "checkpoint": source.path.name,
-                "checkpoint_sha256": _sha256(source.path),
-                "tokenizer": vq_file.name,
-                "tokenizer_sha256": _sha256(vq_file),
-            },
-        )
-        draft = write_bundle(manifest, graphs_dir, draft_dir)
-        say(f"comparing {config.num_tokens} steps with PyTorch")
-        parity = check_parity(model, vq, draft, progress=progress)
-        if parity.failures:
-            raise ExportError(
-                f"the graphs do not compute what {source.path.name} computes, so nothing was "
-                f"written: {'; '.join(parity.failures)}"
-            )
-        provenance: dict[str, Any] = {**manifest.provenance, "parity": parity.to_dict()}
-        final = replace(manifest, provenance=provenance)
-        return write_bundle(final, draft_dir, out, overwrite=overwrite), parity
+    if source.container in _AVERAGES:
+        say(f"taking the averaged weights ({source.container}) of {shown(source.path.name)}")
+    both = _with_tokenizer(source, tokenizer)
+    offset = _position_offset(position_offset, source, say)
+    wishes = Wishes(
+        name or source.metadata.get("name") or default_name(Path(checkpoint)),
+        description,
+        license,
+        class_names,
+        chosen,
+    )
+    draft = draft_manifest(source, both, wishes, offset, precision, say)
+    return _lower_and_compare(
+        source, both, draft, out, included, say=say, overwrite=overwrite, progress=progress
+    )
 
 
 def write_graphs(
@@ -188,129 +155,93 @@ def write_graphs(
     return specs
 
 
-def model_card(model: AiM, vq: VQTokenizer, position_offset: int, decoder: GraphSpec) -> ModelCard:
-    """Geometry and size of the two networks; the picture's size is read off the ``decoder``."""
-    config = model.config
-    _, height, width, _ = decoder.output("image").shape
-    assert isinstance(height, int)
-    assert isinstance(width, int)
-    return ModelCard(
-        d_model=config.d_model,
-        num_layers=config.num_layers,
-        d_state=config.d_state,
-        head_dim=config.head_dim,
-        conv_width=config.conv_width,
-        vocab_size=config.vocab_size,
-        num_classes=config.num_classes,
-        num_tokens=config.num_tokens,
-        image_height=height,
-        image_width=width,
-        position_offset=position_offset,
-        parameters=sum(p.numel() for p in model.parameters()),
-        decoder_parameters=_decoder_parameters(vq),
-        conditioning="adaln-group" if config.adaln_groups else "adaln",
-    )
+def _checked_options(
+    precision: str,
+    position_offset: int | None,
+    sampling: SamplingDefaults | Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """The sampling settings by name; ValueError for what is out of range."""
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
+    if position_offset not in (None, 0, 1):
+        raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
+    chosen = asdict(sampling) if isinstance(sampling, SamplingDefaults) else dict(sampling or {})
+    check_sampling(chosen)
+    return chosen
 
 
-def state_pairs(config: ModelConfig) -> tuple[StatePair, ...]:
-    """The step's state tensors, each with the output that replaces it."""
-    return tuple(StatePair(state, next_name(state)) for state in state_shapes(config))
+def _lower_and_compare(
+    source: Checkpoint,
+    tokenizer: Checkpoint,
+    draft: Manifest,
+    out: Path,
+    included: Sequence[Path],
+    *,
+    say: Report,
+    overwrite: bool,
+    progress: Progress | None,
+) -> tuple[Bundle, ParityReport]:
+    """Write the bundle that ``draft`` describes, if it computes what the checkpoint does."""
+    precision: Precision = "fp16" if draft.precision == "fp16" else "fp32"
+    model, vq = source.model, tokenizer.tokenizer
+    assert model is not None
+    assert vq is not None
+
+    # Beside the target, since a whole model may not fit where temporary files usually go.
+    existing = next(parent for parent in out.parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name[:60]}.") as scratch:
+        graphs_dir, draft_dir = Path(scratch, "graphs"), Path(scratch, "bundle")
+        graphs_dir.mkdir()
+        for path in included:
+            shutil.copyfile(path, graphs_dir / path.name)
+        specs = write_graphs(model, vq, draft.model.position_offset, precision, graphs_dir, say)
+        draft = replace(draft, graphs=specs)
+        written = write_bundle(draft, graphs_dir, draft_dir)
+        for graph in specs.values():
+            checked_graph(written, graph)  # what others' runtimes will ask of it
+        say(f"comparing {model.config.num_tokens} steps with PyTorch")
+        parity = check_parity(model, vq, written, progress=progress)
+        if parity.failures:
+            raise ExportError(
+                f"the graphs do not compute what {shown(source.path.name)} computes, so nothing "
+                f"was written: {'; '.join(parity.failures)}"
+            )
+        provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
+        final = replace(draft, provenance=provenance)
+        return write_bundle(final, draft_dir, out, overwrite=overwrite), parity
 
 
-def imagenet_class_names() -> list[str]:
-    """The 1000 classes of ILSVRC 2012, in the order of their indices."""
-    text = resources.files("aim_export").joinpath("data/imagenet_classes.txt").read_text("utf-8")
-    return text.splitlines()
-
-
-def _both_halves(source: Checkpoint, tokenizer: str | Path | None) -> tuple[AiM, VQTokenizer, Path]:
+def _with_tokenizer(source: Checkpoint, tokenizer: str | Path | None) -> Checkpoint:
+    """The checkpoint that holds the tokenizer of ``source``'s model: itself, or another."""
+    name = shown(source.path.name)
     if source.model is None:
-        raise ExportError(f"{source.path.name} holds a tokenizer only; --ckpt wants the AiM model")
-    vq, vq_file = source.tokenizer, source.path
-    if tokenizer is not None:
-        second = load_checkpoint(tokenizer)
-        vq, vq_file = second.tokenizer, second.path
-        if vq is None:
-            raise ExportError(f"{vq_file.name} holds no VQ tokenizer")
-    if vq is None:
+        raise ExportError(f"{name} holds a tokenizer only; --ckpt wants the AiM model")
+    other = source if tokenizer is None else load_checkpoint(tokenizer)
+    if other.tokenizer is None:
+        if tokenizer is not None:
+            raise ExportError(f"{shown(other.path.name)} holds no VQ tokenizer")
+        raise ExportError(f"{name} holds no tokenizer; name the file that does with --tokenizer")
+    config, codes = source.model.config, other.tokenizer.config.codebook_size
+    if codes != config.vocab_size:
         raise ExportError(
-            f"{source.path.name} holds no tokenizer; name the file that does with --tokenizer"
+            f"the model draws from {config.vocab_size} codes, the tokenizer "
+            f"{shown(other.path.name)} has {codes}; they do not belong together"
         )
-    if vq.config.codebook_size != source.model.config.vocab_size:
-        raise ExportError(
-            f"the model draws from {source.model.config.vocab_size} codes, the tokenizer "
-            f"{vq_file.name} has {vq.config.codebook_size}; they do not belong together"
+    if round(config.num_tokens**0.5) ** 2 != config.num_tokens:
+        raise ExportError(f"the model draws {config.num_tokens} tokens, which fill no square")
+    return other
+
+
+def _position_offset(given: int | None, source: Checkpoint, say: Report) -> int:
+    assert source.model is not None
+    offset = source.model.config.position_offset if given is None else given
+    if offset is None:
+        offset = PUBLISHED_POSITION_OFFSET
+        say(
+            f"{shown(source.path.name)} does not say its position offset: taking "
+            f"{PUBLISHED_POSITION_OFFSET}, as the published sampler does (--position-offset)"
         )
-    side = round(source.model.config.num_tokens**0.5)
-    if side * side != source.model.config.num_tokens:
-        raise ExportError(
-            f"the model draws {source.model.config.num_tokens} tokens, which fill no square"
-        )
-    return source.model, vq, vq_file
-
-
-def _class_names(
-    given: Sequence[str] | None, source: Checkpoint, classes: int, say: Report
-) -> list[str]:
-    if given is not None:
-        names = [str(name).strip() for name in given]
-        if len(names) != classes or not all(names):
-            raise ExportError(
-                f"{len([n for n in names if n])} class names were given; the model has {classes} "
-                "classes"
-            )
-        return names
-    if source.class_names is not None and len(source.class_names) == classes:
-        return source.class_names
-    if classes == len(imagenet := imagenet_class_names()):
-        say("taking ImageNet's names for the 1000 classes (--class-names)")
-        return imagenet
-    say(f"the checkpoint names no classes: calling them class-0 to class-{classes - 1}")
-    return [f"class-{index}" for index in range(classes)]
-
-
-def check_sampling(settings: Mapping[str, float]) -> None:
-    """Refuse settings that a bundle cannot recommend; some may be missing.
-
-    Raises:
-        ValueError: a setting is unknown or out of range.
-    """
-    try:
-        sampling_from_json(asdict(PUBLISHED_SAMPLING) | dict(settings))
-    except BundleError as error:
-        raise ValueError(str(error).removeprefix("the manifest's ")) from error
-
-
-def _sampling(metadata: Mapping[str, Any]) -> SamplingDefaults:
-    found = metadata.get("sampling")
-    if found is None:
-        return PUBLISHED_SAMPLING
-    try:
-        return sampling_from_json(found)
-    except BundleError as error:
-        reason = str(error).removeprefix("the manifest's ")
-        raise CheckpointError(f"the checkpoint's settings cannot be used: {reason}") from error
-
-
-def _check_extra_files(paths: Sequence[Path]) -> None:
-    taken = {f"{graph}.{part}" for graph in _GRAPHS for part in ("onnx", "weights")}
-    for path in paths:
-        if not path.is_file():
-            raise ExportError(f"{path} cannot go into the bundle: there is no such file")
-        if not is_plain_file_name(path.name):
-            raise ExportError(
-                f"{path} cannot go into the bundle: its name must have letters, digits and ._- "
-                "only, and not be manifest.json"
-            )
-        # Not all systems tell large letters from small ones.
-        if path.name.lower() in taken:
-            raise ExportError(f"{path} cannot go into the bundle: it holds a {path.name} already")
-        taken.add(path.name.lower())
-
-
-def _decoder_parameters(vq: VQTokenizer) -> int:
-    parts = (vq.decoder, vq.post_quant_conv, vq.quantize)
-    return sum(p.numel() for part in parts for p in part.parameters())
+    return offset
 
 
 def _graph_spec(name: str, model: ModelProto) -> GraphSpec:
@@ -327,11 +258,3 @@ def _graph_spec(name: str, model: ModelProto) -> GraphSpec:
     return GraphSpec(
         f"{name}.onnx", f"{name}.weights", specs(model.graph.input), specs(model.graph.output)
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from aim_export.errors import ExportError
 from aim_export.graph import OPSET, ROWS
 from aim_training.tokenizer import VQTokenizer
 
@@ -25,7 +26,11 @@ class Pictures(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Decode and quantise."""
-        pixels = self.tokenizer.decode(tokens)  # (N, 3, height, width) in about [-1, 1]
+        return self.levels(self.tokenizer.decode(tokens))
+
+    @staticmethod
+    def levels(pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, height, width) in about [-1, 1] to 8 bits, (N, height, width, 3)."""
         levels = torch.clamp(torch.round((pixels + 1) * 127.5), 0, 255)
         return levels.to(torch.uint8).permute(0, 2, 3, 1)
 
@@ -34,6 +39,9 @@ def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
     """``tokens`` (rows, T) int64 to ``image`` (rows, height, width, 3) uint8.
 
     The decoder is an ordinary convolutional network, so PyTorch's own exporter does it.
+
+    Raises:
+        ExportError: onnxscript is older than what this PyTorch exports with.
     """
     example = torch.zeros(2, num_tokens, dtype=torch.int64)
     exporter_log = logging.getLogger("torch.onnx")
@@ -52,6 +60,14 @@ def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
                 dynamo=True,
                 verbose=False,
             )
+    except ModuleNotFoundError as error:
+        # Each PyTorch calls a part of onnxscript that is named after it.
+        if not (error.name or "").startswith("onnxscript"):
+            raise
+        raise ExportError(
+            f"onnxscript is too old for PyTorch {torch.__version__} (it has no {error.name}): "
+            "pip install --upgrade onnxscript"
+        ) from error
     finally:
         exporter_log.setLevel(level)
     assert program is not None  # nothing is returned only where a file was asked for

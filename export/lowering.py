@@ -105,7 +105,7 @@ def lower_prologue(model: AiM) -> ModelProto:
         result=FINAL,
     )
 
-    for name, shape in _conditioning_shapes(config).items():
+    for name, shape in conditioning_shapes(config).items():
         g.output(name, np.float32, shape)
     return g.build()
 
@@ -120,7 +120,7 @@ def lower_step(model: AiM, position_offset: int) -> ModelProto:
     g.function(state_scan(config))
     token = g.input("token", np.int64, [ROWS])
     position = g.input("position", np.int64, [ROWS])
-    for name, shape in _conditioning_shapes(config).items():
+    for name, shape in conditioning_shapes(config).items():
         g.input(name, np.float32, shape)
     for name, shape in state_shapes(config).items():
         g.input(name, np.float32, shape)
@@ -199,7 +199,8 @@ def lower_step(model: AiM, position_offset: int) -> ModelProto:
     return g.build()
 
 
-def _conditioning_shapes(config: ModelConfig) -> dict[str, list[int | str]]:
+def conditioning_shapes(config: ModelConfig) -> dict[str, list[int | str]]:
+    """What the prologue hands to the step."""
     return {
         CLASS_EMBEDDING: [ROWS, config.d_model],
         MODULATION: [ROWS, config.num_layers, 3, config.d_model],

@@ -12,6 +12,7 @@ The images are drawn by the PyTorch model itself, by the bundle's own sampler an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_export.decoder import Pictures
+from aim_export.errors import ExportError
 from aim_runtime import Bundle, Generator, SamplingOptions
 from aim_runtime.engine import load_engine
 from aim_runtime.noise import uniforms
@@ -75,7 +77,7 @@ class ParityReport:
 
     @property
     def failures(self) -> list[str]:
-        """One sentence for each rung that does not hold."""
+        """One sentence for each rung that does not hold; what is not a number never does."""
         limit = TOLERANCES[self.precision]
         failures = []
         for name in ("sequence_error", "logits_error"):
@@ -86,6 +88,8 @@ class ParityReport:
             measured, needed = getattr(self, name), getattr(limit, name)
             if not measured >= needed:
                 failures.append(f"{name} is {measured:.4g}, at least {needed:g} is needed")
+        if not math.isfinite(self.logits_max_error):
+            failures.append(f"logits_max_error is {self.logits_max_error}, a number is needed")
         return failures
 
     def to_dict(self) -> dict[str, str | int | float]:
@@ -107,6 +111,9 @@ def check_parity(
         tokenizer: its tokenizer.
         bundle: what was made of them.
         progress: told after each step of the PyTorch model.
+
+    Raises:
+        ExportError: the model's own scores are not finite.
     """
     config, manifest = model.config, bundle.manifest
     engine = load_engine(bundle, backend="cpu")
@@ -124,11 +131,8 @@ def check_parity(
     whole = model(row_tokens, rows, position_offset=offset)  # (R, T, V)
 
     forced = generator.logits(tokens.numpy(), classes.tolist(), cfg_scale=options.cfg_scale)
-    drawn = np.stack(
-        [sample(forced[:, s], noise[:, s], options) for s in range(config.num_tokens)], axis=1
-    )
     pixels = np.concatenate([engine.decode(row[None]) for row in tokens.numpy()])
-    expected = torch.cat([Pictures(tokenizer)(row[None]) for row in tokens]).numpy()
+    expected = torch.cat([tokenizer.decode(row[None]) for row in tokens])
     return ParityReport(
         precision=manifest.precision,
         images=len(classes),
@@ -136,7 +140,7 @@ def check_parity(
         sequence_error=_relative_error(row_logits.numpy(), whole.numpy()),
         logits_error=_relative_error(forced, reference),
         logits_max_error=float(np.abs(forced - reference).max()),
-        token_agreement=float((drawn == tokens.numpy()).mean()),
+        token_agreement=_token_agreement(forced, noise, options, tokens.numpy()),
         psnr_db=_psnr_db(pixels, expected),
     )
 
@@ -157,6 +161,11 @@ def _draw(
     for step in range(steps):
         position = torch.full_like(token, step)
         scores, state = model.step(token, position, conditioning, state, offset)
+        if not scores.isfinite().all():
+            raise ExportError(
+                f"the model's own scores are not finite at step {step} of {steps}: its weights "
+                "overflow float32, so nothing can be drawn with them"
+            )
         guided.append(guide(scores.numpy(), images, options.cfg_scale))
         drawn = torch.from_numpy(sample(guided[-1], noise[:, step], options))
         token = drawn.repeat(len(rows) // images)
@@ -167,11 +176,38 @@ def _draw(
     return torch.stack(tokens, 1), torch.stack(logits, 1), np.stack(guided, 1)
 
 
+def _token_agreement(
+    logits: NDArray[np.float32],
+    noise: NDArray[np.float64],
+    options: SamplingOptions,
+    tokens: NDArray[np.int64],
+) -> float:
+    """Share of the tokens (N, T) that the logits (N, T, V) draw too; NaN where nothing can be."""
+    if not np.isfinite(logits).all():
+        return math.nan
+    drawn = [sample(logits[:, s], noise[:, s], options) for s in range(tokens.shape[1])]
+    return float((np.stack(drawn, axis=1) == tokens).mean())
+
+
 def _relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    difference = np.linalg.norm((ours - reference).ravel().astype(np.float64))
-    return float(difference / np.linalg.norm(reference.ravel().astype(np.float64)))
+    """Norm of the difference over that of the reference; NaN unless all of both is finite."""
+    if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
+        return math.nan
+    reference = reference.ravel().astype(np.float64)
+    difference = np.linalg.norm(ours.ravel().astype(np.float64) - reference)
+    if not difference:
+        return 0.0
+    norm = np.linalg.norm(reference)
+    return float(difference / norm) if norm else math.inf
 
 
-def _psnr_db(ours: np.ndarray, reference: np.ndarray) -> float:
-    mean_square = float(np.mean((ours.astype(np.float64) - reference) ** 2))
+def _psnr_db(ours: NDArray[np.uint8], reference: Tensor) -> float:
+    """Of pictures (N, height, width, 3) against pixels (N, 3, height, width) before rounding.
+
+    NaN where a pixel is none: rounded to 8 bits it would look like black, on both sides.
+    """
+    if not reference.isfinite().all():
+        return math.nan
+    expected = Pictures.levels(reference).numpy()
+    mean_square = float(np.mean((ours.astype(np.float64) - expected) ** 2))
     return 999.0 if mean_square == 0 else float(10 * np.log10(255**2 / mean_square))

@@ -1,10 +1,10 @@
 """Reading the published checkpoint layouts and writing ours.
 
 Read: AiM files with ``mamba.`` and ``vqvae.`` halves, a stage-2 file without prefixes, LlamaGen's
-tokenizer under its ``model`` key; as ``.safetensors``, ``.bin``, ``.pt`` or ``.pth``, or a folder
-that holds one. The geometry is read off the tensors, so no configuration file is needed. Files in
-PyTorch's pickle format are opened with a loader that accepts tensors and plain containers only:
-code inside them is refused, never run.
+tokenizer under its ``model`` or ``ema`` key; as ``.safetensors``, ``.bin``, ``.pt`` or ``.pth``,
+whole or in shards with an index, or a folder that holds one. The geometry is read off the tensors,
+so no configuration file is needed. Nothing in a file is ever run or built
+(:mod:`aim_training.weights`), and nothing larger than what it really holds is made.
 
 Written: one safetensors file and, beside it, a JSON file of the same stem with what tensors cannot
 say (the position offset, class names, how it was trained).
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,27 +23,38 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aim_training.config import ModelConfig
+from aim_training.geometry import (
+    check_fit,
+    model_config_from_shapes,
+    model_shapes,
+    module_shapes,
+)
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer, tokenizer_config_from_state
+from aim_training.weights import CheckpointError, OpenedWeights, StoredTensor, open_weights
+from aim_training.weights.stored import listed, shown
 
-Shapes = Mapping[str, tuple[int, ...]]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "load_checkpoint",
+    "model_config_from_shapes",
+    "save_checkpoint",
+]
 
 _MODEL, _TOKENIZER = "mamba.", "vqvae."
-#: What a checkpoint may keep its tensors under, and what wrappers put before every name.
-_CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
-_WRAPPERS = ("module.", "_orig_mod.")
+#: What wrappers put before every name.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 _TOKENIZER_ROOTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 #: Bookkeeping of the published training code that no inference needs.
 _IGNORED = ("quantize.codebook_used",)
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "tokenizer.safetensors")
+_HEAD, _WORDS = "lm_head.weight", "backbone.embeddings.word_embeddings.weight"
+MAX_METADATA_BYTES = 16 << 20
 
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message is one sentence for the user."""
+Stored = dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -51,16 +62,20 @@ class Checkpoint:
     """What a file held.
 
     Attributes:
-        path: the file that was read.
+        path: the file that was read; of a sharded checkpoint, its index.
         model: the autoregressive half, in evaluation mode and float32, or None.
         tokenizer: the VQ half, likewise, or None.
         metadata: contents of the JSON file beside it, empty where there is none.
+        files: all files that weights were read from.
+        container: what they were kept under in the file, "ema" for a moving average.
     """
 
     path: Path
     model: AiM | None = None
     tokenizer: VQTokenizer | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    container: str = ""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -72,31 +87,44 @@ class Checkpoint:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint in any of the known layouts.
 
+    Where a file holds both plain weights and their moving average ("ema"), the average is taken.
+
     Raises:
         CheckpointError: the file is missing, unreadable, holds code, or its tensors do not form a
-            model; the message names what is missing, unexpected or of the wrong shape.
+            model; the message names what is missing, unexpected, of the wrong shape or type, or
+            not finite.
     """
-    file = _find_file(Path(path))
-    model_state, tokenizer_state = _halves(_read_tensors(file), file)
-    metadata = _read_metadata(file.with_suffix(".json"))
+    opened = open_weights(Path(path))
+    model_tensors, tokenizer_tensors = _halves(opened)
+    metadata = _read_metadata(opened.metadata_path)
+    _check_memory(opened, {**model_tensors, **tokenizer_tensors})
+    name = shown(opened.path.name)
     model = tokenizer = None
-    if model_state:
+    if model_tensors:
         config = replace(
-            model_config_from_shapes(_shapes(model_state), file.name),
-            position_offset=_position_offset(metadata, file),
+            model_config_from_shapes(_shapes(model_tensors), name),
+            position_offset=_position_offset(metadata, opened.metadata_path),
         )
+        check_fit(_shapes(model_tensors), model_shapes(config), f"the AiM half of {name}")
         with torch.device("meta"):
             model = AiM(config)
-        _fill(model, model_state, f"the AiM half of {file.name}")
-    if tokenizer_state:
+    if tokenizer_tensors:
         try:
-            tokenizer_config = tokenizer_config_from_state(_shapes(tokenizer_state))
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{file.name} holds no complete VQ tokenizer: {error}") from error
+            tokenizer_config = tokenizer_config_from_state(_shapes(tokenizer_tensors))
+        except ValueError as error:
+            raise CheckpointError(f"{name} holds no complete VQ tokenizer: {error}") from error
         with torch.device("meta"):
             tokenizer = VQTokenizer(tokenizer_config)
-        _fill(tokenizer, tokenizer_state, f"the tokenizer half of {file.name}")
-    return Checkpoint(file, model, tokenizer, metadata)
+        check_fit(
+            _shapes(tokenizer_tensors),
+            module_shapes(tokenizer),
+            f"the tokenizer half of {name}",
+        )
+    # Both halves fit: only now is anything read.
+    for module, tensors in ((model, model_tensors), (tokenizer, tokenizer_tensors)):
+        if module is not None:
+            _fill(module, tensors)
+    return Checkpoint(opened.path, model, tokenizer, metadata, opened.files, opened.container)
 
 
 def save_checkpoint(
@@ -128,8 +156,10 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, partial_json = (path.with_name(path.name + end) for end in (".part", ".json.part"))
     try:
-        save_file(tensors, partial)
         partial_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        _save_file(tensors, partial)
+        # safetensors lets nobody but the owner read; the process's umask decides, as for the JSON.
+        partial.chmod(partial_json.stat().st_mode & 0o666)
         os.replace(partial_json, path.with_suffix(".json"))
         os.replace(partial, path)
     finally:
@@ -138,169 +168,123 @@ def save_checkpoint(
     return path
 
 
-def model_config_from_shapes(shapes: Shapes, source: str = "the checkpoint") -> ModelConfig:
-    """Geometry of an AiM state dict from its names and shapes alone.
-
-    The position offset is a property of the sampling recipe that no tensor shows: it is None here.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing or has an impossible shape.
-    """
-
-    def shape(name: str, dims: int) -> tuple[int, ...]:
-        found = shapes.get(name)
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors; what the operating system refuses is an OSError again."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:
-            raise CheckpointError(f"{source} has no tensor {name}, which tells the model's size")
-        if len(found) != dims or 0 in found:
-            raise CheckpointError(
-                f"{source}: {name} has shape {found}; expected {dims} non-empty dimensions"
-            )
-        return found
-
-    vocab_size, d_model = shape("backbone.embeddings.word_embeddings.weight", 2)
-    positions, _ = shape("backbone.embeddings.position_embeddings.weight", 2)
-    classes, _ = shape("backbone.cls_embed.embedding_table.weight", 2)
-    mixer = "backbone.layers.0.mixer."
-    (heads,) = shape(mixer + "A_log", 1)
-    channels, _, conv_width = shape(mixer + "conv1d.weight", 3)
-    layers = {int(m[1]) for n in shapes if (m := re.match(r"backbone\.layers\.(\d+)\.", n))}
-    groups = 0
-    if "backbone.adaln_group.1.weight" in shapes:
-        rows, _ = shape("backbone.adaln_group.1.weight", 2)
-        groups = rows // (3 * d_model)
-    try:
-        return ModelConfig(
-            vocab_size=vocab_size,
-            num_classes=classes - 1,
-            num_tokens=positions - 1,
-            d_model=d_model,
-            num_layers=max(layers) + 1,
-            d_state=(channels - 2 * d_model) // 2,
-            head_dim=2 * d_model // heads,
-            conv_width=conv_width,
-            adaln_groups=groups,
-            position_offset=None,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{source} describes an impossible model: {error}") from error
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _find_file(path: Path) -> Path:
-    if path.is_dir():
-        for name in _FOLDER_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise CheckpointError(f"{path} is a folder without any of {', '.join(_FOLDER_FILES)}")
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint at {path}")
-    return path
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, unwrapped from the containers of the known layouts."""
-    try:
-        if path.suffix == ".safetensors":
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} is not a plain weights file: it holds Python objects or is damaged; "
-            "code in checkpoints is never run, so ask for the weights as .safetensors"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path.name} cannot be read, it may be cut short ({reason})"
-        ) from error
-    while isinstance(found, dict) and not any(isinstance(v, Tensor) for v in found.values()):
-        inner = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), None)
-        if inner is None:
-            raise CheckpointError(f"{path.name} holds no tensors, only {sorted(map(str, found))}")
-        found = inner
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} holds a {type(found).__name__}; expected named tensors")
-    return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-
-def _halves(tensors: dict[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _halves(opened: OpenedWeights) -> tuple[Stored, Stored]:
     """Sort tensors into the model's and the tokenizer's, prefixes removed."""
-    model: dict[str, Tensor] = {}
-    tokenizer: dict[str, Tensor] = {}
+    source = shown(opened.path.name)
+    model: Stored = {}
+    tokenizer: Stored = {}
     unexpected = []
-    for full_name, tensor in tensors.items():
+    for full_name, tensor in opened.tensors.items():
         name = full_name
         while name.startswith(_WRAPPERS):
             name = name.split(".", 1)[1]
         if name.startswith(_TOKENIZER) or name.startswith(_TOKENIZER_ROOTS):
-            name = name.removeprefix(_TOKENIZER)
-            if name not in _IGNORED:
-                tokenizer[name] = tensor
+            half, name = tokenizer, name.removeprefix(_TOKENIZER)
         elif name.startswith((_MODEL, "backbone.", "lm_head.")):
-            model[name.removeprefix(_MODEL)] = tensor
+            half, name = model, name.removeprefix(_MODEL)
         else:
             unexpected.append(full_name)
+            continue
+        if name in half:
+            raise CheckpointError(f"{source} holds {shown(name, 100)} twice, under two prefixes")
+        if name not in _IGNORED:
+            tensor.check_usable(name)
+            half[name] = tensor
     if not model and not tokenizer:
         raise CheckpointError(
-            f"{file.name} is neither an AiM model nor a VQ tokenizer: its tensors are "
-            f"{_listed(sorted(tensors))}"
+            f"{source} is neither an AiM model nor a VQ tokenizer: its tensors are "
+            f"{listed(sorted(opened.tensors))}"
         )
     if unexpected:
-        raise CheckpointError(f"{file.name} has unexpected tensors: {_listed(sorted(unexpected))}")
-    head = model.pop("lm_head.weight", None)
-    table = model.get("backbone.embeddings.word_embeddings.weight")
-    if head is not None and table is not None and not torch.equal(head, table):
-        raise CheckpointError(
-            f"{file.name}: lm_head.weight differs from the word table; AiM ties the two"
-        )
+        raise CheckpointError(f"{source} has unexpected tensors: {listed(sorted(unexpected))}")
+    head, words = model.pop(_HEAD, None), model.get(_WORDS)
+    if head is not None and words is not None and not _tied(head, words):
+        raise CheckpointError(f"{source}: {_HEAD} differs from the word table; AiM ties the two")
     return model, tokenizer
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Put ``state`` into a module made on the meta device, naming every mismatch at once."""
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    problems = []
-    if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"missing {_listed(missing)}")
-    if unexpected := sorted(state.keys() - expected.keys()):
-        problems.append(f"unexpected {_listed(unexpected)}")
-    wrong = [
-        f"{name} is {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if wrong:
-        problems.append(f"wrong shapes: {_listed(wrong)}")
-    if problems:
-        raise CheckpointError(f"{source} does not fit: {'; '.join(problems)}")
-    module.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
+def _tied(head: StoredTensor, words: StoredTensor) -> bool:
+    """Whether the head is the word table, stored again or the very same numbers."""
+    if head.shape != words.shape:
+        return False
+    return head == words or torch.equal(head.read(_HEAD), words.read(_WORDS))
+
+
+def _check_memory(opened: OpenedWeights, tensors: Stored) -> None:
+    """Refuse tensors that need more than their file holds, or than this machine has."""
+    name = shown(opened.path.name)
+    stored = sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors.values())
+    held = sum(file.stat().st_size for file in opened.files)
+    if stored > held:
+        raise CheckpointError(
+            f"{name} describes tensors of {stored} bytes, but only {held} are stored; save each "
+            "tensor for itself"
+        )
+    needed = sum(tensor.numel * torch.float32.itemsize for tensor in tensors.values())
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory > 0:
+            raise CheckpointError(
+                f"{name} needs {needed / 1e9:.1f} GB of memory, this machine has {memory / 1e9:.1f}"
+            )
+
+
+def _fill(module: nn.Module, tensors: Stored) -> None:
+    """Put tensors that fit into a module made on the meta device."""
+    weights = {name: tensor.read(name) for name, tensor in tensors.items()}
+    module.load_state_dict(weights, assign=True)
     module.requires_grad_(True).eval()
 
 
-def _position_offset(metadata: Mapping[str, Any], file: Path) -> int | None:
+def _position_offset(metadata: Mapping[str, Any], path: Path) -> int | None:
     model = metadata.get("model")
     offset = model.get("position_offset") if isinstance(model, dict) else None
-    if offset not in (None, 0, 1):
+    if offset is not None and (type(offset) is not int or offset not in (0, 1)):
         raise CheckpointError(
-            f"{file.with_suffix('.json').name}: position_offset is {offset!r}; it may be 0 or 1"
+            f"{shown(path.name)}: position_offset is {shown(offset, 40)}; it may be 0 or 1"
         )
     return offset
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+    """The JSON object beside the weights, empty where there is no such file."""
+    where = f"{shown(path.name)} beside the checkpoint"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{where} is no regular file")
+    if status.st_size > MAX_METADATA_BYTES:
+        raise CheckpointError(
+            f"{where} has {status.st_size} bytes; at most {MAX_METADATA_BYTES} are read"
+        )
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise CheckpointError(f"{where} is nested too deeply") from None
     except ValueError as error:
-        raise CheckpointError(f"{path.name} beside the checkpoint is not JSON: {error}") from error
-    return metadata if isinstance(metadata, dict) else {}
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read ({error.strerror})") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{where} is no JSON object")
+    return metadata
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _shapes(tensors: Stored) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

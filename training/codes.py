@@ -2,18 +2,24 @@
 
 The tokenizer is frozen while the model trains, so several augmented variants of every image are
 encoded beforehand: one NumPy file (variants, images, T), memory-mapped, and a JSON file that says
-what it was made from. A cache that was made from anything else is made anew.
+what it was made from and what it hashes to. A cache that was made from anything else, or whose
+bytes are not those that were written, is made anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import itertools
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -21,17 +27,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_training.data import (
+    BadImages,
     Crop,
+    DataError,
     Draws,
     ImageFolder,
     centre_draws,
     epoch_draws,
+    file_hash,
     open_images,
+    shown,
 )
 from aim_training.progress import Progress
 from aim_training.tokenizer import VQTokenizer
 
-#: Images encoded at once.
+#: Images encoded at once, at most.
 _BATCH = 64
 
 
@@ -44,12 +54,14 @@ class CodeRequest:
         crop: how they are cut and mirrored.
         variants: random versions of every image; 0: its centre crop alone.
         seed: decides the random versions.
+        batch: images encoded at once, which memory bounds and codes do not depend on.
     """
 
     folder: ImageFolder
     crop: Crop
     variants: int
     seed: int
+    batch: int = _BATCH
 
     def draws(self) -> Iterator[Draws]:
         """Batches of draws, all images of one variant after the other."""
@@ -60,8 +72,8 @@ class CodeRequest:
                 if self.variants
                 else centre_draws(np.arange(count))
             )
-            for first in range(0, count, _BATCH):
-                part = slice(first, first + _BATCH)
+            for first in range(0, count, self.batch):
+                part = slice(first, first + self.batch)
                 yield Draws(draws.index[part], draws.uniform[part])
 
 
@@ -74,6 +86,26 @@ def weights_digest(tokenizer: VQTokenizer) -> str:
     return digest.hexdigest()
 
 
+def codes_fit(
+    path: Path,
+    request: CodeRequest,
+    tokenizer: VQTokenizer,
+    bad_images: Literal["skip", "stop"] = "stop",
+) -> bool:
+    """Whether :func:`cached_codes` would use the file as it is; reads only its description.
+
+    False also where there is none. So a caller can find out that another run's codes lie there
+    before they are replaced.
+
+    Args:
+        path: the ``.npy`` file.
+        request: what would be encoded.
+        tokenizer: what would encode it.
+        bad_images: with ``stop``, codes that were made around bad images do not fit.
+    """
+    return _description_that_fits(path, request, tokenizer, bad_images) is not None
+
+
 def cached_codes(
     path: Path,
     request: CodeRequest,
@@ -82,9 +114,12 @@ def cached_codes(
     *,
     workers: int,
     resident_limit_mb: int,
+    bad_images: BadImages | None = None,
     quiet: bool = False,
 ) -> NDArray[Any]:
     """The codes of ``request``, from the cache if it holds just these.
+
+    A cache that does not fit or was damaged is replaced, once its successor is whole.
 
     Args:
         path: the ``.npy`` file; its JSON file has the same stem.
@@ -93,70 +128,147 @@ def cached_codes(
         device: where to encode.
         workers: as in :func:`aim_training.data.open_images`.
         resident_limit_mb: likewise.
+        bad_images: likewise.
         quiet: show nothing.
 
     Returns:
         (variants, images, T), uint16 or int32, memory-mapped read-only.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or the disk has no room for the codes.
+        OSError: the cache cannot be written; it names the file.
     """
-    description = {
-        "tokenizer_sha256": weights_digest(tokenizer),
-        "data_digest": request.folder.digest,
-        "crop": asdict(request.crop),
-        "variants": request.variants,
-        "seed": request.seed,
-    }
     progress = Progress(0, sum(1 for _ in request.draws()), quiet=quiet)
-    described = path.with_suffix(".json")
-    if path.is_file() and _read_json(described) == description:
-        progress.say(f"Codes of {request.folder.root}: using {path}")
-        return np.load(path, mmap_mode="r")
-    progress.say(f"Codes of {request.folder.root}: encoding into {path}")
+    root = shown(request.folder.root)
+    policy = "stop" if bad_images is None else bad_images.policy
+    description = _description_that_fits(path, request, tokenizer, policy)
+    if description is not None:
+        if file_hash(path).hex() == description["sha256"]:
+            around = description["bad_images"]
+            skipped = "1 image" if around == 1 else f"{around:,} images"
+            note = f" (made around {skipped} that could not be read)" if around else ""
+            progress.say(f"Codes of {root}: using {shown(path)}{note}")
+            return np.load(path, mmap_mode="r")
+        progress.say(f"Codes of {root}: {shown(path)} is damaged and made anew")
+    progress.say(f"Codes of {root}: encoding into {shown(path)}")
+    side = request.crop.size // tokenizer.config.downsampling
+    shape = (max(1, request.variants), len(request.folder), side * side)
+    dtype = np.dtype(np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(path.parent, math.prod(shape) * dtype.itemsize)
+    known = 0 if bad_images is None else len(bad_images.found)
     images = open_images(
         request.folder,
         request.crop,
         device,
         workers=workers,
         resident_limit_mb=resident_limit_mb,
+        bad_images=bad_images,
     )
-    side = request.crop.size // tokenizer.config.downsampling
-    dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
-    shape = (max(1, request.variants), len(request.folder), side * side)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without its description a half-made or outdated file counts for nothing.
-    described.unlink(missing_ok=True)
-    partial = path.with_suffix(".part")
-    try:
-        codes = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        flat = codes.reshape(-1, side * side)
-        _encode(images.batches(request.draws()), tokenizer.to(device), flat, progress)
-        codes.flush()
-        del codes, flat
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, described)
+    codes = _encode(images.batches(request.draws()), tokenizer.to(device), progress, request.batch)
+    with _replacing(path) as file:
+        digest = _write(file, codes, shape, dtype)
+    met = 0 if bad_images is None else len(bad_images.found) - known
+    described = _describe(request, tokenizer) | {"sha256": digest, "bad_images": met}
+    with _replacing(path.with_suffix(".json")) as file:
+        file.write((json.dumps(described, indent=2) + "\n").encode())
     return np.load(path, mmap_mode="r")
+
+
+def _describe(request: CodeRequest, tokenizer: VQTokenizer) -> dict[str, Any]:
+    """What decides the codes."""
+    return {
+        "tokenizer_sha256": weights_digest(tokenizer),
+        "data_digest": request.folder.digest,
+        "crop": asdict(request.crop),
+        "variants": request.variants,
+        "seed": request.seed,
+    }
+
+
+def _description_that_fits(
+    path: Path, request: CodeRequest, tokenizer: VQTokenizer, bad_images: Literal["skip", "stop"]
+) -> dict[str, Any] | None:
+    """What the cache says of itself, if that is what is asked for."""
+    found = _read_json(path.with_suffix(".json"))
+    if not path.is_file() or not isinstance(found, dict):
+        return None
+    expected = _describe(request, tokenizer)
+    made_around = found.get("bad_images")
+    whole = isinstance(found.get("sha256"), str) and isinstance(made_around, int)
+    fits = whole and expected == {name: found.get(name) for name in expected}
+    return found if fits and (bad_images == "skip" or made_around == 0) else None
 
 
 @torch.no_grad()
 def _encode(
-    batches: Iterator[Tensor], tokenizer: VQTokenizer, codes: NDArray[Any], progress: Progress
-) -> None:
-    first = 0
+    batches: Iterator[Tensor], tokenizer: VQTokenizer, progress: Progress, at_once: int
+) -> Iterator[NDArray[np.int64]]:
+    """Codes (B, T) of every batch."""
     for number, batch in enumerate(batches, 1):
-        indices = tokenizer.encode(batch).cpu().numpy()  # (B, T)
-        codes[first : first + len(indices)] = indices
-        first += len(indices)
-        if number % 50 == 0 or first == len(codes):
-            progress.show(number, {}, _BATCH, float("inf"))
+        yield tokenizer.encode(batch).cpu().numpy()
+        if number % 50 == 0 or number == progress.total:
+            progress.show(number, {}, at_once, float("inf"))
+
+
+def _write(
+    file: IO[bytes],
+    codes: Iterator[NDArray[np.int64]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> str:
+    """A ``.npy`` file of the codes, which come in order; returns its sha256.
+
+    Not through a memory map: where the disk is full, that kills the process.
+    """
+    head = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, facts)
+    digest = hashlib.sha256()
+    written = 0
+    for part in itertools.chain(
+        [head.getvalue()], (batch.astype(dtype).tobytes() for batch in codes)
+    ):
+        digest.update(part)
+        written += file.write(part)
+    assert written == len(head.getvalue()) + math.prod(shape) * dtype.itemsize
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of ``path`` when all went well, and else is gone.
+
+    Raises:
+        OSError: it cannot be written, or the disk is full; it names ``path``.
+    """
+    partial = path.with_suffix(path.suffix + ".part")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):  # what failed is no write
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """Finds out before hours of encoding."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DataError(
+            f"the codes take {size / 2**20:,.0f} MiB in {shown(folder)}, where {free / 2**20:,.0f} "
+            "MiB are free; free some space or keep them elsewhere (cache)"
+        )
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -25,6 +25,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+#: What every RMSNorm adds to the mean square before its root.
+EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -130,6 +133,11 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            sizes = value if isinstance(value, tuple) else (value,)
+            if not sizes or any(size < 1 for size in sizes):
+                raise ValueError(f"{field.name} is {value}; it must be 1 or more")
         if self.channels % 32:
             raise ValueError(f"channels is {self.channels}; GroupNorm(32) needs a multiple of 32")
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aim_training.config import ModelConfig
-from aim_training.ssd import fastest_ssd
-
-EPS = 1e-5
+from aim_training.config import EPS, ModelConfig
+from aim_training.kernels.add_norm import GatedUpdate, add_norm
+from aim_training.kernels.mixer import MixerSizes, MixerWeights, has_kernels, mix
 
 
 class Conditioning(NamedTuple):
@@ -78,9 +77,23 @@ class AiM(nn.Module):
         positions = torch.arange(previous.shape[1], device=tokens.device) + position_offset
         embedded = net.embeddings(previous, positions)  # (B, T-1, D)
         residual = torch.cat([conditioning.class_embedding[:, None], embedded], 1).float()
-        for index, layer in enumerate(net.layers):
-            residual = layer(residual, conditioning.modulation[:, index])
-        return self._head(residual, conditioning.final_modulation[:, :, None])
+        update = None
+        # Taken apart at once: the gradient of a slice is a whole tensor of zeros around it.
+        for layer, modulation in zip(net.layers, conditioning.modulation.unbind(1), strict=True):
+            residual, update = layer(residual, update, modulation)
+        _, hidden = add_norm(residual, update, net.norm_f.weight, dtype=residual.dtype)
+        shift, scale = conditioning.final_modulation.unbind(1)  # each (B, D)
+        _, hidden = add_norm(hidden, None, net.final_layer.norm_final.weight, (shift, scale))
+        return F.linear(hidden, net.embeddings.word_embeddings.weight)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile each layer by itself, if its geometry has no kernels: they leave nothing to fuse.
+
+        As one graph, forty-eight layers take many minutes.
+        """
+        if not has_kernels(_sizes(self.config), self.config.conv_width):
+            for layer in self.backbone.layers:
+                layer.compile(*args, **options)
 
     def prologue(self, classes: Tensor) -> Conditioning:
         """Conditioning of (R,) int64 class ids."""
@@ -146,14 +159,10 @@ class AiM(nn.Module):
                 residual, conditioning.modulation[:, index], state[index], started
             )
             new_state.append(layer_state)
-        return self._head(residual, conditioning.final_modulation), new_state
-
-    def _head(self, residual: Tensor, modulation: Tensor) -> Tensor:
-        """Logits from the residual (..., D); modulation (R, 2, D) or (B, 2, 1, D)."""
-        net = self.backbone
         hidden = net.final_layer.norm_final(net.norm_f(residual))
-        shift, scale = modulation.unbind(1)
-        return F.linear(hidden * (1 + scale) + shift, net.embeddings.word_embeddings.weight)
+        shift, scale = conditioning.final_modulation.unbind(1)
+        hidden = hidden * (1 + scale) + shift
+        return F.linear(hidden, net.embeddings.word_embeddings.weight), new_state
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> AiM:
@@ -289,11 +298,20 @@ class Layer(nn.Module):
         else:
             self.adaLN_modulation = Modulation(width, 3)
 
-    def forward(self, residual: Tensor, modulation: Tensor) -> Tensor:
-        """Advance the residual (B, T, D) under modulation (B, 3, D)."""
-        shift, scale, gate = modulation[:, :, None].unbind(1)  # each (B, 1, D)
-        mixed = self.mixer(self.norm(residual) * (1 + scale) + shift)
-        return residual + F.dropout(gate * mixed, self.dropout, self.training)
+    def forward(
+        self, residual: Tensor, update: GatedUpdate | None, modulation: Tensor
+    ) -> tuple[Tensor, GatedUpdate]:
+        """Add the last layer's update to the residual (B, T, D), and make this one's.
+
+        Args:
+            residual: (B, T, D), without the update.
+            update: of the layer before; None in the first.
+            modulation: (B, 3, D).
+        """
+        shift, scale, gate = modulation.unbind(1)  # each (B, D)
+        residual, hidden = add_norm(residual, update, self.norm.weight, (shift, scale))
+        mixed = F.dropout(self.mixer(hidden), self.dropout, self.training)
+        return residual, GatedUpdate(mixed, gate)
 
     def step(
         self, residual: Tensor, modulation: Tensor, state: LayerState, started: Tensor
@@ -313,6 +331,10 @@ class DepthwiseConv(nn.Conv1d):
         super().__init__(channels, channels, width, groups=channels)
 
 
+def _sizes(config: ModelConfig) -> MixerSizes:
+    return MixerSizes(config.num_heads, config.head_dim, config.d_state)
+
+
 class Mixer(nn.Module):
     """The Mamba-2 block with one group: projection, causal conv, state space, gated norm."""
 
@@ -327,51 +349,35 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(inner)
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
-        self.ssd = fastest_ssd()
 
     def forward(self, u: Tensor) -> Tensor:
         """Mix (B, T, D) over positions."""
-        z, xbc, dt = self._project(u)
-        width, length = self.config.conv_width, u.shape[1]
-        # Four shifted products: depthwise convolution libraries are slower at width 4, most of all
-        # backwards, and want the channels first.
-        padded = F.pad(xbc, (0, 0, width - 1, 0))
-        taps = self.conv1d.weight[:, 0].to(xbc.dtype)  # (X, K)
-        convolved = self.conv1d.bias.to(xbc.dtype) + sum(
-            padded[:, k : k + length] * taps[:, k] for k in range(width)
+        cfg = self.config
+        weights = MixerWeights(
+            taps=self.conv1d.weight[:, 0],
+            bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            a_log=self.A_log,
+            skip=self.D,
+            norm=self.norm.weight,
         )
-        x, b, c = self._split(F.silu(convolved))
-        y = self.ssd(x, self._step_size(dt), -torch.exp(self.A_log), b, c)
-        return self._gate(y + self.D.to(x.dtype)[:, None] * x, z)
+        mixed: Tensor = self.out_proj(mix(self.in_proj(u), _sizes(cfg), weights))
+        return mixed
 
     def step(self, u: Tensor, state: LayerState, started: Tensor) -> tuple[Tensor, LayerState]:
         """Mix one position (R, D); ``started`` (R, 1) is False where the state counts as zero."""
-        z, xbc, dt = self._project(u)
+        cfg = self.config
+        z, xbc, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_channels, cfg.num_heads], -1)
         past = state.conv * started[..., None]
         window = torch.cat([past, xbc[:, None]], dim=1)  # (R, K, X)
         convolved = (window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias
-        x, b, c = self._split(F.silu(convolved))
-        dt = self._step_size(dt)  # (R, H)
+        x, b, c = F.silu(convolved).split([cfg.d_inner, cfg.d_state, cfg.d_state], -1)
+        x = x.unflatten(-1, (cfg.num_heads, cfg.head_dim))
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (R, H)
         decay = torch.exp(dt * -torch.exp(self.A_log)) * started
         written = (dt[..., None] * x)[..., None] * b[:, None, None]  # (R, H, P, S)
         ssm = decay[..., None, None] * state.ssm + written
         y = ssm @ c[:, None, :, None]  # (R, H, P, 1)
         y = y[..., 0] + self.D[:, None] * x
-        return self._gate(y, z), LayerState(window[:, 1:], ssm)
-
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cfg = self.config
-        z, xbc, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_channels, cfg.num_heads], -1)
-        return z, xbc, dt
-
-    def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cfg = self.config
-        x, b, c = xbc.split([cfg.d_inner, cfg.d_state, cfg.d_state], -1)
-        return x.unflatten(-1, (cfg.num_heads, cfg.head_dim)), b, c
-
-    def _step_size(self, dt: Tensor) -> Tensor:
-        return F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-
-    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         mixed: Tensor = self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
-        return mixed
+        return mixed, LayerState(window[:, 1:], ssm)

@@ -6,13 +6,21 @@ Every field carries its explanation in ``metadata["help"]``, from which the comm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+#: Beyond it no count, size or weight makes sense; 64-bit generators take seeds below it.
+_MOST = 2**31
+_SEEDS = 2**63
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+
+def _option(default: Any, help: str, **bounds: float) -> Any:
+    """A field; ``bounds`` are ``least``, ``most``, ``above`` and ``below`` of its numbers."""
+    return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 def _required(help: str) -> Any:
@@ -26,60 +34,150 @@ class TrainingOptions:
     data: Path = _required("Folder of training images, one folder per class.")
     out: Path = _required("Run folder: checkpoints, logs, sample images and the trained weights.")
     val_data: Path | None = _option(None, "Folder of held-out images, laid out like the data.")
-    size: int = _option(256, "Side of the square images, pixels.")
+    val_fraction: float = _option(
+        0.0,
+        "Instead of --val-data: hold out this fraction of each class, chosen by the files' names.",
+        least=0,
+        most=0.5,
+    )
+    size: int = _option(256, "Side of the square images, pixels.", least=1, most=8192)
     resize_factor: float = _option(
         1.125,
         "The shorter side is resized to this times the size before a random crop; 1: no crop.",
+        least=1,
+        most=16,
+    )
+    bad_images: Literal["skip", "stop"] = _option(
+        "skip",
+        "Images that cannot be read: skip them (another image of the class stands in, and "
+        "RUN/bad-images.txt lists them) or stop at the first.",
     )
     flip: bool = _option(True, "Mirror half of the images (not for data with writing in it).")
-    steps: int = _option(100_000, "Optimizer steps of the whole training.")
-    batch_size: int = _option(64, "Images a step, over all devices together.")
-    learning_rate: float = _option(1e-4, "Peak learning rate.")
+    steps: int = _option(100_000, "Optimizer steps of the whole training.", least=1)
+    batch_size: int = _option(
+        64, "Images a step, over all devices together.", least=1, most=1_000_000
+    )
+    learning_rate: float = _option(1e-4, "Peak learning rate.", above=0, most=math.inf)
     schedule: Literal["constant", "cosine"] = _option(
         "constant",
         "After the warm-up: constant, or a cosine down to a hundredth. With --max-minutes the "
         "cosine also ends when the time does.",
     )
-    warmup_steps: int = _option(500, "Steps over which the learning rate rises from 0.")
-    weight_decay: float = _option(0.05, "Weight decay of tensors with 2 or more dimensions.")
-    grad_clip: float = _option(1.0, "Largest norm of the gradient.")
-    ema_decay: float = _option(0.999, "Decay of the averaged weights, which are the ones exported.")
-    seed: int = _option(0, "Decides initial weights, data order and augmentation.")
+    warmup_steps: int = _option(500, "Steps over which the learning rate rises from 0.", least=0)
+    weight_decay: float = _option(
+        0.05, "Weight decay of tensors with 2 or more dimensions.", least=0
+    )
+    grad_clip: float = _option(1.0, "Largest norm of the gradient.", above=0)
+    ema_decay: float = _option(
+        0.999, "Decay of the averaged weights, which are the ones exported.", least=0, below=1
+    )
+    seed: int = _option(
+        0, "Decides initial weights, data order and augmentation.", least=0, below=_SEEDS
+    )
     max_minutes: float | None = _option(
         None,
         "Stop cleanly after this many minutes of training, those before a resume included.",
+        above=0,
     )
-    log_every: int = _option(50, "Steps between log lines.")
-    eval_every: int = _option(1000, "Steps between evaluations on the held-out images.")
-    sample_every: int = _option(1000, "Steps between pictures under RUN/samples.")
-    save_every: int = _option(1000, "Steps between checkpoints; the last two are kept.")
+    log_every: int = _option(50, "Steps between log lines.", least=1)
+    eval_every: int = _option(1000, "Steps between evaluations on the held-out images.", least=1)
+    sample_every: int = _option(1000, "Steps between pictures under RUN/samples.", least=1)
+    save_every: int = _option(
+        1000,
+        "Steps between checkpoints, of which the last two are kept, and exports of the averaged "
+        "weights; a quarter of an hour at most.",
+        least=1,
+    )
+    export_weights: Literal["best", "last"] | None = _option(
+        None,
+        "Which averaged weights are exported: those that did best on held-out images, or the "
+        "last. [default: best where there are held-out images and no discriminator, else last]",
+    )
+    early_stop: int = _option(
+        0, "Stop after this many evaluations without improvement; 0: never.", least=0
+    )
+    allow_changed_data: bool = _option(
+        False, "Go on with a run although images were added, removed or changed."
+    )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "Arithmetic of the networks; auto: bf16 on a GPU, fp32 elsewhere."
     )
-    compile: bool = _option(False, "Compile the networks (minutes at the start, faster after).")
-    workers: int = _option(8, "Processes that read images, where they do not fit in memory.")
+    compile: bool = _option(
+        False,
+        "Compile the tokenizer: minutes at the start, faster after. The model has kernels of its own.",
+    )
+    workers: int = _option(
+        8, "Processes that read images, where they do not fit in memory.", least=0, most=1024
+    )
     resident_limit_mb: int = _option(
-        4096, "Most memory for keeping all images decoded on the device, MiB."
+        4096, "Most memory for keeping all images decoded on the device, MiB.", least=0
     )
 
     def __post_init__(self) -> None:
-        counts = ("size", "steps", "batch_size")
-        intervals = ("log_every", "eval_every", "sample_every", "save_every")
-        self._at_least(1, *counts, *intervals)
-        self._at_least(0, "warmup_steps", "weight_decay", "workers", "resident_limit_mb", "seed")
-        for name in ("learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        self._at_least(1, "resize_factor")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max_minutes is {self.max_minutes}; it must be above 0")
+        hints = typing.get_type_hints(type(self))
+        for option in fields(self):
+            _check(option, hints[option.name], getattr(self, option.name))
+        held_out = self.val_data is not None or self.val_fraction > 0
+        if self.val_data is not None and self.val_fraction:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction}; with val_data it must be 0, as either gives "
+                "the held-out images"
+            )
+        judged = {"export_weights": self.export_weights == "best", "early_stop": self.early_stop}
+        for name, wanted in judged.items():
+            if wanted and not held_out:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it takes held-out images (val_data or "
+                    "val_fraction)"
+                )
 
-    def _at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+
+def _check(option: Field[Any], hint: Any, value: Any) -> None:
+    """Raises ValueError unless a field's value is of its kind and within its bounds."""
+    kinds = [hint] if typing.get_origin(hint) is None else list(typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        kinds, chosen = [], hint
+    else:
+        chosen = next((kind for kind in kinds if typing.get_origin(kind) is Literal), None)
+    name, shown = option.name, repr(value)[:60]
+    if chosen is not None and value in typing.get_args(chosen):
+        return
+    if value is None and type(None) in kinds:
+        return
+    if chosen is not None:
+        raise ValueError(f"{name} is {shown}; it must be one of {typing.get_args(chosen)}")
+    kind = kinds[0]
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple) or not 1 <= len(value) <= 16:
+            raise ValueError(f"{name} is {shown}; it must be 1 to 16 numbers")
+        for item in value:
+            _check_number(option, kind, item)
+    elif kind in (int, float):
+        _check_number(option, kind, value)
+    elif not isinstance(value, kind):
+        raise ValueError(f"{name} is {shown}; it must be a {kind.__name__}")
+
+
+def _check_number(option: Field[Any], kind: type, value: Any) -> None:
+    name, shown = option.name, repr(value)[:60]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole and not (kind is float and isinstance(value, float)):
+        raise ValueError(f"{name} is {shown}; it must be a {'whole ' * (kind is int)}number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {shown}; it must be a finite number")
+    bounds: Mapping[str, float] = option.metadata.get("bounds", {})
+    least, above = bounds.get("least", -math.inf), bounds.get("above", -math.inf)
+    below = bounds.get("below", math.inf)
+    most = bounds.get("most", math.inf if "below" in bounds else _MOST)
+    if least <= value <= most and above < value < below:
+        return
+    if "below" in bounds:
+        limit = f"in [{least}, {below})"
+    elif value > most:
+        limit = f"{most} or less"
+    else:
+        limit = f"{least} or more" if "least" in bounds else f"above {above}"
+    raise ValueError(f"{name} is {shown}; it must be {limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,50 +187,48 @@ class TokenizerTrainingOptions(TrainingOptions):
     The defaults of the geometry are LlamaGen's VQ-16.
     """
 
-    codebook_size: int = _option(16384, "Codes in the codebook.")
-    codebook_dim: int = _option(8, "Length of a code vector.")
-    channels: int = _option(128, "Width of the first level, a multiple of 32.")
-    channel_multipliers: tuple[int, ...] = _option(
-        (1, 1, 2, 2, 4), "Width of each level over the first; one token covers 2^(levels-1) pixels."
+    preset: Literal["small"] | None = _option(
+        None, "Sizes that a laptop trains; without it, the seven sizes that follow."
     )
-    z_channels: int = _option(256, "Width between encoder and codebook.")
-    encoder_blocks: int = _option(2, "Residual blocks a level in the encoder.")
-    decoder_blocks: int = _option(3, "Residual blocks a level in the decoder.")
-    commitment_weight: float = _option(0.25, "Weight of the commitment loss.")
-    edge_weight: float = _option(1.0, "Weight of the edge loss.")
-    perceptual_weight: float = _option(1.0, "Weight of LPIPS, where it is installed.")
+    codebook_size: int = _option(16384, "Codes in the codebook.", least=2, most=2**24)
+    codebook_dim: int = _option(8, "Length of a code vector.", least=1, most=4096)
+    channels: int = _option(128, "Width of the first level, a multiple of 32.", least=32, most=8192)
+    channel_multipliers: tuple[int, ...] = _option(
+        (1, 1, 2, 2, 4),
+        "Width of each level over the first; one token covers 2^(levels-1) pixels.",
+        least=1,
+        most=64,
+    )
+    z_channels: int = _option(256, "Width between encoder and codebook.", least=1, most=65536)
+    encoder_blocks: int = _option(2, "Residual blocks a level in the encoder.", least=1, most=256)
+    decoder_blocks: int = _option(3, "Residual blocks a level in the decoder.", least=1, most=256)
+    commitment_weight: float = _option(0.25, "Weight of the commitment loss.", least=0)
+    edge_weight: float = _option(1.0, "Weight of the edge loss.", least=0)
+    perceptual_weight: float = _option(1.0, "Weight of LPIPS, where it is installed.", least=0)
     discriminator_weight: float = _option(
-        0.5, "Strength of the discriminator against the reconstruction loss; 0: none."
+        0.5, "Strength of the discriminator against the reconstruction loss; 0: none.", least=0
     )
     discriminator_start: float = _option(
-        0.4, "Fraction of the training after which the discriminator joins."
+        0.4,
+        "Fraction of the training after which the discriminator joins.",
+        least=0,
+        most=1,
     )
     feature_weight: float = _option(
-        1.0, "Weight of feature matching within the discriminator's part."
+        1.0, "Weight of feature matching within the discriminator's part.", least=0
     )
     revive_every: int = _option(
-        200, "Steps between replacing the codes that no image used since; 0: never."
+        200, "Steps between replacing the codes that no image used since; 0: never.", least=0
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(
-            0,
-            "commitment_weight",
-            "edge_weight",
-            "perceptual_weight",
-            "discriminator_weight",
-            "feature_weight",
-            "revive_every",
-        )
+        if self.channels % 32:
+            raise ValueError(f"channels is {self.channels}; it must be a multiple of 32")
         if self.discriminator_weight and self.size < 32:
             raise ValueError(
                 f"size is {self.size}; the discriminator needs 32 or more (discriminator_weight 0 "
                 "leaves it out)"
-            )
-        if not 0 <= self.discriminator_start <= 1:
-            raise ValueError(
-                f"discriminator_start is {self.discriminator_start}; it must be in [0, 1]"
             )
 
 
@@ -141,31 +237,30 @@ class ModelTrainingOptions(TrainingOptions):
     """Choices of :func:`aim_training.train_model.train_model`."""
 
     tokenizer: Path = _required("Trained tokenizer: a checkpoint file or folder.")
-    preset: Literal["B", "L", "XL", "1B"] | None = _option(
-        None, "Published size; without it, the five sizes that follow."
+    preset: Literal["small", "B", "L", "XL", "1B"] | None = _option(
+        None,
+        "A size that a laptop trains, or a published one; without it, the five sizes that follow.",
     )
-    d_model: int = _option(768, "Width of the model.")
-    layers: int = _option(24, "Number of layers.")
-    d_state: int = _option(128, "State size per channel.")
-    head_dim: int = _option(64, "Channels a head.")
+    d_model: int = _option(768, "Width of the model.", least=1, most=65536)
+    layers: int = _option(24, "Number of layers.", least=1, most=1024)
+    d_state: int = _option(128, "State size per channel.", least=1, most=4096)
+    head_dim: int = _option(64, "Channels a head.", least=1, most=65536)
     adaln_groups: int = _option(
-        0, "0: every layer has its own class modulation; more: that many shared ones."
+        0,
+        "0: every layer has its own class modulation; more: that many shared ones.",
+        least=0,
+        most=1024,
     )
     class_dropout: float = _option(
-        0.1, "Fraction of images trained without their class, for guidance."
+        0.1, "Fraction of images trained without their class, for guidance.", least=0, below=1
     )
-    dropout: float = _option(0.0, "Dropout of each layer's output.")
-    variants: int = _option(8, "Augmented versions of every image that are encoded and cached.")
+    dropout: float = _option(0.0, "Dropout of each layer's output.", least=0, below=1)
+    variants: int = _option(
+        8, "Augmented versions of every image that are encoded and cached.", least=1, most=100_000
+    )
     cache: Path | None = _option(None, "Folder of the cached codes; RUN/codes when left out.")
-    sample_guidance: float = _option(2.0, "Guidance of the sample pictures.")
-    sample_count: int = _option(16, "Images in a sample picture.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._at_least(1, "variants", "sample_count")
-        for name in ("class_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+    sample_guidance: float = _option(2.0, "Guidance of the sample pictures.", least=0, most=1000)
+    sample_count: int = _option(16, "Images in a sample picture.", least=1, most=4096)
 
 
 def recipe(options: TrainingOptions) -> dict[str, Any]:

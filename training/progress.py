@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -44,22 +46,29 @@ class Progress:
         speed = count / per_step if per_step else 0.0
         left = min((self.total - step) * per_step, limit_s)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        text = (
-            f"step {step}/{self.total}  {numbers}  {speed:.0f} {self.unit}/s  {duration(left)} left"
-        )
-        if not self.quiet:
-            end = "" if self.live else "\n"
-            start = "\r" if self.live else ""
-            print(f"{start}{text:<{self._width}}", end=end, file=sys.stderr, flush=True)
-            self._width = len(text) if self.live else 0
+        fast = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        text = f"step {step}/{self.total}  {numbers}  {fast} {self.unit}/s  {duration(left)} left"
+        if self.live:
+            # A line that wraps cannot be rewritten.
+            text = text[: shutil.get_terminal_size().columns - 1]
+        self._print(text, stay=not self.live)
         return speed
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        if not self.quiet:
-            start = "\r" if self.live and self._width else ""
-            print(f"{start}{text:<{self._width}}", file=sys.stderr, flush=True)
-            self._width = 0
+        self._print(text, stay=True)
+
+    def _print(self, text: str, *, stay: bool) -> None:
+        """Writes over the line that rewrites itself; ``stay``: the next one comes below."""
+        if self.quiet:
+            return
+        start = "\r" if self.live and (self._width or not stay) else ""
+        end = "\n" if stay else ""
+        # A terminal that was closed, or a reader that has gone, is no reason to stop training; nor
+        # is a signal's handler that speaks while something else does.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            print(f"{start}{text:<{self._width}}", end=end, file=sys.stderr, flush=True)
+        self._width = 0 if stay else len(text)
 
 
 def duration(seconds: float) -> str:

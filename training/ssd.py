@@ -1,24 +1,20 @@
 """Structured state-space duality: the state recurrence of Mamba-2 over a whole sequence.
 
-Three forms of the same function (Mamba-2 paper, arXiv 2405.21060, sections 3 and 6):
+Two forms of the same function in plain PyTorch (Mamba-2 paper, arXiv 2405.21060, sections 3 and 6):
 
 * :func:`ssd_recurrent`, one position after another: the definition, and the reference for tests;
-* :func:`ssd_chunked`, matrix products inside chunks and a short recurrence between them, in plain
-  PyTorch: differentiable, any device;
-* mamba-ssm's Triton kernels, where that package imports and the tensors are on a GPU.
+* :func:`ssd_chunked`, matrix products inside chunks and a short recurrence between them, which
+  training takes where the kernels of :mod:`aim_training.kernels.dual` cannot run.
 
-:func:`fastest_ssd` picks between the last two. Shapes: x (B, T, H, P), dt (B, T, H), a (H,),
-b and c (B, T, S), one group shared by all heads. The recurrence for each head is
+Shapes: x (B, T, H, P), dt (B, T, H) float32 and positive, a (H,) float32 and negative, b and c
+(B, T, S), one group shared by all heads; y is (B, T, H, P) in the dtype of x. The recurrence for
+each head is
 
     state = exp(dt a) state + (dt x) ⊗ b        state (P, S)
     y     = state c
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import cache
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,41 +25,8 @@ from torch import Tensor
 CHUNK = 64
 
 
-#: A form of the recurrence: ``(x, dt, a, b, c) -> y``.
-Ssd: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@cache
-def fastest_ssd() -> Ssd:
-    """The fastest form that this machine has, on whatever device its tensors are.
-
-    Networks ask when they are made, not when they run: an import is nothing that ``torch.compile``
-    can trace, so each layer would fall apart into several graphs.
-
-    Returns:
-        A function of x (B, T, H, P), dt (B, T, H) float32 and positive, a (H,) float32 and
-        negative, b and c (B, T, S); it gives (B, T, H, P) in the dtype of x.
-    """
-    if not torch.cuda.is_available():
-        return ssd_chunked
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:
-        return ssd_chunked
-
-    def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return ssd_chunked(x, dt, a, b, c)
-        y: Tensor = mamba_chunk_scan_combined(
-            x, dt, a, b.unsqueeze(2), c.unsqueeze(2), chunk_size=CHUNK
-        )
-        return y
-
-    return ssd
-
-
 def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The definition, one position at a time; shapes as in :func:`fastest_ssd`."""
+    """The definition, one position at a time; shapes as above."""
     batch, length, heads, width = x.shape
     state = x.new_zeros(batch, heads, width, b.shape[-1])
     outputs = []
@@ -78,7 +41,7 @@ def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Ten
 def ssd_chunked(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """The chunked form in plain PyTorch; shapes as in :func:`fastest_ssd`.
+    """The chunked form in plain PyTorch; shapes as above.
 
     Decays are summed and exponentiated in float32 whatever the dtype of ``x``: a sum of many small
     logarithms is what half precision does worst.

@@ -23,6 +23,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 #: Rows of the code search done at once: bounds its (rows, V) table of similarities.
 _SEARCH_ROWS = 16384
+#: More than any tokenizer has: a file that names more is none.
+_MOST_LEVELS, _MOST_BLOCKS, _MOST_CHANNELS = 12, 64, 1 << 16
 
 
 class Norm(nn.GroupNorm):
@@ -363,15 +365,18 @@ def tokenizer_config_from_state(shapes: Mapping[str, tuple[int, ...]]) -> Tokeni
             )
         return tuple(shapes[name])
 
-    def count(prefix: str) -> int:
-        return len(
-            {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
-        )
+    def count(prefix: str, most: int) -> int:
+        found = {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
+        if len(found) > most or found != {str(index) for index in range(len(found))}:
+            raise ValueError(
+                f"{prefix}* must be numbered from 0 without a gap, up to {most - 1} at most"
+            )
+        return len(found)
 
     channels = shape("encoder.conv_in.weight", 4)[0]
     widths = [
         shape(f"encoder.conv_blocks.{level}.res.0.conv1.weight", 4)[0]
-        for level in range(count("encoder.conv_blocks."))
+        for level in range(count("encoder.conv_blocks.", _MOST_LEVELS))
     ]
     if channels < 1 or not widths or any(width < 1 or width % channels for width in widths):
         raise ValueError(
@@ -379,12 +384,15 @@ def tokenizer_config_from_state(shapes: Mapping[str, tuple[int, ...]]) -> Tokeni
             f"width {channels}"
         )
     codebook_size, codebook_dim = shape("quantize.embedding.weight", 2)
+    z_channels = shape("encoder.conv_out.weight", 4)[0]
+    if max(*widths, z_channels, codebook_dim) > _MOST_CHANNELS:
+        raise ValueError(f"the tokenizer has more than {_MOST_CHANNELS} channels")
     return TokenizerConfig(
         codebook_size=codebook_size,
         codebook_dim=codebook_dim,
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
-        z_channels=shape("encoder.conv_out.weight", 4)[0],
-        encoder_blocks=count("encoder.conv_blocks.0.res."),
-        decoder_blocks=count("decoder.conv_blocks.0.res."),
+        z_channels=z_channels,
+        encoder_blocks=count("encoder.conv_blocks.0.res.", _MOST_BLOCKS),
+        decoder_blocks=count("decoder.conv_blocks.0.res.", _MOST_BLOCKS),
     )

@@ -19,23 +19,28 @@ from torch import Tensor
 from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
-from aim_training.data import BatchOrder, Crop, ImageFolder
-from aim_training.loop import (
-    Learner,
-    Task,
-    TrainingError,
-    autocast,
-    make_accelerator,
-    options_that_fit,
-    run_folder,
-    train,
-)
+from aim_training.data import BadImages, BatchOrder, Crop
+from aim_training.dataset import training_folders
+from aim_training.devices import make_accelerator
+from aim_training.errors import TrainingError, explained, options_that_fit
+from aim_training.kernels.cross_entropy import cross_entropy
+from aim_training.learner import Learner, autocast
+from aim_training.loop import train
 from aim_training.model import AiM
 from aim_training.options import ModelTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
+from aim_training.run_folder import run_folder
 from aim_training.sampling import sample
+from aim_training.step_graph import StepGraph
+from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import VQTokenizer, channels_last
 
+#: Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
+_SMALL = {"d_model": 256, "num_layers": 8, "d_state": 64, "head_dim": 64, "adaln_groups": 2}
+_SMALLER = (
+    "a smaller --batch-size or --size, a smaller network (--preset small, --d-model, --layers), a "
+    "smaller --resident-limit-mb"
+)
 #: Codes that stay on the device at most, bytes; larger ones are read from the disk.
 _RESIDENT_BYTES = 8 * 2**30
 
@@ -51,16 +56,18 @@ def train_model(options: ModelTrainingOptions) -> Path:
         DataError: the images cannot be used.
         TrainingError: the options do not fit, the run folder holds another run or cannot be
             written, or training diverged.
-        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was written.
     """
     # The state-space sums run in float32 even under bf16; TF32 is precise enough for training.
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with run_folder(options.out):
+        with explained(_SMALLER):
             accelerator = make_accelerator(options)
-            torch.manual_seed(options.seed)
-            return train(ModelTask(options, accelerator), options, accelerator)
+            folders = (options.data, options.val_data)
+            with run_folder(options.out, *folders, main=accelerator.is_main_process):
+                torch.manual_seed(options.seed)
+                return train(ModelTask(options, accelerator), options, accelerator)
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -74,6 +81,8 @@ def model_config(
         ValueError: impossible.
     """
     sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "num_tokens": num_tokens}
+    if options.preset == "small":
+        return ModelConfig(**sizes, **_SMALL)
     if options.preset is not None:
         return replace(PRESETS[options.preset], **sizes)
     return ModelConfig(
@@ -116,10 +125,10 @@ class ModelTask(Task):
         # Part of every checkpoint's fingerprint, and the tokenizer never changes: hashed once.
         self.tokenizer_sha256 = weights_digest(self.tokenizer)
         self.tokenizer.requires_grad_(False)
-        self.folder = ImageFolder.scan(options.data)
-        held_out = None
-        if options.val_data is not None:
-            held_out = ImageFolder.scan(options.val_data, self.folder.class_names)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
+        self.folder, self.held_out_folder = training_folders(options, self.bad_images.say)
         with options_that_fit():
             config = model_config(
                 options,
@@ -134,24 +143,35 @@ class ModelTask(Task):
                 accelerator.process_index,
                 accelerator.num_processes,
             )
-        crop = Crop(options.size, options.resize_factor, options.flip)
-        request = CodeRequest(self.folder, crop, options.variants, options.seed)
-        self.codes = self._codes("train", request)
+        self.judge = Judge("bits_per_token", "lower")
+        self.smaller = _SMALLER
         self.held_out: CodeBatch | None = None
-        if held_out is not None:
-            codes = self._codes("val", CodeRequest(held_out, crop, 0, 0))
-            self.held_out = CodeBatch(
-                torch.from_numpy(codes[0].astype(np.int64)), torch.from_numpy(held_out.labels)
-            )
-        self.labels = torch.from_numpy(self.folder.labels).to(self.device)
         self.resident: Tensor | None = None
+        self.labels = torch.from_numpy(self.folder.labels).to(self.device)
+        network = AiM(config, dropout=options.dropout).initialise()
+        self.model = Learner(network, accelerator, options, average=True)
+        self.learners = {"model": self.model}
+        self.graph: StepGraph | None = None
+        if self.device.type == "cuda" and accelerator.num_processes == 1:
+            self.graph = StepGraph(network, self._loss)
+
+    def prepare(self) -> None:
+        """Encodes the images, or takes their codes from the cache."""
+        options = self.options
+        crop = Crop(options.size, options.resize_factor, options.flip)
+        at_once = min(64, max(1, options.batch_size // self.accelerator.num_processes))
+        request = CodeRequest(self.folder, crop, options.variants, options.seed, at_once)
+        self.codes = self._codes("train", request)
+        if self.held_out_folder is not None:
+            codes = self._codes("val", CodeRequest(self.held_out_folder, crop, 0, 0, at_once))
+            self.held_out = CodeBatch(
+                torch.from_numpy(codes[0].astype(np.int64)),
+                torch.from_numpy(self.held_out_folder.labels),
+            )
         if self.codes.nbytes <= _RESIDENT_BYTES:
             # PyTorch gathers no uint16, so the bits travel as int16.
             signed = np.array(self.codes).view(f"i{self.codes.itemsize}")
             self.resident = torch.from_numpy(signed).to(self.device)  # (variants, images, T)
-        network = AiM(config, dropout=options.dropout).initialise()
-        self.model = Learner(network, accelerator, options, average=True)
-        self.learners = {"model": self.model}
 
     def _codes(self, name: str, request: CodeRequest) -> NDArray[Any]:
         cache = self.options.cache or self.options.out / "codes"
@@ -164,6 +184,7 @@ class ModelTask(Task):
                 self.device,
                 workers=self.options.workers,
                 resident_limit_mb=self.options.resident_limit_mb,
+                bad_images=self.bad_images,
                 quiet=not self.accelerator.is_main_process,
             )
 
@@ -184,6 +205,13 @@ class ModelTask(Task):
             classes = torch.where(chosen[2].bool(), unknown, self.labels[chosen[1]])
             yield CodeBatch(codes, classes)
 
+    def blank(self, count: int) -> CodeBatch:
+        """The first code everywhere, of the first class."""
+        codes = torch.zeros(
+            count, self.model.network.config.num_tokens, dtype=torch.int64, device=self.device
+        )
+        return CodeBatch(codes, codes[:, 0])
+
     def _to_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
@@ -192,16 +220,23 @@ class ModelTask(Task):
 
     def train_step(self, step: int, progress: float, batch: CodeBatch) -> dict[str, Tensor]:
         """Cross-entropy over all T tokens."""
-        with autocast(self.options, self.device):
-            logits = self.model.wrapped(batch.codes, batch.classes)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.codes.flatten())
-        norm = self.model.update(loss)
+        if self.graph is not None:
+            loss = self.graph(batch.codes, batch.classes)
+            norm = self.model.apply_gradients()
+        else:
+            loss = self._loss(batch.codes, batch.classes)
+            norm = self.model.update(loss)
         detached = loss.detach()
         return {
             "loss": detached,
             "bits_per_token": detached / math.log(2),
             "gradient_norm": norm.detach(),
         }
+
+    def _loss(self, codes: Tensor, classes: Tensor) -> Tensor:
+        with autocast(self.options, self.device):
+            logits = self.model.wrapped(codes, classes)  # (B, T, V)
+        return cross_entropy(logits, codes)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -230,33 +265,50 @@ class ModelTask(Task):
     def picture(self) -> Image.Image:
         """Images of classes spread over all, drawn with guidance."""
         model, count = self.model.averaged, self.options.sample_count
+        share = max(1, self.options.batch_size // self.accelerator.num_processes)
         spread = torch.linspace(0, model.config.num_classes - 1, count, device=self.device)
-        codes = sample(model, spread.round().long(), self.options.sample_guidance, seed=0)
-        return contact_sheet(self.tokenizer.decode(codes), columns=math.ceil(math.sqrt(count)))
+        classes = spread.round().long()
+        names = [self.folder.class_names[index] for index in classes.tolist()]
+        codes = sample(model, classes, self.options.sample_guidance, seed=0)
+        images = torch.cat([self.tokenizer.decode(part) for part in codes.split(share)])
+        return contact_sheet(images, math.ceil(math.sqrt(count)), names)
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs the same run."""
         return {
             "kind": "model",
             "geometry": self.model.network.config.to_dict(),
-            "batch_size": self.options.batch_size,
             "seed": self.options.seed,
             "variants": self.options.variants,
+            "class_names": list(self.folder.class_names),
             "data_digest": self.folder.digest,
             "tokenizer_sha256": self.tokenizer_sha256,
         }
 
-    def export(self, facts: Mapping[str, Any]) -> Path:
-        """Writes ``RUN/model.safetensors`` with both halves, as the published files have them."""
-        path = self.options.out / "model.safetensors"
-        if self.accelerator.is_main_process:
-            metadata = {
-                "class_names": list(self.folder.class_names),
-                "training": recipe(self.options) | dict(facts),
-                "image_size": self.options.size,
-                "data_digest": self.folder.digest,
-                "tokenizer_sha256": self.tokenizer_sha256,
-            }
-            save_checkpoint(path, self.model.averaged, self.tokenizer, metadata)
-        self.accelerator.wait_for_everyone()
-        return path
+    def remark(self) -> str | None:
+        """How many images could not be read."""
+        return self.bad_images.remark()
+
+    def held_out_digest(self) -> str | None:
+        """That of the held-out images' names and contents."""
+        return None if self.held_out_folder is None else self.held_out_folder.digest
+
+    def averaged(self) -> AiM:
+        """The averaged model."""
+        return self.model.averaged
+
+    @property
+    def path(self) -> Path:
+        """``RUN/model.safetensors``."""
+        return self.options.out / "model.safetensors"
+
+    def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
+        """Writes the model and its tokenizer, as the published files have them."""
+        metadata = {
+            "class_names": list(self.folder.class_names),
+            "training": recipe(self.options) | dict(facts),
+            "image_size": self.options.size,
+            "data_digest": self.folder.digest,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+        save_checkpoint(self.path, at(self.averaged(), weights), self.tokenizer, metadata)

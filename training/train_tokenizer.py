@@ -18,27 +18,46 @@ from torch.nn.grad import conv2d_weight
 
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import TokenizerConfig
-from aim_training.data import BatchOrder, Crop, ImageFolder, centre_draws, open_images
+from aim_training.data import (
+    BadImages,
+    BatchOrder,
+    Crop,
+    ImageFolder,
+    ImageSource,
+    centre_draws,
+    open_images,
+)
+from aim_training.dataset import training_folders
+from aim_training.devices import make_accelerator
 from aim_training.discriminator import (
     PatchDiscriminator,
     discriminator_loss,
     feature_loss,
     generator_loss,
 )
-from aim_training.loop import (
-    Learner,
-    Task,
-    autocast,
-    make_accelerator,
-    options_that_fit,
-    run_folder,
-    train,
-)
+from aim_training.errors import explained, options_that_fit
+from aim_training.learner import Learner, autocast
+from aim_training.loop import train
 from aim_training.losses import edge_loss, load_perceptual, pixel_loss
 from aim_training.options import TokenizerTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
+from aim_training.run_folder import run_folder
+from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import TokenizerOutput, VQTokenizer, channels_last
 
+#: What a laptop without a GPU trains in an hour or so at 64 to 128 pixels.
+SMALL = TokenizerConfig(
+    codebook_size=1024,
+    channels=32,
+    channel_multipliers=(1, 2, 2, 4),
+    z_channels=64,
+    encoder_blocks=1,
+    decoder_blocks=1,
+)
+_SMALLER = (
+    "a smaller --batch-size or --size, a smaller network (--preset small, --channels), "
+    "--discriminator-weight 0, a smaller --resident-limit-mb"
+)
 #: Images that an evaluation looks at, at most; and those in a sample picture.
 _EVALUATED = 1024
 _SHOWN = 24
@@ -56,12 +75,14 @@ def train_tokenizer(options: TokenizerTrainingOptions) -> Path:
         DataError: the images cannot be used.
         TrainingError: the options do not fit, the run folder holds another run or cannot be
             written, or training diverged.
-        TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was written.
     """
-    with run_folder(options.out):
+    with explained(_SMALLER):
         accelerator = make_accelerator(options)
-        torch.manual_seed(options.seed)
-        return train(TokenizerTask(options, accelerator), options, accelerator)
+        folders = (options.data, options.val_data)
+        with run_folder(options.out, *folders, main=accelerator.is_main_process):
+            torch.manual_seed(options.seed)
+            return train(TokenizerTask(options, accelerator), options, accelerator)
 
 
 def tokenizer_config(options: TokenizerTrainingOptions) -> TokenizerConfig:
@@ -70,7 +91,17 @@ def tokenizer_config(options: TokenizerTrainingOptions) -> TokenizerConfig:
     Raises:
         ValueError: impossible, or the image size is no multiple of the downsampling.
     """
-    config = TokenizerConfig(
+    config = SMALL if options.preset == "small" else _chosen(options)
+    if options.size % config.downsampling:
+        raise ValueError(
+            f"size is {options.size}; with {len(config.channel_multipliers)} levels it must be a "
+            f"multiple of {config.downsampling}"
+        )
+    return config
+
+
+def _chosen(options: TokenizerTrainingOptions) -> TokenizerConfig:
+    return TokenizerConfig(
         codebook_size=options.codebook_size,
         codebook_dim=options.codebook_dim,
         channels=options.channels,
@@ -79,12 +110,6 @@ def tokenizer_config(options: TokenizerTrainingOptions) -> TokenizerConfig:
         encoder_blocks=options.encoder_blocks,
         decoder_blocks=options.decoder_blocks,
     )
-    if options.size % config.downsampling:
-        raise ValueError(
-            f"size is {options.size}; with {len(config.channel_multipliers)} levels it must be a "
-            f"multiple of {config.downsampling}"
-        )
-    return config
 
 
 class TokenizerTask(Task):
@@ -94,11 +119,10 @@ class TokenizerTask(Task):
         self.options = options
         self.accelerator = accelerator
         self.device = accelerator.device
-        crop = Crop(options.size, options.resize_factor, options.flip)
-        self.folder = ImageFolder.scan(options.data)
-        held_out = None
-        if options.val_data is not None:
-            held_out = ImageFolder.scan(options.val_data, self.folder.class_names)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
+        self.folder, self.held_out_folder = training_folders(options, self.bad_images.say)
         with options_that_fit():
             config = tokenizer_config(options)
             self.order = BatchOrder(
@@ -108,11 +132,12 @@ class TokenizerTask(Task):
                 accelerator.process_index,
                 accelerator.num_processes,
             )
-        self.images = self._open(self.folder, crop)
-        self.held_out = None
-        if held_out is not None:
-            self.held_out_count = min(len(held_out), _EVALUATED)
-            self.held_out = self._open(held_out, crop)
+        self.share = options.batch_size // accelerator.num_processes
+        # PSNR falls when the discriminator joins, for the sake of sharpness.
+        self.judge = Judge("psnr_db", "higher", trusted=not options.discriminator_weight)
+        self.smaller = _SMALLER
+        self.held_out: ImageSource | None = None
+        self.held_out_count = 0
         tokenizer = channels_last(VQTokenizer(config))
         self.tokenizer = Learner(tokenizer, accelerator, options, average=True)
         self.learners = {"tokenizer": self.tokenizer}
@@ -127,18 +152,32 @@ class TokenizerTask(Task):
         self.logged_use = torch.zeros(config.codebook_size, device=self.device)
         self.revival_use = torch.zeros_like(self.logged_use)
 
-    def _open(self, folder: ImageFolder, crop: Crop) -> Any:
+    def prepare(self) -> None:
+        """Opens the images."""
+        self.images = self._open(self.folder)
+        if self.held_out_folder is not None:
+            self.held_out_count = min(len(self.held_out_folder), _EVALUATED)
+            self.held_out = self._open(self.held_out_folder)
+
+    def _open(self, folder: ImageFolder) -> ImageSource:
+        options = self.options
         return open_images(
             folder,
-            crop,
+            Crop(options.size, options.resize_factor, options.flip),
             self.device,
             workers=self.options.workers,
             resident_limit_mb=self.options.resident_limit_mb,
+            bad_images=self.bad_images,
         )
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
         """Images (B, 3, size, size)."""
         yield from self.images.batches(self.order.batch(step) for step in range(first, last))
+
+    def blank(self, count: int) -> Tensor:
+        """White images."""
+        side = self.options.size
+        return torch.ones(count, 3, side, side, device=self.device)
 
     def train_step(self, step: int, progress: float, batch: Tensor) -> dict[str, Tensor]:
         """Autoencoder first, then the discriminator on the same reconstructions."""
@@ -243,7 +282,7 @@ class TokenizerTask(Task):
         self.logged_use.zero_()
         return {"codes": float(used), "codebook/perplexity": math.exp(float(entropy))}
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Tensor]:
         """The code counts, which decide the next revival."""
         return {"logged_use": self.logged_use, "revival_use": self.revival_use}
 
@@ -263,7 +302,7 @@ class TokenizerTask(Task):
         used = torch.zeros_like(self.logged_use)
         psnr, absolute, count = 0.0, 0.0, 0
         index = np.arange(self.held_out_count)
-        parts = np.array_split(index, -(-len(index) // 64))
+        parts = np.array_split(index, -(-len(index) // self.share))
         for batch in self.held_out.batches(centre_draws(part) for part in parts):
             indices = network.encode(batch)
             drawn = _bytes(network.decode(indices))
@@ -281,17 +320,23 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def picture(self) -> Image.Image:
-        """Images above their reconstructions, in rows of eight."""
-        source, count = self.images, len(self.folder)
+        """Images with their classes above their reconstructions, in rows of eight."""
+        folder, source, count = self.folder, self.images, len(self.folder)
         if self.held_out is not None:
-            source, count = self.held_out, self.held_out_count
+            assert self.held_out_folder is not None
+            folder, source, count = self.held_out_folder, self.held_out, self.held_out_count
         index = np.unique(np.linspace(0, count - 1, _SHOWN).astype(np.int64))
-        (batch,) = source.batches([centre_draws(index)])
+        parts = np.array_split(index, -(-len(index) // self.share))
+        shown = list(source.batches(centre_draws(part) for part in parts))
         network = self.tokenizer.averaged
-        drawn = network.decode(network.encode(batch))
+        batch = torch.cat(shown)
+        drawn = torch.cat([network.decode(network.encode(part)) for part in shown])
         rows = [row for pair in zip(batch.split(8), drawn.split(8), strict=True) for row in pair]
         rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 8 - len(row)), value=1.0) for row in rows]
-        return contact_sheet(torch.cat(rows), columns=8)
+        names = [folder.class_names[label] for label in folder.labels[index]]
+        captions = [names[first : first + 8] for first in range(0, len(names), 8)]
+        captions = [row + [""] * (16 - len(row)) for row in captions]  # none under the second row
+        return contact_sheet(torch.cat(rows), 8, [text for row in captions for text in row])
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -299,24 +344,36 @@ class TokenizerTask(Task):
             "kind": "tokenizer",
             "geometry": self.tokenizer.network.config.to_dict(),
             "size": self.options.size,
-            "batch_size": self.options.batch_size,
             "seed": self.options.seed,
             "data_digest": self.folder.digest,
             "discriminator": bool(self.discriminator),
         }
 
-    def export(self, facts: Mapping[str, Any]) -> Path:
-        """Writes ``RUN/tokenizer.safetensors``."""
-        path = self.options.out / "tokenizer.safetensors"
-        if self.accelerator.is_main_process:
-            metadata = {
-                "training": recipe(self.options) | dict(facts),
-                "image_size": self.options.size,
-                "data_digest": self.folder.digest,
-            }
-            save_checkpoint(path, tokenizer=self.tokenizer.averaged, metadata=metadata)
-        self.accelerator.wait_for_everyone()
-        return path
+    def remark(self) -> str | None:
+        """How many images could not be read."""
+        return self.bad_images.remark()
+
+    def held_out_digest(self) -> str | None:
+        """That of the held-out images' names and contents."""
+        return None if self.held_out_folder is None else self.held_out_folder.digest
+
+    def averaged(self) -> VQTokenizer:
+        """The averaged tokenizer."""
+        return self.tokenizer.averaged
+
+    @property
+    def path(self) -> Path:
+        """``RUN/tokenizer.safetensors``."""
+        return self.options.out / "tokenizer.safetensors"
+
+    def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
+        """Writes the tokenizer."""
+        metadata = {
+            "training": recipe(self.options) | dict(facts),
+            "image_size": self.options.size,
+            "data_digest": self.folder.digest,
+        }
+        save_checkpoint(self.path, tokenizer=at(self.averaged(), weights), metadata=metadata)
 
 
 def _count(indices: Tensor, *tallies: Tensor) -> None:

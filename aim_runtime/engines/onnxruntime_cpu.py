@@ -1,15 +1,16 @@
 """ONNX Runtime on the CPU: the embedded default.
 
-Threads: all usable cores, each operator split over them, operators one after another. Workers sleep
-when they wait instead of spinning: on two idle cores spinning makes a step up to a fifth faster, on
-two cores that others use too it makes it two to three times slower and doubles the CPU time.
+Threads: all cores that the process may use (see `aim_runtime.cores`), each operator split over
+them, operators one after another. Workers sleep when they wait instead of spinning: on two idle
+cores spinning makes a step up to a fifth faster, on two cores that others use too it makes it two
+to three times slower and doubles the CPU time.
 """
 
 from __future__ import annotations
 
-import os
-
+from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
+from aim_runtime.cores import usable_cores
 from aim_runtime.engines.onnxruntime_engine import (
     OnnxRuntimeEngine,
     Sessions,
@@ -29,15 +30,10 @@ def load(
 ) -> OnnxRuntimeCpu:
     """Load `bundle`; `threads` defaults to every core this process may use."""
     if precision not in ("auto", "fp32"):
-        raise BackendError(f"precision is {precision!r}; the cpu backend computes in 'fp32' only")
+        raise BackendError(
+            f"precision is {shown(precision)}; the cpu backend computes in 'fp32' only"
+        )
     return OnnxRuntimeCpu(bundle, usable_cores() if threads is None else threads)
-
-
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class OnnxRuntimeCpu(OnnxRuntimeEngine):

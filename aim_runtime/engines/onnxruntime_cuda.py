@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import cuda_index
 from aim_runtime.engines import nvidia_driver
@@ -75,13 +76,13 @@ def load(
     """Load `bundle`; `threads` are for what little is left to the host, 1 by default."""
     if precision not in ("auto", "fp32"):
         raise BackendError(
-            f"precision is {precision!r}; the onnxruntime-cuda backend computes in 'fp32' only"
+            f"precision is {shown(precision)}; the onnxruntime-cuda backend computes in 'fp32' only"
         )
     gpu = cuda_index(device)
     count = nvidia_driver.gpu_count()
     if gpu >= count:
         raise BackendError(
-            f"device is {device!r}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
+            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
         )
     said = _preload_libraries()
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import whole_number
+from aim_runtime.arguments import shown, whole_number
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import Conditioning, Engine, Rows, cuda_index
 from aim_runtime.engines import nvidia_driver
@@ -111,7 +111,7 @@ def load(
 
     if precision not in ("auto", bundle.manifest.precision):
         raise BackendError(
-            f"precision is {precision!r}; the bundle's TensorRT engines compute in "
+            f"precision is {shown(precision)}; the bundle's TensorRT engines compute in "
             f"{bundle.manifest.precision!r}"
         )
     library = find_library()
@@ -119,7 +119,7 @@ def load(
     gpu = cuda_index(device)
     if gpu >= count:
         raise BackendError(
-            f"device is {device!r}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
+            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
         )
     if device == "auto":
         fits = (
@@ -180,7 +180,7 @@ class TensorRTEngine(Engine):
         if needed <= free:
             least = -(-needed // 2**20)
             raise ValueError(
-                f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+                f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
                 f"needs {least}: give memory_limit_mb={least} or more"
             )
         raise self._too_little("one image", needed)
@@ -286,6 +286,7 @@ class _Graph:
         if self._engine is None:
             raise self._failed(f"cannot load {file}")
         self._check_border(bundle, file)
+        self._creation = self._how_contexts_are_made()
         name = self.spec.inputs[0].name
         shapes = [
             self._engine.get_tensor_profile_shape(name, index)
@@ -323,18 +324,7 @@ class _Graph:
 
     def context(self, rows: int, scratch: int, addresses: dict[str, int], stream: int) -> Any:
         """An execution context for `rows` rows, bound to memory; once made, it is not changed."""
-        trt = self._library.module
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._library.portable:
-            config = self._engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            # By default kernels are compiled in the background and change under way; a captured
-            # graph would keep those that it was captured with.
-            specialisation = trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
-            context = self._engine.create_execution_context(config)
-        else:
-            context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(self._creation)
         if context is None:
             raise self._failed(f"cannot run {self.spec.file}")
         done = context.set_optimization_profile_async(self.profile(rows), stream)
@@ -346,6 +336,20 @@ class _Graph:
         if not done or context.infer_shapes():
             raise self._failed(f"cannot run {self.spec.file} for {rows} rows")
         return context
+
+    def _how_contexts_are_made(self) -> Any:
+        """What the engine is given for each of its contexts, and kept as long as they are."""
+        trt = self._library.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._library.portable:
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # By default kernels are compiled in the background and change under way; a captured graph
+        # would keep those that it was captured with.
+        specialisation = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+        return config
 
     def enqueue(self, context: Any, stream: int) -> None:
         """Give a context's work to a stream. Raises BackendError."""
@@ -392,6 +396,7 @@ class _Lane:
     ) -> None:
         buffers = graph.buffers(rows)
         self.size = graph.size(rows)
+        self._graph = graph  # what is captured runs the code of its engine
         self.stream = device.stream()
         self._memory = device.allocate(list(buffers.values()))
         self._addresses = dict(zip(buffers, self._memory.addresses, strict=True))

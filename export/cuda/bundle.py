@@ -10,37 +10,29 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from aim_export.bundle import ExportError
 from aim_export.cuda.compile import (
     MEASURED_TRITON,
-    SHARED_MEMORY,
     Binary,
     CompileError,
     Progress,
     compile_kernels,
     compiler,
 )
-from aim_export.cuda.decoder import decoder_tensors, lower_decoder
-from aim_export.cuda.plan import Plan
+from aim_export.cuda.decoder import lower_decoder
+from aim_export.cuda.decoder_network import decoder_tensors
+from aim_export.cuda.decoder_tiles import Storage
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.plan import Draft
 from aim_export.cuda.precision import FORMATS
-from aim_export.cuda.step import (
-    CONSTANTS_FILE,
-    TUNING,
-    Constants,
-    Geometry,
-    conversions,
-    step_bucket,
-    step_weights,
-)
+from aim_export.cuda.step import step_bucket
 from aim_export.cuda.stored import stored_tensors
+from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
+from aim_export.cuda.tuning import TUNING
+from aim_export.cuda.weights import CONSTANTS_FILE, Constants, converted, step_weights
+from aim_export.errors import ExportError
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
-from aim_runtime.engines.cuda.plan import kernels_file, plan_file
-
-#: Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
-PRECISIONS = ("fp16", "fp16-state16", "fp16-state8", "fp32")
-#: Compute capabilities compiled for if none are named: Ampere, Ada, Hopper and Blackwell.
-CAPABILITIES = tuple(SHARED_MEMORY)
+from aim_runtime.engines.cuda.plan import Code, kernels_file, plan_file
 
 Report = Callable[[str], None]
 
@@ -94,11 +86,11 @@ def compile_engines(
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write plans, constants and kernels of ``bundle`` to ``out_dir`` (see `add_engines`)."""
+    """Write plans, constants and kernels of `bundle` to `out_dir` (see `add_engines`)."""
     say = report or (lambda line: None)
     constants = Constants()
-    plans = [build_plan(bundle, precision, constants) for precision in precisions]
-    kernels = {id: kernel for plan in plans for id, kernel in plan.kernels().items()}
+    drafts = [draft_plan(bundle, precision, constants) for precision in precisions]
+    kernels = {id: kernel for draft in drafts for id, kernel in draft.kernels().items()}
     shown = ", ".join(f"{capability / 10}" for capability in capabilities)
     say(f"compiling {len(kernels)} kernels for compute capability {shown} with {compiler()}")
     if compiler() != f"Triton {MEASURED_TRITON}":
@@ -110,15 +102,15 @@ def compile_engines(
         binaries = compile_kernels(kernels.values(), capabilities, progress=progress)
     except CompileError as error:
         raise ExportError(str(error)) from error
-    write_engines(out_dir, plans, constants, binaries)
+    write_engines(out_dir, drafts, constants, binaries)
 
 
-def build_plan(bundle: Bundle, precision: str, constants: Constants) -> Plan:
-    """The plan of ``bundle`` in ``precision``; small tensors go to ``constants``.
+def draft_plan(bundle: Bundle, precision: str, constants: Constants) -> Draft:
+    """The plan of `bundle` in `precision`, yet to be compiled; small tensors go to `constants`.
 
     Raises ExportError for a network that the kernels do not know.
     """
-    number = FORMATS[precision]
+    formats = FORMATS[precision]
     stored = {graph: stored_tensors(bundle, graph) for graph in ("prologue", "step")}
     model = bundle.manifest.model
     for name, size in (("head_dim", model.head_dim), ("d_state", model.d_state)):
@@ -129,22 +121,22 @@ def build_plan(bundle: Bundle, precision: str, constants: Constants) -> Plan:
     bias = stored["prologue"].get("adaln_group.bias")
     groups = model.num_layers if bias is None else bias.values.size // (3 * model.d_model)
     geometry = Geometry.of(model, groups)
-    weights = step_weights(geometry, stored, number, constants)
-    decoder = lower_decoder(
-        decoder_tensors(bundle),
-        model.num_tokens,
-        "float32" if number.activation == "float32" else "float16",
-    )
+    try:
+        weights = step_weights(geometry, stored, formats, constants)
+    except ValueError as error:
+        raise ExportError(f"{bundle.path}: {error}") from None
+    storage: Storage = "float32" if formats.activation == "float32" else "float16"
+    decoder = lower_decoder(decoder_tensors(bundle), model.num_tokens, storage)
     weights |= decoder.weights
     weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
-    return Plan(
+    weights, conversions = converted(weights)
+    return Draft(
         precision=precision,
-        compiler=compiler(),
         weights=weights,
-        conversions=conversions(weights),
+        conversions=conversions,
         setup=decoder.setup,
         buckets=tuple(
-            step_bucket(geometry, number, rows, tuning) for rows, tuning in TUNING.items()
+            step_bucket(geometry, formats, rows, tuning) for rows, tuning in TUNING.items()
         ),
         decoder=decoder.buckets,
     )
@@ -152,12 +144,12 @@ def build_plan(bundle: Bundle, precision: str, constants: Constants) -> Plan:
 
 def write_engines(
     out_dir: Path,
-    plans: Iterable[Plan],
+    drafts: Iterable[Draft],
     constants: Constants,
     binaries: dict[tuple[str, int], Binary],
 ) -> None:
     """Write what `compile_kernels` made, one file for each compute capability, and the plans."""
-    code: dict[str, dict[str, dict[str, int]]] = {}
+    code: dict[str, dict[str, Code]] = {}
     for capability in sorted({capability for _, capability in binaries}):
         offset = 0
         with (out_dir / Path(kernels_file(str(capability))).name).open("wb") as file:
@@ -165,14 +157,14 @@ def write_engines(
                 if compiled_for != capability:
                     continue
                 file.write(binary.code)
-                code.setdefault(kernel, {})[str(capability)] = {
-                    "offset": offset,
-                    "size": len(binary.code),
-                    "shared": binary.shared,
-                    "pointers": binary.pointers,
-                }
+                code.setdefault(kernel, {})[str(capability)] = Code(
+                    offset=offset,
+                    size=len(binary.code),
+                    shared=binary.shared,
+                    pointers=binary.pointers,
+                )
                 offset += len(binary.code)
     (out_dir / Path(CONSTANTS_FILE).name).write_bytes(constants.to_bytes())
-    for plan in plans:
-        text = json.dumps(plan.to_json(code), separators=(",", ":"))
-        (out_dir / Path(plan_file(plan.precision)).name).write_text(text, encoding="utf-8")
+    for draft in drafts:
+        text = json.dumps(draft.plan(compiler(), code).to_json(), separators=(",", ":"))
+        (out_dir / Path(plan_file(draft.precision)).name).write_text(text, encoding="utf-8")

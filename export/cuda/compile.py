@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -19,17 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aim_export.cuda.plan import TRITON_TYPES, KernelSpec
+from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
+from aim_export.cuda.targets import SHARED_MEMORY
 
-#: Compute capabilities compiled for, with the shared memory in bytes that a program may take.
-SHARED_MEMORY: Mapping[int, int] = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}
 #: The release of Triton that the published figures were measured with. Others compile kernels that
 #: compute the same at another speed.
 MEASURED_TRITON = "3.6.0"

@@ -25,6 +25,11 @@ class Format:
     state: str
     history: str
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the projections are int8 with a factor for each output."""
+        return self.matrix == "int8"
+
 
 #: Sums, norms, the residual and the scan's arithmetic are float32 in all of them.
 FORMATS: Mapping[str, Format] = {

@@ -9,20 +9,26 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from aim_export.cuda.plan import Part
 from aim_export.graph import HALF_SUFFIX
 from aim_runtime import Bundle
+from aim_runtime.engines.cuda.plan import Part
+from aim_runtime.onnx_graph import checked_graph
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """A weight of a graph: its values, and its place in the bundle if it has one of its own.
 
-    Tensors of a few elements lie inside the graph, where a plan cannot point (``part`` is None).
+    Tensors of a few elements lie inside the graph, where a plan cannot point (`part` is None).
     """
 
     values: np.ndarray
     part: Part | None
+
+    @property
+    def dtype(self) -> str:
+        """The element type, by the plan's names."""
+        return str(self.values.dtype)
 
     def placed(self) -> Part:
         """The place of a tensor that is known to have one."""
@@ -31,13 +37,13 @@ class StoredTensor:
 
 
 def stored_tensors(bundle: Bundle, graph: str) -> Mapping[str, StoredTensor]:
-    """The weights of the graph ``graph`` by the names they were lowered with.
+    """The weights of the graph `graph` by the names they were lowered with.
 
     Matrices stored in half precision are found under their own name too. Raises BundleError when
     the bundle's files are damaged.
     """
     spec = bundle.manifest.graphs[graph]
-    model = onnx.load_from_string(bytes(bundle.read(spec.file)))
+    model = onnx.load_from_string(checked_graph(bundle, spec))
     data = bundle.read(spec.weights)
     found = {}
     for tensor in model.graph.initializer:
@@ -49,6 +55,6 @@ def stored_tensors(bundle: Bundle, graph: str) -> Mapping[str, StoredTensor]:
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         offset, shape = int(entries["offset"]), tuple(tensor.dims)
         values = np.frombuffer(data, dtype, int(np.prod(shape)), offset).reshape(shape)
-        part = Part(spec.weights, offset, str(dtype), shape[0] if shape else 1)
+        part = Part(spec.weights, offset, shape[0] if shape else 1)
         found[name] = StoredTensor(values, part)
     return found

@@ -9,13 +9,13 @@ Tokens lie as [LANES, ROWS, 4], consecutive ones along the last axis, then the f
 one lane, so a sum over all tokens goes over registers first and crosses threads once.
 """
 
-# Triton reads these functions' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from aim_export.kernels.step import begin_dependents
+from aim_export.kernels.common import begin_dependents
 
 #: Tokens in doubt that are compared each with each: squared work against passes over all tokens.
 CANDIDATES = 128
@@ -63,7 +63,7 @@ def _ends(low, high, other_low, other_high):
 
 @triton.jit
 def weigh(score, weight, threshold):
-    """Weight and number of the tokens below ``threshold``."""
+    """Weight and number of the tokens below `threshold`."""
     # The count is a float as well: a set, a multiplication and an addition for each token.
     under = tl.where(score < threshold, 1.0, 0.0)
     return tl.reduce((by_lane(under * weight), by_lane(under)), 0, _sums)
@@ -71,10 +71,10 @@ def weigh(score, weight, threshold):
 
 @triton.jit
 def cut(score, weight, limit, low, high, under, scratch, CAPACITY: tl.constexpr):
-    """The largest score of a token with no more weight than ``limit`` below it.
+    """The largest score of a token with no more weight than `limit` below it.
 
-    ``low`` is a score with no more than that below it (``under`` tokens, of negligible weight),
-    ``high`` the largest score; ``scratch`` has room for (2, CAPACITY) float32.
+    `low` is a score with no more than that below it (`under` tokens, of negligible weight),
+    `high` the largest score; `scratch` has room for (2, CAPACITY) float32.
     """
     first, last = ordered(low), ordered(high) + 1  # the answer is in [first, last)
     over = tl.full((), score.numel, tl.float32)
@@ -118,7 +118,7 @@ def cut(score, weight, limit, low, high, under, scratch, CAPACITY: tl.constexpr)
 
 @triton.jit
 def draw(weight, words, u):
-    """The first token at which the weights' running sum exceeds ``u`` of the whole."""
+    """The first token at which the weights' running sum exceeds `u` of the whole."""
     ROWS: tl.constexpr = weight.shape[1]
     of_row = tl.sum(tl.sum(weight, axis=2), axis=0)  # (ROWS,)
     rows = tl.arange(0, ROWS)
@@ -138,6 +138,65 @@ def draw(weight, words, u):
     there = tl.max(tl.where(weight > 0.0, words, 0), axis=1)
     first, last = tl.reduce((enough, there), 0, _ends)
     return tl.minimum(first, last)
+
+
+@triton.jit
+def load_scores(logits, image, images, scale, words, inside, V: tl.constexpr):
+    """An image's scores, (LANES, ROWS, 4), with guidance if it has a second row; zeros outside."""
+    score = tl.load(logits + image.to(tl.int64) * V + words, mask=inside, other=0.0)
+    if images > 0:
+        other = (image + images).to(tl.int64)
+        without = tl.load(logits + other * V + words, mask=inside, other=0.0)
+        score = without + scale * (score - without)
+    return score
+
+
+@triton.jit
+def survey(score, inside):
+    """Scores with -inf for what is no number, the best, the worst, and how many are not finite.
+
+    A score of -inf is fine: that token is never drawn.
+    """
+    invalid = inside & ((score != score) | (score == float("inf")))
+    score = tl.where(inside & (score == score), score, -float("inf"))
+    lane_best = tl.max(tl.max(score, axis=2), axis=1)
+    lane_worst = tl.min(tl.min(tl.where(inside, score, float("inf")), axis=2), axis=1)
+    lane_invalid = by_lane(invalid.to(tl.int32))
+    best, worst, count = tl.reduce((lane_best, lane_worst, lane_invalid), 0, _extremes)
+    return score, best, worst, count
+
+
+@triton.jit
+def weights_of(
+    score,
+    inside,
+    best,
+    worst,
+    inverse_temperature,
+    top_p,
+    top_k,
+    scratch,
+    V: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    """Each token's weight in the draw: the exponential of its score, or 0 if it is cut off."""
+    least = worst
+    if (top_k > 0) & (top_k < V):
+        # What lies behind the V tokens is -inf and counts as tokens below the worst.
+        padding = tl.where(worst > -float("inf"), score.numel - V, 0).to(tl.float32)
+        one = tl.where(inside, 1.0, 0.0)
+        dropped = (V - top_k).to(tl.float32)
+        least = cut(score, one, dropped, worst, best, padding, scratch, CAPACITY)
+    kept = inside & (score >= least)
+    weight = tl.where(kept, tl.exp((score - best) * inverse_temperature), 0.0)
+    if top_p < 1.0:
+        low = tl.maximum(least, best - _NEGLIGIBLE / inverse_temperature)
+        under = by_lane(tl.where(score < low, 1.0, 0.0))
+        total, under = tl.reduce((by_lane(weight), under), 0, _sums)
+        limit = (1.0 - top_p) * total
+        least = cut(score, weight, limit, low, best, under, scratch, CAPACITY)
+        weight = tl.where(score >= least, weight, 0.0)
+    return weight
 
 
 @triton.jit
@@ -169,43 +228,22 @@ def sample(
     inverse_temperature = tl.minimum(tl.load(settings + image * 4 + 1), _MOST)
     top_p = tl.load(settings + image * 4 + 2)
     top_k = tl.load(settings + image * 4 + 3).to(tl.int32)
-    hands_off = tl.load(forced)
+    is_forced = tl.load(forced)
     begin_dependents(OVERLAPS)
-    if (hands_off == 0) & ((images == 0) | (image < images)):
+    if (is_forced == 0) & ((images == 0) | (image < images)):
         at = tl.load(position + image)
-        score = tl.load(logits + image.to(tl.int64) * V + words, mask=inside, other=0.0)
-        if images > 0:
-            other = (image + images).to(tl.int64)
-            without = tl.load(logits + other * V + words, mask=inside, other=0.0)
-            score = without + scale * (score - without)
-        strange = inside & ((score != score) | (score == float("inf")))
-        score = tl.where(inside & (score == score), score, -float("inf"))
-        lane_best = tl.max(tl.max(score, axis=2), axis=1)
-        lane_worst = tl.min(tl.min(tl.where(inside, score, float("inf")), axis=2), axis=1)
-        lane_strange = by_lane(strange.to(tl.int32))
-        best, worst, odd = tl.reduce((lane_best, lane_worst, lane_strange), 0, _extremes)
-        if (odd > 0) | (best == -float("inf")):
+        score = load_scores(logits, image, images, scale, words, inside, V)
+        score, best, worst, invalid = survey(score, inside)
+        if (invalid > 0) | (best == -float("inf")):
             tl.store(status, 1)
         if inverse_temperature == 0.0:
-            mine = tl.min(tl.min(tl.where(score == best, words, V), axis=2), axis=1)
-            drawn = tl.min(mine, axis=0)
+            first = tl.min(tl.min(tl.where(score == best, words, V), axis=2), axis=1)
+            drawn = tl.min(first, axis=0)
         else:
             scratch = candidates + image * (2 * CAPACITY)
-            least = worst
-            if (top_k > 0) & (top_k < V):
-                padding = tl.where(worst > -float("inf"), BLOCK - V, 0).to(tl.float32)
-                one = tl.where(inside, 1.0, 0.0)
-                dropped = (V - top_k).to(tl.float32)
-                least = cut(score, one, dropped, worst, best, padding, scratch, CAPACITY)
-            kept = inside & (score >= least)
-            weight = tl.where(kept, tl.exp((score - best) * inverse_temperature), 0.0)
-            if top_p < 1.0:
-                low = tl.maximum(least, best - _NEGLIGIBLE / inverse_temperature)
-                under = by_lane(tl.where(score < low, 1.0, 0.0))
-                total, under = tl.reduce((by_lane(weight), under), 0, _sums)
-                limit = (1.0 - top_p) * total
-                least = cut(score, weight, limit, low, best, under, scratch, CAPACITY)
-                weight = tl.where(score >= least, weight, 0.0)
+            weight = weights_of(
+                score, inside, best, worst, inverse_temperature, top_p, top_k, scratch, V, CAPACITY
+            )
             u = tl.load(noise + image * T + at).to(tl.float32)
             drawn = draw(weight, words, u)
         drawn = tl.minimum(drawn, V - 1).to(tl.int64)

@@ -15,7 +15,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from aim_export.bundle import ExportError
+from aim_export.errors import EnginesUnavailable, ExportError
 from aim_export.state_scan import NAME
 from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_graph
 from aim_runtime import BackendError, Bundle, BundleError
@@ -28,6 +28,7 @@ from aim_runtime.engines.tensorrt_library import (
     find_library,
 )
 from aim_runtime.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
+from aim_runtime.onnx_graph import checked_graph
 
 #: Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
 #: image under guidance is two rows.
@@ -46,12 +47,12 @@ def check_library() -> Library:
     """The TensorRT that is installed; asked before an export spends minutes on something else.
 
     Raises:
-        ExportError: none can be used.
+        EnginesUnavailable: none can be used.
     """
     try:
         return find_library()
     except BackendError as error:
-        raise ExportError(f"no engines can be built: {error}") from error
+        raise EnginesUnavailable(f"no engines can be built: {error}") from error
 
 
 def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
@@ -67,7 +68,8 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
         The bundle with its engines.
 
     Raises:
-        ExportError: TensorRT is missing or cannot build an engine; the bundle is as it was.
+        EnginesUnavailable: there is no TensorRT here, or no GPU to build for.
+        ExportError: TensorRT cannot build an engine; the bundle is as it was.
         aim_runtime.BundleError: there is no bundle folder, or it is damaged or cannot be written.
     """
     library = check_library()
@@ -77,7 +79,7 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
     try:
         name = engine_folder(library, (0, 0) if library.portable else library.capability(0))
     except BackendError as error:
-        raise ExportError(f"no engines can be built: {error}") from error
+        raise EnginesUnavailable(f"no engines can be built: {error}") from error
     with tempfile.TemporaryDirectory(prefix="aim-engines-") as folder:
         build_engines(library, bundle, name, Path(folder), report or (lambda line: None))
         return add_engine(bundle_dir, name, folder)
@@ -115,7 +117,7 @@ def _write_graph(bundle: Bundle, graph: str, folder: Path) -> Path:
     Its bytes are those whose checksums the manifest gives; TensorRT reads weights by path only.
     """
     spec = bundle.manifest.graphs[graph]
-    model = read_graph(bundle.read(spec.file), spec.weights, f"{bundle.path}: {spec.file}")
+    model = read_graph(checked_graph(bundle, spec), spec.weights, f"{bundle.path}: {spec.file}")
     prepare(model)
     path = folder / spec.file
     path.write_bytes(model.SerializeToString())

@@ -1,8 +1,8 @@
-"""``aim::StateScan`` as a plugin of TensorRT 10.9 and later, registered when this is imported.
+"""`aim::StateScan` as a plugin of TensorRT 10.9 and later, registered when this is imported.
 
 The ONNX parser then puts it in the place of every node of that name. The kernel's PTX goes into the
 engine, which needs neither Python nor Triton to run. Everything the plugin has to know is in the
-shapes of its inputs, so it has no attributes; without an ``autotune`` TensorRT takes the types as
+shapes of its inputs, so it has no attributes; without an `autotune` TensorRT takes the types as
 they are and plain row-major layouts.
 """
 
@@ -13,9 +13,9 @@ from typing import Any, Tuple, Union  # noqa: UP035
 import tensorrt
 import tensorrt.plugin as trtp
 
-from aim_export.kernels.state_scan import ScanSizes
 from aim_export.state_scan import DOMAIN, NAME
 from aim_export.tensorrt.ptx import compile_scan
+from aim_export.tensorrt.scan import ScanSizes
 
 PLUGIN_ID = f"{DOMAIN}::{NAME}"
 

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aim_export.kernels.state_scan import PARAMETERS, ScanSizes, state_scan_kernel
+from aim_export.tensorrt.scan import PARAMETERS, ScanSizes, state_scan_kernel
 
 _TARGET = GPUTarget("cuda", 80, 32)
 #: PTX 8.0 is read by every driver since CUDA 12.0. Both options are fixed here because their
@@ -36,7 +36,7 @@ _ALIGNED = ("ssm_state", "next_ssm_state")
 class CompiledScan:
     """The kernel for one geometry: its name, its PTX and what a launch takes.
 
-    The grid is :meth:`ScanSizes.grid`'s; the arguments are the pointers of ``PARAMETERS``.
+    The grid is `ScanSizes.grid`'s; the arguments are the pointers of `PARAMETERS`.
     """
 
     name: str
@@ -77,7 +77,7 @@ def compile_scan(sizes: ScanSizes) -> CompiledScan:
 
 
 def keep_parameters(ptx: str, kernel: str, count: int) -> str:
-    """Take all but the first ``count`` parameters out of the signature of ``kernel``.
+    """Take all but the first `count` parameters out of the signature of `kernel`.
 
     Raises:
         RuntimeError: the kernel has fewer parameters, or its body mentions one of the others.

@@ -15,7 +15,6 @@ model_flags=${MODEL_FLAGS---compile}
 aim=${AIM:-aim}
 
 # Emoji hold letters, flags and clock faces, so nothing is mirrored.
-[ -f "$runs/tokenizer/tokenizer.safetensors" ] ||
 $aim train tokenizer "$data/train" --val-data "$data/val" --out "$runs/tokenizer" \
     --size 128 --no-flip --seed 0 \
     --codebook-size 2048 --channels 64 --channel-multipliers 1,2,2,2 --z-channels 128 \

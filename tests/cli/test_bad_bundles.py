@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from .conftest import Cli, refused, tree
@@ -83,6 +85,29 @@ def test_an_altered_byte(cli: Cli, bundle: Path, folder: Path, command: list[obj
     (broken / "step.weights").write_bytes(data)
     before = tree(folder)
     refused(cli(*command, "--bundle", broken), "step.weights is altered")
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("command", [["generate"], ["sample", "-n", 2], ["bench"]])
+def test_a_graph_that_no_bundle_may_hold(
+    cli: Cli, bundle: Path, folder: Path, command: list[object]
+) -> None:
+    """The manifest vouches for it: a stranger writes that too."""
+    broken = folder / "broken"
+    shutil.copytree(bundle, broken)
+    model = onnx.load(broken / "step.onnx", load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[1]))
+    data = model.SerializeToString()
+    (broken / "step.onnx").write_bytes(data)
+    manifest = json.loads((broken / "manifest.json").read_text())
+    manifest["files"]["step.onnx"] = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "size": len(data),
+    }
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    before = tree(folder)
+    result = cli(*command, "--bundle", broken)
+    refused(result, "step.onnx is a graph that no bundle may hold", "'RandomNormal'")
     assert tree(folder) == before
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from aim_cli.bench import machine
 from aim_cli.measure import Measurement, Workload, measure, peak_bytes
 
 from .conftest import Cli, refused
@@ -131,3 +132,13 @@ def test_the_median_of_the_repeats_counts() -> None:
     assert row(3.0, 1.0).seconds_per_request == 2.0
     assert row().seconds_per_request == 9.0
     assert row(4.0).images_per_second == 0.5
+
+
+@pytest.mark.parametrize("batch", ["1000000000", "1,99999999999999999999"])
+def test_a_size_that_nothing_holds(cli: Cli, bundle: Path, batch: str) -> None:
+    refused(cli("bench", "--bundle", bundle, "--batch", batch), "at a time at most")
+
+
+def test_cores_are_those_that_a_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aim_runtime.cores.granted_cores", lambda: 0.5)
+    assert machine()["cores"] == 1

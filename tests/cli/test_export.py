@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from .conftest import Cli, Spawn, refused, tree
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from aim_export import export_bundle  # noqa: E402
+from aim_cli.export import read_class_names  # noqa: E402
+from aim_export import ExportError, export_bundle  # noqa: E402
 from aim_runtime import BackendError, Bundle  # noqa: E402
 from aim_runtime.engines.tensorrt_library import find_library  # noqa: E402
-from aim_training.checkpoint import save_checkpoint  # noqa: E402
+from aim_training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
 from aim_training.model import AiM  # noqa: E402
 from aim_training.tokenizer import VQTokenizer  # noqa: E402
@@ -139,7 +141,6 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, folder: Path, kind: str, wo
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "--out"),
         (["--out", "made", "--precision", "int4"], "int4"),
         (["--out", "made", "--position-offset", "2"], "--position-offset"),
         (["--out", "made", "--tokenizer", "nowhere"], "no checkpoint at nowhere"),
@@ -288,8 +289,8 @@ def test_kernels_need_triton(spawn: Spawn, folder: Path) -> None:
     program = "import sys; sys.modules['triton'] = None; from aim_cli.main import main; main()"
     process = spawn("export", "--bundle", "made", "--cuda", python=("-c", program))
     assert process.communicate(timeout=60)[1] == (
-        "Error: 'aim export --cuda' needs triton, which is not installed: "
-        "pip install 'aim-runtime[export]'\n"
+        "Error: no kernels can be compiled: Triton is not installed; "
+        "pip install 'aim-runtime[kernels]'\n"
     )
     assert process.returncode == 2
 
@@ -317,12 +318,13 @@ def test_bad_arguments_for_kernels(cli: Cli, folder: Path, args: list[str], word
     ("args", "words"),
     [
         ([], "--bundle"),
-        (["--ckpt", "a.pt"], "--out"),
+        (["--ckpt", "a.pt"], "there is no checkpoint at a.pt"),
+        (["--out", "made"], "--ckpt"),
         (["--bundle", "made"], "--trt"),
         (["--bundle", "made", "--trt", "--ckpt", "a.pt"], "--ckpt makes a new bundle"),
         (["--bundle", "made", "--trt", "--top-k", "3"], "--top-k makes a new bundle"),
         (["--bundle", "made", "--trt"], "no engines can be built: TensorRT is not installed"),
-        (["--ckpt", "a.pt", "--out", "made", "--trt"], "TensorRT is not installed"),
+        (["--ckpt", "a.pt", "--trt", "--cuda"], "there is no checkpoint at a.pt"),
     ],
 )
 def test_bad_arguments_for_engines(
@@ -336,3 +338,113 @@ def test_bad_arguments_for_engines(
 def test_needs_no_training_packages(spawn: Spawn) -> None:
     program = "import sys; sys.modules['accelerate'] = None; import aim_export"
     assert spawn(python=("-c", program)).communicate(timeout=60)[1] == ""
+
+
+def test_a_bundle_is_named_after_its_checkpoint(
+    cli: Cli, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without TensorRT and Triton: the bundle is made, and the last lines say what is missing."""
+    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    monkeypatch.setitem(sys.modules, "triton", None)
+    done = cli(
+        *("export", "--ckpt", checkpoint, "--trt", "--cuda", "--cuda-arch", "9.0,8.0"),
+        *("--cuda-precision", "fp16"),
+    )
+    assert done.exit_code == 0
+    assert "bundle  small (" in done.stdout
+    assert cli("info", "small").exit_code == 0
+    assert done.stderr.splitlines()[-2:] == [
+        "Warning: no kernels can be compiled: Triton is not installed; pip install "
+        "'aim-runtime[kernels]'; then add them with: aim export --bundle small --cuda "
+        "--cuda-precision fp16 --cuda-arch 9.0,8.0",
+        "Warning: no engines can be built: TensorRT is not installed; pip install "
+        "'aim-runtime[tensorrt]'; then add them with: aim export --bundle small --trt",
+    ]
+    again = cli("export", "--ckpt", checkpoint, "--trt")
+    refused(again, "small holds a bundle already")
+
+    # Of what is asked for a bundle that exists, something must be done.
+    before = tree(folder)
+    refused(cli("export", "--bundle", "small", "--trt", "--cuda"), "Triton is not installed")
+    refused(cli("export", "--bundle", "small", "--trt"), "TensorRT is not installed")
+    assert tree(folder) == before
+
+
+def test_what_can_be_added_to_a_bundle_is(
+    cli: Cli, wide_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip("aim_export.cuda.bundle", reason="Triton is not installed")
+    monkeypatch.setattr(module, "compile_kernels", uncompiled)
+    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    shutil.copytree(wide_bundle, "made")
+    done = cli("export", "--bundle", "made", "--cuda", "--trt", "--cuda-precision", "fp16")
+    assert done.exit_code == 0
+    assert "engines/cuda/plan-fp16.json" in engines_of(cli, "made")
+    assert done.stderr.splitlines()[-1].endswith("aim export --bundle made --trt")
+
+
+@pytest.mark.parametrize("where", ["run", "run/model"])
+def test_a_run_folder_is_a_checkpoint(
+    cli: Cli, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    made: list[tuple[Path, Path]] = []
+
+    def export_bundle(ckpt: Path, out: Path, **options: Any) -> Any:
+        made.append((load_checkpoint(ckpt).path, out))
+        raise ExportError("far enough")
+
+    monkeypatch.setattr("aim_export.bundle.export_bundle", export_bundle)
+    (folder / where / "checkpoints").mkdir(parents=True)
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(checkpoint.with_suffix(suffix), folder / where / f"model{suffix}")
+    refused(cli("export", "--ckpt", "run"), "far enough")
+    # Not into the run folder itself, which has the name already.
+    assert made == [
+        (Path("run") / Path(where).relative_to("run") / "model.safetensors", Path("run-bundle"))
+    ]
+
+
+def test_a_tokenizers_run_folder(cli: Cli, checkpoint: Path, folder: Path) -> None:
+    tokenizer = load_checkpoint(checkpoint).tokenizer
+    save_checkpoint(folder / "run" / "tokenizer.safetensors", tokenizer=tokenizer)
+    refused(cli("export", "--ckpt", "run", "--out", "made"), "holds a tokenizer only")
+    (folder / "new" / "checkpoints").mkdir(parents=True)
+    refused(cli("export", "--ckpt", "new"), "no step has been saved yet")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"eins\nzwei\ndrei\n",
+        b"eins\r\nzwei\r\ndrei",
+        "\ufeffeins\nzwei\ndrei\n\n".encode(),
+        "eins\nzwei\ndrei\n".encode("utf-16"),
+        b"eins\rzwei\rdrei",
+    ],
+)
+def test_class_names_of_any_editor(folder: Path, text: bytes) -> None:
+    (folder / "names.txt").write_bytes(text)
+    assert read_class_names(Path("names.txt")) == ["eins", "zwei", "drei"]
+
+
+def test_class_names_that_are_no_text_file(cli: Cli, checkpoint: Path, folder: Path) -> None:
+    os.mkfifo("pipe")
+    Path("huge").touch()
+    os.truncate("huge", 20 << 30)
+    for path, words in (
+        ("pipe", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        (".", "no regular file"),
+        ("huge", "bytes; at most"),
+    ):
+        refused(cli("export", "--ckpt", checkpoint, "--class-names", path), words)
+
+
+def test_kernels_for_a_bundle_take_no_pytorch(spawn: Spawn, folder: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    program = (
+        "import sys; sys.modules['torch'] = None; from aim_export.cuda.bundle import build_plan; "
+        "from aim_export.cuda.step import Constants; from aim_runtime import Bundle; "
+        "print(len(build_plan(Bundle.open(), 'fp16', Constants()).kernels()) > 10)"
+    )
+    assert spawn(python=("-c", program)).communicate(timeout=120) == ("True\n", "")

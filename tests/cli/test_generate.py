@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import aim_runtime
 from aim_cli.generate import columns, file_stems
 from aim_runtime import BackendError, Generator
 
+from ..runtime.tiny_bundle import copy_bundle
 from .conftest import Cli, Spawn, refused, tree
 
 
@@ -280,3 +284,148 @@ def test_the_command_draws_what_the_library_draws(cli: Cli, bundle: Path, folder
     for i in range(4):
         with Image.open(folder / "aim-images" / f"dog_seed{i}.png") as image:
             assert np.array_equal(np.asarray(image), expected.array[i])
+
+
+# -- what lies in --out, and names that files cannot have -----------------------------------------
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG that claims this size, with these chunks before its few pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", head),
+        *chunks,
+        (b"IDAT", zlib.compress(bytes(100))),
+        (b"IEND", b""),
+    ):
+        body += struct.pack(">I", len(data)) + kind + data
+        body += struct.pack(">I", zlib.crc32(kind + data))
+    return body
+
+
+STRANGERS = {
+    "a huge picture": png(100_000, 100_000),
+    "a picture that Pillow warns of": png(14_000, 14_000),
+    "deep JSON": png(6, 6, (b"iTXt", b"aim\0\0\0\0\0" + b"[" * 200_000)),
+    "a text that is no JSON object": png(6, 6, (b"iTXt", b"aim\0\0\0\0\0[1]")),
+    "a text that is not UTF-8": png(6, 6, (b"iTXt", b"aim\0\0\0\0\0\xff")),
+    "a text that unpacks to 200 MB": png(
+        6, 6, (b"zTXt", b"aim\0\0" + zlib.compress(bytes(200 << 20)))
+    ),
+    "a chunk longer than the file": png(6, 6)[:33] + b"\xff\xff\xff\xffiTXtaim\0\0\0\0\0{}",
+    "a thousand chunks": png(6, 6, *[(b"tEXt", b"a\0b")] * 1000),
+    "half a picture": png(6, 6)[:20],
+    "no picture": b"x",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_files_of_strangers_are_kept(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    out = folder / "x"
+    out.mkdir()
+    for name in ("dog_seed0.png", "contact-sheet.png"):
+        (out / name).write_bytes(STRANGERS[what])
+        args = ("generate", "-q", "--bundle", bundle, "-c", "dog", "--out", "x")
+        args += ("--seed", 7, "--grid") if name != "dog_seed0.png" else ()
+        with monkeypatch.context() as patch:
+            patch.setattr(Generator, "generate", lambda *_, **__: pytest.fail("it draws"))
+            refused(cli(*args), name, "--overwrite")
+        assert (out / name).read_bytes() == STRANGERS[what]
+        assert cli(*args, "--overwrite").exit_code == 0
+        assert settings(out / name)["bundle"] == "tiny"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "dangling link", "link to ours"])
+def test_what_is_no_file_is_kept(cli: Cli, bundle: Path, folder: Path, kind: str) -> None:
+    args = ("generate", "-q", "--bundle", bundle, "-c", "dog", "--out", "x")
+    cli(*args)
+    path, other = folder / "x" / "dog_seed0.png", folder / "other"
+    path.rename(other)
+    if kind == "folder":
+        path.mkdir()
+        refused(cli(*args), "dog_seed0.png is a folder")
+        refused(cli(*args, "--overwrite"), "dog_seed0.png is a folder")
+        assert path.is_dir()
+        return
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        other.write_bytes(other.read_bytes() if kind == "link to ours" else b"precious")
+        path.symlink_to(folder / "nowhere" if kind == "dangling link" else other)
+    before = other.read_bytes()
+    refused(cli(*args), "dog_seed0.png", "--overwrite")
+    assert not path.is_file() or path.is_symlink()
+    assert cli(*args, "--overwrite").exit_code == 0
+    assert not path.is_symlink()
+    assert settings(path)["class"] == 1
+    assert other.read_bytes() == before
+    assert not (folder / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["🦊" * 60, "猫" * 300, "é" * 60, "x" * 1000, "a/../../b", "..", "con", "\u200d" * 99]
+)
+def test_every_class_name_gives_a_file_name(
+    cli: Cli, bundle: Path, folder: Path, name: str
+) -> None:
+    path = copy_bundle(bundle, folder / "b")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["class_names"][0] = manifest["class_names"][1] = name
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    done = cli("generate", "--bundle", path, "-c", 0, "-c", 1, "--seed", 2**64 - 2, "--out", "x")
+    assert done.exit_code == 0
+    files = list((folder / "x").iterdir())
+    assert len(files) == 3
+    assert all(len(os.fsencode(file.name)) < 200 for file in files)
+    assert {file.name for file in folder.iterdir()} == {"b", "x"}
+
+
+@pytest.mark.parametrize("count", [10**9, 2**62, 10**30])
+def test_a_number_of_images_that_nothing_holds_is_refused_at_once(
+    cli: Cli, bundle: Path, folder: Path, count: int
+) -> None:
+    said = refused(cli("generate", "--bundle", bundle, "-n", count), "at a time at most")
+    assert "aim sample" in said
+    assert tree(folder) == set()
+
+
+def test_a_page_that_few_programs_open_is_left_out_or_refused(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aim_runtime.images.MAX_SHEET_PIXELS", 3000)
+    args = ("generate", "--bundle", bundle, "-c", "dog", "-n", 40)
+    refused(cli(*args, "--grid"), "40 images", "--no-grid")
+    assert tree(folder) == set()
+    done = cli(*args)
+    assert done.exit_code == 0
+    assert "No contact-sheet.png" in done.stderr
+    assert len(list((folder / "aim-images").iterdir())) == 40
+    assert "No contact" not in cli(*args, "--no-grid").stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="terminals do not hang up here")
+def test_a_terminal_that_hangs_up_leaves_nothing(spawn: Spawn, bundle: Path, folder: Path) -> None:
+    process = spawn("generate", "--bundle", bundle, "-n", 20_000, "--out", "new")
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert tree(folder) == set()
+
+
+def test_numbered_classes_are_drawn_by_their_names(cli: Cli, bundle: Path, folder: Path) -> None:
+    path = copy_bundle(bundle, folder / "b")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["class_names"] = ["0", "10", "2"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for _ in range(2):  # the second time it finds its own pictures
+        assert cli("generate", "--bundle", path, "-c", 2, "-c", 10, "--out", "x").exit_code == 0
+    assert settings(folder / "x" / "2_seed0.png")["class_name"] == "2"
+    assert settings(folder / "x" / "10_seed1.png")["class_name"] == "10"
+    with Image.open(folder / "x" / "2_seed0.png") as image, Generator.load(bundle) as generator:
+        assert np.array_equal(np.asarray(image), generator.generate(2).array[0])

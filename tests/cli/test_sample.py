@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from aim_cli.npz import write_npz
 from aim_cli.sample import contiguous
 from aim_runtime import Generator, save_png
 
+from ..runtime.tiny_bundle import copy_bundle
 from .conftest import Cli, Spawn, refused, tree
 
 
@@ -78,7 +80,7 @@ def test_the_fid_preset_is_the_whole_distribution() -> None:
 @pytest.mark.parametrize(
     ("args", "name"),
     [
-        (["-n", 5], "count"),
+        (["-n", 3], "count"),
         (["-n", 4, "--seed", 1], "seed"),
         (["-n", 4, "--top-p", 0.5], "top_p"),
         (["-n", 4, "--cfg-scale", 7], "cfg_scale"),
@@ -227,3 +229,133 @@ def test_an_archive_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
             write_npz(path, bad, images.shape)
     assert path.read_bytes() == before
     assert tree(tmp_path) == {"a.npz"}
+
+
+# -- growing, and what lies in the folder ---------------------------------------------------------
+
+
+def test_a_sample_grows_into_the_larger_one(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("sample", "--bundle", bundle, "--seed", 3)
+    cli(*args, "-n", 10, "--out", "whole")
+    cli(*args, "-n", 4, "--out", "x")
+    kept = {p: p.stat().st_mtime_ns for p in (folder / "x" / "images").iterdir()}
+    drawn: list[int] = []
+    generate = Generator.generate
+
+    def spy(self: Generator, classes: Any, **options: Any) -> Any:
+        drawn.extend(range(options["seed"], options["seed"] + len(classes)))
+        return generate(self, classes, **options)
+
+    monkeypatch.setattr(Generator, "generate", spy)
+    done = cli(*args, "-n", 10, "--out", "x")
+    assert done.exit_code == 0
+    assert "4 were there already" in done.stdout
+    assert drawn == [3 + index for index in range(4, 10)]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert tree(folder / "x") == tree(folder / "whole")  # the smaller archive is gone
+    assert np.array_equal(archive(folder / "x"), archive(folder / "whole"))
+    records = [json.loads((folder / name / "sample.json").read_text()) for name in ("x", "whole")]
+    assert records[0] == records[1]
+    said = refused(cli(*args, "-n", 6, "--out", "x"), "with count 10, this one has 6")
+    assert "samples grow and do not shrink" in said
+    assert tree(folder / "x") == tree(folder / "whole")
+
+
+def test_growing_goes_on_where_it_stopped(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("sample", "--bundle", bundle, "--out", "x")
+    cli(*args, "-n", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "aim_cli.sample.write_npz", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert cli(*args, "-n", 5).exit_code == 130
+    assert (folder / "x" / "samples_3x6x6x3.npz").exists()
+    assert cli(*args, "-n", 5).exit_code == 0
+    assert [path.name for path in (folder / "x").glob("*.npz")] == ["samples_5x6x6x3.npz"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"[" * 300_000,
+        b"\xff",
+        b"",
+        b'{"format": ' + b"9" * 5000 + b"}",
+        b"[]",
+        b" " * (2 << 20) + b"{}",
+        b'{"format": "aim-sample", "format_version": []}',
+        *(
+            b'{"format": "aim-sample", "format_version": 1, "settings": %s}' % settings
+            for settings in (b"[]", b"null", b'"x"', b"{}", b'{"count": "' + b"x" * 999 + b'"}')
+        ),
+    ],
+)
+def test_a_record_of_a_stranger(cli: Cli, bundle: Path, folder: Path, record: bytes) -> None:
+    (folder / "x").mkdir()
+    (folder / "x" / "sample.json").write_bytes(record)
+    said = refused(cli("sample", "-n", 4, "--bundle", bundle, "--out", "x"), "--out")
+    assert len(said) <= 300
+    assert tree(folder / "x") == {"sample.json"}
+
+
+@pytest.mark.parametrize("name", ["sample.json", "samples_3x6x6x3.npz", "images/000001.png"])
+def test_folders_and_pipes_in_the_place_of_files(
+    cli: Cli, bundle: Path, folder: Path, name: str
+) -> None:
+    args = ("sample", "-n", 3, "--bundle", bundle, "--out", "x")
+    cli(*args)
+    path = folder / "x" / name
+    path.unlink()
+    path.mkdir()
+    refused(cli(*args), Path(name).name, "is a folder")
+    path.rmdir()
+    os.mkfifo(path)
+    done = cli(*args)  # a pipe is not waited for: it is no record, or it is replaced
+    assert done.exit_code == (2 if name == "sample.json" else 0)
+    (folder / "x" / "images" / ".mine.tmp").mkdir()
+    if name != "sample.json":
+        assert cli(*args).exit_code == 0
+
+
+@pytest.mark.parametrize("claim", [(100_000, 100_000), (6, 7)])
+def test_a_picture_that_claims_another_size_is_drawn_again(
+    cli: Cli, bundle: Path, folder: Path, claim: tuple[int, int]
+) -> None:
+    """With the settings of the image that belongs there, so that only its size gives it away."""
+    args = ("sample", "-n", 2, "--bundle", bundle, "--out", "x")
+    cli(*args)
+    path = folder / "x" / "images" / "000001.png"
+    good = path.read_bytes()
+    header = b"IHDR" + b"".join(side.to_bytes(4, "big") for side in claim) + good[24:29]
+    path.write_bytes(good[:12] + header + zlib.crc32(header).to_bytes(4, "big") + good[33:])
+    assert "1 were there already" in cli(*args).stdout
+    assert path.read_bytes() == good
+
+
+def test_an_image_that_cannot_be_written_does_not_cost_the_others(
+    cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_fails(image: Any, path: Path, *rest: Any) -> None:
+        if path.name == "000001.png":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        save_png(image, path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aim_runtime.save_png", one_fails)
+        refused(cli("sample", "-n", 4, "--bundle", bundle, "--out", "x"), "Input/output error")
+    assert len(list((folder / "x" / "images").iterdir())) == 3
+    assert "3 were there already" in cli("sample", "-n", 4, "--bundle", bundle, "--out", "x").stdout
+
+
+def test_numbered_classes_are_balanced_as_others_are(cli: Cli, bundle: Path, folder: Path) -> None:
+    path = copy_bundle(bundle, folder / "b")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["class_names"] = ["0", "10", "2"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for out, name in (("x", bundle), ("y", path)):
+        assert cli("sample", "-n", 6, "--bundle", name, "--out", out).exit_code == 0
+    assert np.array_equal(archive(folder / "x"), archive(folder / "y"))

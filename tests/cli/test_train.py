@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -63,7 +66,47 @@ def test_options_reach_the_trainer(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     assert done.exit_code == 0
     assert seen == [TokenizerTrainingOptions(**TOKENIZER)]
     assert "weights  run/tokenizer.safetensors" in done.stdout
-    assert "aim train model data --tokenizer run/tokenizer.safetensors" in done.stdout
+    assert (
+        "aim train model data --tokenizer run/tokenizer.safetensors --size 64 --no-flip "
+        "--out run-model"
+    ) in done.stdout
+
+
+def test_the_next_command_trains_on_the_same_images(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "aim_training.train_tokenizer.train_tokenizer",
+        lambda options: options.out / "tokenizer.safetensors",
+    )
+    done = cli(
+        *("train", "tokenizer", "my pictures", "--out", "a b/tokenizer", "--val-data", "held out"),
+        *("--size", 64, "--resize-factor", 1, "--no-flip", "--bad-images", "stop"),
+        *("--preset", "small"),
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("next"))
+    words = shlex.split(line)[1:]
+    assert words[:4] == ["aim", "train", "model", "my pictures"]
+    seen: list[ModelTrainingOptions] = []
+    monkeypatch.setattr(
+        "aim_training.train_model.train_model",
+        lambda options: (seen.append(options), options.out / "model.safetensors")[1],
+    )
+    done = cli(*words[1:])
+    assert seen == [
+        ModelTrainingOptions(
+            data=Path("my pictures"),
+            val_data=Path("held out"),
+            tokenizer=Path("a b/tokenizer/tokenizer.safetensors"),
+            out=Path("a b/model"),
+            size=64,
+            resize_factor=1.0,
+            flip=False,
+            bad_images="stop",
+            preset="small",
+        )
+    ]
+    assert "aim export --ckpt 'a b/model/model.safetensors' --out 'a b/bundle'" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -88,6 +131,11 @@ def test_every_option_is_explained(cli: Cli, command: str, options: type[Any]) -
         (["tokenizer", "nowhere", "--out", "run"], "nowhere is not a folder"),
         (["tokenizer", "data", "--out", "run", "--precision", "int4"], "int4"),
         (["tokenizer", "data", "--out", "file/run"], "file/run"),
+        (["tokenizer", "data", "--out", "run", "--seed", "1e23"], "--seed"),
+        (["tokenizer", "data", "--out", "run", "--seed", str(10**23)], "seed is 1000"),
+        (["tokenizer", "data", "--out", "run", "--codebook-dim", "0"], "codebook_dim is 0"),
+        (["tokenizer", "data", "--out", "run", "--resize-factor", "nan"], "resize_factor is nan"),
+        (["tokenizer", "data", "--out", "data/run"], "lies in the images' folder"),
         (["model", "data", "--out", "run"], "--tokenizer"),
         (["model", "data", "--out", "run", "--tokenizer", "no.pt"], "no checkpoint at no.pt"),
     ],
@@ -135,3 +183,74 @@ def test_from_pictures_to_pictures(cli: Cli, data: Path, folder: Path) -> None:
         assert done.exit_code == 0, done.stderr
     with Image.open(folder / "aim-images" / "red_seed0.png") as image:
         assert image.size == (16, 16)
+
+
+def test_everything_at_once(cli: Cli, data: Path, folder: Path) -> None:
+    for colour, name in ((200, "blue"), (40, "red")):
+        for index in range(4, 12):
+            picture = np.full((16, 16, 3), colour + index, np.uint8)
+            Image.fromarray(picture).save(data / name / f"{index}.png")
+    line = ("train", "data", "--out", "run", "--size", 16, "--minutes", 0.02, "--no-flip")
+    done = cli(*line)
+    assert done.exit_code == 0, done.stderr
+    run = folder / "run"
+    with Image.open(run / "sheet.png") as sheet:
+        assert sheet.width > 100
+    assert json.loads((run / "bundle" / "manifest.json").read_text())["class_names"] == [
+        "blue",
+        "red",
+    ]
+    trained = json.loads((run / "model" / "model.json").read_text())["training"]
+    assert (trained["val_fraction"], trained["flip"]) == (0.1, False)
+    assert trained["exported"] == "best"
+    tokenizer = (run / "tokenizer" / "tokenizer.safetensors").read_bytes()
+    again = cli(*line[:-2], 0.15, "--no-flip")  # more minutes: the model's
+    assert again.exit_code == 0, again.stderr
+    assert (run / "tokenizer" / "tokenizer.safetensors").read_bytes() == tokenizer
+    assert "Training the tokenizer" not in again.stderr
+    more = json.loads((run / "model" / "model.json").read_text())["training"]
+    assert more["trained_steps"] > trained["trained_steps"]
+    refused(cli(*line[:-1]), "run was begun with flip False, not True")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["data"], "--out"),
+        (["--out", "run"], "PICTURES"),
+        (["no/where", "--out", "run"], "no/where is not a folder"),
+        (["data", "--out", "data/run"], "lies in the images' folder"),
+        (["data", "--out", "run", "--minutes", "0"], "--minutes"),
+        (["data", "--out", "run", "--minutes", "nan"], "--minutes"),
+        (["data", "--out", "run", "--size", "40"], "--size is 40; it must be a multiple of 16"),
+        (["tokeniser", "data", "--out", "run"], "did you mean 'tokenizer'?"),
+        (["nowhere", "--out", "run"], "there is no command 'nowhere'"),
+    ],
+)
+def test_bad_arguments_of_everything(
+    cli: Cli, data: Path, folder: Path, args: list[str], words: str
+) -> None:
+    before = tree(folder)
+    refused(cli("train", *args), words)
+    assert tree(folder) == before
+
+
+def test_what_export_needs_is_asked_for_before_training(
+    cli: Cli, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "aim_export"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    sentence = refused(cli("train", "data", "--out", "run"), "needs onnx")
+    assert "pip install 'aim-runtime[export]'" in sentence
+
+
+def test_a_second_interruption_is_told_from_an_early_one(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(options: Any) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aim_training.train_model.train_model", stop)
+    stopped = cli("train", "model", "data", "--out", "run", "--tokenizer", "t.safetensors")
+    assert stopped.stderr == "Error: interrupted before the first step\n"

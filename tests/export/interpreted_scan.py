@@ -30,8 +30,8 @@ def launch(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One launch; outputs are full of NaN before."""
     import torch
 
-    from aim_export.kernels.state_scan import PARAMETERS, ScanSizes, state_scan_kernel
     from aim_export.state_scan import OUTPUTS
+    from aim_export.tensorrt.scan import PARAMETERS, ScanSizes, state_scan_kernel
 
     sizes = ScanSizes.of(inputs["conv_weight"].shape, inputs["ssm_state"].shape)
     rows = len(inputs["position"])

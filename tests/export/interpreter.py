@@ -27,9 +27,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from aim_export.cuda.compile import Binary
-    from aim_export.cuda.plan import KernelSpec, Launch
+    from aim_export.cuda.launch import KernelSpec
     from aim_runtime import SamplingOptions
     from aim_runtime.engines.cuda import CudaEngine
+    from aim_runtime.engines.cuda.plan import Argument, Launch
 
 Memory = dict[str, Tensor]
 
@@ -48,7 +49,7 @@ class Interpreter:
             env=os.environ | {"TRITON_INTERPRET": "1"},
         )
 
-    def run(self, launches: Sequence[Launch], memory: Mapping[str, Tensor]) -> Memory:
+    def run(self, launches: Sequence[Launch[KernelSpec]], memory: Mapping[str, Tensor]) -> Memory:
         """What ``memory`` holds after ``launches``, which write nothing behind its tensors."""
         described = [
             (
@@ -112,11 +113,23 @@ class Interpreter:
 
 
 def interpret(
-    launches: Sequence[Launch], memory: Mapping[str, np.ndarray]
+    launches: Sequence[Launch[KernelSpec]], memory: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """`Interpreter.run` on arrays, in a process that ends with this one."""
     found = _lasting().run(launches, {name: torch.tensor(memory[name]) for name in memory})
     return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def over(
+    kernel: KernelSpec, grid: int | tuple[int, ...], *names: str | Argument
+) -> Launch[KernelSpec]:
+    """A launch whose pointers are the memory of these names, in order."""
+    from aim_runtime.engines.cuda.plan import Argument, Launch
+
+    x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1, 1)[:3]
+    arguments = tuple(Argument(name) if isinstance(name, str) else name for name in names)
+    assert len(arguments) == len(kernel.types)
+    return Launch(kernel, (x, y, z), arguments)
 
 
 @cache

@@ -99,9 +99,9 @@ sys.modules["tensorrt"] = trt
 import tensorrt_bindings.plugin as layer  # noqa: E402
 
 sys.modules["tensorrt.plugin"] = layer
-from aim_export.kernels.state_scan import ScanSizes  # noqa: E402
 from aim_export.state_scan import INPUTS, OUTPUTS  # noqa: E402
 from aim_export.tensorrt import plugin as ours  # noqa: E402
+from aim_export.tensorrt.scan import ScanSizes  # noqa: E402
 
 TYPES = {"position": trt.int64}
 

@@ -6,14 +6,21 @@ import itertools
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from aim_runtime import Bundle, models_dir
-from aim_runtime.engines.cuda.plan import POINTER_ALIGNMENT, precisions
-from aim_runtime.engines.cuda.plan import Plan as RuntimePlan
+from aim_runtime.engines.cuda.plan import (
+    POINTER_ALIGNMENT,
+    Bucket,
+    Program,
+    Repeat,
+    flat,
+    precisions,
+)
+from aim_runtime.engines.cuda.plan_reader import parse_plan, read_plan
 
 from .interpreter import binaries
 
@@ -21,17 +28,20 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 
 from aim_export.cuda import bundle as engines
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
-from aim_export.cuda.plan import Argument, Bucket, KernelSpec, Program, Repeat, flat
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
-from aim_export.cuda.step import TUNING, Geometry, step_bucket
-from aim_export.kernels import step
+from aim_export.cuda.step import step_bucket
+from aim_export.cuda.tuning import TUNING
+from aim_export.kernels import products, scan, step
 
-GOLDEN = Geometry(128, 3, 128, 64, 4, 256, 64, 3, 1)
+GOLDEN = Geometry(
+    D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1, num_classes=10
+)
 #: AiM-B, L and XL (arXiv 2408.12245, table 1).
 PUBLISHED = {
-    "B": Geometry(768, 24, 128, 64, 4, 16384, 256, 4, 1),
-    "L": Geometry(1024, 48, 128, 64, 4, 16384, 256, 4, 1),
-    "XL": Geometry(1536, 48, 128, 64, 4, 16384, 256, 4, 1),
+    name: Geometry(D=D, L=L, S=128, P=64, K=4, V=16384, T=256, groups=4, position_offset=1)
+    for name, D, L in (("B", 768, 24), ("L", 1024, 48), ("XL", 1536, 48))
 }
 CAPABILITIES = (80, 90, 120)  # the oldest, the first with overlapping launches, the smallest
 
@@ -39,14 +49,14 @@ CAPABILITIES = (80, 90, 120)  # the oldest, the first with overlapping launches,
 MANY = step_bucket(GOLDEN, FORMATS["fp16"], 16, TUNING[16])
 
 
-def kernel_of(bucket: Bucket, function: object) -> KernelSpec:
+def kernel_of(bucket: Bucket[KernelSpec], function: object) -> KernelSpec:
     """The bucket's last kernel that is a form of ``function``."""
     return [item.kernel for item in flat(bucket.step) if item.kernel.function is function][-1]
 
 
 def product(stages: int, **tile: int) -> KernelSpec:
     """The head's product, for tensor cores, with another tile."""
-    head = kernel_of(MANY, step.linear)
+    head = kernel_of(MANY, products.linear)
     constants = dict(head.constants) | {"WIDTH": 4 * tile["BK"]} | tile
     return replace(head, constants=tuple(constants.items()), num_stages=stages)
 
@@ -55,7 +65,7 @@ def test_machine_code() -> None:
     """Kernels of both kinds of product and the scan, for the oldest and the newest GPUs."""
     few = step_bucket(GOLDEN, FORMATS["int8"], 2, TUNING[2])
     large = product(5, BM=64, BN=128, BK=64)  # 24 KiB a stage: too much for the smallest
-    sample = [kernel_of(few, step.in_proj), kernel_of(few, step.scan)]
+    sample = [kernel_of(few, step.in_proj), kernel_of(few, scan.scan)]
     sample += [kernel_of(MANY, step.out_proj), large]
     done: list[tuple[int, int]] = []
     found = compile_kernels(
@@ -92,18 +102,27 @@ def test_the_compiler_is_recorded_and_another_one_is_remarked_on(
     monkeypatch.setattr(engines, "compiler", lambda: f"Triton {release}")
     said: list[str] = []
     engines.add_engines(out, precisions=["fp16"], capabilities=[90], report=said.append)
-    assert RuntimePlan.read(Bundle.open(out), "fp16").compiler == f"Triton {release}"
+    assert read_plan(Bundle.open(out), "fp16").compiler == f"Triton {release}"
     remarks = [line for line in said if "published speeds" in line]
     assert len(remarks) == (release != engines.MEASURED_TRITON)
 
 
-def arguments(program: Program) -> Iterator[Argument]:
+@dataclass(frozen=True)
+class Pointer:
+    name: str
+    offset: int
+    stride: int
+
+
+def arguments(program: Program[KernelSpec]) -> Iterator[Pointer]:
     for item in program:
+        strides = item.strides if isinstance(item, Repeat) else {}
         for launch in item.body if isinstance(item, Repeat) else (item,):
-            yield from launch.arguments
+            for name, offset in launch.arguments:
+                yield Pointer(name, offset, strides.get(name, 0))
 
 
-def buckets() -> Iterator[tuple[str, Bucket]]:
+def buckets() -> Iterator[tuple[str, Bucket[KernelSpec]]]:
     """Every bucket of every published size in every format."""
     for size, geometry in PUBLISHED.items():
         for precision, number in FORMATS.items():
@@ -133,5 +152,5 @@ def test_model_in_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(precisions(bundle.manifest)) == sorted(FORMATS)
     for precision in FORMATS:
         text = str(bundle.read(f"engines/cuda/plan-{precision}.json"), "utf-8")
-        plan = RuntimePlan.from_json(text, Bundle.open(out).manifest)
+        plan = parse_plan(text, Bundle.open(out).manifest)
         assert [bucket.rows for bucket in plan.buckets] == list(TUNING)

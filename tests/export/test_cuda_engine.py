@@ -14,6 +14,7 @@ import pytest
 
 from aim_runtime import Bundle, Generator, SamplingOptions
 from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines.cuda.plan import DecoderBucket, Setup, Tensor
 from aim_runtime.noise import uniforms
 from tests.runtime.playing import play
 
@@ -24,8 +25,7 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 
 from aim_export.cuda import bundle as engines
 from aim_export.cuda.decoder import DecoderPart, lower_decoder
-from aim_export.cuda.plan import Buffer, DecoderBucket, Setup
-from aim_export.cuda.step import ScanCut, Tile, Tuning
+from aim_export.cuda.tuning import ScanCut, Tile, Tuning
 
 #: The largest error of a row's scores at a step, relative to their norm. Each is a few times what
 #: the format costs these models: 5e-7, 7e-4 in half precision, 5e-3 with bytes.
@@ -38,8 +38,8 @@ def tuning(rows: int) -> Tuning:
 
     Most cost those of 16 rows, which are the tensor cores': they get shorter chunks.
     """
-    narrow, wide = Tile(rows, 128), Tile(rows, 256)
-    scan = dict.fromkeys(("float32", "bfloat16", "int8"), ScanCut(4))
+    narrow, wide = Tile(rows=rows, outputs=128), Tile(rows=rows, outputs=256)
+    scan = dict.fromkeys(("float32", "bfloat16", "int8"), ScanCut(heads=4))
     return Tuning(wide, narrow, wide, CHUNK if rows < 16 else CHUNK // 2, scan)
 
 
@@ -67,8 +67,8 @@ class Reference:
             if decoder:
                 return lower_decoder(*arguments, images=(1,))
             buffers = {
-                "tokens": Buffer("int64", (1, model.num_tokens)),
-                "image": Buffer("uint8", (1, model.image_height, model.image_width, 3)),
+                "tokens": Tensor("int64", (1, model.num_tokens)),
+                "image": Tensor("uint8", (1, model.image_height, model.image_width, 3)),
             }
             return DecoderPart({}, {}, Setup(), (DecoderBucket(1, buffers, ()),))
 

@@ -20,11 +20,12 @@ from aim_export.decoder import Pictures
 from aim_export.decoder import lower_decoder as lower_graph
 from aim_export.graph import write_graph
 from aim_runtime import Bundle, models_dir
+from aim_runtime.engines.cuda.plan import Launch, flat
 from aim_training.config import TokenizerConfig
 from aim_training.tokenizer import Norm, VQTokenizer, tokenizer_config_from_state
 
 from .conftest import read, weights
-from .interpreter import interpret
+from .interpreter import interpret, over
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
@@ -32,18 +33,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aim_export.cuda import decoder
-from aim_export.cuda.decoder import (
-    HALF_SCALE,
-    DecoderPart,
-    Storage,
-    Tile,
-    decoder_tensors,
-    lower_decoder,
-)
-from aim_export.cuda.plan import TRITON_TYPES, KernelSpec, Launch, flat, launch
+from aim_export.cuda import decoder, decoder_tiles, decoder_weights
+from aim_export.cuda.decoder import HALF_SCALE, DecoderPart, lower_decoder
+from aim_export.cuda.decoder_network import decoder_tensors
+from aim_export.cuda.decoder_tiles import Storage, Tile
+from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 from aim_export.cuda.stored import StoredTensor
+from aim_export.kernels import convolution as convolutions
 from aim_export.kernels import decoder as kernels
+from aim_export.kernels import packing
 
 Memory = dict[str, np.ndarray]
 
@@ -79,7 +77,11 @@ def close(found: np.ndarray, wanted: np.ndarray, tolerance: float = 2e-6) -> Non
 
 
 def spec(name: str, types: tuple[str, ...], **constants: object) -> KernelSpec:
-    function = getattr(kernels, name)
+    (function,) = (
+        found
+        for module in (kernels, convolutions, packing)
+        if getattr(found := getattr(module, name, None), "__module__", "") == module.__name__
+    )
     if "OVERLAPS" in function.arg_names:
         constants["OVERLAPS"] = False
     return KernelSpec(function, types, tuple(constants.items()))
@@ -94,7 +96,7 @@ def map_constants(side: str, height: int, width: int, *, border: bool, taps: int
 
 def convolution(
     x: str, y: str, inputs: int, outputs: int, taps: int, scale: float = 1.0, **flags: object
-) -> Launch:
+) -> Launch[KernelSpec]:
     """One launch from map ``x`` to map ``y``; maps that 3x3 convolutions read have a border."""
     upsample = bool(flags.get("UPSAMPLE"))
     height, width = (HEIGHT * 2, WIDTH * 2) if upsample else (HEIGHT, WIDTH)
@@ -120,10 +122,10 @@ def convolution(
     )
     tiles = math.ceil(PIXELS / dict(kernel.constants)["BLOCK_M"])
     grid = (outputs // 32 * (4 if upsample else 1), tiles, IMAGES)
-    return launch(kernel, grid, x, "packed", "bias", y, y, "moments")
+    return over(kernel, grid, x, "packed", "bias", y, y, "moments")
 
 
-def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[Launch]:
+def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[Launch[KernelSpec]]:
     """GroupNorm and swish from map ``x`` to bordered map ``y``."""
     height, width = HEIGHT * side, WIDTH * side
     factors = spec(
@@ -153,8 +155,8 @@ def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[
     )
     grid = (channels // 32, math.ceil(height * width / TILE), IMAGES)
     return [
-        launch(factors, (4, IMAGES), "moments", "gain", "offset", "factors"),
-        launch(apply, grid, x, "factors", y),
+        over(factors, (4, IMAGES), "moments", "gain", "offset", "factors"),
+        over(apply, grid, x, "factors", y),
     ]
 
 
@@ -172,14 +174,16 @@ def expected_norm(x: Tensor, memory: Memory) -> np.ndarray:
     return bordered(F.silu(F.group_norm(x.double(), 32, gain.double(), offset.double(), 1e-6)))
 
 
-def pack(name: str, outputs: int, inputs: int, taps: int, stored: int | None = None) -> Launch:
+def pack(
+    name: str, outputs: int, inputs: int, taps: int, stored: int | None = None
+) -> Launch[KernelSpec]:
     sizes: dict[str, int] = {"OUTPUTS": outputs, "INPUTS": inputs}
     if name == "pack_weight":
         sizes |= {"STORED": stored or inputs, "TAPS": taps}
     kernel = spec(name, ("float32",) * 2, **sizes, BLOCK_N=64, BLOCK_K=32)
     planes = 16 if name == "pack_upsampling_weight" else taps**2
     grid = (math.ceil(outputs / 64), math.ceil(inputs / 32), planes)
-    return launch(kernel, grid, "weight", "packed")
+    return over(kernel, grid, "weight", "packed")
 
 
 @pytest.mark.parametrize(("pairs", "block_m"), [(True, TILE), (False, TILE), (True, 64)])
@@ -286,7 +290,7 @@ def test_attention() -> None:
         BLOCK_K=16,
     )
     grid = (channels // 32, math.ceil(PIXELS / TILE), IMAGES)
-    found = interpret([launch(kernel, grid, "qkv", "y")], memory)
+    found = interpret([over(kernel, grid, "qkv", "y")], memory)
     double = (part.double().unsqueeze(1) for part in (2 * query, key, value))
     close(found["y"], F.scaled_dot_product_attention(*double).squeeze(1).numpy())
 
@@ -323,8 +327,8 @@ def test_codes_are_normalised_and_looked_up() -> None:
         BLOCK=64,
     )
     launches = [
-        launch(table, (3, 2), "codes", "weight", "bias", "table"),
-        launch(lookup, (PIXELS, IMAGES), "tokens", "table", "z"),
+        over(table, (3, 2), "codes", "weight", "bias", "table"),
+        over(lookup, (PIXELS, IMAGES), "tokens", "table", "z"),
     ]
     found = interpret(launches, memory)
     rows = F.linear(F.normalize(embedding.double(), dim=1), weight.double(), bias.double())
@@ -358,7 +362,7 @@ def test_pixels_are_rounded_to_even_and_clipped() -> None:
         BLOCK_K=32,
     )
     grid = (math.ceil(PIXELS / TILE), IMAGES)
-    found = interpret([launch(kernel, grid, "x", "weight", "bias", "image")], memory)
+    found = interpret([over(kernel, grid, "x", "weight", "bias", "image")], memory)
     pixels = x[:, :1].permute(0, 2, 3, 1) * torch.tensor([1, 0.5, 0.25]) / 128 - 1
     wanted = torch.clamp(torch.round((pixels + 1) * 127.5), 0, 255).to(torch.uint8)
     assert np.array_equal(found["image"], wanted.numpy())
@@ -375,7 +379,7 @@ def decode(part: DecoderPart, *batches: Tensor) -> list[np.ndarray]:
         memory |= {names[name]: np.zeros(b.shape, b.dtype) for name, b in bucket.buffers.items()}
         memory[names["tokens"]][:] = tokens.numpy()
         for item in flat(bucket.launches):
-            arguments = (replace(a, name=names.get(a.name, a.name)) for a in item.arguments)
+            arguments = (a._replace(name=names.get(a.name, a.name)) for a in item.arguments)
             launches.append(replace(item, arguments=tuple(arguments)))
     found = interpret(launches, memory)
     return [found[f"image of {len(tokens)}"] for tokens in batches]
@@ -394,9 +398,9 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return Tile(m, min(outputs & -outputs, 128), min(inputs & -inputs, 128), 4, 1)
 
     monkeypatch.setattr(decoder, "product_tile", product_tile)
-    monkeypatch.setattr(decoder, "_PROGRAMS", 1)
-    monkeypatch.setattr(decoder, "_PACK_BLOCK", 128)
-    monkeypatch.setattr(decoder, "_GROUPS_A_PROGRAM", 32)
+    monkeypatch.setattr(decoder_tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(decoder_weights, "PACK_BLOCK", 128)
+    monkeypatch.setattr(decoder, "GROUPS_A_PROGRAM", 32)
 
 
 def tensors_of(tokenizer: VQTokenizer) -> dict[str, StoredTensor]:

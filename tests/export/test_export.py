@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from aim_export import ExportError, export_bundle
-from aim_export.bundle import PUBLISHED_SAMPLING, imagenet_class_names
+from aim_export.bundle import PUBLISHED_SAMPLING, default_name, imagenet_class_names
+from aim_export.decoder import lower_decoder
 from aim_runtime import BundleError, Generator
 from aim_runtime.manifest import SamplingDefaults
-from aim_training.checkpoint import load_checkpoint, save_checkpoint
+from aim_training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 from .conftest import Exported, Golden
 
@@ -197,3 +199,147 @@ def test_model_and_tokenizer_must_belong_together(golden: Golden, tmp_path: Path
 def test_imagenet_names() -> None:
     names = imagenet_class_names()
     assert (len(names), names[88], names[207]) == (1000, "macaw", "golden retriever")
+
+
+def described(golden: Golden, folder: Path, **metadata: Any) -> Path:
+    """The golden model as a checkpoint of ours with this in the JSON file beside it."""
+    source = load_checkpoint(golden.checkpoint)
+    return save_checkpoint(folder / "ours.safetensors", source.model, source.tokenizer, metadata)
+
+
+@pytest.fixture
+def _nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowered(*_: object) -> None:
+        raise AssertionError("lowering began")
+
+    monkeypatch.setattr("aim_export.bundle.write_graphs", lowered)
+
+
+NAMES = [f"kind {index}" for index in range(10)]
+
+
+@pytest.mark.usefixtures("_nothing_is_lowered")
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"name": "a\nb"}, "name is"),
+        ({"name": ["x"]}, "name is a list"),
+        ({"name": "x" * 1000}, "name is"),
+        ({"description": "x" * 10_000}, "description is"),
+        ({"description": 3}, "description is 3"),
+        ({"license": "\ud800"}, "license is"),
+        ({"license": "x" * 2000}, "license is"),
+        ({"class_names": "0123456789"}, "no list of classes"),
+        ({"class_names": NAMES[:5]}, "names 5 classes; the model has 10"),
+        ({"class_names": [*NAMES[:9], ""]}, r"class_names\[9\] is ''"),
+        ({"class_names": [*NAMES[:9], " "]}, r"class_names\[9\] is"),
+        ({"class_names": ["a\nb", *NAMES[:9]]}, r"class_names\[0\] is"),
+        ({"class_names": [{}, *NAMES[:9]]}, r"class_names\[0\] is an object"),
+        ({"class_names": [*NAMES[:9], "x" * 2000]}, r"class_names\[9\] is"),
+        ({"sampling": []}, "sampling is a list"),
+        ({"sampling": {"cfg_scale": 1}}, "sampling lacks"),
+    ],
+)
+def test_what_no_bundle_can_hold_is_found_before_anything_is_lowered(
+    golden: Golden, tmp_path: Path, metadata: dict[str, Any], words: str
+) -> None:
+    checkpoint = described(golden, tmp_path, **metadata)
+    with pytest.raises((ExportError, CheckpointError), match=words) as caught:
+        export_bundle(checkpoint, tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 300
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_nothing_is_lowered")
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"name": "a\nb"}, "name is"),
+        ({"name": " "}, "name is"),
+        ({"license": "x" * 5000}, "license is"),
+        ({"description": "\x1b[31m"}, "description is"),
+        ({"class_names": ["a\x1bb", *NAMES[:9]]}, r"class_names\[0\] is"),
+        ({"class_names": [*NAMES[:9], "  "]}, "9 class names were given"),
+    ],
+)
+def test_so_are_the_users_own_words(
+    golden: Golden, tmp_path: Path, wishes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ExportError, match=words):
+        export_bundle(golden.checkpoint, tmp_path / "out", **wishes)
+
+
+def test_the_draft_is_the_bundle(each_golden: Golden, exported: Exported) -> None:
+    """What is checked beforehand is what the graphs turn out to be."""
+    from aim_export.manifest import _graph_specs
+
+    source = load_checkpoint(each_golden.checkpoint)
+    assert source.model is not None
+    assert source.tokenizer is not None
+    specs = _graph_specs(source.model.config, source.tokenizer)
+    for name, found in exported.bundle.manifest.graphs.items():
+        assert set(found.inputs) == set(specs[name].inputs)
+        assert set(found.outputs) == set(specs[name].outputs)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("aim_l.pt", "aim_l"),
+        ("weights/AIM.SafeTensors", "AIM"),
+        ("v1.2.pth", "v1.2"),
+        ("noend", "noend"),
+        ("model.safetensors.index.json", "model"),
+        ("a\nb\x1b.pt", "a-b-"),
+        ("\udcff.pt", "-"),
+        ("n" * 240 + ".safetensors", "n" * 200),
+        ("🙂" * 60 + ".pt", "🙂" * 50),
+        (".pt", "model"),
+    ],
+)
+def test_names_without_endings(path: str, name: str) -> None:
+    assert default_name(Path(path)) == name
+
+
+def test_a_folder_gives_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "aim.pt").mkdir()
+    assert default_name(tmp_path / "aim.pt") == "aim.pt"
+    assert default_name(tmp_path / "aim.pt" / ".." / "aim.pt") == "aim.pt"
+
+
+def test_extra_files_that_never_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 20 << 30)
+    for path, words in (
+        (tmp_path / "pipe", "no regular file"),
+        (Path("/dev/zero"), "no regular file"),
+        (tmp_path / "huge", "bytes, at most"),
+        (tmp_path / ("x" * 200) / "nothing", "no such file"),
+    ):
+        with pytest.raises(ExportError, match=words) as caught:
+            export_bundle(tmp_path / "nowhere", tmp_path / "out", extra_files=[path])
+        assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(("package", "old"), [("onnxscript", "0.5.7"), ("onnx", "1.15.0")])
+def test_packages_that_are_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, old: str
+) -> None:
+    monkeypatch.setattr(
+        "aim_export.versions.version", lambda name: old if name == package else "99.0"
+    )
+    with pytest.raises(ExportError, match=f"^{package} {old} is too old .*pip install --upgrade"):
+        export_bundle(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_an_exporter_newer_than_onnxscript(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("no", name="onnxscript._framework_apis.torch_9_9")
+
+    monkeypatch.setattr(torch.onnx, "export", missing)
+    tokenizer = load_checkpoint(golden.checkpoint).tokenizer
+    assert tokenizer is not None
+    with pytest.raises(ExportError, match="onnxscript is too old for PyTorch"):
+        lower_decoder(tokenizer, 64)

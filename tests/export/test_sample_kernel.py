@@ -9,13 +9,13 @@ from aim_runtime import SamplingOptions
 from aim_runtime.sampling import guide
 from aim_runtime.sampling import sample as specified
 
-from .interpreter import interpret
+from .interpreter import interpret, over
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 import triton
 
-from aim_export.cuda.plan import KernelSpec, launch
+from aim_export.cuda.launch import KernelSpec
 from aim_export.kernels import sample as kernels
 
 TOKENS = 3
@@ -86,7 +86,7 @@ def run(cases: list[Case]) -> list[dict[str, np.ndarray]]:
     for number, case in enumerate(cases):
         names = [f"{name}-{number}" for name in case.memory]
         memory |= dict(zip(names, case.memory.values(), strict=True))
-        launches.append(launch(case.kernel, len(case.memory["token"]), *names))
+        launches.append(over(case.kernel, len(case.memory["token"]), *names))
     after = interpret(launches, memory)
     return [
         {name: after[f"{name}-{number}"] for name in case.memory}

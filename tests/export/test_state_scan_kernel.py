@@ -18,7 +18,7 @@ from .interpreted_scan import run_interpreted
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
-from aim_export.kernels.state_scan import ScanSizes, state_scan_reference
+from aim_export.tensorrt.scan import ScanSizes, state_scan_reference
 
 # Published and trained geometries, then sizes that are no powers of two and the smallest ones.
 GEOMETRIES = [

@@ -15,8 +15,11 @@ from .interpreter import Interpreter, Memory, interpreter_process
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
-from aim_export.cuda.plan import Argument, KernelSpec, Launch, launch
-from aim_export.kernels import convert, step
+from aim_export.cuda.launch import KernelSpec, Launcher
+from aim_export.kernels import convert, scan, step
+from aim_export.kernels.products import linear
+from aim_runtime.engines.cuda.plan import CAST_BLOCK, Argument, Launch
+from aim_runtime.engines.cuda.plan import Tensor as Spec
 from aim_training.model import EPS
 
 R, D, INNER, S, H, K, T, V = 4, 48, 96, 16, 4, 4, 9, 37
@@ -51,14 +54,19 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = FULL) -> None:
 
 def one(
     function: Any, memory: Memory, grid: int | tuple[int, ...], **constants: int | float | bool
-) -> Launch:
+) -> Launch[KernelSpec]:
     """A launch whose pointers are the memory of their names."""
     names = [name for name in inspect.signature(function.fn).parameters if name not in constants]
-    types = tuple(str(memory[name].dtype).removeprefix("torch.") for name in names)
-    return launch(KernelSpec(function, types, tuple(constants.items())), grid, *names)
+    tensors = {
+        name: Spec(str(memory[name].dtype).removeprefix("torch."), tuple(memory[name].shape))
+        for name in names
+    }
+    return Launcher(tensors)(function, grid, **{name: name for name in names}, **constants)
 
 
-def at_step(item: Launch, index: int, memory: Memory, *stacked: str) -> Launch:
+def at_step(
+    item: Launch[KernelSpec], index: int, memory: Memory, *stacked: str
+) -> Launch[KernelSpec]:
     """``item`` on the ``index``-th entry of the memory of the names ``stacked``."""
     arguments = tuple(
         Argument(arg.name, index * memory[arg.name][0].numel() * memory[arg.name].itemsize)
@@ -266,10 +274,12 @@ def scan_memory(
     }
 
 
-def scan_launches(memory: Memory, heads: int, *, convolves: bool = True) -> list[Launch]:
+def scan_launches(
+    memory: Memory, heads: int, *, convolves: bool = True
+) -> list[Launch[KernelSpec]]:
     steps, rows = memory["position"].shape
     item = one(
-        step.scan,
+        scan.scan,
         memory,
         (H // heads, rows),
         INNER=SCAN_INNER,
@@ -285,7 +295,7 @@ def scan_launches(memory: Memory, heads: int, *, convolves: bool = True) -> list
         OVERLAPS=False,
     )
     fold = one(
-        step.fold,
+        scan.fold,
         memory,
         (H // 2, rows),
         R=rows,
@@ -538,7 +548,7 @@ def test_linear(interpreter: Interpreter, product: str, bias: bool) -> None:
     flags = {"HAS_SCALES": dtype == torch.int8, "HAS_BIAS": bias, "OVERLAPS": False}
     constants = {**flags, **tile}
     grid = (-(-V // tile["BN"]), R // tile["BM"])
-    item = one(step.linear, memory, grid, N=V, WIDTH=D, **constants)
+    item = one(linear, memory, grid, N=V, WIDTH=D, **constants)
     wanted = memory["source"].double() @ matrix.T
     if bias:
         wanted += memory["bias"].double()
@@ -559,12 +569,12 @@ def test_linear(interpreter: Interpreter, product: str, bias: bool) -> None:
 )
 def test_cast(interpreter: Interpreter, source: torch.dtype, target: torch.dtype) -> None:
     memory: Memory = {
-        "source": normal(81, 2 * convert.CAST_BLOCK, dtype=source),
-        "target": unset(2 * convert.CAST_BLOCK, dtype=target),
+        "source": normal(81, 2 * CAST_BLOCK, dtype=source),
+        "target": unset(2 * CAST_BLOCK, dtype=target),
     }
     # Numbers below the smallest normal half, and zeros of both signs.
     memory["source"][:4] = torch.tensor([3e-6, -3e-7, 0.0, -0.0], dtype=source)
-    item = one(convert.cast, memory, 2, BLOCK=convert.CAST_BLOCK)
+    item = one(convert.cast, memory, 2, BLOCK=CAST_BLOCK)
     found = interpreter.run([item], memory)["target"]
     if target == torch.bfloat16:  # the interpreter cuts digits off, a GPU rounds
         assert ((found.double() - memory["source"]).abs() <= memory["source"].abs() / 128).all()
@@ -597,7 +607,7 @@ def test_quantise(interpreter: Interpreter, dtype: torch.dtype) -> None:
 
 def test_the_process_reports_what_fails(interpreter: Interpreter) -> None:
     memory: Memory = {"source": torch.zeros(4096), "target": torch.zeros(4096)}
-    item = one(convert.cast, memory, 1, BLOCK=convert.CAST_BLOCK)
+    item = one(convert.cast, memory, 1, BLOCK=CAST_BLOCK)
     with pytest.raises(AssertionError, match="behind the end of target"):
         interpreter.run([item], memory | {"target": torch.zeros(4090)})
     with pytest.raises(AssertionError, match="target"):

@@ -20,9 +20,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, which the kernel is written in, is not installed")
 
-from aim_export.kernels.state_scan import PARAMETERS, ScanSizes
 from aim_export.state_scan import OUTPUTS
 from aim_export.tensorrt.ptx import compile_scan, keep_parameters
+from aim_export.tensorrt.scan import PARAMETERS, ScanSizes
 
 SIZES = ScanSizes(heads=32, head_dim=64, d_state=128, conv_width=4)
 _STAND_INS = """

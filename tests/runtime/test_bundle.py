@@ -7,13 +7,18 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from aim_runtime import Bundle, BundleError, Generator, write_bundle
+from aim_runtime import Bundle, BundleError, Generator, bundle_files, write_bundle
 from aim_runtime.bundle import add_engine, check_target
+from aim_runtime.limits import max_weights_bytes
 
 from .tiny_bundle import copy_bundle, rehash, tiny_manifest, zip_bundle
 
@@ -226,6 +231,173 @@ def test_an_encrypted_zip(tiny: Path, tmp_path: Path) -> None:
     data[at + 8] |= 1
     path.write_bytes(bytes(data))
     assert "encrypted" in refused(path)
+
+
+# -- files that change under way ------------------------------------------------------------------
+
+_READ_WHILE_REWRITTEN = """
+import sys
+import aim_runtime
+for _ in range(60):
+    try:
+        bundle = aim_runtime.Bundle.open(sys.argv[1])
+        bundle.verify()
+        bundle.read("step.weights")
+    except aim_runtime.BundleError as error:
+        assert "altered" in str(error) or "cut short" in str(error), error
+print("survived")
+"""
+
+
+def test_a_file_that_is_overwritten_while_it_is_read(copy: Path) -> None:
+    """What `cp` does: cut the file to nothing and write it anew. A mapping would end the process.
+
+    A fault of this kind has no exception: only another process can tell.
+    """
+    data = bytes(24 << 20)
+    (copy / "step.weights").write_bytes(data)
+    rehash(copy)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", _READ_WHILE_REWRITTEN, str(copy)], stdout=subprocess.PIPE
+    )
+    until = time.monotonic() + 60
+    while reader.poll() is None and time.monotonic() < until:
+        (copy / "step.weights").write_bytes(data)
+        time.sleep(0.005)
+    assert reader.communicate(timeout=30)[0] == b"survived\n"
+    assert reader.returncode == 0
+
+
+def test_what_was_read_stays_as_it_was(copy: Path) -> None:
+    before = (copy / "step.weights").read_bytes()
+    data = Bundle.open(copy).read("step.weights")
+    generator = Generator.load(copy, backend="cpu", threads=1)
+    drawn = generator.generate([0, 1], seed=3).tokens
+    with (copy / "step.weights").open("r+b") as file:
+        file.truncate(0)
+    assert bytes(data) == before
+    assert data.readonly
+    assert generator.generate([0, 1], seed=3).tokens.tolist() == drawn.tolist()
+
+
+def test_a_file_that_becomes_something_else(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at a file and its opening it may become a link, or a FIFO."""
+    bundle = Bundle.open(copy)
+    real = bundle_files._Folder._locate
+
+    looks = []
+
+    def swapped(self: bundle_files._Folder, name: str) -> tuple[Path, int]:
+        found = real(self, name)
+        looks.append(name)
+        if looks.count(name) == 2:  # after its size, before it is opened
+            found[0].unlink()
+            make(found[0])
+        return found
+
+    monkeypatch.setattr(bundle_files._Folder, "_locate", swapped)
+    make = os.mkfifo
+    with pytest.raises(BundleError, match=r"step\.weights is cut short \(0 bytes"):
+        bundle.read("step.weights")
+    make = lambda path: path.symlink_to("/etc/passwd")  # noqa: E731
+    with pytest.raises(BundleError, match=r"step\.onnx cannot be read"):
+        bundle.read("step.onnx")
+
+
+# -- no more than a model of that geometry needs --------------------------------------------------
+
+
+def declared(folder: Path, name: str, size: int) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    document["files"][name]["size"] = size
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", ["step.weights", "prologue.weights", "decoder.weights"])
+def test_weights_beyond_the_geometry(copy: Path, name: str) -> None:
+    declared(copy, name, 1 << 30)
+    message = refused(copy)
+    assert f"files['{name}'].size is 1073741824; a {name.split('.')[0]} of the manifest" in message
+
+
+def test_published_geometries_have_room() -> None:
+    """Weights of AiM-L, float32: 1.33 GB for the step, 65 MB for the prologue, decoder 170 MB."""
+    card = dataclasses.replace(
+        tiny_manifest().model,
+        **{"d_model": 1024, "num_layers": 48, "d_state": 128, "head_dim": 64, "conv_width": 4},
+        **{"vocab_size": 16384, "num_classes": 1000, "decoder_parameters": 42_500_000},
+    )
+    assert 2 * 1_334_960_128 < max_weights_bytes(card, "step") < 10 * 1_334_960_128
+    assert 2 * 170_233_344 < max_weights_bytes(card, "decoder") < 10 * 170_233_344
+
+
+def test_a_zip_beyond_the_geometry_is_not_unpacked(copy: Path, tmp_path: Path) -> None:
+    """At an innocent ratio: half of it is noise."""
+    (copy / "step.weights").write_bytes(os.urandom(40 << 20) + bytes(40 << 20))
+    rehash(copy)
+    path = zip_bundle(copy, tmp_path / "x.zip")
+    tracemalloc.start()
+    message = refused(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "a step of the manifest's geometry needs at most" in message
+    assert peak < 8 << 20
+
+
+def test_a_zips_file_takes_its_size_once(copy: Path, tmp_path: Path) -> None:
+    size = 32 << 20
+    (copy / "step.weights").write_bytes(os.urandom(size))
+    rehash(copy)
+    bundle = Bundle.open(zip_bundle(copy, tmp_path / "x.zip"))
+    tracemalloc.start()  # it does not count what the bytes themselves go into
+    assert len(bundle.read("step.weights")) == size
+    bundle.verify()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 << 20
+
+
+def test_a_zip_with_very_many_members(tiny: Path, tmp_path: Path) -> None:
+    """Refused by the length of its list, before a member is looked at."""
+    path = zip_bundle(tiny, tmp_path / "x.zip")
+    data = path.read_bytes()
+    end = data.rindex(b"PK\x05\x06")
+    start = int.from_bytes(data[end + 16 : end + 20], "little")
+    entry = bytearray(data[start : data.index(b"PK\x01\x02", start + 4)])
+    listed = bytes(entry) * (30_000_000 // len(entry))
+    tail = bytearray(data[end:])
+    tail[12:16] = len(listed).to_bytes(4, "little")  # beside "members: 7", as it was
+    path.write_bytes(data[:start] + listed + tail)
+    started = time.process_time()
+    assert "more than 2048 files" in refused(path)
+    assert time.process_time() - started < 1
+
+    several = tmp_path / "several.zip"
+    zip_bundle(tiny, several)
+    with zipfile.ZipFile(several, "a") as archive:
+        for index in range(2048):
+            archive.writestr(str(index), b"")
+    assert "more than 2048 files" in refused(several)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_packed_in_another_way(tiny: Path, tmp_path: Path, method: int) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in tiny.iterdir():
+            archive.write(file, file.name)
+    assert f"packed with method {method}; a bundle's files are stored or deflated" in refused(path)
+
+
+def test_long_names_make_short_sentences(copy: Path) -> None:
+    path = copy / "manifest.json"
+    document = json.loads(path.read_text())
+    name = f"engines/{'e' * 128}/{'f' * 128}"
+    document |= {"format_version": 2}
+    document["files"][name] = document["files"]["step.onnx"]
+    path.write_text(json.dumps(document))
+    assert len(refused(copy)) - len(str(copy)) < 200
 
 
 # -- writing --------------------------------------------------------------------------------------

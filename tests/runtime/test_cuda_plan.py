@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 from aim_runtime import AimError, Bundle, BundleError, SamplingOptions
 from aim_runtime.engines.cuda import CudaEngine
 from aim_runtime.engines.cuda.architecture import choose, describe
-from aim_runtime.engines.cuda.plan import Plan, architectures, precisions
+from aim_runtime.engines.cuda.plan import (
+    Argument,
+    Launch,
+    Plan,
+    Repeat,
+    Setup,
+    Tensor,
+    architectures,
+    precisions,
+    unrolled,
+)
+from aim_runtime.engines.cuda.plan_reader import parse_plan
 from aim_runtime.manifest import FileEntry, Manifest
 
 from .simulated_cuda import SimulatedDevice
@@ -39,7 +50,7 @@ def manifest(bundle: Path) -> Manifest:
 
 
 def read(document: dict[str, Any], manifest: Manifest) -> Plan:
-    return Plan.from_json(json.dumps(document), manifest)
+    return parse_plan(json.dumps(document), manifest)
 
 
 def test_a_plan_is_read(manifest: Manifest) -> None:
@@ -73,10 +84,24 @@ def test_a_plan_is_read(manifest: Manifest) -> None:
 
 def test_a_plan_of_format_1_does_not_say_what_compiled_it(manifest: Manifest) -> None:
     document = toy_plan("int8")
-    assert Plan.from_json(json.dumps(document), manifest).compiler == "Triton 3.6.0"
+    assert parse_plan(json.dumps(document), manifest).compiler == "Triton 3.6.0"
     del document["compiler"]
     document["format_version"] = 1
-    assert Plan.from_json(json.dumps(document), manifest).compiler == ""
+    assert parse_plan(json.dumps(document), manifest).compiler == ""
+
+
+def test_what_is_written_is_what_is_read(manifest: Manifest) -> None:
+    body = Launch("cast", (1, 2, 3), (Argument("counts", 16), Argument("words")))
+    setup = Setup({"counts": Tensor("float32", (4, 4))}, (Repeat(3, (body,), {"counts": 16}),))
+    plan = dataclasses.replace(read(toy_plan("int8"), manifest), setup=setup)
+    found = read(plan.to_json(), manifest)
+    written_out = Setup(setup.buffers, tuple(unrolled(setup.launches)))
+    assert found == dataclasses.replace(plan, setup=written_out)
+    assert [launch.arguments[0] for launch in written_out.launches] == [
+        ("counts", 16),
+        ("counts", 32),
+        ("counts", 48),
+    ]
 
 
 def test_what_a_bundle_has(manifest: Manifest) -> None:

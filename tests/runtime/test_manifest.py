@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aim_runtime import BundleError, Manifest
+from aim_runtime import BundleError, Manifest, plan_batches
 from aim_runtime.manifest import (
     FORMAT_VERSION,
     ModelCard,
@@ -347,3 +349,83 @@ def test_token_squares() -> None:
 
 def test_bytes_per_row() -> None:
     assert TensorSpec("x", "float16", ("rows", 3, 5)).bytes_per_row == 30
+
+
+# -- time and size --------------------------------------------------------------------------------
+
+
+def a_million_keys(document: dict[str, Any]) -> str:
+    return "{" + ",".join(f'"{i}":0' for i in range(300_000)) + ',"299999":0}'
+
+
+def many_states(document: dict[str, Any]) -> str:
+    document["model"]["num_layers"] = 4096
+    step = document["graphs"]["step"]
+    for i in range(8_100):
+        step["inputs"].append({"name": f"s{i}", "dtype": "uint8", "shape": ["rows"]})
+        step["outputs"].append({"name": f"n{i}", "dtype": "uint8", "shape": ["rows"]})
+        document["state"].append({"input": f"s{i}", "output": f"n{i}"})
+    return json.dumps(document)
+
+
+def many_names(document: dict[str, Any]) -> str:
+    document["model"]["num_classes"] = 700_000
+    document["class_names"] = ["x"] * 700_000
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize("make", [a_million_keys, many_states, many_names])
+def test_large_manifests_take_time_linear_in_their_size(
+    document: dict[str, Any], make: Callable[[dict[str, Any]], str]
+) -> None:
+    """Quadratic, each of these took more than a minute of the processor's time."""
+    text = make(document)
+    started = time.process_time()
+    with contextlib.suppress(BundleError):
+        manifest = Manifest.from_json(text)
+        assert manifest.state_bytes_per_row
+        plan_batches(manifest, 1)
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (
+            lambda d: d["files"].update({f"f{i}": d["files"]["step.onnx"] for i in range(1024)}),
+            "an object of at most 1024 keys",
+        ),
+        (
+            lambda d: d["state"].extend([d["state"][0]] * 80),
+            "state is a list of 82 items; it must be a list of 1 to 80 items",
+        ),
+        (
+            lambda d: d["graphs"]["prologue"]["outputs"].extend(
+                [{"name": f"x{i}", "dtype": "uint8", "shape": ["rows"]} for i in range(80)]
+            ),
+            "graphs.prologue.outputs is a list of 83 items",
+        ),
+        (
+            lambda d: d["provenance"].update(many=[0] * (1 << 14)),
+            "provenance holds more than 16384 values",
+        ),
+        (
+            lambda d: d["files"]["step.onnx"].update(size=9 << 20),
+            "files['step.onnx'].size is 9437184; a step of the manifest's geometry needs",
+        ),
+    ],
+)
+def test_no_more_than_a_model_of_that_geometry_has(
+    document: dict[str, Any], edit: Edit, says: str
+) -> None:
+    edit(document)
+    assert says in refused(document)
+
+
+def test_deep_places_make_short_sentences(document: dict[str, Any]) -> None:
+    place = document["provenance"]
+    for _ in range(7):
+        place["k" * 128] = {}
+        place = place["k" * 128]
+    place["x"] = "\0" * 5000
+    assert len(refused(document)) < 300

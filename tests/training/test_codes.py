@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
-from aim_training.codes import CodeRequest, cached_codes, weights_digest
+from aim_training.codes import CodeRequest, cached_codes, codes_fit, weights_digest
 from aim_training.config import TokenizerConfig
-from aim_training.data import Crop, DataError, ImageFolder, centre_draws, open_images
+from aim_training.data import (
+    BadImages,
+    Crop,
+    DataError,
+    ImageFolder,
+    centre_draws,
+    open_images,
+)
 from aim_training.tokenizer import VQTokenizer
 
 CPU = torch.device("cpu")
@@ -102,3 +115,120 @@ def test_a_failed_encoding_leaves_no_cache_that_looks_whole(
     if described.exists():  # then it describes the file that is still there
         assert json.loads(described.read_text())["data_digest"] == request.folder.digest
     assert not list(path.parent.glob("*.part"))
+
+
+def test_a_description_alone_says_whether_the_cache_fits(
+    tmp_path: Path, request_: CodeRequest, tokenizer: VQTokenizer
+) -> None:
+    path = tmp_path / "train.npy"
+    assert not codes_fit(path, request_, tokenizer)
+    codes(path, request_, tokenizer)
+    before = path.read_bytes()
+    assert codes_fit(path, request_, tokenizer)
+    assert not codes_fit(path, dataclasses.replace(request_, seed=1), tokenizer)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "pickle", "other", "folder"])
+def test_a_damaged_or_foreign_file_is_made_anew(
+    tmp_path: Path,
+    request_: CodeRequest,
+    tokenizer: VQTokenizer,
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "train.npy"
+    expected = np.array(codes(path, request_, tokenizer))
+    whole = bytearray(path.read_bytes())
+    if damage == "bit":
+        whole[-5] ^= 1
+        path.write_bytes(whole)
+    elif damage == "folder":
+        path.with_suffix(".json").write_text("[" * 100_000)
+    elif damage == "pickle":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    elif damage == "other":
+        np.save(path, expected[:1])
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+    capsys.readouterr()
+    assert np.array_equal(codes(path, request_, tokenizer), expected)
+    said = capsys.readouterr().err
+    assert "encoding into" in said
+    assert ("train.npy is damaged" in said) == (damage != "folder")
+
+
+def test_an_old_cache_stays_until_its_successor_is_whole(
+    tmp_path: Path,
+    request_: CodeRequest,
+    tokenizer: VQTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "train.npy"
+    codes(path, request_, tokenizer)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("aim_training.codes.os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        codes(path, dataclasses.replace(request_, seed=1), tokenizer)
+    assert caught.value.filename == str(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    monkeypatch.setattr("aim_training.codes.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(DataError, match=r"the codes take 0 MiB in \S+, where 0 MiB are free"):
+        codes(path, dataclasses.replace(request_, seed=1), tokenizer)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    """Written through a memory map, the codes killed the process with SIGBUS."""
+    script = tmp_path / "write.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from aim_training.codes import _replacing, _write\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "parts = (np.zeros((64, 16), np.int64) for _ in range(100))\n"
+        "path = Path(sys.argv[1])\n"
+        "try:\n"
+        "    with _replacing(path) as file:\n"
+        "        _write(file, parts, (1, 6400, 16), np.dtype(np.uint16))\n"
+        "except OSError as error:\n"
+        "    sys.exit(f'{error.filename}: {error.strerror}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "train.npy"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path}/train.npy: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["write.py"]
+
+
+def test_codes_made_around_bad_images_say_so(
+    tmp_path: Path,
+    draw_squares: Callable[..., Path],
+    tokenizer: VQTokenizer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = draw_squares(tmp_path / "images", 3)
+    path = root / "red" / "001.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    request = CodeRequest(ImageFolder.scan(root), Crop(16), variants=0, seed=0)
+
+    def made(policy: Literal["skip", "stop"]) -> np.ndarray:
+        bad = BadImages(policy, tmp_path / "bad-images.txt")
+        cache = tmp_path / "train.npy"
+        options = {"workers": 1, "resident_limit_mb": 100, "bad_images": bad}
+        return cached_codes(cache, request, tokenizer, CPU, **options)
+
+    first = made("skip")
+    assert np.array_equal(first[0, 7], first[0, 8])  # 002.png stands in for 001.png
+    capsys.readouterr()
+    made("skip")
+    assert "made around 1 image" in capsys.readouterr().err
+    assert not codes_fit(tmp_path / "train.npy", request, tokenizer, "stop")
+    with pytest.raises(DataError, match=r"001\.png"):
+        made("stop")

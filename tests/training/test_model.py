@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from aim_training.checkpoint import model_config_from_shapes
 from aim_training.config import PRESETS, ModelConfig
 from aim_training.model import AiM
-from aim_training.ssd import fastest_ssd, ssd_chunked, ssd_recurrent
+from aim_training.ssd import ssd_chunked, ssd_recurrent
 
 GOLDEN = ["aim_adaln_d128_l3", "aim_group_d128_l6"]
 
@@ -155,23 +152,9 @@ def test_initialisation_is_the_published_one() -> None:
         assert float(dt.max()) <= 0.1001
 
 
-def no_kernel(*inputs: Any, **options: Any) -> Tensor:
-    raise AssertionError("the kernel is for tensors on a GPU")
-
-
-@pytest.mark.parametrize("installed", [False, True])
-def test_forward_is_one_graph(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a GPU, with and without mamba-ssm, the tensors being on the CPU."""
-    module: Any = ModuleType("mamba_ssm.ops.triton.ssd_combined")
-    module.mamba_chunk_scan_combined = no_kernel
-    names = ["mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", module.__name__]
-    fastest_ssd.cache_clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.cuda, "is_available", lambda: True)
-        for name in names:
-            patched.setitem(sys.modules, name, module if installed else None)
-        model = AiM(ModelConfig(8, 2, 4, d_model=32, num_layers=2, d_state=8, head_dim=16))
-    fastest_ssd.cache_clear()
+def test_forward_is_one_graph() -> None:
+    """What ``torch.compile`` and exports trace, on a CPU, is not interrupted by the kernels."""
+    model = AiM(ModelConfig(8, 2, 4, d_model=32, num_layers=2, d_state=8, head_dim=16))
     model.initialise()
     tokens, classes = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     graphs = CompileCounter()
@@ -180,9 +163,12 @@ def test_forward_is_one_graph(installed: bool, monkeypatch: pytest.MonkeyPatch) 
     assert graphs.frame_count == 1
 
 
-def test_a_machine_without_a_gpu_takes_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    fastest_ssd.cache_clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.cuda, "is_available", lambda: False)
-        assert fastest_ssd() is ssd_chunked
-    fastest_ssd.cache_clear()
+@pytest.mark.parametrize(("head_dim", "compiles"), [(16, False), (8, True)])
+def test_layers_are_compiled_one_by_one_where_they_have_no_kernels(
+    head_dim: int, compiles: bool
+) -> None:
+    model = AiM(ModelConfig(8, 2, 4, d_model=32, num_layers=2, d_state=8, head_dim=head_dim))
+    graphs = CompileCounter()
+    model.compile(backend=graphs)
+    model(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert bool(graphs.frame_count) == compiles

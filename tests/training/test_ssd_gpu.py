@@ -1,4 +1,4 @@
-"""The state-space sums on a GPU, by our plain form and by mamba-ssm's kernels where installed."""
+"""The plain form of the state-space sums on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aim_training import ssd as module
+from aim_training.ssd import ssd_chunked, ssd_recurrent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,15 +27,11 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-@pytest.mark.parametrize("kernel", ["plain", "mamba-ssm"])
-def test_form_equals_the_recurrence(kernel: str, dtype: torch.dtype) -> None:
-    form = module.fastest_ssd() if kernel == "mamba-ssm" else module.ssd_chunked
-    if kernel == "mamba-ssm" and form is module.ssd_chunked:
-        pytest.skip("mamba-ssm is not installed")
+def test_plain_form_equals_the_recurrence(dtype: torch.dtype) -> None:
     given = inputs(dtype)
     exact = [t.detach().double().requires_grad_() for t in given]
-    reference = module.ssd_recurrent(*exact)
-    ours = form(*given)
+    reference = ssd_recurrent(*exact)
+    ours = ssd_chunked(*given)
     upstream = torch.randn(reference.shape, dtype=torch.float64, device="cuda")
     gradients = torch.autograd.grad(ours, given, upstream.to(ours.dtype))
     expected = torch.autograd.grad(reference, exact, upstream)

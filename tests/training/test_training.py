@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,12 @@ def interrupt(
     patch.setattr(task, "train_step", train_step)
 
 
+class Killed(BaseException):
+    """What a process that is killed does: nothing at all, no saving either."""
+
+
 def die() -> None:
-    raise RuntimeError("killed")
+    raise Killed
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
@@ -136,7 +140,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     whole = train(tmp_path / "whole", **settings)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, task, 4, die)
-        with pytest.raises(RuntimeError, match="killed"):
+        with pytest.raises(Killed):
             train(tmp_path / "killed", **settings)
     capsys.readouterr()
     resumed = train(tmp_path / "killed", **settings)
@@ -149,19 +153,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert whole.read_bytes() == resumed.read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def _heard_hangups() -> Iterator[None]:
+    """Tests may themselves run under nohup, which has hang-ups ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_heard_hangups")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_at_the_step_boundary(
     trainer: tuple[Train, type], tmp_path: Path, number: int
 ) -> None:
     train, task = trainer
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(other) for other in heard]
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, task, 2, lambda: os.kill(os.getpid(), number))
         with pytest.raises(TrainingInterrupted, match="after step 3"):
             train(tmp_path, steps=4)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.pt"]
-    assert not list(tmp_path.glob("*.safetensors"))
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1  # a stopped run can be drawn from
+    assert [signal.getsignal(other) for other in heard] == handlers
     assert train(tmp_path, steps=4).is_file()
 
 
@@ -343,31 +357,25 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 def test_two_processes_train_what_one_trains(
     squares: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / "train.py"
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in {"data": squares, "tokenizer": tokenizer, **TINY_MODEL}.items()
-    }
-    script.write_text(
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from aim_training.options import ModelTrainingOptions\n"
-        "from aim_training.train_model import train_model\n"
-        f"settings = json.loads('''{json.dumps(settings)}''')\n"
-        "for name in ('data', 'tokenizer'):\n"
-        "    settings[name] = Path(settings[name])\n"
-        "train_model(ModelTrainingOptions(out=Path(sys.argv[1]), steps=4, save_every=2,"
-        " **settings))\n"
-    )
+    """As README starts them, on a machine without a GPU; a resumed run, too."""
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in (TINY_MODEL | {"tokenizer": tokenizer, "save_every": 2}).items()
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for count in (1, 2):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for count, steps in ((1, 4), (2, 2), (2, 4)):
+        run = tmp_path / f"run{count}"
+        command = [*launcher, f"--nproc-per-node={count}", "-m", "aim_cli", "train", "model"]
         done = subprocess.run(
-            [*launcher, f"--nproc-per-node={count}", script, tmp_path / f"run{count}"],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            [*command, squares, "--out", run, "--steps", str(steps), *flags],
+            env=environment,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("weights") == 1
+        assert ("Resuming" in done.stderr) == (run.name == "run2" and steps == 4)
     one, two = (load_checkpoint(tmp_path / f"run{count}").model for count in (1, 2))
     assert one is not None
     assert two is not None
@@ -377,3 +385,20 @@ def test_two_processes_train_what_one_trains(
         "step-00000002.pt",
         "step-00000004.pt",
     ]
+    facts = json.loads((tmp_path / "run2" / "model.json").read_text())["training"]
+    assert facts["devices"] == 2
+    logged = [line["step"] for line in metrics(tmp_path / "run2") if "loss" in line]
+    assert logged == [2, 4]
+
+
+def test_processes_that_do_not_find_each_other_are_refused(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aim_training import devices
+
+    options = TokenizerTrainingOptions(data=squares, out=tmp_path, **TINY_TOKENIZER)
+    alone = devices.Accelerator(mixed_precision="no", cpu=True)
+    monkeypatch.setattr(devices, "Accelerator", lambda **settings: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes were started, and 1 found each other"):
+        train_tokenizer(options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import cuda_index
 from aim_runtime.engines import nvidia_driver
@@ -79,7 +80,7 @@ def load(
     known = precisions(bundle.manifest)
     if precision != "auto" and precision not in known:
         raise BackendError(
-            f"precision is {precision!r}; the bundle's CUDA plans are for "
+            f"precision is {shown(precision)}; the bundle's CUDA plans are for "
             f"{', '.join(map(repr, known))}"
         )
     count = nvidia_driver.gpu_count()
@@ -88,6 +89,6 @@ def load(
         gpu = next(iter(_suitable_gpus(bundle)), gpu)
     if gpu >= count:
         raise BackendError(
-            f"device is {device!r}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
+            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
         )
     return CudaEngine(bundle, CudaDevice(gpu), known[0] if precision == "auto" else precision)

@@ -57,7 +57,7 @@ class PinnedMemory(Protocol):
 
     @property
     def array(self) -> NDArray[np.uint8]:
-        """All of it; views must not outlive this object."""
+        """All of it; the memory is there as long as any view of it."""
 
 
 class Event(Protocol):
@@ -87,7 +87,10 @@ class Stream(Protocol):
         """Run a kernel."""
 
     def capture(self, launches: Sequence[DeviceLaunch]) -> Any:
-        """Make a graph of `launches`, in this order, without running them."""
+        """Make a graph of `launches`, in this order, without running them.
+
+        It keeps their kernels loaded; what their addresses point to is the caller's to keep.
+        """
 
     def capture_work(self, enqueue: Callable[[], None]) -> Any:
         """Make a graph of what `enqueue` gives this stream to do, without running it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -101,11 +102,15 @@ def capability(gpu: int) -> tuple[int, int]:
 
 
 class _Context:
-    """A device's primary context, retained as long as anything refers to this object."""
+    """A device's primary context, retained as long as anything refers to this object.
+
+    It belongs to the process that retained it: a forked child has nothing to give back.
+    """
 
     def __init__(self, device: Any) -> None:
         self.handle = _call(driver.cuDevicePrimaryCtxRetain, device)
-        weakref.finalize(self, driver.cuDevicePrimaryCtxRelease, device)
+        self.process = os.getpid()
+        weakref.finalize(self, _release_context, self.process, device)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -120,7 +125,14 @@ class _Context:
         weakref.finalize(owner, _release, self, function, *arguments)
 
 
+def _release_context(process: int, device: Any) -> None:
+    if process == os.getpid():
+        driver.cuDevicePrimaryCtxRelease(device)
+
+
 def _release(context: _Context, function: Any, *arguments: Any) -> None:
+    if context.process != os.getpid():
+        return
     # Nobody could handle an error here; after a fault on the GPU every call reports it again.
     with contextlib.suppress(BackendError), context.current():
         function(*arguments)
@@ -193,10 +205,10 @@ class _CudaAllocation:
 class _CudaPinned:
     def __init__(self, context: _Context, size: int) -> None:
         address = _call(driver.cuMemHostAlloc, size, 0)
-        context.free_with(self, driver.cuMemFreeHost, address)
-        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * size).from_address(int(address))
-        )
+        # Every view of the array refers to this in the end: the memory goes with the last of them.
+        memory = (ctypes.c_uint8 * size).from_address(int(address))
+        context.free_with(memory, driver.cuMemFreeHost, address)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
 
 class _CudaFunction:
@@ -235,7 +247,8 @@ def _check_parameters(function: Any, symbol: str, pointers: int) -> None:
 
 
 class _CudaGraph:
-    def __init__(self, context: _Context, handle: Any) -> None:
+    def __init__(self, context: _Context, handle: Any, launches: Sequence[DeviceLaunch]) -> None:
+        self._launches = launches  # their kernels must stay loaded
         self.handle = _call(driver.cuGraphInstantiate, handle, 0)
         context.free_with(self, driver.cuGraphExecDestroy, self.handle)
 
@@ -294,9 +307,12 @@ class _CudaStream:
             for launch in launches:
                 self.launch(launch)
 
-        return self.capture_work(enqueue)
+        return self._capture(enqueue, launches)
 
     def capture_work(self, enqueue: Callable[[], None]) -> _CudaGraph:
+        return self._capture(enqueue, ())
+
+    def _capture(self, enqueue: Callable[[], None], launches: Sequence[DeviceLaunch]) -> _CudaGraph:
         # Relaxed: other threads may allocate meanwhile, and the garbage collector free in this one.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         _call(driver.cuStreamBeginCapture, self._handle, mode)
@@ -307,7 +323,7 @@ class _CudaStream:
             raise
         graph = _call(driver.cuStreamEndCapture, self._handle)
         try:
-            return _CudaGraph(self._context, graph)
+            return _CudaGraph(self._context, graph, launches)
         finally:
             driver.cuGraphDestroy(graph)
 

@@ -9,19 +9,20 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import whole_number
+from aim_runtime.arguments import shown, whole_number
 from aim_runtime.bundle import Bundle
 from aim_runtime.engine import Conditioning, Engine
 from aim_runtime.engines.cuda import step, weights, workspace
 from aim_runtime.engines.cuda.architecture import describe
 from aim_runtime.engines.cuda.device import Device, OutOfDeviceMemory
-from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket, Plan
+from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket
+from aim_runtime.engines.cuda.plan_reader import read_plan
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.errors import BackendError
 from aim_runtime.plan import BatchPlan, check_memory_limit
 from aim_runtime.sampling import SamplingOptions
 
-_AnyBucket = TypeVar("_AnyBucket", Bucket, DecoderBucket)
+_AnyBucket = TypeVar("_AnyBucket", Bucket[str], DecoderBucket[str])
 
 # Of the device memory that is free, what a request may plan with: the rest is for captured graphs
 # and for whoever else uses the GPU.
@@ -42,7 +43,7 @@ class CudaEngine(Engine):
         self.device = device.label
         self.precision = precision
         self._device = device
-        self._plan = Plan.read(bundle, precision)
+        self._plan = read_plan(bundle, precision)
         self._buckets = self._runnable_buckets()
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
@@ -80,7 +81,7 @@ class CudaEngine(Engine):
             if not sizes:
                 least = -(-min(needs.values()) // 2**20)
                 raise ValueError(
-                    f"memory_limit_mb is {memory_limit_mb!r}; one image of this model "
+                    f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
                     f"needs {least}: give memory_limit_mb={least} or more"
                 )
         free = self._device.free_memory() * _SHARE_OF_FREE_MEMORY + self._pool.idle_bytes()
@@ -128,7 +129,7 @@ class CudaEngine(Engine):
         return images
 
     def _decode_batch(
-        self, bucket: DecoderBucket, tokens: NDArray[np.int64], images: NDArray[np.uint8]
+        self, bucket: DecoderBucket[str], tokens: NDArray[np.int64], images: NDArray[np.uint8]
     ) -> None:
         """Decode `tokens` (n, T), n up to the bucket's, into `images` (n, height, width, 3)."""
 
@@ -153,7 +154,9 @@ class CudaEngine(Engine):
             images[:] = leased.host["image"][: len(images)]
 
     @contextmanager
-    def _step_lease(self, bucket: Bucket, rows_per_image: int) -> Iterator[workspace.Workspace]:
+    def _step_lease(
+        self, bucket: Bucket[str], rows_per_image: int
+    ) -> Iterator[workspace.Workspace]:
         def make() -> workspace.Workspace:
             shared = self._weights.addresses
             return step.make_workspace(self._device, self._kernels, bucket, shared)
@@ -173,7 +176,7 @@ class CudaEngine(Engine):
             hint = f"; {fits[-1]} at a time fit" if fits and fits[-1] else ""
             raise self._too_little(f"a batch of {size} images", needed, hint) from None
 
-    def _bucket(self, images: int, rows_per_image: int) -> Bucket:
+    def _bucket(self, images: int, rows_per_image: int) -> Bucket[str]:
         """The smallest bucket for so many images."""
         for bucket in self._buckets:
             if step.capacity(bucket.rows, rows_per_image) >= images:
@@ -183,17 +186,17 @@ class CudaEngine(Engine):
             f"{images} images at a time are asked for; the bundle's CUDA plan has at most {most}"
         )
 
-    def _runnable_buckets(self) -> list[Bucket]:
+    def _runnable_buckets(self) -> list[Bucket[str]]:
         """One bucket a size: the first whose kernels are there for this device."""
-        found: dict[int, Bucket] = {}
+        found: dict[int, Bucket[str]] = {}
         capability = self._device.capability
         for bucket in self._plan.buckets:
             if self._plan.runs(bucket.begin + bucket.step, capability):
                 found.setdefault(bucket.rows, bucket)
         return self._or_no_kernels(list(found.values()))
 
-    def _runnable_decoder(self) -> list[DecoderBucket]:
-        found: dict[int, DecoderBucket] = {}
+    def _runnable_decoder(self) -> list[DecoderBucket[str]]:
+        found: dict[int, DecoderBucket[str]] = {}
         for bucket in self._plan.decoder:
             if self._plan.runs(bucket.launches, self._device.capability):
                 found.setdefault(bucket.images, bucket)
@@ -218,7 +221,7 @@ class CudaEngine(Engine):
         )
 
 
-def _decoder_bucket(buckets: Sequence[DecoderBucket], images: int) -> DecoderBucket:
+def _decoder_bucket(buckets: Sequence[DecoderBucket[str]], images: int) -> DecoderBucket[str]:
     """The smallest that holds `images` images, or a smaller one if most of that would be idle."""
     fitting = [bucket for bucket in buckets if bucket.images >= images]
     smaller = [bucket for bucket in buckets if bucket.images < images]

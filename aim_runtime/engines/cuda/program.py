@@ -10,7 +10,7 @@ from typing import Any
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.cuda.architecture import choose
 from aim_runtime.engines.cuda.device import Device, DeviceLaunch
-from aim_runtime.engines.cuda.plan import Code, Plan, Program, kernels_file
+from aim_runtime.engines.cuda.plan import Code, Plan, Program, kernels_file, unrolled
 from aim_runtime.errors import BackendError, BundleError
 
 # A kernel of this family takes well under a megabyte.
@@ -51,7 +51,7 @@ class Kernels:
             overlaps=kernel.overlaps,
         )
 
-    def program(self, program: Program, addresses: Mapping[str, int]) -> list[DeviceLaunch]:
+    def program(self, program: Program[str], addresses: Mapping[str, int]) -> list[DeviceLaunch]:
         """The launches of `program`, with `addresses` of all buffers and weights it names."""
         return [
             self.launch(
@@ -59,7 +59,7 @@ class Kernels:
                 launch.grid,
                 [addresses[name] + offset for name, offset in launch.arguments],
             )
-            for launch in program
+            for launch in unrolled(program)
         ]
 
     def _load(self, name: str) -> tuple[Any, Code]:

@@ -36,7 +36,7 @@ _FROM_HOST = ("class_id", "token", "position", "pairs", "settings", "noise", "fo
 
 
 def make_workspace(
-    device: Device, kernels: Kernels, bucket: Bucket, shared: Mapping[str, int]
+    device: Device, kernels: Kernels, bucket: Bucket[str], shared: Mapping[str, int]
 ) -> Workspace:
     """A workspace for `bucket`."""
     staged = {name: name for name in (*_FROM_HOST, "logits")}

@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.cuda.device import ALIGNMENT, Allocation, Device, Event, Stream
-from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Plan, Weight
+from aim_runtime.engines.cuda.plan import CAST_BLOCK, DTYPE_BYTES, Plan, Weight, flat
 from aim_runtime.engines.cuda.program import Kernels
-
-CAST_BLOCK = 4096
-"""Elements that one block of a cast kernel takes, whether or not the weight has so many left."""
 
 # Bytes of each of the two buffers; at least _QUANTISED_ROWS of the longest row there may be.
 _CHUNK_BYTES = 16 << 20
@@ -82,9 +79,8 @@ def _upload(
                 stream.upload(stored, source)
                 blocks, addresses = -(-count // CAST_BLOCK), [stored, target]
                 if weight.scales is not None:
-                    columns = weight.tensor.count // weight.tensor.shape[0]
-                    blocks = count // columns
-                    addresses.append(at[weight.scales] + start // columns * 4)
+                    blocks = count // weight.columns
+                    addresses.append(at[weight.scales] + start // weight.columns * 4)
                 stream.launch(kernels.launch(weight.conversion, (blocks, 1, 1), addresses))
             busy[turn] = stream.record()
             turn = 1 - turn
@@ -94,7 +90,7 @@ def _upload(
 def _used_by_buckets(plan: Plan) -> set[str]:
     programs = [bucket.begin + bucket.step for bucket in plan.buckets]
     programs += [bucket.launches for bucket in plan.decoder]
-    launches = itertools.chain.from_iterable(programs)
+    launches = itertools.chain.from_iterable(flat(program) for program in programs)
     return {name for launch in launches for name, _ in launch.arguments}
 
 
@@ -118,7 +114,7 @@ def _chunks(weight: Weight) -> Iterator[tuple[int, int]]:
         return  # written by another weight's conversion
     unit = CAST_BLOCK
     if weight.scales is not None:
-        unit = _QUANTISED_ROWS * (weight.tensor.count // weight.tensor.shape[0])
+        unit = _QUANTISED_ROWS * weight.columns
     most = _CHUNK_BYTES // DTYPE_BYTES[weight.stored] // unit * unit
     for start in range(0, weight.tensor.count, most):
         yield start, min(most, weight.tensor.count - start)
@@ -128,7 +124,7 @@ def _fill(
     target: NDArray[np.uint8], weight: Weight, files: Mapping[str, NDArray[np.uint8]], start: int
 ) -> None:
     """Copy the bytes of the parts, end to end, from element `start` on, until `target` is full."""
-    row = weight.tensor.count // weight.tensor.shape[0] * DTYPE_BYTES[weight.stored]
+    row = weight.columns * DTYPE_BYTES[weight.stored]
     skip = start * DTYPE_BYTES[weight.stored]
     done = 0
     for part in weight.parts:

@@ -40,7 +40,7 @@ class Workspace:
         kernels: Kernels,
         buffers: Mapping[str, Tensor],
         shared: Mapping[str, int],
-        programs: Mapping[str, Program],
+        programs: Mapping[str, Program[str]],
         staged: Mapping[str, str],
     ) -> None:
         self.size = allocated_size(buffers)

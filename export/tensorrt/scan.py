@@ -1,6 +1,6 @@
-"""The node ``aim::StateScan`` as one kernel, for engines that take kernels in place of nodes.
+"""The node `aim::StateScan` as one kernel, for engines that take kernels in place of nodes.
 
-Parameters are the node's inputs, then its outputs, in the order of :mod:`aim_export.state_scan`;
+Parameters are the node's inputs, then its outputs, in the order of `aim_export.state_scan`;
 nothing else is passed at run time, and the number of rows is in the grid. All arithmetic is
 float32.
 
@@ -12,7 +12,7 @@ inputs of the convolution are two buffers.
 Letters: R rows, H heads of P channels, S state size, K convolution width, I = H·P, X = I + 2S.
 """
 
-# Triton reads these functions' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -24,24 +24,11 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from aim_export.kernels.common import silu, softplus
 from aim_export.state_scan import INPUTS, OUTPUTS
 
 #: The kernel's pointer parameters, in order.
 PARAMETERS = (*INPUTS, *OUTPUTS)
-
-
-@triton.jit
-def _silu(value):
-    return value / (1.0 + tl.exp(-value))
-
-
-@triton.jit
-def _softplus(value):
-    """``log(1 + exp(value))``, with the digits that ``1 + small`` loses put back (Kahan)."""
-    small = tl.exp(-tl.abs(value))
-    total = 1.0 + small
-    rest = tl.where(total == 1.0, small, tl.log(total) * small / (total - 1.0))
-    return tl.maximum(value, 0.0) + rest
 
 
 @triton.jit
@@ -50,21 +37,18 @@ def _convolved(
     in_range,
     stored,
     started,
-    new,
-    conv_weight,
-    conv_bias,
-    conv_state,
-    next_conv_state,
+    pointers,  # new inputs, weight, bias, old and new state; but for the weights the row's
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
 ):
-    """Convolve and activate the channels ``channel``; pointers but the weights are the row's.
+    """Convolve and activate the channels `channel`.
 
-    Where ``stored`` says so, the inputs move up by one. Taps are an axis, not a loop: the tile is
+    Where `stored` says so, the inputs move up by one. Taps are an axis, not a loop: the tile is
     then large enough that the compiler spreads its loads over the threads instead of repeating them
     in each.
     """
+    new, conv_weight, conv_bias, conv_state, next_conv_state = pointers
     tap = tl.arange(0, WIDTH_BLOCK)[:, None]
     channel = channel[None, :]
     in_range = in_range[None, :]
@@ -75,7 +59,7 @@ def _convolved(
     tl.store(next_conv_state + at - CHANNELS, window, stored[None, :] & (tap > 0) & (tap < WIDTH))
     weight = tl.load(conv_weight + at, in_range & (tap < WIDTH), 0.0)
     bias = tl.load(conv_bias + channel + 0 * tap, in_range & newest, 0.0)
-    return _silu(tl.sum(window * weight + bias, axis=0))
+    return silu(tl.sum(window * weight + bias, axis=0))
 
 
 @triton.jit
@@ -120,60 +104,22 @@ def state_scan_kernel(
     in_cell = in_head[:, None] & in_state[None, :]
     first_cell = (row * HEADS + head) * HEAD_DIM * STATE
 
-    new = projected + INNER
+    rows = (projected + INNER, conv_weight, conv_bias, conv_state, next_conv_state)
     channel = head * HEAD_DIM + p
-    x = _convolved(
-        channel,
-        in_head,
-        in_head,
-        started,
-        new,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        next_conv_state,
-        CHANNELS,
-        WIDTH,
-        WIDTH_BLOCK,
-    )
-    first_head = in_state & (head == 0)
-    b = _convolved(
-        INNER + s,
-        in_state,
-        first_head,
-        started,
-        new,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        next_conv_state,
-        CHANNELS,
-        WIDTH,
-        WIDTH_BLOCK,
-    )
-    c = _convolved(
-        INNER + STATE + s,
-        in_state,
-        first_head,
-        started,
-        new,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        next_conv_state,
-        CHANNELS,
-        WIDTH,
-        WIDTH_BLOCK,
-    )
+    x = _convolved(channel, in_head, in_head, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
+    of_b, of_c = INNER + s, INNER + STATE + s
+    first = in_state & (head == 0)
+    b = _convolved(of_b, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
+    c = _convolved(of_c, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
 
     old_state = tl.load(ssm_state + first_cell + cell, in_cell & started, 0.0)
-    dt = _softplus(tl.load(projected + INNER + CHANNELS + head) + tl.load(dt_bias + head))
+    dt = softplus(tl.load(projected + INNER + CHANNELS + head) + tl.load(dt_bias + head))
     decay = tl.exp(dt * tl.load(a + head))
     new_state = old_state * decay + (dt * x)[:, None] * b[None, :]  # (P, S)
     tl.store(next_ssm_state + first_cell + cell, new_state, in_cell)
     y = tl.sum(new_state * c[None, :], axis=1) + tl.load(d + head) * x  # (P,)
     z = tl.load(projected + channel, in_head, 0.0)
-    out = y * _silu(z)
+    out = y * silu(z)
     tl.store(gated + row * INNER + channel, out, in_head)
     tl.store(squares + row * HEADS + head, tl.sum(out * out, axis=0))
 
@@ -246,10 +192,10 @@ def state_scan_reference(
     conv_state: Array,
     ssm_state: Array,
 ) -> tuple[Array, Array, Array, Array]:
-    """The kernel's plain twin, in the precision of its arguments; shapes as :class:`ScanSizes`'.
+    """The kernel's plain twin, in the precision of its arguments; shapes as `ScanSizes`'.
 
     Returns:
-        ``gated``, ``squares``, ``next_conv_state``, ``next_ssm_state``.
+        `gated`, `squares`, `next_conv_state`, `next_ssm_state`.
     """
     rows, heads, head_dim, d_state = ssm_state.shape
     inner = heads * head_dim

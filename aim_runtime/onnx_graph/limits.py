@@ -1,0 +1,55 @@
+"""What running a bundle's graphs may take, by the geometry that its manifest declares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from aim_runtime.limits import model_parameters
+from aim_runtime.manifest import GraphSpec, Manifest
+from aim_runtime.plan import memory_needed
+
+# A decoder of c channels has (16 c)² parameters or more, and up to 13 activations of c float32
+# channels at once.
+_BYTES_A_PIXEL_AND_WIDTH = 5
+# Its multiply-adds for each pixel: the published one has 1 million.
+_DECODER_WORK_PER_PIXEL = 1 << 24
+# Values as wide as the model that a step may make in each layer and at either end.
+_ACTIVATIONS = 1 << 7
+_WORK_A_PARAMETER = 1 << 4
+_FREE_FIXED_BYTES = 1 << 20
+_FREE_FIXED_WORK = 1 << 26
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """What running a graph may take: memory and work, a row and whatever the rows."""
+
+    row_bytes: int
+    fixed_bytes: int
+    row_work: int
+    fixed_work: int
+
+
+def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
+    """The limits for `graph`; what it is follows from its outputs."""
+    model = manifest.model
+    stored = manifest.files[graph.weights].size
+    row, decoder = memory_needed(manifest, 1.0)  # what a request is told that it takes
+    outputs = {spec.name for spec in graph.outputs}
+    if "image" in outputs:
+        pixels = model.image_height * model.image_width
+        width = _BYTES_A_PIXEL_AND_WIDTH * math.isqrt(model.decoder_parameters)
+        row_bytes = max(2 * decoder, width * pixels)
+        row_work = _DECODER_WORK_PER_PIXEL * pixels
+    else:
+        activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
+        row_bytes = 2 * row + 4 * activations
+        row_work = _WORK_A_PARAMETER * (model_parameters(model) + row)
+    return GraphLimits(
+        row_bytes=row_bytes,
+        # Half precision is cast, and folded into what the engine keeps.
+        fixed_bytes=4 * stored + _FREE_FIXED_BYTES,
+        row_work=row_work,
+        fixed_work=_WORK_A_PARAMETER * stored + _FREE_FIXED_WORK,
+    )

@@ -1,0 +1,16 @@
+"""Values out of a stranger's file in our sentences: short, printable, on one line."""
+
+from __future__ import annotations
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """`value` as Python writes it, cut to `limit` characters; nothing in it breaks the line."""
+    if isinstance(value, str):
+        value = value[: limit + 1]  # before every character of a long text is escaped
+    return shortened(repr(value), limit)
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """`text` on one line, cut to `limit` characters, with "?" for what cannot be printed."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."

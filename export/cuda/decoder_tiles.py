@@ -1,0 +1,86 @@
+"""How the decoder's products are cut into programs.
+
+Tiles depend on the bucket: a few images need small ones for all multiprocessors to have work. A
+picture does not depend on them: sums run over the inputs in one order in any tile, and statistics
+are taken over parts of the map that every tile is made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: Types of maps and weights on the device.
+Storage = Literal["float16", "float32"]
+
+#: Programs that a launch should have at least, where its tiles can be cut so: nearly as many as
+#: the largest GPUs have multiprocessors.
+PROGRAMS = 120
+#: Pixels from which on a map of one image is enough for them in tiles of 128.
+LARGE_MAP = 128 * 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kind of matrix product is cut up and launched.
+
+    Attributes:
+        m: pixels a program.
+        n: outputs a program.
+        k: inputs at a time.
+        warps: warps a program.
+        stages: tiles on their way at a time.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def power_of_two_in(value: int) -> int:
+    """The largest power of two that divides `value`."""
+    return value & -value
+
+
+def statistics_part(storage: Storage, cells: int) -> int:
+    """Pixels whose mean and deviations a convolution takes together, in every bucket."""
+    return 128 if storage == "float16" and cells >= LARGE_MAP else 64
+
+
+def product_tile(
+    storage: Storage, images: int, cells: int, inputs: int, outputs: int, taps: int, places: int = 1
+) -> Tile:
+    """The tile of a convolution of `taps` by `taps` over `cells` pixels of `images`.
+
+    The larger a tile, the less is read for each product: the largest that leaves work for all
+    multiprocessors. Measured on an H100 (benchmarks/RESULTS.md), as were the depths. `places` is
+    4 after doubling.
+    """
+    n, k = power_of_two_in(outputs), power_of_two_in(inputs)
+    if storage == "float32":
+        return Tile(m=64, n=min(n, 64), k=min(k, 32), warps=4, stages=2)
+
+    def programs(m: int, width: int) -> int:
+        return images * places * -(-cells // m) * (outputs // min(n, width))
+
+    # 256 outputs at once hold registers of one program only: they pay off in long sums.
+    if n >= 256 and taps**2 * inputs >= 2048 and programs(128, 256) >= 2 * PROGRAMS:
+        return Tile(m=128, n=256, k=min(k, 64), warps=8, stages=3)
+    if cells >= LARGE_MAP or programs(128, 128) >= PROGRAMS:
+        return Tile(m=128, n=min(n, 128), k=min(k, 64), warps=4, stages=3)
+    # Beyond here the time is that of bringing the tiles' edges from the L2 cache, and of waiting
+    # once for each BLOCK_K inputs.
+    for width, depth in ((128, 64), (64, 128), (32, 128)):
+        if programs(64, width) >= PROGRAMS:
+            return Tile(m=64, n=min(n, width), k=min(k, depth), warps=4, stages=4)
+    return Tile(m=64, n=min(n, 16), k=min(k, 256), warps=4, stages=4)
+
+
+def picture_tile(storage: Storage, inputs: int) -> Tile:
+    """The tile of the last convolution, whose three outputs are filled up to 16."""
+    k = power_of_two_in(inputs)
+    if storage == "float32":
+        return Tile(m=64, n=16, k=min(k, 32), warps=4, stages=2)
+    return Tile(m=256, n=16, k=min(k, 64), warps=8, stages=3)

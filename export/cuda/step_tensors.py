@@ -1,0 +1,107 @@
+"""The buffers and weights of the step: each one's type, axes and stride between layers, once.
+
+Launches name them, `step_weights` fills the weights. Letters as in `aim_export.kernels.step`; C is
+the length of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import ABSENT_BUFFER
+from aim_export.cuda.precision import Format
+from aim_export.cuda.tuning import Tuning
+from aim_export.kernels.sample import CANDIDATES
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Tensor, step_interface
+
+
+@dataclass
+class TensorTable:
+    """Tensors by name, and the bytes from layer to layer of those that every layer has one of."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    strides: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, dtype: str, *shape: int) -> None:
+        """A tensor that all layers share."""
+        self.tensors[name] = Tensor(dtype, shape)
+
+    def add_layers(self, name: str, dtype: str, layers: int, *shape: int) -> None:
+        """One of `shape` for each layer: (layers, ...)."""
+        self.tensors[name] = Tensor(dtype, (layers, *shape))
+        self.strides[name] = math.prod(shape) * DTYPE_BYTES[dtype]
+
+    def add_rows(self, name: str, dtype: str, layers: int, rows: int, *shape: int) -> None:
+        """One of (rows, ...) for each layer, all rows along one axis: (layers * rows, ...)."""
+        self.add_layers(name, dtype, layers, rows, *shape)
+        self.tensors[name] = Tensor(dtype, (layers * rows, *shape))
+
+
+def weight_table(g: Geometry, precision: Format) -> TensorTable:
+    """The weights of prologue and step."""
+    found = TensorTable()
+    found.add("class_table", precision.table, g.num_classes + 1, g.D)
+    found.add("word_table", precision.table, g.V, g.D)
+    found.add("position_table", "float32", g.T + 1, g.D)
+    found.add_rows("in_proj", precision.matrix, g.L, g.E, g.D)
+    found.add_rows("out_proj", precision.matrix, g.L, g.D, g.inner)
+    found.add("final", precision.table, 2 * g.D, g.D)
+    found.add("final_bias", "float32", 2 * g.D)
+    found.add("norm_f", "float32", g.D)
+    if precision.quantised:
+        found.add_rows("in_proj_scales", "float32", g.L, g.E)
+        found.add_rows("out_proj_scales", "float32", g.L, g.D)
+    found.add_layers("conv_weight", "float32", g.L, g.K, g.X)
+    found.add_layers("conv_bias", "float32", g.L, g.X)
+    found.add_layers("dt_bias", "float32", g.L, g.H)
+    found.add_layers("a", "float32", g.L, g.H)
+    found.add_layers("d", "float32", g.L, g.H)
+    found.add("modulation", precision.table, g.groups * 3 * g.D, g.D)
+    found.add("modulation_bias", "float32", g.groups * 3 * g.D)
+    found.add("modulation_table", "float32", g.L, 3, g.D)
+    found.add("norm", "float32", g.L, g.D)
+    found.add("final_norm", "float32", g.D)
+    return found
+
+
+def buffer_table(
+    g: Geometry, precision: Format, rows: int, tuning: Tuning, *, norm_parts: int, square_parts: int
+) -> TensorTable:
+    """The buffers of a bucket of `rows` rows.
+
+    `norm_parts` and `square_parts` are the sums of squares a row that `out_proj` and `scan` leave.
+    """
+    R, C, activation = rows, tuning.chunk, precision.activation
+    found = TensorTable(step_interface(R, g.T, g.V))
+    # What depends on the class alone.
+    found.add("class_embedding", "float32", R, g.D)
+    found.add("activated", activation, R, g.D)
+    found.add("grouped", "float32", R, g.groups, 3, g.D)
+    found.add_layers("shift", activation, g.L, R, g.D)
+    found.add_layers("scale", "float32", g.L + 1, R, g.D)
+    found.add_layers("gate", "float32", g.L, R, g.D)
+    # Addresses of a layer's share must be multiples of 16 bytes.
+    shifted = activation if R * g.E % 8 == 0 else "float32"
+    found.add_layers("shifted", shifted, g.L, R, g.E)
+    found.add("final_modulation", "float32", R, 2, g.D)
+    # One step's.
+    found.add("residual", "float32", R, g.D)
+    found.add("scaled", activation, R, g.D)
+    found.add("partials", "float32", R, norm_parts)
+    found.add("projected", "float32", R, g.E)
+    found.add("gated", activation, R, g.inner)
+    found.add("squares", "float32", R, square_parts)
+    found.add("hidden", activation, R, g.D)
+    found.add("candidates", "float32", R, 2, CANDIDATES)
+    # The memory.
+    found.add_layers("ring", "float32", g.L, R, g.K, g.X)
+    found.add_layers("state", precision.state, g.L, R, g.H, g.P, g.S)
+    if precision.state == "int8":
+        found.add_layers("state_scale", "float32", g.L, R, g.H, g.P)
+    found.add_layers("past_x", precision.history, g.L, R, C, g.inner)
+    found.add_layers("past_b", precision.history, g.L, R, C, g.S)
+    found.add_layers("past_decay", "float32", g.L, R, g.H, C)
+    found.tensors.update(ABSENT_BUFFER)
+    return found

@@ -1,0 +1,130 @@
+"""How the step is cut into programs, for each number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: rows and outputs a program, the step along the sum, launch options."""
+
+    rows: int
+    outputs: int
+    depth: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+@dataclass(frozen=True)
+class ScanCut:
+    """How the scan is cut.
+
+    Attributes:
+        heads: heads a program takes, one after another; as many of them as divide H evenly.
+        stages: heads whose state is on its way at a time, the one at hand included.
+        num_warps: warps a program.
+    """
+
+    heads: int = 1
+    stages: int = 1
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The choices for one number of rows that change speed and, but for rounding, not results.
+
+    Attributes:
+        in_proj: cut of the first projection.
+        out_proj: cut of the second; its outputs divide D.
+        head: cut of the head, and of the projections of the conditioning.
+        chunk: C, tokens between two rewritings of the state; a power of two from 16.
+        scan: cut of the scan for each type of the state.
+    """
+
+    in_proj: Tile
+    out_proj: Tile
+    head: Tile
+    chunk: int
+    scan: Mapping[str, ScanCut]
+
+    @property
+    def dot(self) -> bool:
+        """Whether products go to the tensor cores, which take no fewer than 16 rows."""
+        return self.in_proj.rows >= 16
+
+
+#: Scan a head a program, whatever the type of the state.
+_SINGLE_HEADS = {"float32": ScanCut(), "bfloat16": ScanCut(), "int8": ScanCut()}
+
+#: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
+#: the tensor cores are faster with 16.
+TUNING: Mapping[int, Tuning] = {
+    1: Tuning(
+        in_proj=Tile(rows=1, outputs=8, num_warps=2),
+        out_proj=Tile(rows=1, outputs=4),
+        head=Tile(rows=1, outputs=8, num_warps=2),
+        chunk=32,
+        scan=_SINGLE_HEADS,
+    ),
+    2: Tuning(
+        in_proj=Tile(rows=2, outputs=8, num_warps=2),
+        out_proj=Tile(rows=2, outputs=4),
+        head=Tile(rows=2, outputs=8, num_warps=2),
+        chunk=32,
+        scan=_SINGLE_HEADS,
+    ),
+    4: Tuning(
+        in_proj=Tile(rows=4, outputs=4),
+        out_proj=Tile(rows=4, outputs=8),
+        head=Tile(rows=4, outputs=4, num_warps=2),
+        chunk=16,
+        scan=_SINGLE_HEADS,
+    ),
+    16: Tuning(
+        in_proj=Tile(rows=16, outputs=32, depth=128, num_warps=2, num_stages=6),
+        out_proj=Tile(rows=16, outputs=16, depth=512, num_warps=2, num_stages=4),
+        head=Tile(rows=16, outputs=128, depth=64),
+        chunk=16,
+        scan={
+            "float32": ScanCut(heads=2, stages=2, num_warps=4),
+            "bfloat16": ScanCut(heads=4, stages=4, num_warps=2),
+            "int8": ScanCut(heads=4, stages=4, num_warps=2),
+        },
+    ),
+    32: Tuning(
+        in_proj=Tile(rows=32, outputs=64, depth=128, num_warps=8, num_stages=4),
+        out_proj=Tile(rows=32, outputs=16, depth=128, num_warps=2, num_stages=6),
+        head=Tile(rows=32, outputs=128, depth=64),
+        chunk=16,
+        scan={
+            "float32": ScanCut(heads=4, stages=3, num_warps=4),
+            "bfloat16": ScanCut(heads=4, stages=4, num_warps=2),
+            "int8": ScanCut(heads=4, stages=4, num_warps=2),
+        },
+    ),
+    64: Tuning(
+        in_proj=Tile(rows=64, outputs=64, depth=128, num_warps=8, num_stages=4),
+        out_proj=Tile(rows=64, outputs=32, depth=128, num_warps=4, num_stages=5),
+        head=Tile(rows=64, outputs=128, depth=64),
+        chunk=16,
+        scan={
+            "float32": ScanCut(heads=8, stages=2, num_warps=4),
+            "bfloat16": ScanCut(heads=4, stages=3, num_warps=2),
+            "int8": ScanCut(heads=4, stages=4, num_warps=2),
+        },
+    ),
+    128: Tuning(
+        in_proj=Tile(rows=128, outputs=64, depth=128, num_warps=8, num_stages=4),
+        out_proj=Tile(rows=64, outputs=32, depth=128, num_warps=4, num_stages=5),
+        head=Tile(rows=128, outputs=128, depth=64),
+        chunk=16,
+        scan={
+            "float32": ScanCut(heads=8, stages=2, num_warps=4),
+            "bfloat16": ScanCut(heads=8, stages=3, num_warps=2),
+            "int8": ScanCut(heads=16, stages=5, num_warps=4),
+        },
+    ),
+}

@@ -1,0 +1,81 @@
+"""Launches are described by name: what is missing, unknown or no tensor is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aim_runtime.engines.cuda.plan import Argument, Tensor, flat
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
+from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.step import step_bucket
+from aim_export.cuda.tuning import TUNING
+from aim_export.kernels import convert, scan
+
+TENSORS = {
+    "halves": Tensor("float16", (8, 64)),
+    "bytes": Tensor("int8", (8, 64)),
+    "factors": Tensor("float32", (8,)),
+    **ABSENT_BUFFER,
+}
+GIVEN: dict[str, Any] = {
+    # Not in the kernel's order, which the launch has to find by itself.
+    "scales": "factors",
+    "source": Argument("halves", 128),
+    "target": "bytes",
+    "BLOCK": 64,
+    "WIDTH": 64,
+}
+
+
+def test_order_and_types_follow_from_the_signature_and_the_tensors() -> None:
+    item = Launcher(TENSORS)(convert.quantise, (7, 2), num_warps=2, **GIVEN)
+    assert item.grid == (7, 2, 1)
+    assert item.arguments == (("halves", 128), ("bytes", 0), ("factors", 0))
+    assert item.kernel.types == ("float16", "int8", "float32")
+    assert dict(item.kernel.constants) == {"BLOCK": 64, "WIDTH": 64}
+    assert (item.kernel.num_warps, item.kernel.num_stages) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": None, "WIDTH": None}, "quantise lacks a value for scales, WIDTH"),
+        ({"bias": "factors"}, "quantise has no parameter bias"),
+        ({"scales": "factor"}, "quantise is given 'factor' for scales; there is no such buffer"),
+        ({"scales": 3}, "quantise wants a buffer or weight for scales, not 3"),
+        ({"WIDTH": "factors"}, "quantise wants a constant for WIDTH, not Argument"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    given = {name: value for name, value in (GIVEN | change).items() if value is not None}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Launcher(TENSORS)(convert.quantise, 1, **given)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-state8"])
+def test_a_layers_tensors_advance_and_what_a_format_lacks_is_absent(precision: str) -> None:
+    g = Geometry(D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1)
+    bucket = step_bucket(g, FORMATS[precision], 2, TUNING[2])
+    layers = bucket.step[1]
+    item = next(launch for launch in flat((layers,)) if launch.kernel.function is scan.scan)
+    pointers = [name for name in item.kernel.parameters if name not in constants(item.kernel)]
+    arguments = dict(zip(pointers, item.arguments, strict=True))
+    quantised = precision == "int8-state8"
+    assert arguments["state_scale"] == (("state_scale", 0) if quantised else ABSENT)
+    assert layers.times == 3  # type: ignore[union-attr]
+    strides = layers.strides  # type: ignore[union-attr]
+    assert strides["state"] == 2 * g.H * g.P * g.S * (1 if quantised else 4)
+    assert strides["conv_weight"] == g.K * g.X * 4
+    assert not {"residual", "position", "absent"} & set(strides)
+    assert ABSENT.name in bucket.buffers
+    assert ("state_scale" in bucket.buffers) == quantised
+
+
+def constants(kernel: KernelSpec) -> dict[str, Any]:
+    return dict(kernel.constants)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aim_runtime import Generator
+from aim_runtime.engines.interruptible import interruptible
+
+
+def test_what_work_returns_and_raises_goes_through() -> None:
+    assert interruptible(lambda: 5, lambda: None) == 5
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0, lambda: None)
+
+
+def test_another_thread_works_itself() -> None:
+    seen: list[str] = []
+
+    def work() -> None:
+        interruptible(lambda: seen.append(threading.current_thread().name), lambda: None)
+
+    thread = threading.Thread(target=work, name="other")
+    thread.start()
+    thread.join()
+    assert seen == ["other"]
+
+
+def test_a_signal_stops_the_work() -> None:
+    stopped = threading.Event()
+
+    def interrupt() -> None:
+        time.sleep(0.2)
+        signal.raise_signal(signal.SIGINT)
+
+    def work() -> None:
+        # A library's call, which no signal handler can end.
+        threading.Thread(target=interrupt).start()
+        assert stopped.wait(20)
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work, stopped.set)
+    assert time.monotonic() - started < 10
+
+
+def test_ctrl_c_while_a_model_loads(tiny: Path) -> None:
+    """Loading that takes for ever in ONNX Runtime ends at Ctrl-C, and by the flag it looks at."""
+    code = """
+    import sys, threading, time, os, signal
+    import onnxruntime
+    from aim_runtime import Generator
+
+    class Slow:
+        def __init__(self, model, options, **rest):
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            self.options = options
+            time.sleep(60)
+
+    onnxruntime.InferenceSession = Slow
+    try:
+        Generator.load(sys.argv[1], backend="cpu")
+    except KeyboardInterrupt:
+        print("interrupted")
+        sys.stdout.flush()
+        os._exit(0)
+    """
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tiny)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.stdout == "interrupted\n", done.stderr
+    assert time.monotonic() - started < 40
+
+
+def test_ctrl_c_while_an_image_is_decoded(tiny: Path) -> None:
+    class Slow:
+        def run(self, names: list[str], feed: dict[str, Any], options: Any) -> list[Any]:
+            threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+            until = time.monotonic() + 20
+            while not options.terminate and time.monotonic() < until:
+                time.sleep(0.01)
+            stopped.append(options.terminate)
+            raise RuntimeError("terminated")
+
+    stopped: list[bool] = []
+    with Generator.load(tiny, backend="cpu", threads=1) as generator:
+        engine: Any = generator._engine
+        engine._sessions = dataclasses.replace(engine._sessions, decoder=Slow())
+        with pytest.raises(KeyboardInterrupt):
+            engine.decode(np.zeros((1, 9), np.int64))
+    assert stopped == [True]

@@ -1,0 +1,774 @@
+"""What a bundle's graph may hold: a catalogue of graphs that no engine must ever see.
+
+Each is the tiny bundle's with one thing changed, under honest checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from aim_runtime import Bundle, BundleError, Generator
+from aim_runtime.bundle import models_dir
+from aim_runtime.onnx_graph import KNOWN_MANIFESTS, check, checked_graph
+from aim_runtime.onnx_graph.limits import GraphLimits
+
+from .tiny_bundle import copy_bundle, rehash
+
+Edit = Callable[[onnx.ModelProto], object]
+
+
+@pytest.fixture
+def edited(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a bundle whose graph is changed by an edit of its message or of its bytes."""
+
+    def make(edit: Edit, file: str = "step", raw: bytes | None = None) -> Path:
+        bundle = copy_bundle(tiny, tmp_path / "bundle")
+        path = bundle / f"{file}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        edit(model)
+        path.write_bytes(model.SerializeToString() if raw is None else raw)
+        rehash(bundle)
+        return bundle
+
+    return make
+
+
+def refused(bundle: Path, file: str = "step") -> str:
+    with pytest.raises(BundleError) as caught:
+        Generator.load(bundle, backend="cpu", threads=1)
+    message = str(caught.value)
+    assert message.startswith(f"{bundle}: {file}.onnx")
+    assert message.isprintable()
+    assert len(message) - len(str(bundle)) <= 250
+    return message
+
+
+# -- ways to change a graph -----------------------------------------------------------------------
+
+
+def replace(model: onnx.ModelProto, output: str, *nodes: onnx.NodeProto) -> None:
+    """Compute `output` by `nodes`, out of what was computed before as "old"."""
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == output:
+                node.output[index] = "old"
+    model.graph.node.extend(nodes)
+
+
+def node(op_type: str, inputs: str, outputs: str, domain: str = "", **attributes: Any) -> Any:
+    return helper.make_node(op_type, inputs.split(), outputs.split(), domain=domain, **attributes)
+
+
+def constant(model: onnx.ModelProto, name: str, value: object, dtype: Any = np.int64) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array(value, dtype), name))
+
+
+def initializer(model: onnx.ModelProto, name: str) -> TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
+def external(tensor: TensorProto, **entries: object) -> TensorProto:
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.ClearField("raw_data")
+    del tensor.external_data[:]
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def logits_by(*nodes: Any, **constants: object) -> Edit:
+    """The logits are computed by `nodes` out of "old", the honest ones."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        for name, value in constants.items():
+            constant(model, name, value)
+        replace(model, "logits", *nodes)
+
+    return edit
+
+
+def words(**entries: object) -> Edit:
+    """The table of words lies elsewhere."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        found = {entry.key: entry.value for entry in initializer(model, "words").external_data}
+        external(initializer(model, "words"), **(found | entries))
+
+    return edit
+
+
+def body(*nodes: Any) -> onnx.GraphProto:
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 16])
+    return helper.make_graph(list(nodes), "body", [], [value])
+
+
+def with_function(domain: str, name: str, *nodes: Any, calls: int = 1) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
+        function = helper.make_function(domain, name, ["x"], ["y"], list(nodes), opsets)
+        model.functions.append(function)
+        model.opset_import.append(helper.make_opsetid(domain, 1))
+        calls_made = [node(name, "old", "v0", domain)]
+        calls_made += [node(name, f"v{i}", f"v{i + 1}", domain) for i in range(calls - 1)]
+        replace(model, "logits", *calls_made, node("Identity", f"v{calls - 1}", "logits"))
+
+    return edit
+
+
+def doubled(times: int, op: str = "Concat", **attributes: Any) -> Edit:
+    nodes = [node(op, f"v{i} v{i}", f"v{i + 1}", **attributes) for i in range(times)]
+    last = node("Gather", f"v{times} first", "logits", axis=1)
+    return logits_by(node("Identity", "old", "v0"), *nodes, last, first=np.arange(16))
+
+
+def bad_external_constant(model: onnx.ModelProto) -> None:
+    tensor = TensorProto(name="v", data_type=TensorProto.FLOAT, dims=[1, 16])
+    external(tensor, location="step.weights", offset=0, length=64)
+    replace(
+        model, "logits", node("Constant", "", "c", value=tensor), node("Add", "old c", "logits")
+    )
+
+
+def recursive(model: onnx.ModelProto) -> None:
+    with_function("aim", "StateScan", node("StateScan", "x", "y", "aim"))(model)
+
+
+def many(model: onnx.ModelProto) -> None:
+    nodes = [node("Neg", f"v{i}", f"v{i + 1}") for i in range(20_000)]
+    replace(
+        model,
+        "logits",
+        node("Identity", "old", "v0"),
+        *nodes,
+        node("Neg", "v20000", "logits"),
+    )
+
+
+def grown(model: onnx.ModelProto) -> None:
+    """Something as large as the square of the rows."""
+    constant(model, "last", [-1])
+    constant(model, "flat", [1, -1])
+    replace(
+        model,
+        "logits",
+        node("Reshape", "old flat", "row"),
+        node("Transpose", "row", "column"),
+        node("MatMul", "column row", "square"),
+        node("ReduceSum", "square", "total", keepdims=1),
+        node("Add", "old total", "logits"),
+    )
+
+
+def many_at_once(model: onnx.ModelProto) -> None:
+    """Each is small; in an unlucky order all are there at the same time."""
+    constant(model, "times", [1, 64])
+    count = 200
+    nodes = [node("Tile", "old times", "wide")]
+    for i in range(count):
+        nodes += [
+            node("Exp", "wide" if not i else f"a{i - 1}", f"a{i}"),
+            node("ReduceSum", f"a{i} one_axis", f"f{i}", keepdims=1),
+        ]
+    constant(model, "one_axis", [1])
+    total = [node("Sum", " ".join(f"f{i}" for i in range(count)), "total")]
+    again = [node("ReduceMax", f"a{i} one_axis", f"g{i}", keepdims=1) for i in range(count)]
+    end = [node("Sum", " ".join(f"g{i}" for i in range(count)) + " total", "more")]
+    replace(model, "logits", *nodes, *total, *again, *end, node("Add", "old more", "logits"))
+
+
+def shares(model: onnx.ModelProto) -> None:
+    """Many tensors over the same bytes would each be copied."""
+    table = initializer(model, "words")
+    for i in range(50):
+        copy = model.graph.initializer.add()
+        copy.CopyFrom(table)
+        copy.name = f"copy{i}"
+
+
+CATALOGUE: dict[str, tuple[Edit, str]] = {
+    # other graphs inside
+    "if": (
+        logits_by(
+            node("If", "yes", "y", then_branch=body(), else_branch=body()),
+            node("Identity", "y", "logits"),
+            yes=True,
+        ),
+        "it has a graph inside of a node",
+    ),
+    "loop": (
+        logits_by(node("Loop", "n yes old", "logits", body=body()), n=2**62, yes=True),
+        "it has a graph inside of a node",
+    ),
+    "scan": (
+        logits_by(node("Scan", "old", "logits", body=body(), num_scan_inputs=1)),
+        "it has a graph inside of a node",
+    ),
+    "list of graphs": (
+        logits_by(node("Neg", "old", "logits", extra=[body()])),
+        "it has graphs inside of a node",
+    ),
+    # functions
+    "function": (with_function("evil", "F", node("Neg", "x", "y")), "brings a function along"),
+    "other function of ours": (
+        with_function("aim", "Other", node("Neg", "x", "y")),
+        "brings a function along",
+    ),
+    "function in place of an operator": (
+        with_function("com.microsoft", "Gelu", node("Abs", "x", "y")),
+        "brings a function along",
+    ),
+    "function that calls itself": (recursive, "'aim::StateScan' is not on the list"),
+    "function with a strange operator": (
+        with_function("aim", "StateScan", node("RandomNormalLike", "x", "y")),
+        "'RandomNormalLike' is not on the list",
+    ),
+    "function that grows what it gets": (
+        with_function("aim", "StateScan", node("Concat", "x x", "y", axis=1), calls=30),
+        "it takes up to",
+    ),
+    # operators
+    "random": (
+        logits_by(node("RandomNormalLike", "old", "r", scale=-1.0), node("Add", "old r", "logits")),
+        "'RandomNormalLike' is not on the list",
+    ),
+    "another domain": (
+        logits_by(node("Neg", "old", "logits", "ai.onnx.ml")),
+        "'ai.onnx.ml::Neg' is not on the list",
+    ),
+    "microsoft's other operators": (
+        logits_by(node("Tokenizer", "old", "logits", "com.microsoft")),
+        "'com.microsoft::Tokenizer' is not on the list",
+    ),
+    "engine context": (
+        logits_by(node("EPContext", "old", "logits", "com.microsoft", ep_cache_context="/etc")),
+        "is not on the list",
+    ),
+    "python": (logits_by(node("PyOp", "old", "logits", "ai.onnx.contrib")), "is not on the list"),
+    "optional": (logits_by(node("Optional", "old", "logits")), "is not on the list"),
+    "sequence": (logits_by(node("SequenceConstruct", "old", "logits")), "is not on the list"),
+    "data decides the size": (logits_by(node("NonZero", "old", "logits")), "is not on the list"),
+    "einsum": (
+        logits_by(node("Einsum", "old", "logits", equation="i,j->ij")),
+        "is not on the list",
+    ),
+    "name with line breaks": (
+        logits_by(node("x\n\x1b[31m" + "y" * 5000, "old", "logits")),
+        "is not on the list",
+    ),
+    # weights elsewhere
+    **{
+        f"weights in {location!r}": (words(location=location), "is in")
+        for location in (
+            "/etc/passwd",
+            "../outside",
+            "./step.weights",
+            "STEP.weights",
+            "",
+            "decoder.weights",
+            "step.weights\0",
+            "*/_ORT_MEM_ADDR_/*",
+        )
+    },
+    **{
+        f"weights from {offset}": (words(offset=offset), "'words'")
+        for offset in (1 << 40, 2**63, "-1", " 64", "+64", "0x40", "064", "1e3", "")
+    },
+    "too few weights": (words(length=508), "is given 508 bytes"),
+    "too many weights": (words(length=516), "is given 516 bytes"),
+    "weights twice": (shares, "out of a file of"),
+    "a constant's weights in a file": (bad_external_constant, "'value' that lies in a file"),
+    "raw memory": (words(location="*/_ORT_MEM_ADDR_/*", offset=4096), "is in"),
+    "key twice": (
+        lambda m: initializer(m, "words").external_data.add(key="location", value="x"),
+        "'location' twice",
+    ),
+    "unknown key": (
+        lambda m: initializer(m, "words").external_data.add(key="checksum", value="x"),
+        "location, offset and length",
+    ),
+    "both places": (
+        lambda m: setattr(initializer(m, "words"), "raw_data", bytes(512)),
+        "lies in two places",
+    ),
+    # tensors
+    "strings": (
+        lambda m: m.graph.initializer.append(
+            TensorProto(name="s", data_type=TensorProto.STRING, dims=[1], string_data=[b"x"])
+        ),
+        "it has a tensor of strings",
+    ),
+    "float64": (
+        lambda m: constant(m, "d", [1.0], np.float64),
+        "is of type 11",
+    ),
+    "shape without bytes": (
+        lambda m: m.graph.initializer.append(
+            TensorProto(name="z", data_type=TensorProto.FLOAT, dims=[1 << 30, 1 << 30])
+        ),
+        "has 0 bytes instead of",
+    ),
+    "negative size": (
+        lambda m: m.graph.initializer.append(
+            TensorProto(name="z", data_type=TensorProto.FLOAT, dims=[-1, -4], raw_data=bytes(16))
+        ),
+        "impossible shape",
+    ),
+    "one name twice": (lambda m: constant(m, "zero", 1), "the initializer 'zero' twice"),
+    "an input with a value": (lambda m: constant(m, "token", [1]), "gives its input 'token' a val"),
+    "sparse": (lambda m: m.graph.sparse_initializer.add(), "it has a sparse tensor"),
+    # growth
+    "concat doubles": (doubled(20, axis=1), "it takes up to"),
+    "concat doubles for ever": (doubled(2000, axis=1), "more elements than any model's"),
+    "expand": (
+        logits_by(
+            node("Expand", "zero_f huge", "e"),
+            node("ReduceMax", "e", "m", keepdims=0),
+            node("Add", "old m", "logits"),
+            huge=[1600, 1000, 1000],
+        ),
+        "it takes up to",
+    ),
+    "fill": (
+        logits_by(
+            node("ConstantOfShape", "huge", "e"),
+            node("ReduceMax", "e", "m", keepdims=0),
+            node("Add", "old m", "logits"),
+            huge=[1 << 33],
+        ),
+        "it takes up to",
+    ),
+    "tile": (
+        logits_by(
+            node("Tile", "old huge", "e"),
+            node("ReduceMax", "e last", "m", keepdims=1),
+            node("Add", "old m", "logits"),
+            huge=[1, 1 << 24],
+            last=[1],
+        ),
+        "it takes up to",
+    ),
+    "range": (
+        logits_by(
+            node("Range", "zero end step", "r"),
+            node("ReduceMax", "r", "m", keepdims=0),
+            node("Cast", "m", "f", to=1),
+            node("Add", "old f", "logits"),
+            end=1 << 32,
+            step=1,
+        ),
+        "it takes up to",
+    ),
+    "range the other way round": (
+        logits_by(node("Range", "zero end zero", "r"), node("Add", "old r", "logits"), end=5),
+        "not of whole numbers",
+    ),
+    "pad": (
+        logits_by(
+            node("Pad", "old by", "p"),
+            node("ReduceMax", "p last", "m", keepdims=1),
+            node("Add", "old m", "logits"),
+            by=[0, 0, 0, 1 << 30],
+            last=[1],
+        ),
+        "it takes up to",
+    ),
+    "negative pad": (
+        logits_by(node("Pad", "old by", "logits"), by=[0, -1, 0, 1]),
+        "by less than nothing",
+    ),
+    "outer product": (grown, "square of the rows"),
+    "a shape out of data": (
+        logits_by(
+            node("ConstantOfShape", "token", "e"),
+            node("ReduceMax", "e", "m", keepdims=0),
+            node("Add", "old m", "logits"),
+        ),
+        "a shape in it is not a constant",
+    ),
+    "an unlucky order": (many_at_once, "it takes up to"),
+    "many nodes": (many, "no model has"),
+    # what ends the process, or may
+    "the least number over -1": (
+        logits_by(
+            node("Div", "token minus", "d"),
+            node("Cast", "d", "f", to=1),
+            node("ReduceMax", "f", "m", keepdims=0),
+            node("Add", "old m", "logits"),
+            minus=-1,
+        ),
+        "divided by what is no positive constant",
+    ),
+    "divided by data": (
+        logits_by(node("Div", "token position", "d"), node("Identity", "old", "logits")),
+        "a shape in it is not a constant",
+    ),
+    "divided as int32": (
+        logits_by(
+            node("Cast", "token", "t", to=TensorProto.INT32),
+            node("Div", "t t", "d"),
+            node("Identity", "old", "logits"),
+        ),
+        "divided by what is no positive constant",
+    ),
+    "a mean of whole numbers": (
+        logits_by(node("ReduceMean", "token", "d"), node("Identity", "old", "logits")),
+        "a mean in it is not of float32",
+    ),
+    "no groups": (
+        logits_by(node("GroupNormalization", "old old old", "logits", num_groups=0)),
+        "impossible number of groups",
+    ),
+    "a part of a picture": (
+        logits_by(
+            node(
+                *("Resize", "old old scales", "logits"),
+                coordinate_transformation_mode="tf_crop_and_resize",
+            ),
+            scales=[1, 1],
+        ),
+        "it resizes a part of a tensor",
+    ),
+    "another plugin": (
+        lambda m: (
+            with_function("aim", "StateScan", node("Neg", "x", "y"))(m),
+            m.graph.node[-2].attribute.append(helper.make_attribute("plugin_version", "1")),
+        ),
+        "with other attributes than it has",
+    ),
+    # structure
+    "out of nothing": (logits_by(node("Neg", "ghost", "logits")), "which nothing before it makes"),
+    "in a circle": (
+        logits_by(node("Add", "old b", "a"), node("Neg", "a", "b"), node("Neg", "b", "logits")),
+        "which nothing before it makes",
+    ),
+    "made twice": (
+        logits_by(node("Neg", "old", "logits"), node("Neg", "old", "logits")),
+        "makes 'logits' twice",
+    ),
+    "output that nothing makes": (
+        lambda m: replace(m, "logits", node("Neg", "old", "other")),
+        "nothing in it makes its output 'logits'",
+    ),
+    "attribute twice": (
+        lambda m: m.graph.node[0].attribute.extend(
+            [helper.make_attribute("a", 1), helper.make_attribute("a", 2)]
+        ),
+        "the attribute 'a' twice",
+    ),
+    "attribute of two types": (
+        lambda m: m.graph.node[0].attribute.add(name="a", type=2, i=1, f=1.0),
+        "not of the type it says",
+    ),
+    "attribute that refers to another": (
+        lambda m: m.graph.node[0].attribute.add(name="a", type=2, ref_attr_name="b"),
+        "refers to another",
+    ),
+    "old operators": (
+        lambda m: setattr(m.opset_import[0], "version", 11),
+        "version 11 of operators",
+    ),
+    "operators to come": (
+        lambda m: setattr(m.opset_import[0], "version", 99),
+        "version 99 of operators",
+    ),
+    "unknown operators": (
+        lambda m: m.opset_import.append(helper.make_opsetid("evil", 1)),
+        "of operators 'evil'",
+    ),
+    "old IR": (lambda m: setattr(m, "ir_version", 3), "IR version 3"),
+    "training": (lambda m: m.training_info.add(), "it has training information"),
+    "quantisation": (
+        lambda m: m.graph.quantization_annotation.add(tensor_name="x"),
+        "it has a quantisation's annotations",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_what_no_graph_may_hold(edited: Callable[..., Path], name: str) -> None:
+    edit, says = CATALOGUE[name]
+    assert says in refused(edited(edit))
+
+
+def test_an_engine_never_sees_what_is_refused(
+    edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = edited(CATALOGUE["if"][0])
+    seen, real = [], onnxruntime.InferenceSession
+
+    def watched(model: bytes, *args: Any, **kwargs: Any) -> Any:
+        seen.append(model)
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    with pytest.raises(BundleError):
+        Generator.load(bundle, backend="cpu", threads=1)
+    assert seen == [(bundle / "prologue.onnx").read_bytes()]
+
+
+def test_work_is_bounded_besides_memory(
+    edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(edited(lambda model: None))
+    step = bundle.manifest.graphs["step"]
+    for row, fixed, says in ((100, 10**9, "operations a row"), (10**9, -1, "0 operations")):
+        limits = GraphLimits(10**9, 10**9, row, fixed)
+        monkeypatch.setattr(check, "graph_limits", lambda *of, limits=limits: limits)
+        with pytest.raises(BundleError, match=says):
+            checked_graph(bundle, step)
+
+
+# -- bytes that protocol buffers read in more than one way ----------------------------------------
+
+
+def field(number: int, value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def test_these_helpers_write_protocol_buffers() -> None:
+    model = onnx.ModelProto.FromString(field(1, 300) + field(2, b"me"))
+    assert (model.ir_version, model.producer_name) == (300, "me")
+
+
+GRAPH, FUNCTIONS = 7, 25
+SPELLINGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "a second graph that is merged": (lambda b: b + field(GRAPH, b""), "its field graph twice"),
+    "a second version": (lambda b: b + field(1, 9), "its field ir_version twice"),
+    "an unknown field": (lambda b: b + field(1000, b"x"), "unknown field, number 1000"),
+    "a field of another type": (lambda b: b + field(GRAPH, 1), "field graph is of another type"),
+    "a group": (lambda b: b + varint(GRAPH << 3 | 3), "field graph is of another type"),
+    "a reserved type": (lambda b: b + varint(GRAPH << 3 | 7), "field graph is of another type"),
+    "field number 0": (lambda b: b + b"\0\0", "unknown field, number 0"),
+    "a padded number": (lambda b: b + b"\x28\x81\0", "not in its shortest form"),
+    "a padded tag": (lambda b: b + b"\xa8\0\1", "not in its shortest form"),
+    "a number beyond 64 bits": (
+        lambda b: b + b"\x28" + b"\xff" * 9 + b"\x02",
+        "not in its shortest form",
+    ),
+    "a number without end": (lambda b: b + b"\x28" + b"\xff" * 20, "does not end"),
+    "cut in a number": (lambda b: b + b"\x28\x80", "does not end"),
+    "cut in a tag": (lambda b: b + b"\x80", "does not end"),
+    "longer than the file": (lambda b: b + varint(GRAPH << 3 | 2) + varint(1 << 40), "cut short"),
+    "empty": (lambda b: b"", "it holds no graph"),
+    "no ONNX": (lambda b: b"hello", "is not a graph that ONNX Runtime can run"),
+    "ONNX Runtime's own format": (
+        lambda b: b"\x08\x0a\x12\x04ORTM" + b.removeprefix(b"\x08\x09"),
+        "it is in ORT's own format",
+    ),
+    "not text": (
+        lambda b: b + field(8, field(1, b"\xff\xfe")),
+        "field domain is not text",
+    ),
+    "very deep": (lambda b: nested(b, 100_000), "is not a graph"),
+    "very many fields": (lambda b: b + field(2, b"") * (1 << 20), "more fields than any"),
+}
+
+
+def nested(data: bytes, depth: int) -> bytes:
+    for _ in range(depth):
+        data = field(GRAPH, data[-200:])
+    return data
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_file_has_one_reading(edited: Callable[..., Path], tiny: Path, name: str) -> None:
+    change, says = SPELLINGS[name]
+    raw = change((tiny / "step.onnx").read_bytes())
+    assert says in refused(edited(lambda model: None, raw=raw))
+
+
+def test_a_file_that_is_larger_than_any_graph(edited: Callable[..., Path]) -> None:
+    with pytest.raises(BundleError, match=r"files\['step\.onnx'\]\.size is 9000000"):
+        Generator.load(edited(lambda model: None, raw=bytes(9_000_000)))
+
+
+# -- what graphs may hold -------------------------------------------------------------------------
+
+ALLOWED: dict[str, Edit] = {
+    "notes": lambda m: (
+        setattr(m, "doc_string", "notes"),
+        m.metadata_props.add(key="a", value="b"),
+        m.graph.node[0].metadata_props.add(key="a", value="b"),
+        setattr(m.graph.node[0], "doc_string", "notes"),
+    ),
+    "types of values between": lambda m: m.graph.value_info.append(
+        helper.make_tensor_value_info("word", TensorProto.FLOAT, ["rows", 8])
+    ),
+    "numbers one by one": lambda m: (
+        initializer(m, "from_0").ClearField("raw_data"),
+        initializer(m, "from_0").int64_data.append(0),
+    ),
+    "constants as nodes": logits_by(
+        node("Constant", "", "c", value_float=1.0), node("Mul", "old c", "logits")
+    ),
+    "a function of ours": with_function("aim", "StateScan", node("Identity", "x", "y"), calls=5),
+    "shapes out of shapes": logits_by(
+        node("Shape", "old", "shape"),
+        node("Slice", "shape zero_1 one_1", "rows"),
+        node("Concat", "rows wide", "target", axis=0),
+        node("Expand", "zero_f target", "zeros"),
+        node("Reshape", "zeros shape", "again"),
+        node("Add", "old again", "logits"),
+        zero_1=[0],
+        one_1=[1],
+        wide=[16],
+    ),
+    "both halves": logits_by(
+        node("Split", "old", "a b", axis=1, num_outputs=2),
+        node("Concat", "a b", "logits", axis=1),
+    ),
+    "padding and cutting": logits_by(
+        node("Pad", "old by", "p"),
+        node("Slice", "p from to axis", "logits"),
+        by=[0, 2, 0, 1],
+        **{"from": [2], "to": [-1], "axis": [1]},
+    ),
+    "blocks": logits_by(
+        node("Reshape", "old square", "s"),
+        node("DepthToSpace", "s", "d", blocksize=2),
+        node("SpaceToDepth", "d", "e", blocksize=2),
+        node("Reshape", "e flat", "logits"),
+        square=[-1, 4, 2, 2],
+        flat=[0, 16],
+    ),
+    "half precision": logits_by(
+        node("Cast", "old", "h", to=TensorProto.FLOAT16),
+        node("Cast", "h", "logits", to=TensorProto.FLOAT),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_graphs_may_hold(edited: Callable[..., Path], name: str) -> None:
+    with Generator.load(edited(ALLOWED[name]), backend="cpu", threads=1) as generator:
+        assert generator.generate([0, 1]).array.shape == (2, 6, 6, 3)
+
+
+def quantised(model: onnx.ModelProto, *nodes: Any) -> None:
+    constant(model, "w8", np.arange(256).reshape(16, 16) % 7, np.uint8)
+    constant(model, "scale", 0.1, np.float32)
+    constant(model, "point", 3, np.uint8)
+    replace(model, "logits", *nodes)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+FUSED: dict[str, list[Any]] = {
+    "integer products": [
+        node("DynamicQuantizeLinear", "old", "q s z"),
+        node("MatMulInteger", "q w8 z point", "i"),
+        node("Cast", "i", "f", to=TensorProto.FLOAT),
+        node("Mul", "f s", "logits"),
+    ],
+    "quantised both ways": [
+        node("QuantizeLinear", "old scale point", "q"),
+        node("QLinearMatMul", "q scale point w8 scale point scale point", "p"),
+        node("DequantizeLinear", "p scale point", "logits"),
+    ],
+    "dynamic": [node("DynamicQuantizeMatMul", "old w8 scale point", "logits", "com.microsoft")],
+    "norm": [node("SimplifiedLayerNormalization", "old gain", "logits", axis=-1, epsilon=1e-5)],
+    "norm and sum": [
+        node("SkipSimplifiedLayerNormalization", "old old gain", "logits", "com.microsoft"),
+    ],
+    "gated norm": [node("GatedRMSNorm", "old gain old", "logits", "com.microsoft")],
+    "few bits": [
+        node(
+            *("MatMulNBits", "old packed scales", "logits", "com.microsoft"),
+            N=16,
+            K=16,
+            bits=4,
+            block_size=16,
+        )
+    ],
+    "activation": [node("QuickGelu", "old", "logits", "com.microsoft", alpha=1.7)],
+    "fused product": [node("FusedMatMul", "old square", "logits", "com.microsoft", alpha=0.5)],
+    "recurrence": [
+        node("Slice", "old zero_1 four_1 last", "quarter"),
+        node("Reshape", "quarter packed_shape", "q"),
+        node("Reshape", "old state_shape", "state"),
+        node("ReduceMean", "old last", "mean", keepdims=1),
+        node("Reshape", "mean decay_shape", "slower"),
+        node(
+            *("LinearAttention", "q q q state slower", "attended after", "com.microsoft"),
+            q_num_heads=1,
+            kv_num_heads=1,
+            update_rule="gated",
+        ),
+        node("Tile", "attended four", "wide"),
+        node("Reshape", "wide flat", "logits"),
+    ],
+    "causal convolution": [
+        node("Reshape", "old channels", "by_channel"),
+        node("Slice", "by_channel zero_1 three last2", "past"),
+        node("CausalConvWithState", "by_channel kernels bias past", "z after", "com.microsoft"),
+        node("Reshape", "z flat", "logits"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_and_quantised_operators(edited: Callable[..., Path], name: str) -> None:
+    """Those that step graphs to come are made of, as ONNX Runtime takes them."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        quantised(model, *FUSED[name])
+        constant(model, "gain", np.ones(16), np.float32)
+        constant(model, "packed", np.full((16, 1, 8), 0x79), np.uint8)
+        constant(model, "scales", np.full((16, 1), 0.1), np.float32)
+        constant(model, "square", np.eye(16), np.float32)
+        constant(model, "kernels", np.ones((4, 1, 4)), np.float32)
+        constant(model, "bias", np.zeros(4), np.float32)
+        for key, value in {
+            "packed_shape": [-1, 1, 4],
+            "state_shape": [-1, 1, 4, 4],
+            "decay_shape": [-1, 1, 1],
+            "last": [1],
+            "four": [1, 1, 4],
+            "flat": [-1, 16],
+            "channels": [-1, 4, 4],
+            "zero_1": [0],
+            "four_1": [4],
+            "three": [3],
+            "last2": [2],
+        }.items():
+            constant(model, key, value)
+
+    with Generator.load(edited(edit), backend="cpu", threads=1) as generator:
+        assert generator.generate([0, 1]).array.shape == (2, 6, 6, 3)
+
+
+def test_the_model_in_the_box_holds_what_it_may() -> None:
+    bundle = Bundle.open(models_dir() / "emoji")
+    for graph in bundle.manifest.graphs.values():
+        check.check_graph(bytes(bundle.read(graph.file)), bundle, graph)
+    # A model that is exported anew has another manifest: name it there.
+    assert bundle.manifest_sha256 in KNOWN_MANIFESTS
+
+
+def test_a_known_manifest_vouches_for_its_own_graphs_only(tmp_path: Path) -> None:
+    """Whatever is changed in a copy of the model in the box, it is read anew or refused."""
+    bundle = copy_bundle(models_dir() / "emoji", tmp_path / "bundle")
+    model = onnx.load(bundle / "prologue.onnx", load_external_data=False)
+    replace(model, "final_modulation", node("RandomNormalLike", "old", "final_modulation"))
+    (bundle / "prologue.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"prologue\.onnx is altered"):
+        Generator.load(bundle, backend="cpu", threads=1)
+    rehash(bundle)
+    assert "'RandomNormalLike' is not on the list" in refused(bundle, "prologue")

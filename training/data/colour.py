@@ -1,0 +1,157 @@
+"""Pixels of any of Pillow's modes as 8-bit RGB, each mode by its meaning.
+
+Two steps, between which an image is cut and resized: :func:`eight_bit` keeps transparency and
+colour space and only brings samples to bytes; :func:`on_white` makes sRGB of what is left.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+#: 16-bit grey as bytes, as Pillow itself reads 16-bit colour: 65535 is white.
+_SIXTEEN_BITS = [value >> 8 for value in range(65536)]
+#: Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
+_INTEGER_WHITES = (255.0, 65535.0, 2.0**31 - 1)
+#: The largest value up to which floating-point samples have which white. Filters overshoot: a
+#: picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
+_FLOAT_WHITES = ((2.0, 1.0), (256.0, 255.0), (65536.0, 65535.0))
+#: What lies below black may have this share of white; more than an overshoot is no picture.
+_UNDERSHOOT = 0.1
+#: Modes whose colours a profile of this space describes.
+_PROFILED = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
+
+
+def eight_bit(image: Image.Image, format: str | None) -> Image.Image:
+    """A loaded image in mode L, LA, RGB, RGBA or CMYK with its content unchanged.
+
+    Args:
+        image: any mode.
+        format: Pillow's name of the file's format.
+
+    Raises:
+        ValueError: its samples are no picture, such as floats that are not finite.
+    """
+    mode = image.mode
+    if mode.startswith("I;16"):
+        return _sixteen_bit(image)
+    if mode == "I":
+        if format in ("PNG", "PPM"):  # where 32 bits are only room for 16
+            return _sixteen_bit(image)
+        return _scaled(image, _integer_white(image))
+    if mode == "F":
+        return _scaled(image, _float_white(image))
+    if mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
+        return image
+    if mode == "La":  # Pillow has no shorter way from premultiplied grey
+        return image.convert("LA")
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return image.convert("L" if mode == "1" else "RGB")
+
+
+def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """What :func:`eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
+
+    Args:
+        image: mode L, LA, RGB, RGBA or CMYK.
+        profile: the file's ICC profile. One that is broken, or for another kind of colours than
+            the image's, counts for nothing.
+    """
+    if image.mode in ("LA", "RGBA"):
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+        image = image.convert("RGB")
+    transform = _to_srgb(profile, image.mode) if profile else None
+    if transform is not None:
+        return transform.apply(image)
+    return image.convert("RGB")
+
+
+def _sixteen_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey as bytes; the value that a PNG calls transparent becomes so."""
+    wide = image.convert("I")
+    grey = wide.point(_SIXTEEN_BITS, "L")
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int) or not 0 <= clear < 65536:
+        return grey
+    opacity = [255] * 65536
+    opacity[clear] = 0
+    return Image.merge("LA", (grey, wide.point(opacity, "L")))
+
+
+def _integer_white(image: Image.Image) -> float:
+    low, high = _extrema(image)
+    if low < 0:
+        raise ValueError(f"its 32-bit samples go down to {low:.4g}; none may be negative")
+    return next(white for white in _INTEGER_WHITES if high <= white)
+
+
+def _float_white(image: Image.Image) -> float:
+    low, high = _extrema(image)
+    if not (math.isfinite(low) and math.isfinite(high) and np.isfinite(np.asarray(image)).all()):
+        raise ValueError("its floating-point samples are not all finite numbers")
+    white = next((white for largest, white in _FLOAT_WHITES if high <= largest), None)
+    if white is not None and low >= -_UNDERSHOOT * white:
+        return white
+    raise ValueError(
+        f"its floating-point samples go from {low:.4g} to {high:.4g}; expected 0 to 1, 0 to 255 "
+        "or 0 to 65535"
+    )
+
+
+def _extrema(image: Image.Image) -> tuple[float, float]:
+    low, high = image.getextrema()
+    assert not isinstance(low, tuple)
+    assert not isinstance(high, tuple)
+    return low, high
+
+
+def _scaled(image: Image.Image, white: float) -> Image.Image:
+    """One channel of wide samples as bytes, ``white`` as 255."""
+    grey = Image.new("L", image.size)
+    rows = max(
+        1, 2**20 // image.width
+    )  # in strips: doubles of a whole image would take eight times
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        samples = np.asarray(strip, np.float64) * (255 / white)
+        grey.paste(Image.fromarray(samples.round().clip(0, 255).astype(np.uint8)), (0, top))
+    return grey
+
+
+class _Transform:
+    """From a profile's colours to sRGB."""
+
+    def __init__(self, cms: Any, profile: Any, mode: str) -> None:
+        self._cms = cms
+        self._transform = cms.buildTransform(profile, cms.createProfile("sRGB"), mode, "RGB")
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        result = self._cms.applyTransform(image, self._transform)
+        assert isinstance(result, Image.Image)
+        return result
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> _Transform | None:
+    """The way from this profile to sRGB; None where there is nothing to do or no way."""
+    try:
+        from PIL import ImageCms
+    except ImportError:  # Pillow was built without LittleCMS
+        return None
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space != _PROFILED[mode]:
+            return None
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(opened).lower():
+            return None  # and so sRGB images stay as they are, to the byte
+        return _Transform(ImageCms, opened, mode)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None

@@ -1,0 +1,60 @@
+"""The devices of a run, and the processes that share it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from aim_training.errors import TrainingError
+from aim_training.options import TrainingOptions
+
+
+def make_accelerator(options: TrainingOptions) -> Accelerator:
+    """The process group and device of this run.
+
+    Started by ``torchrun`` on a machine without a GPU, the processes share each batch through
+    gloo.
+
+    Raises:
+        TrainingError: there is no GPU to compile for, there are fewer than processes, or the
+            processes do not find each other.
+    """
+    world = _from_environment("WORLD_SIZE")
+    here = _from_environment("LOCAL_WORLD_SIZE")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if world > 1 and gpus and not on_cpu and here > gpus:
+        raise TrainingError(
+            f"{here} processes were started on a machine with {gpus} GPUs; start one a GPU "
+            f"(torchrun --nproc-per-node {gpus})"
+        )
+    # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
+    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu or (world > 1 and not gpus))
+    if accelerator.num_processes != world:
+        raise TrainingError(
+            f"{world} processes were started, and {accelerator.num_processes} found each other; "
+            "they would train apart in one folder"
+        )
+    if options.compile and accelerator.device.type != "cuda":
+        # For CPUs, PyTorch 2.13 compiles the gradient of bf16 upsampling to zeros.
+        raise TrainingError(
+            f"compile needs an NVIDIA GPU, and this run would use {accelerator.device.type}"
+        )
+    return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processes_here() -> int:
+    """Processes of this training on this machine."""
+    return _from_environment("LOCAL_WORLD_SIZE")
+
+
+def _from_environment(name: str) -> int:
+    value = os.environ.get(name, "1")
+    return int(value) if value.isdecimal() and int(value) else 1

@@ -1,0 +1,119 @@
+"""What changed between the calls that trained a run: announced, recorded, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from aim_training.errors import TrainingError
+from aim_training.options import TrainingOptions, recipe
+from aim_training.saves import Saves, from_json
+
+#: Options that decide nothing about what is trained.
+_HOUSEKEEPING = frozenset(
+    (
+        "workers",
+        "resident_limit_mb",
+        "log_every",
+        "sample_every",
+        "save_every",
+        "sample_count",
+        "sample_guidance",
+        "allow_changed_data",
+        "export_weights",
+    )
+)
+#: Parts of a fingerprint that `--allow-changed-data` lets differ.
+_DATA = frozenset(("data_digest",))
+
+
+def newest_of_same_run(
+    saves: Saves, ours: Mapping[str, Any], options: TrainingOptions
+) -> dict[str, Any] | None:
+    """The newest checkpoint, None without any; nothing is changed yet.
+
+    Args:
+        saves: of the run folder.
+        ours: this call's fingerprint.
+        options: of this call.
+
+    Raises:
+        TrainingError: this call may not go on from it.
+    """
+    newest = saves.newest()
+    if newest is None:
+        return None
+    state = saves.read(newest)
+    theirs = from_json(state["fingerprint"])
+    check_same_run(theirs if isinstance(theirs, dict) else {}, ours, options)
+    if newest > options.steps:
+        raise TrainingError(
+            f"steps is {options.steps}, but {options.out} has trained {newest} already; ask for as "
+            "many or more"
+        )
+    return state
+
+
+def check_same_run(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], options: TrainingOptions
+) -> None:
+    """Refuses to go on with another run.
+
+    Args:
+        theirs: the checkpoint's fingerprint.
+        ours: this call's.
+        options: whether data may have changed, and the folder's name.
+
+    Raises:
+        TrainingError: something differs that makes two runs two.
+    """
+    different = sorted(
+        name
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name] and not (options.allow_changed_data and name in _DATA)
+    )
+    if "class_names" in different:
+        # Before the geometry, which counts the classes.
+        raise TrainingError(_other_classes(theirs["class_names"], ours["class_names"], options))
+    if not different:
+        return
+    name = different[0]
+    if name in _DATA:
+        raise TrainingError(
+            f"the images under {options.data} are not those that {options.out} was trained on "
+            "(added, removed or changed); --allow-changed-data goes on with them as they are now"
+        )
+    raise TrainingError(
+        f"{options.out} holds another run: its {name} is {_short(theirs[name])}, now it is "
+        f"{_short(ours[name])}; choose another run folder or the same settings"
+    )
+
+
+def changes(theirs: Mapping[str, Any], options: TrainingOptions) -> dict[str, list[Any]]:
+    """Options that decide what is trained and differ, each as [before, now]."""
+    ours = json.loads(json.dumps(recipe(options)))
+    return {
+        name: [theirs[name], value]
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value and name not in _HOUSEKEEPING
+    }
+
+
+def _other_classes(theirs: list[str], ours: list[str], options: TrainingOptions) -> str:
+    added, gone = sorted(set(ours) - set(theirs)), sorted(set(theirs) - set(ours))
+    parts = [
+        f"{what} {_short(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        for what, names in (("has now", added), ("has no longer", gone))
+        if names
+    ]
+    return (
+        f"{options.out} was trained on other classes: {options.data} "
+        f"{' and '.join(parts) or 'lists them in another order'}; a model's classes cannot change, "
+        "so choose another run folder"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,128 @@
+"""What a trainer brings to the loop."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from PIL import Image
+from torch import Tensor, nn
+
+from aim_training.learner import Learner
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The held-out score by which weights are called better.
+
+    Attributes:
+        score: its name among those of :meth:`Task.evaluate`.
+        better: which way is better.
+        trusted: whether it tells the better weights in this training; where it does not, the last
+            weights are exported unless asked otherwise, and nothing warns of overfitting.
+    """
+
+    score: str
+    better: Literal["lower", "higher"]
+    trusted: bool = True
+
+    def prefers(self, new: float, old: float) -> bool:
+        """Whether ``new`` is better than ``old``."""
+        return new < old if self.better == "lower" else new > old
+
+
+def at(network: Network, weights: Mapping[str, Tensor] | None) -> Network:
+    """A network of the same kind on the CPU that holds ``weights``; itself without any."""
+    if weights is None:
+        return network
+    other = copy.deepcopy(network).cpu()
+    other.load_state_dict(dict(weights))
+    return other
+
+
+class Task(ABC):
+    """What a trainer brings to the loop.
+
+    The constructor reads folders and builds networks; work that takes long is left to
+    :meth:`prepare`, which the loop calls once it knows that the run may go on.
+
+    Attributes:
+        learners: the networks under training by name; the first is the one exported.
+        judge: how evaluations are compared.
+        smaller: the options that make this training take less memory, for messages.
+    """
+
+    learners: dict[str, Learner[Any]]
+    judge: Judge
+    smaller: str
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Opens or encodes the images."""
+
+    @abstractmethod
+    def batches(self, first: int, last: int) -> Iterator[Any]:
+        """The batches of steps ``first`` to ``last`` - 1, this process's share."""
+
+    @abstractmethod
+    def blank(self, count: int) -> Any:
+        """A batch of ``count`` blank images, for a rehearsal."""
+
+    @abstractmethod
+    def train_step(self, step: int, progress: float, batch: Any) -> dict[str, Tensor]:
+        """Updates the learners; returns scalars on the device (never waits for it)."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Scores of the averaged networks on held-out data, empty without such data."""
+
+    @abstractmethod
+    def picture(self) -> Image.Image:
+        """Images that show what the averaged networks can do by now."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that must agree for a checkpoint to be resumed."""
+
+    @abstractmethod
+    def held_out_digest(self) -> str | None:
+        """Tells held-out data from other held-out data; None without any."""
+
+    @abstractmethod
+    def averaged(self) -> nn.Module:
+        """The averaged network that :meth:`export` writes."""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The file that :meth:`export` writes."""
+
+    @abstractmethod
+    def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
+        """Writes averaged weights with ``facts`` (steps, minutes, scores) beside them.
+
+        Args:
+            weights: an earlier state of :meth:`averaged`; None for its present one.
+            facts: JSON values.
+        """
+
+    def window(self) -> dict[str, float]:
+        """Numbers gathered since the last call, for the log."""
+        return {}
+
+    def remark(self) -> str | None:
+        """A sentence for the end of the training."""
+        return None
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The very tensors to keep in checkpoints besides the learners."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Takes up what :meth:`extra_state` gave."""
