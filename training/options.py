@@ -104,7 +104,7 @@ class TrainingOptions:
     )
     compile: bool = _option(
         False,
-        "Compile the tokenizer (minutes at the start, faster after); the model has its own kernels.",
+        "Compile the tokenizer: minutes at the start, faster after. The model has own kernels.",
     )
     workers: int = _option(
         8, "Processes that read images, where they do not fit in memory.", least=0, most=1024
