@@ -98,8 +98,11 @@ class Bundle:
         """Memory for the file `name`. Mapped without a file: it is not filled with zeros first."""
         try:
             if size and hasattr(mmap, "MAP_ANONYMOUS"):
-                private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-                return memoryview(mmap.mmap(-1, size, flags=private))
+                memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with contextlib.suppress(OSError):  # a kernel made without them
+                        memory.madvise(mmap.MADV_HUGEPAGE)
+                return memoryview(memory)
             return memoryview(bytearray(size))
         except (MemoryError, OSError):
             raise BundleError(

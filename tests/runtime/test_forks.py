@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -111,18 +110,31 @@ def test_an_engine_that_cannot_be_loaded_again_says_so(
     assert own.generate([0]).tokens.shape == loaded.generate([0]).tokens.shape
 
 
-def _draw(path: Path) -> list[list[int]]:
-    with Generator.load(path, backend="cpu") as generator:
-        tokens: list[list[int]] = generator.generate([0, 1], seed=4).tokens.tolist()
-        return tokens
+# A program of its own: a spawned worker imports the one that started it.
+POOL = """
+import multiprocessing, sys, warnings
+import aim_runtime
+
+def draw(path):
+    with aim_runtime.Generator.load(path, backend="cpu") as generator:
+        return generator.generate([0, 1], seed=4).tokens.tolist()
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # from 3.12 on of a fork beside threads
+    path, method = sys.argv[1:]
+    expected = draw(path)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map_async(draw, [path] * 4).get(timeout=60) == [expected] * 4
+"""
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_multiprocessing(tiny: Path, method: str) -> None:
-    expected = _draw(tiny)
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map_async(_draw, [tiny] * 4).get(timeout=60) == [expected] * 4
+def test_multiprocessing(tiny: Path, tmp_path: Path, method: str) -> None:
+    program = tmp_path / "pool.py"
+    program.write_text(POOL, encoding="utf-8")
+    command = [sys.executable, str(program), str(tiny), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_generator_stays_in_its_process_and_says_so(generator: Generator) -> None:

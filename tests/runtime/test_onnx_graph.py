@@ -750,7 +750,15 @@ def test_fused_and_quantised_operators(edited: Callable[..., Path], name: str) -
         }.items():
             constant(model, key, value)
 
-    with Generator.load(edited(edit), backend="cpu", threads=1) as generator:
+    bundle = edited(edit)
+    try:
+        generator = Generator.load(bundle, backend="cpu", threads=1)
+    except BundleError as error:
+        # Past the check, for only then it gets there: this ONNX Runtime is older than the operator.
+        if "is not a registered function/op" not in str(error):
+            raise
+        pytest.skip("this ONNX Runtime lacks the operator")
+    with generator:
         assert generator.generate([0, 1]).array.shape == (2, 6, 6, 3)
 
 
