@@ -60,7 +60,11 @@ def model_bytes(bundle: Bundle) -> int:
 
 
 def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
-    """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any."""
+    """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any.
+
+    What cannot be read of them, damaged or newer than this runtime, hides nothing else.
+    """
+    from aim_runtime import BundleError
     from aim_runtime.engines.cuda.architecture import describe
     from aim_runtime.engines.cuda.plan import architectures, precisions
     from aim_runtime.engines.cuda.plan_reader import read_plan
@@ -68,10 +72,14 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     formats = precisions(bundle.manifest)
     if not formats:
         return None
+    try:
+        compiler = read_plan(bundle, formats[0]).compiler or "an unrecorded compiler"
+    except BundleError as error:
+        compiler = f"an unknown compiler ({error})"
     return {
         "precisions": formats,
         "compute_capabilities": describe(architectures(bundle.manifest)).split(", "),
-        "compiler": read_plan(bundle, formats[0]).compiler,
+        "compiler": compiler,
     }
 
 
@@ -148,9 +156,9 @@ def card(bundle: Bundle) -> str:
         formats, capabilities = (
             ", ".join(kernels[key]) for key in ("precisions", "compute_capabilities")
         )
-        made_by = kernels["compiler"] or "an unrecorded compiler"
-        shown = f"{formats} for compute capability {capabilities}, compiled by {made_by}"
-        pairs.insert(-1, ("CUDA kernels", shown))
+        made_by = f"compiled by {kernels['compiler']}"
+        line = f"{formats} for compute capability {capabilities}, {made_by}"
+        pairs.insert(-1, ("CUDA kernels", line))
     return fields(pairs)
 
 

@@ -74,7 +74,7 @@ def command(
         from aim_training.plan import make_plan
         from aim_training.run_folder import run_folder
     with requires("export", "aim train"):
-        import aim_export  # noqa: F401
+        import aim_export.bundle  # noqa: F401
     if size is not None and size % 16:
         raise click.UsageError(f"--size is {size}; it must be a multiple of 16")
     if not math.isfinite(minutes):

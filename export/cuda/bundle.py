@@ -92,11 +92,12 @@ def compile_engines(
     drafts = [draft_plan(bundle, precision, constants) for precision in precisions]
     kernels = {id: kernel for draft in drafts for id, kernel in draft.kernels().items()}
     shown = ", ".join(f"{capability / 10}" for capability in capabilities)
-    say(f"compiling {len(kernels)} kernels for compute capability {shown} with {compiler()}")
+    say(f"compiling {len(kernels)} kernels for compute capability {shown}")
     if compiler() != f"Triton {MEASURED_TRITON}":
         say(
-            f"the published speeds are of kernels that Triton {MEASURED_TRITON} compiled; other "
-            "releases have been slower: pip install 'aim-runtime[kernels]' brings that one"
+            f"with {compiler()}; the published speeds are of kernels that Triton {MEASURED_TRITON} "
+            "compiled, and other releases have been slower: pip install 'aim-runtime[kernels]' "
+            "brings that one"
         )
     try:
         binaries = compile_kernels(kernels.values(), capabilities, progress=progress)

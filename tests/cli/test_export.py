@@ -443,8 +443,8 @@ def test_class_names_that_are_no_text_file(cli: Cli, checkpoint: Path, folder: P
 def test_kernels_for_a_bundle_take_no_pytorch(spawn: Spawn, folder: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     program = (
-        "import sys; sys.modules['torch'] = None; from aim_export.cuda.bundle import build_plan; "
-        "from aim_export.cuda.step import Constants; from aim_runtime import Bundle; "
-        "print(len(build_plan(Bundle.open(), 'fp16', Constants()).kernels()) > 10)"
+        "import sys; sys.modules['torch'] = None; from aim_export.cuda.bundle import draft_plan; "
+        "from aim_export.cuda.weights import Constants; from aim_runtime import Bundle; "
+        "print(len(draft_plan(Bundle.open(), 'fp16', Constants()).kernels()) > 10)"
     )
     assert spawn(python=("-c", program)).communicate(timeout=120) == ("True\n", "")

@@ -65,6 +65,18 @@ def test_kernels_are_listed_with_what_compiled_them(cli: Cli, bundle: Path, tmp_
     assert "CUDA kernels" not in cli("info", bundle).stdout
 
 
+def test_kernels_that_cannot_be_read_hide_nothing_else(
+    cli: Cli, bundle: Path, tmp_path: Path
+) -> None:
+    newer = toy_plan("int8") | {"format_version": 99}
+    shown = cli("info", write_toy_bundle(bundle, tmp_path / "toy", newer))
+    assert shown.exit_code == 0
+    text = " ".join(shown.stdout.split())
+    assert "compiled by an unknown compiler" in text
+    assert "made by a newer aim-runtime (format 99" in text
+    assert "backends" in text
+
+
 def test_an_unavailable_backend_says_why(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

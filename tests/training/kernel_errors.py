@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,6 +161,23 @@ ERRORS = {
 }
 
 
+def bound_loops() -> None:
+    """Let Triton 3.6's interpreter run loops whose bounds are computed, as later ones do.
+
+    It asks an array of one number for a whole number, which NumPy gives of none but scalars.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if __name__ == "__main__":
+    bound_loops()
     torch.set_float32_matmul_precision("highest")
     print(json.dumps({name: form("cpu", torch.float32, **SMALL) for name, form in ERRORS.items()}))
