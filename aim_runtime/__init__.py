@@ -9,13 +9,13 @@ Importing the package needs NumPy only; ONNX Runtime and Pillow are imported whe
 
 from __future__ import annotations
 
+from aim_runtime.batching import BatchPlan, plan_batches
 from aim_runtime.bundle import Bundle, models_dir, write_bundle
-from aim_runtime.engine import BackendStatus, available_backends
+from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.engines.backends import BackendStatus, available_backends
 from aim_runtime.errors import AimError, BackendError, BundleError, RequestCancelled
 from aim_runtime.generator import Generator, Preview, Result
 from aim_runtime.images import contact_sheet, save_png
-from aim_runtime.manifest import Manifest
-from aim_runtime.plan import BatchPlan, plan_batches
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 

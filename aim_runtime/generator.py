@@ -36,13 +36,14 @@ from aim_runtime.arguments import (
     shown,
     whole_number,
 )
+from aim_runtime.batching import BatchPlan, check_memory_limit
 from aim_runtime.bundle import Bundle
+from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.class_names import ClassLike, ClassNames, listed
-from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Engine
 from aim_runtime.errors import AimError, BackendError, RequestCancelled
-from aim_runtime.manifest import Manifest
 from aim_runtime.noise import uniforms
-from aim_runtime.plan import BatchPlan, check_memory_limit
 from aim_runtime.result import UNDECIDED, Preview, Result
 from aim_runtime.sampling import SamplingOptions
 

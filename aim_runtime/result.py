@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.engine import Engine
+from aim_runtime.engines.base import Engine
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aim_cli import human
-from aim_cli.bench import machine
+from aim_cli.commands.bench import machine
 from aim_cli.measure import Measurement, Workload, measure
 from aim_cli.options import EngineOptions
 from aim_runtime import Bundle
@@ -226,7 +226,7 @@ def compare_steps(bundle: str, preset: str, threads: int | None) -> dict[str, fl
     import torch
 
     from aim_runtime import Bundle
-    from aim_runtime.engine import load_engine
+    from aim_runtime.engines.backends import load_engine
     from aim_training.config import PRESETS
 
     cores = threads or machine()["cores"]

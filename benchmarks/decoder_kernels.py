@@ -32,7 +32,7 @@ from aim_export.cuda.decoder import DecoderPart, lower_decoder
 from aim_export.cuda.decoder_tiles import Storage
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.stored import StoredTensor
-from aim_export.decoder import Pictures
+from aim_export.onnx.decoder import Pictures
 from aim_runtime.engines.cuda.plan import Argument, Launch, flat
 from aim_runtime.engines.cuda.plan import Tensor as PlanTensor
 from aim_training.config import TokenizerConfig

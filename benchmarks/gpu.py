@@ -40,12 +40,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_cli import human
-from aim_cli.bench import machine
+from aim_cli.commands.bench import machine
 from aim_cli.dataclass_options import CommaSeparated
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from aim_runtime.engine import Engine
+    from aim_runtime.engines.base import Engine
     from aim_training.model import AiM
 
 SETTINGS = {"cfg_scale": 4.0, "temperature": 1.0, "top_k": 600, "top_p": 0.98}
@@ -571,8 +571,8 @@ def measure_copy(keep: Keep) -> None:
     """Bytes read and written a second when one buffer of the GPU is copied to another."""
     from cuda.bindings import driver
 
-    from aim_runtime.engines import nvidia_driver
-    from aim_runtime.engines.cuda.driver import CudaDevice
+    from aim_runtime.engines.gpu import nvidia_driver
+    from aim_runtime.engines.gpu.driver import CudaDevice
 
     device = CudaDevice(0)
     keep(gpu=nvidia_driver.gpu_name(0), cuda_driver=nvidia_driver.cuda_version())
@@ -610,7 +610,7 @@ def measure_speed(
     """
     called = time.perf_counter()
     from aim_runtime import Bundle, Generator
-    from aim_runtime.engine import load_engine
+    from aim_runtime.engines.backends import load_engine
 
     imported = time.perf_counter()
     memory = GpuMemory(backend != "cpu")  # CUDA's context is made here: part of the load
@@ -772,7 +772,7 @@ class GpuMemory:
         self.peak: int | None = None
         self._present = present
         if present:
-            from aim_runtime.engines import nvidia_driver
+            from aim_runtime.engines.gpu import nvidia_driver
 
             # Held until the process ends: a context made and dropped at each look would be slow.
             self._context = nvidia_driver._current(0)
@@ -807,7 +807,7 @@ class GpuMemory:
             self.peak = self._before - min(least, self._free())
 
     def _free(self) -> int:
-        from aim_runtime.engines import nvidia_driver
+        from aim_runtime.engines.gpu import nvidia_driver
 
         return nvidia_driver.free_bytes(0)
 
@@ -845,7 +845,7 @@ def compare_formats(
     guidance and without.
     """
     from aim_runtime import Bundle, Generator
-    from aim_runtime.engine import load_engine
+    from aim_runtime.engines.backends import load_engine
 
     engine = load_engine(Bundle.open(path), backend=backend, precision=precision)
     generator = Generator(Bundle.open(path), engine)

@@ -16,8 +16,8 @@ import argparse
 import numpy as np
 
 from aim_runtime import Bundle
-from aim_runtime.engines.cuda.driver import CudaDevice
 from aim_runtime.engines.cuda.engine import CudaEngine
+from aim_runtime.engines.gpu.driver import CudaDevice
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import SamplingOptions
 

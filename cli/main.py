@@ -36,12 +36,12 @@ class AimGroup(LazyGroup):
 @click.command(
     cls=AimGroup,
     commands=[
-        LazyCommand("generate", "Draw images. Start here.", "aim_cli.generate"),
-        LazyCommand("info", "What a bundle is, holds and needs.", "aim_cli.info"),
-        LazyCommand("sample", "Draw a data set for FID, restartable.", "aim_cli.sample"),
-        LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.bench"),
-        LazyCommand("export", "Turn a checkpoint into a bundle.", "aim_cli.export"),
-        LazyCommand("train", "Train a tokenizer or a model.", "aim_cli.train"),
+        LazyCommand("generate", "Draw images. Start here.", "aim_cli.commands.generate"),
+        LazyCommand("info", "What a bundle is, holds and needs.", "aim_cli.commands.info"),
+        LazyCommand("sample", "Draw a data set for FID, restartable.", "aim_cli.commands.sample"),
+        LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.commands.bench"),
+        LazyCommand("export", "Turn a checkpoint into a bundle.", "aim_cli.commands.export"),
+        LazyCommand("train", "Train a tokenizer or a model.", "aim_cli.commands.train"),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="'aim COMMAND --help' explains a command. Exit codes: 0 done, 2 a problem that the "

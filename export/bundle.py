@@ -11,10 +11,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from aim_export.decoder import lower_decoder
 from aim_export.errors import ExportError
-from aim_export.graph import Precision, write_graph
-from aim_export.lowering import lower_prologue, lower_step
 from aim_export.manifest import (
     PUBLISHED_SAMPLING,
     Report,
@@ -27,11 +24,14 @@ from aim_export.manifest import (
     model_card,
     state_pairs,
 )
+from aim_export.onnx.decoder import lower_decoder
+from aim_export.onnx.graph import Precision, write_graph
+from aim_export.onnx.lowering import lower_prologue, lower_step
 from aim_export.parity import ParityReport, Progress, check_parity
 from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
-from aim_runtime.manifest import GraphSpec, SamplingDefaults, TensorSpec
+from aim_runtime.bundle.manifest import GraphSpec, SamplingDefaults, TensorSpec
 from aim_runtime.onnx_graph import checked_graph
 from aim_training.checkpoint import Checkpoint, load_checkpoint
 from aim_training.model import AiM

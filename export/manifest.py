@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from aim_export.errors import ExportError
-from aim_export.lowering import conditioning_shapes, next_name, state_shapes
+from aim_export.onnx.lowering import conditioning_shapes, next_name, state_shapes
 from aim_runtime import BundleError, Manifest, __version__
-from aim_runtime.manifest import (
+from aim_runtime.bundle.manifest import (
     GRAPHS,
     ROWS,
     FileEntry,

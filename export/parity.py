@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aim_export.decoder import Pictures
 from aim_export.errors import ExportError
+from aim_export.onnx.decoder import Pictures
 from aim_runtime import Bundle, Generator, SamplingOptions
-from aim_runtime.engine import load_engine
+from aim_runtime.engines.backends import load_engine
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import guide, row_classes, sample
 from aim_training.model import AiM

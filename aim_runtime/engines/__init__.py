@@ -1,1 +1,1 @@
-"""One module a backend; `aim_runtime.engine` finds and loads them."""
+"""One module a backend; `aim_runtime.engines.backends` finds and loads them."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aim_runtime.bundle import Bundle
-    from aim_runtime.manifest import GraphSpec
+    from aim_runtime.bundle.manifest import GraphSpec
 
 KNOWN_MANIFESTS = frozenset({"3610cae2052eebfe46b52c7cf3c87978464bd7d30e99e01090612eef8c0f531a"})
 """Manifests of the models that come with the package. Each gives the checksums of its graphs, which

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from aim_runtime.bundle import Bundle
+from aim_runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
 from aim_runtime.errors import BundleError
-from aim_runtime.manifest import GraphSpec, Manifest, TensorSpec
 from aim_runtime.onnx_graph.cost import Step, peak_bytes, total_bytes
 from aim_runtime.onnx_graph.layout_operators import stored_value
 from aim_runtime.onnx_graph.limits import GraphLimits, graph_limits

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from aim_runtime.limits import model_parameters
-from aim_runtime.manifest import GraphSpec, Manifest
-from aim_runtime.plan import memory_needed
+from aim_runtime.batching import memory_needed
+from aim_runtime.bundle.limits import model_parameters
+from aim_runtime.bundle.manifest import GraphSpec, Manifest
 
 # A decoder of c channels has (16 c)² parameters or more, and up to 13 activations of c float32
 # channels at once.

@@ -30,10 +30,10 @@ from aim_export.cuda.decoder_tiles import (
     statistics_part,
 )
 from aim_export.cuda.decoder_weights import DecoderWeights
+from aim_export.cuda.kernels import convolution
+from aim_export.cuda.kernels import decoder as kernels
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
 from aim_export.cuda.stored import StoredTensor
-from aim_export.kernels import convolution
-from aim_export.kernels import decoder as kernels
 from aim_runtime.engines.cuda.plan import (
     Argument,
     DecoderBucket,

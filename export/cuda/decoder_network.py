@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from aim_export.cuda.stored import StoredTensor, stored_tensors
-from aim_export.graph import HALF_SUFFIX
+from aim_export.onnx.graph import HALF_SUFFIX
 from aim_runtime import Bundle
 from aim_runtime.onnx_graph import checked_graph
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from aim_export.cuda.decoder_network import PREFIX
 from aim_export.cuda.decoder_tiles import Storage
+from aim_export.cuda.kernels import packing
 from aim_export.cuda.launch import KernelSpec, Launcher
 from aim_export.cuda.stored import StoredTensor
-from aim_export.kernels import packing
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Launch, Setup, Tensor, Weight
 
 #: Side of the blocks in which weights are repacked.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aim_runtime.manifest import ModelCard
+from aim_runtime.bundle.manifest import ModelCard
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the network, in the letters of `aim_export.kernels.step`.
+    """Sizes of the network, in the letters of `aim_export.cuda.kernels.step`.
 
     `groups` is the number of modulation groups, L where every layer has its own; `position_offset`
     is the manifest's.

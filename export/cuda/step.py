@@ -8,11 +8,11 @@ from typing import TypeAlias
 import triton
 
 from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels import products, sample, scan, step
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
 from aim_export.cuda.tuning import Tile, Tuning
-from aim_export.kernels import products, sample, scan, step
 from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Repeat
 from aim_training.config import EPS
 

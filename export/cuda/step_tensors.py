@@ -1,7 +1,7 @@
 """The buffers and weights of the step: each one's type, axes and stride between layers, once.
 
-Launches name them, `step_weights` fills the weights. Letters as in `aim_export.kernels.step`; C is
-the length of a chunk.
+Launches name them, `step_weights` fills the weights. Letters as in `aim_export.cuda.kernels.step`;
+C is the length of a chunk.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass, field
 
 from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels.sample import CANDIDATES
 from aim_export.cuda.launch import ABSENT_BUFFER
 from aim_export.cuda.precision import Format
 from aim_export.cuda.tuning import Tuning
-from aim_export.kernels.sample import CANDIDATES
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Tensor, step_interface
 
 

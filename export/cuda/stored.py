@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from aim_export.graph import HALF_SUFFIX
+from aim_export.onnx.graph import HALF_SUFFIX
 from aim_runtime import Bundle
 from aim_runtime.engines.cuda.plan import Part
 from aim_runtime.onnx_graph import checked_graph

@@ -9,11 +9,11 @@ import numpy as np
 import triton
 
 from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels import convert
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import weight_table
 from aim_export.cuda.stored import StoredTensor
-from aim_export.kernels import convert
 from aim_runtime.engines.cuda.plan import CAST_BLOCK, FOLDER, Part, Tensor, Weight
 
 CONSTANTS_FILE = f"{FOLDER}constants.bin"

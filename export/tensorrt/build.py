@@ -16,18 +16,18 @@ from typing import Any
 from onnx import ModelProto
 
 from aim_export.errors import EnginesUnavailable, ExportError
-from aim_export.state_scan import NAME
+from aim_export.onnx.state_scan import NAME
 from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_graph
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.bundle import add_engine
-from aim_runtime.engines.tensorrt_library import (
+from aim_runtime.bundle.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
+from aim_runtime.engines.tensorrt.library import (
     Library,
     collecting_logger,
     engine_file,
     engine_folder,
     find_library,
 )
-from aim_runtime.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
 from aim_runtime.onnx_graph import checked_graph
 
 #: Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One

@@ -13,7 +13,7 @@ from typing import Any, Tuple, Union  # noqa: UP035
 import tensorrt
 import tensorrt.plugin as trtp
 
-from aim_export.state_scan import DOMAIN, NAME
+from aim_export.onnx.state_scan import DOMAIN, NAME
 from aim_export.tensorrt.ptx import compile_scan
 from aim_export.tensorrt.scan import ScanSizes
 

@@ -1,6 +1,6 @@
 """The node `aim::StateScan` as one kernel, for engines that take kernels in place of nodes.
 
-Parameters are the node's inputs, then its outputs, in the order of `aim_export.state_scan`;
+Parameters are the node's inputs, then its outputs, in the order of `aim_export.onnx.state_scan`;
 nothing else is passed at run time, and the number of rows is in the grid. All arithmetic is
 float32.
 
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from aim_export.kernels.common import silu, softplus
-from aim_export.state_scan import INPUTS, OUTPUTS
+from aim_export.cuda.kernels.common import silu, softplus
+from aim_export.onnx.state_scan import INPUTS, OUTPUTS
 
 #: The kernel's pointer parameters, in order.
 PARAMETERS = (*INPUTS, *OUTPUTS)

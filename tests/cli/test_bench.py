@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aim_cli.bench import machine
+from aim_cli.commands.bench import machine
 from aim_cli.measure import Measurement, Workload, measure, peak_bytes
 
 from .conftest import Cli, refused
@@ -73,8 +73,10 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_measured(
     def reason(bundle: object) -> str:
         return "there are no beads"
 
-    monkeypatch.setattr("aim_cli.bench.measure", lambda workload: pytest.fail("it measured"))
-    monkeypatch.setattr("aim_runtime.engines.onnxruntime_cuda.unavailable_reason", reason)
+    monkeypatch.setattr(
+        "aim_cli.commands.bench.measure", lambda workload: pytest.fail("it measured")
+    )
+    monkeypatch.setattr("aim_runtime.engines.onnxruntime.cuda.unavailable_reason", reason)
     refused(cli("bench", "--bundle", bundle, "--backend", "cpu,onnxruntime-cuda"), "no beads")
 
 
@@ -82,7 +84,7 @@ def test_what_was_passed_over_is_said_once(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = Measurement(1, 1, "cpu", "cpu", "fp32", 0.1, 0.2, 9.0, (1.0,), 10.0, None, ("a failed",))
-    monkeypatch.setattr("aim_cli.bench.measure", lambda workload: row)
+    monkeypatch.setattr("aim_cli.commands.bench.measure", lambda workload: row)
     done = cli("bench", "--bundle", bundle, "--batch", "1,2")
     assert done.stderr.count("Warning: a failed") == 1
     assert json.loads(done.stdout.splitlines()[-1])["rows"][1]["warnings"] == ["a failed"]

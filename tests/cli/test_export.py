@@ -19,10 +19,10 @@ from .conftest import Cli, Spawn, refused, tree
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from aim_cli.export import read_class_names  # noqa: E402
+from aim_cli.commands.export import read_class_names  # noqa: E402
 from aim_export import ExportError, export_bundle  # noqa: E402
 from aim_runtime import BackendError, Bundle  # noqa: E402
-from aim_runtime.engines.tensorrt_library import find_library  # noqa: E402
+from aim_runtime.engines.tensorrt.library import find_library  # noqa: E402
 from aim_training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
 from aim_training.model import AiM  # noqa: E402
@@ -330,7 +330,7 @@ def test_bad_arguments_for_kernels(cli: Cli, folder: Path, args: list[str], word
 def test_bad_arguments_for_engines(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
 ) -> None:
-    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    monkeypatch.setattr("aim_runtime.engines.tensorrt.library._MODULES", {"TensorRT": ("no_trt",)})
     refused(cli("export", *args), words)
     assert tree(folder) == set()
 
@@ -344,7 +344,7 @@ def test_a_bundle_is_named_after_its_checkpoint(
     cli: Cli, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without TensorRT and Triton: the bundle is made, and the last lines say what is missing."""
-    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    monkeypatch.setattr("aim_runtime.engines.tensorrt.library._MODULES", {"TensorRT": ("no_trt",)})
     monkeypatch.setitem(sys.modules, "triton", None)
     done = cli(
         *("export", "--ckpt", checkpoint, "--trt", "--cuda", "--cuda-arch", "9.0,8.0"),
@@ -375,7 +375,7 @@ def test_what_can_be_added_to_a_bundle_is(
 ) -> None:
     module = pytest.importorskip("aim_export.cuda.bundle", reason="Triton is not installed")
     monkeypatch.setattr(module, "compile_kernels", uncompiled)
-    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    monkeypatch.setattr("aim_runtime.engines.tensorrt.library._MODULES", {"TensorRT": ("no_trt",)})
     shutil.copytree(wide_bundle, "made")
     done = cli("export", "--bundle", "made", "--cuda", "--trt", "--cuda-precision", "fp16")
     assert done.exit_code == 0

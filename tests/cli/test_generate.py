@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import aim_runtime
-from aim_cli.generate import columns, file_stems
+from aim_cli.commands.generate import columns, file_stems
 from aim_runtime import BackendError, Generator
 
 from ..runtime.tiny_bundle import copy_bundle
@@ -143,9 +143,9 @@ def test_a_backend_that_failed_and_was_passed_over_is_named(
         raise BackendError("the GPU is full")
 
     monkeypatch.setattr(
-        "aim_runtime.engines.onnxruntime_cuda.unavailable_reason", lambda bundle: None
+        "aim_runtime.engines.onnxruntime.cuda.unavailable_reason", lambda bundle: None
     )
-    monkeypatch.setattr("aim_runtime.engines.onnxruntime_cuda.load", fails)
+    monkeypatch.setattr("aim_runtime.engines.onnxruntime.cuda.load", fails)
     args = ("generate", "-c", 1, "--bundle", bundle)
     for quiet, said in (((), True), (("--quiet",), False)):
         done = cli(*args, *quiet)
@@ -159,7 +159,7 @@ def test_a_backend_that_failed_and_was_passed_over_is_named(
 def test_a_memory_limit_below_one_image(
     cli: Cli, bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.plan._DECODER_BYTES_PER_PIXEL", 2**20)
+    monkeypatch.setattr("aim_runtime.batching._DECODER_BYTES_PER_PIXEL", 2**20)
     refused(cli("generate", "--bundle", bundle, "--memory-limit", 1), "memory_limit_mb")
     assert tree(folder) == set()
 

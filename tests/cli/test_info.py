@@ -88,7 +88,7 @@ def test_an_unavailable_backend_says_why(
 def test_a_model_that_needs_much_memory_is_described(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.plan._DECODER_BYTES_PER_PIXEL", 2**30)
+    monkeypatch.setattr("aim_runtime.batching._DECODER_BYTES_PER_PIXEL", 2**30)
     shown = cli("info", bundle)
     assert shown.exit_code == 0
     assert "more than the default --memory-limit" in shown.stdout
@@ -98,5 +98,5 @@ def test_a_model_that_needs_much_memory_is_described(
 def test_without_a_model_in_the_box(
     cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.bundle.models_dir", lambda: folder)
+    monkeypatch.setattr("aim_runtime.bundle.bundle.models_dir", lambda: folder)
     refused(cli("info"), "no model in the box")

@@ -30,7 +30,7 @@ def launch(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One launch; outputs are full of NaN before."""
     import torch
 
-    from aim_export.state_scan import OUTPUTS
+    from aim_export.onnx.state_scan import OUTPUTS
     from aim_export.tensorrt.scan import PARAMETERS, ScanSizes, state_scan_kernel
 
     sizes = ScanSizes.of(inputs["conv_weight"].shape, inputs["ssm_state"].shape)
@@ -63,7 +63,7 @@ def run_steps(bundle_dir: str, source: str, target: str) -> None:
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
 
-    from aim_export.state_scan import INPUTS, OUTPUTS
+    from aim_export.onnx.state_scan import INPUTS, OUTPUTS
     from aim_runtime import Bundle
 
     class StateScan(OpRun):

@@ -99,7 +99,7 @@ sys.modules["tensorrt"] = trt
 import tensorrt_bindings.plugin as layer  # noqa: E402
 
 sys.modules["tensorrt.plugin"] = layer
-from aim_export.state_scan import INPUTS, OUTPUTS  # noqa: E402
+from aim_export.onnx.state_scan import INPUTS, OUTPUTS  # noqa: E402
 from aim_export.tensorrt import plugin as ours  # noqa: E402
 from aim_export.tensorrt.scan import ScanSizes  # noqa: E402
 

@@ -29,11 +29,11 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 from aim_export.cuda import bundle as engines
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels import products, scan, step
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
-from aim_export.kernels import products, scan, step
 
 GOLDEN = Geometry(
     D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1, num_classes=10

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from aim_runtime import Bundle, Generator, SamplingOptions
-from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Engine
 from aim_runtime.engines.cuda.plan import DecoderBucket, Setup, Tensor
 from aim_runtime.noise import uniforms
 from tests.runtime.playing import play

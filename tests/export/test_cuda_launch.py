@@ -11,11 +11,11 @@ from aim_runtime.engines.cuda.plan import Argument, Tensor, flat
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels import convert, scan
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
-from aim_export.kernels import convert, scan
 
 TENSORS = {
     "halves": Tensor("float16", (8, 64)),

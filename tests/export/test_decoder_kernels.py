@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aim_export.decoder import Pictures
-from aim_export.decoder import lower_decoder as lower_graph
-from aim_export.graph import write_graph
+from aim_export.onnx.decoder import Pictures
+from aim_export.onnx.decoder import lower_decoder as lower_graph
+from aim_export.onnx.graph import write_graph
 from aim_runtime import Bundle, models_dir
 from aim_runtime.engines.cuda.plan import Launch, flat
 from aim_training.config import TokenizerConfig
@@ -37,11 +37,11 @@ from aim_export.cuda import decoder, decoder_tiles, decoder_weights
 from aim_export.cuda.decoder import HALF_SCALE, DecoderPart, lower_decoder
 from aim_export.cuda.decoder_network import decoder_tensors
 from aim_export.cuda.decoder_tiles import Storage, Tile
+from aim_export.cuda.kernels import convolution as convolutions
+from aim_export.cuda.kernels import decoder as kernels
+from aim_export.cuda.kernels import packing
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 from aim_export.cuda.stored import StoredTensor
-from aim_export.kernels import convolution as convolutions
-from aim_export.kernels import decoder as kernels
-from aim_export.kernels import packing
 
 Memory = dict[str, np.ndarray]
 

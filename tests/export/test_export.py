@@ -15,9 +15,9 @@ import torch
 
 from aim_export import ExportError, export_bundle
 from aim_export.bundle import PUBLISHED_SAMPLING, default_name, imagenet_class_names
-from aim_export.decoder import lower_decoder
+from aim_export.onnx.decoder import lower_decoder
 from aim_runtime import BundleError, Generator
-from aim_runtime.manifest import SamplingDefaults
+from aim_runtime.bundle.manifest import SamplingDefaults
 from aim_training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 from .conftest import Exported, Golden
@@ -143,7 +143,7 @@ def test_graphs_tell_nothing_of_the_machine_that_made_them(exported: Exported) -
 
 def test_rows_restart_on_their_own(exported: Exported) -> None:
     """A row at position 0 beside a row in the middle of an image: both as if alone."""
-    from aim_runtime.engine import load_engine
+    from aim_runtime.engines.backends import load_engine
 
     engine = load_engine(exported.bundle, backend="cpu", device="auto", threads=1)
     tokens = np.random.default_rng(0).integers(0, 256, 12)
@@ -165,7 +165,7 @@ def test_rows_restart_on_their_own(exported: Exported) -> None:
 def test_a_failing_rung_writes_nothing(
     golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aim_export import lowering
+    from aim_export.onnx import lowering
 
     # A wrong constant in the graph, as a slip in the lowering would leave it.
     monkeypatch.setattr(lowering, "EPS", 1e-2)

@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 
 import triton
 
+from aim_export.cuda.kernels import sample as kernels
 from aim_export.cuda.launch import KernelSpec
-from aim_export.kernels import sample as kernels
 
 TOKENS = 3
 AT = 1

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, which the kernel is written in, is not installed")
 
-from aim_export.state_scan import INPUTS, OUTPUTS
+from aim_export.onnx.state_scan import INPUTS, OUTPUTS
 from aim_export.tensorrt.ptx import CompiledScan, compile_scan
 from aim_export.tensorrt.scan import PARAMETERS, ScanSizes, state_scan_reference
-from aim_runtime.engines import nvidia_driver
+from aim_runtime.engines.gpu import nvidia_driver
 
 driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 pytestmark = pytest.mark.gpu

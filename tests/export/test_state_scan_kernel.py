@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from aim_export.state_scan import DOMAIN, INPUTS, NAME, OUTPUTS, state_scan
+from aim_export.onnx.state_scan import DOMAIN, INPUTS, NAME, OUTPUTS, state_scan
 from aim_training.config import ModelConfig
 
 from .conftest import Exported, Golden

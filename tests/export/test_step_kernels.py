@@ -15,9 +15,9 @@ from .interpreter import Interpreter, Memory, interpreter_process
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
+from aim_export.cuda.kernels import convert, scan, step
+from aim_export.cuda.kernels.products import linear
 from aim_export.cuda.launch import KernelSpec, Launcher
-from aim_export.kernels import convert, scan, step
-from aim_export.kernels.products import linear
 from aim_runtime.engines.cuda.plan import CAST_BLOCK, Argument, Launch
 from aim_runtime.engines.cuda.plan import Tensor as Spec
 from aim_training.model import EPS

@@ -14,13 +14,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from aim_export import ExportError, export_bundle
-from aim_export.graph import Precision
+from aim_export.onnx.graph import Precision
 from aim_export.tensorrt import add_engines
 from aim_export.tensorrt.build import PROFILES, prepare, profiles
 from aim_export.tensorrt.graphs import read_graph
 from aim_runtime import BackendError, Bundle, BundleError, Generator
 from aim_runtime.bundle import models_dir
-from aim_runtime.engines.tensorrt_library import find_library
+from aim_runtime.engines.tensorrt.library import find_library
 
 from .conftest import Golden
 
@@ -118,7 +118,7 @@ def test_profiles_leave_no_gap(graph: str) -> None:
 def test_without_tensorrt_it_says_what_to_install(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.engines.tensorrt_library._MODULES", {"TensorRT": ("no_trt",)})
+    monkeypatch.setattr("aim_runtime.engines.tensorrt.library._MODULES", {"TensorRT": ("no_trt",)})
     before = dict(bundle.manifest.files)
     with pytest.raises(ExportError, match=r"no engines can be built.*pip install"):
         add_engines(bundle.path)

@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, which the kernel is written in, is not installed")
 
-from aim_export.state_scan import OUTPUTS
+from aim_export.onnx.state_scan import OUTPUTS
 from aim_export.tensorrt.ptx import compile_scan, keep_parameters
 from aim_export.tensorrt.scan import PARAMETERS, ScanSizes
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from aim_runtime import Bundle
-from aim_runtime.engine import Engine
-from aim_runtime.engines import nvidia_driver, onnxruntime_cuda
-from aim_runtime.engines.onnxruntime_cuda import OnnxRuntimeCuda
+from aim_runtime.engines.base import Engine
+from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.onnxruntime import cuda as onnxruntime_cuda
+from aim_runtime.engines.onnxruntime.cuda import OnnxRuntimeCuda
 
 
 def ids(*values: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A GPU made of NumPy: `SimulatedDevice` is an `aim_runtime.engines.cuda.device.Device`.
+"""A GPU made of NumPy: `SimulatedDevice` is an `aim_runtime.engines.gpu.device.Device`.
 
 Memory is byte arrays at made-up addresses, one array a buffer, full of garbage at first. Kernels
 are Python functions `kernel(grid, arguments)`: `grid` has three sizes, each argument is a `Pointer`
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.engines.cuda.device import ALIGNMENT, DeviceLaunch, OutOfDeviceMemory
+from aim_runtime.engines.gpu.device import ALIGNMENT, DeviceLaunch, OutOfDeviceMemory
 from aim_runtime.errors import BackendError
 
 Grid = tuple[int, int, int]

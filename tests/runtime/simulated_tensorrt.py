@@ -22,7 +22,7 @@ import onnxruntime
 
 from aim_runtime.bundle import Bundle, add_engine
 from aim_runtime.engines.tensorrt import TensorRTEngine
-from aim_runtime.engines.tensorrt_library import Library, engine_file, engine_folder
+from aim_runtime.engines.tensorrt.library import Library, engine_file, engine_folder
 
 from .simulated_cuda import SimulatedDevice, SimulatedStream
 

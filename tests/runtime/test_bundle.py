@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from aim_runtime import Bundle, BundleError, Generator, bundle_files, write_bundle
+from aim_runtime import Bundle, BundleError, Generator, write_bundle
 from aim_runtime.bundle import add_engine, check_target
-from aim_runtime.limits import max_weights_bytes
+from aim_runtime.bundle import files as bundle_files
+from aim_runtime.bundle.limits import max_weights_bytes
 
 from .tiny_bundle import copy_bundle, rehash, tiny_manifest, zip_bundle
 
@@ -485,7 +486,7 @@ def test_an_interrupted_addition_leaves_a_bundle(
     where: str,
     failure: BaseException,
 ) -> None:
-    import aim_runtime.bundle as module
+    from aim_runtime.bundle import writing as module
 
     engine = tmp_path / "engine"
     engine.mkdir()
@@ -566,7 +567,7 @@ def test_an_interruption_leaves_nothing_behind(
     out = tmp_path / "out"
     if existing:
         write_bundle(tiny_manifest(), source, out)
-    import aim_runtime.bundle as module
+    from aim_runtime.bundle import writing as module
 
     real, calls = getattr(module, where), []
 

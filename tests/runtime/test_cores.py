@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aim_runtime.cores import granted_cores, usable_cores
-from aim_runtime.engines import onnxruntime_cpu
+from aim_runtime.engines.onnxruntime import cpu as onnxruntime_cpu
 
 MOUNT_2 = "41 31 0:38 {root} {point} rw,relatime shared:9 - cgroup2 cgroup rw\n"
 MOUNT_1 = "32 31 0:29 {root} {point} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError
-from aim_runtime.engines import cuda, nvidia_driver
-from aim_runtime.engines.cuda.device import DeviceLaunch, OutOfDeviceMemory
+from aim_runtime.engines import cuda
+from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu.device import DeviceLaunch, OutOfDeviceMemory
 
 from .toy_cuda import toy_plan, write_toy_bundle
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
-from aim_runtime.engines.cuda import driver as module
+from aim_runtime.engines.gpu import driver as module
 
 RESULT = module.driver.CUresult
 real = module.driver

@@ -13,7 +13,8 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOptions
 from aim_runtime.bundle import add_engine
-from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Engine
 from aim_runtime.engines.cuda import CudaEngine, program, step, weights
 from aim_runtime.noise import uniforms
 

@@ -22,9 +22,10 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOptions
 from aim_runtime.bundle import add_engine
-from aim_runtime.engines import cuda, nvidia_driver
+from aim_runtime.engines import cuda
 from aim_runtime.engines.cuda import CudaEngine, step
-from aim_runtime.engines.cuda.device import Device
+from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu.device import Device
 from aim_runtime.noise import uniforms
 
 from .simulated_cuda import Grid, SimulatedDevice, by_symbol
@@ -166,7 +167,7 @@ needs_gpu = pytest.mark.skipif(
 
 
 def real(**options: Any) -> Device:
-    from aim_runtime.engines.cuda.driver import CudaDevice
+    from aim_runtime.engines.gpu.driver import CudaDevice
 
     device: Device = CudaDevice(0, **options)
     return device

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aim_runtime import AimError, Bundle, BundleError, SamplingOptions
+from aim_runtime.bundle.manifest import FileEntry, Manifest
 from aim_runtime.engines.cuda import CudaEngine
-from aim_runtime.engines.cuda.architecture import choose, describe
 from aim_runtime.engines.cuda.plan import (
     Argument,
     Launch,
@@ -30,7 +30,7 @@ from aim_runtime.engines.cuda.plan import (
     unrolled,
 )
 from aim_runtime.engines.cuda.plan_reader import parse_plan
-from aim_runtime.manifest import FileEntry, Manifest
+from aim_runtime.engines.gpu.architecture import choose, describe
 
 from .simulated_cuda import SimulatedDevice
 from .test_cuda_engine import drawn

@@ -17,9 +17,10 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from aim_runtime import AimError, BackendError, Bundle, BundleError, available_backends
-from aim_runtime.engine import Engine, _Backend, cuda_index, load_engine
-from aim_runtime.engines import onnxruntime_cpu
-from aim_runtime.engines.onnxruntime_cpu import usable_cores
+from aim_runtime.engines.backends import _Backend, load_engine
+from aim_runtime.engines.base import Engine, cuda_index
+from aim_runtime.engines.onnxruntime import cpu as onnxruntime_cpu
+from aim_runtime.engines.onnxruntime.cpu import usable_cores
 
 from .playing import ids, play
 from .tiny_bundle import CLASSES, PATCH, SIDE, TOKENS, VOCAB, copy_bundle
@@ -133,7 +134,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             monkeypatch.setitem(sys.modules, f"stand_in_{backend.__name__}", backend)
             device = "cpu" if backend.__name__.startswith("cpu") else "cuda"
             entries[backend.__name__] = _Backend(f"stand_in_{backend.__name__}", device)
-        monkeypatch.setattr("aim_runtime.engine._BACKENDS", entries)
+        monkeypatch.setattr("aim_runtime.engines.backends._BACKENDS", entries)
 
     return install
 

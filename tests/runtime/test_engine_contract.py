@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions, available_backends
-from aim_runtime.engine import Engine, load_engine
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Engine
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import sample
 

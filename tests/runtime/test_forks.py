@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from aim_runtime import BackendError, Bundle, Generator
-from aim_runtime.engine import load_engine
+from aim_runtime.engines.backends import load_engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 

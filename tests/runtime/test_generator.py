@@ -22,7 +22,8 @@ from aim_runtime import (
     models_dir,
     plan_batches,
 )
-from aim_runtime.engine import Conditioning, Engine, Rows, load_engine
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Conditioning, Engine, Rows
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import sample
 
@@ -568,7 +569,7 @@ def test_scores_that_are_not_finite_are_an_error_not_an_image(
 def test_no_model_in_the_box_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.bundle.models_dir", lambda: tmp_path)
+    monkeypatch.setattr("aim_runtime.bundle.bundle.models_dir", lambda: tmp_path)
     for load in (Generator.load, Bundle.open):
         with pytest.raises(BundleError, match="no model in the box"):
             load()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aim_runtime import Generator
-from aim_runtime.engines.interruptible import interruptible
+from aim_runtime.engines.onnxruntime.interruptible import interruptible
 
 
 def test_what_work_returns_and_raises_goes_through() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aim_runtime import BundleError, Manifest, plan_batches
-from aim_runtime.manifest import (
+from aim_runtime.bundle.manifest import (
     FORMAT_VERSION,
     ModelCard,
     TensorSpec,

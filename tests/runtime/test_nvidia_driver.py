@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aim_runtime import BackendError
-from aim_runtime.engines import nvidia_driver
+from aim_runtime.engines.gpu import nvidia_driver
 
 
 class Driver:

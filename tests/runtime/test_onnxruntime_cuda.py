@@ -14,9 +14,10 @@ import onnxruntime
 import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError
-from aim_runtime.engine import load_engine
-from aim_runtime.engines import nvidia_driver, onnxruntime_cuda
-from aim_runtime.engines.onnxruntime_engine import make_session
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.onnxruntime import cuda as onnxruntime_cuda
+from aim_runtime.engines.onnxruntime.engine import make_session
 
 from .playing import onnxruntime_cuda_on_the_host
 from .tiny_bundle import copy_bundle, rehash
@@ -141,7 +142,7 @@ def test_what_is_free_decides_how_many_images_go_together(tiny: Path) -> None:
 def test_too_little_memory_says_how_much_is_needed(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aim_runtime.plan._DECODER_BYTES_PER_PIXEL", 2**20)
+    monkeypatch.setattr("aim_runtime.batching._DECODER_BYTES_PER_PIXEL", 2**20)
     with (
         onnxruntime_cuda_on_the_host(Bundle.open(tiny), 40 * 2**20) as engine,
         pytest.raises(BackendError, match=r"had 40 MiB free .* one image takes 37 MiB") as caught,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aim_runtime.engines.onnxruntime_library import FATAL, log_level
+from aim_runtime.engines.onnxruntime.library import FATAL, log_level
 
 # A package that says at its import what ONNX Runtime says on machines with odd devices.
 _STUB = r"""
@@ -29,7 +29,7 @@ def imported(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[
     (tmp_path / "onnxruntime").mkdir(exist_ok=True)
     (tmp_path / "onnxruntime" / "__init__.py").write_text(_STUB)
     code = """
-    from aim_runtime.engines.onnxruntime_engine import import_failure
+    from aim_runtime.engines.onnxruntime.engine import import_failure
     assert import_failure() is None, import_failure()
     import onnxruntime
     print(onnxruntime.levels)

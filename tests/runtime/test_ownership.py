@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from aim_runtime import BackendError, Bundle, available_backends
-from aim_runtime.engine import Engine, load_engine
-from aim_runtime.engines import onnxruntime_engine
-from aim_runtime.manifest import TensorSpec
+from aim_runtime.bundle.manifest import TensorSpec
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Engine
+from aim_runtime.engines.onnxruntime import engine as onnxruntime_engine
 
 from .playing import ids, onnxruntime_cuda_on_the_host, play
 from .tiny_bundle import TOKENS

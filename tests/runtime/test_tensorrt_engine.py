@@ -11,10 +11,13 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions
 from aim_runtime.bundle import add_engine
-from aim_runtime.engine import Engine, load_engine
-from aim_runtime.engines import nvidia_driver, tensorrt, tensorrt_library
+from aim_runtime.engines import tensorrt
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.base import Engine
+from aim_runtime.engines.gpu import nvidia_driver
 from aim_runtime.engines.tensorrt import TensorRTEngine, engine_reason, unavailable_reason
-from aim_runtime.engines.tensorrt_library import Library, describe_folder, find_library
+from aim_runtime.engines.tensorrt import library as tensorrt_library
+from aim_runtime.engines.tensorrt.library import Library, describe_folder, find_library
 from aim_runtime.noise import uniforms
 
 from .playing import ids, play

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from aim_runtime.bundle import write_bundle
-from aim_runtime.manifest import (
+from aim_runtime.bundle.manifest import (
     GraphSpec,
     Manifest,
     ModelCard,

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -515,6 +516,7 @@ def test_a_batch_that_cannot_fit_is_refused(
 def test_memory_is_measured_by_the_image() -> None:
     def step(count: int) -> None:
         held = torch.ones(count * 5_000_000)  # 20 MB an image
+        time.sleep(0.2)  # a step lasts for many looks, on a busy machine too
         held += 1
 
     needs = memory.measure(step, 64)

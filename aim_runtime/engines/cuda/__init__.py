@@ -12,11 +12,11 @@ import importlib.util
 
 from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
-from aim_runtime.engine import cuda_index
-from aim_runtime.engines import nvidia_driver
-from aim_runtime.engines.cuda.architecture import choose, describe
+from aim_runtime.engines.base import cuda_index
 from aim_runtime.engines.cuda.engine import CudaEngine
 from aim_runtime.engines.cuda.plan import architectures, precisions
+from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu.architecture import choose, describe
 from aim_runtime.errors import BackendError
 
 __all__ = ["CudaEngine", "load", "unavailable_reason"]
@@ -49,7 +49,7 @@ def _hardware_reason(bundle: Bundle | None) -> str | None:
         return f"the NVIDIA driver runs CUDA {found} at most, {least} is needed; update the driver"
     if bundle is None or _suitable_gpus(bundle):
         return None
-    from aim_runtime.engines.cuda.driver import capability
+    from aim_runtime.engines.gpu.driver import capability
 
     major, minor = capability(0)
     return (
@@ -61,7 +61,7 @@ def _hardware_reason(bundle: Bundle | None) -> str | None:
 
 def _suitable_gpus(bundle: Bundle) -> list[int]:
     """The GPUs that the bundle has kernels for."""
-    from aim_runtime.engines.cuda.driver import capability
+    from aim_runtime.engines.gpu.driver import capability
 
     compiled = architectures(bundle.manifest)
     count = nvidia_driver.gpu_count()
@@ -75,7 +75,7 @@ def load(
 
     `device` "auto" takes the first GPU that the bundle has kernels for. `threads` has no use here.
     """
-    from aim_runtime.engines.cuda.driver import CudaDevice
+    from aim_runtime.engines.gpu.driver import CudaDevice
 
     known = precisions(bundle.manifest)
     if precision != "auto" and precision not in known:

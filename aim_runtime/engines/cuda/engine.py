@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.arguments import shown, whole_number
+from aim_runtime.batching import BatchPlan, check_memory_limit
 from aim_runtime.bundle import Bundle
-from aim_runtime.engine import Conditioning, Engine
+from aim_runtime.engines.base import Conditioning, Engine
 from aim_runtime.engines.cuda import step, weights, workspace
-from aim_runtime.engines.cuda.architecture import describe
-from aim_runtime.engines.cuda.device import Device, OutOfDeviceMemory
 from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket
 from aim_runtime.engines.cuda.plan_reader import read_plan
 from aim_runtime.engines.cuda.program import Kernels
+from aim_runtime.engines.gpu.architecture import describe
+from aim_runtime.engines.gpu.device import Device, OutOfDeviceMemory
 from aim_runtime.errors import BackendError
-from aim_runtime.plan import BatchPlan, check_memory_limit
 from aim_runtime.sampling import SamplingOptions
 
 _AnyBucket = TypeVar("_AnyBucket", Bucket[str], DecoderBucket[str])

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from aim_runtime.engines.cuda.architecture import choose
-from aim_runtime.manifest import Manifest
+from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.engines.gpu.architecture import choose
 
 FORMAT = "aim-cuda-plan"
 FORMAT_VERSION = 2

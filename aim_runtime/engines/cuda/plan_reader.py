@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.checked_json import CheckedJson
+from aim_runtime.bundle.checked_json import CheckedJson
+from aim_runtime.bundle.manifest import MAX_FILE_BYTES, Manifest
 from aim_runtime.engines.cuda.plan import (
     ARCHITECTURE,
     DTYPE_BYTES,
@@ -40,7 +41,6 @@ from aim_runtime.engines.cuda.plan import (
     step_interface,
 )
 from aim_runtime.errors import BundleError
-from aim_runtime.manifest import MAX_FILE_BYTES, Manifest
 
 # Far above any plan of this family, far below what would exhaust a machine by accident.
 _MAX_CHARACTERS = 64 << 20

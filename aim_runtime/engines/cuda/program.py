@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.engines.cuda.architecture import choose
-from aim_runtime.engines.cuda.device import Device, DeviceLaunch
 from aim_runtime.engines.cuda.plan import Code, Plan, Program, kernels_file, unrolled
+from aim_runtime.engines.gpu.architecture import choose
+from aim_runtime.engines.gpu.device import Device, DeviceLaunch
 from aim_runtime.errors import BackendError, BundleError
 
 # A kernel of this family takes well under a megabyte.

@@ -16,13 +16,13 @@ from collections.abc import Generator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.engine import Rows
-from aim_runtime.engines.cuda.device import Device, Event
+from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.engines.base import Rows
 from aim_runtime.engines.cuda.plan import Bucket
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import Workspace
+from aim_runtime.engines.gpu.device import Device, Event
 from aim_runtime.errors import BackendError
-from aim_runtime.manifest import Manifest
 from aim_runtime.sampling import SamplingOptions, row_classes
 
 SLICE = 16

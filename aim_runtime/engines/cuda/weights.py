@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.engines.cuda.device import ALIGNMENT, Allocation, Device, Event, Stream
 from aim_runtime.engines.cuda.plan import CAST_BLOCK, DTYPE_BYTES, Plan, Weight, flat
 from aim_runtime.engines.cuda.program import Kernels
+from aim_runtime.engines.gpu.device import ALIGNMENT, Allocation, Device, Event, Stream
 
 # Bytes of each of the two buffers; at least _QUANTISED_ROWS of the longest row there may be.
 _CHUNK_BYTES = 16 << 20

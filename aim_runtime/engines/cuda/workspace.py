@@ -12,9 +12,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from aim_runtime.engines.cuda.device import ALIGNMENT, Device, OutOfDeviceMemory, Stream
 from aim_runtime.engines.cuda.plan import Program, Tensor
 from aim_runtime.engines.cuda.program import Kernels
+from aim_runtime.engines.gpu.device import ALIGNMENT, Device, OutOfDeviceMemory, Stream
 from aim_runtime.errors import BackendError
 
 # Idle workspaces that a pool keeps: enough for the sizes that a service sees again and again.

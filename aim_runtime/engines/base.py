@@ -1,0 +1,220 @@
+"""The one seam between the generator and whatever computes: engines, and how they are found.
+
+An engine draws the tokens of a batch (`draw`), turns tokens into pixels (`decode`) and says how
+many images it advances together (`plan`). What it must be able to do is to run the graphs of a
+bundle step by step (`prologue`, `start`, `Rows.step`); the loop over the steps, with guidance and
+sampler, is here for engines that have none of their own. Arguments are checked here, once.
+
+A backend is one module in `aim_runtime.engines` with an engine and two functions:
+
+    unavailable_reason(bundle=None) -> str | None
+        None if it can run here (and with this bundle), else one sentence: why not and what to do.
+        Cheap, and never raises.
+    load(bundle, *, device, threads, precision) -> Engine
+        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
+        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.batching import BatchPlan, plan_batches
+from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.forks import abandon_in_children, check_process
+from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
+
+Conditioning = Mapping[str, Any]
+"""What the prologue computed, by name; the values belong to the engine that made them."""
+
+
+class Rows(ABC):
+    """Rows in flight with their recurrent state. Used by one thread; belongs to one request."""
+
+    def __init__(self, manifest: Manifest, rows: int) -> None:
+        self.rows = rows
+        self._model = manifest.model
+        self._process = os.getpid()
+
+    def step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Advance every row by one token.
+
+        `token` (rows,) is each row's previous token (any where the position is 0), `position`
+        (rows,) the index of the token to come; 0 starts an image and forgets what was before.
+        Returns the scores (rows, V), valid until the next call.
+        Raises ValueError for tensors of another shape or out of range, BackendError on failure.
+        """
+        check_process(self._process)
+        _check_integers("token", token, (self.rows,), self._model.vocab_size)
+        _check_integers("position", position, (self.rows,), self._model.num_tokens)
+        return self._step(token, position)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back; the object is useless afterwards."""
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
+        """`step` with checked arguments."""
+
+
+class Engine(ABC):
+    """A loaded bundle on one device. Shared by threads: whatever a request changes is its own.
+
+    In a process forked from the one that made it, it raises BackendError.
+
+    Attributes:
+        backend: Its name.
+        device: Where it computes: "cpu", "cuda:0".
+        precision: What it computes in: "fp32", "fp16".
+        decode_batch: How many images to decode in one call.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    decode_batch: int = 1
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._process = os.getpid()
+        abandon_in_children(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether it was made before this process was forked, and is of no use here."""
+        return self._process != os.getpid()
+
+    def plan(
+        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
+    ) -> BatchPlan:
+        """How `n` images are batched on this engine, and the memory that takes on its device.
+
+        `cfg_scale` None takes the bundle's default, `memory_limit_mb` None the engine's.
+        Raises ValueError for arguments out of range, or when not even one image fits the limit
+        given; BackendError when the device has too little memory for one.
+        """
+        return plan_batches(self.manifest, n, cfg_scale, memory_limit_mb)
+
+    def draw(
+        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+    ) -> collections.abc.Generator[NDArray[np.int64]]:
+        """Draw the tokens of images that advance together.
+
+        `class_ids` (n,) are the images' classes, `noise` (n, T) the uniform numbers that decide
+        each token (see `aim_runtime.sampling`). Yields the next tokens of all images as they are
+        decided, in blocks (n, k) of k >= 1 steps that make T together; closing it stops the work
+        and frees the memory. Arguments are checked by the call itself.
+        Raises ValueError for arguments of another shape or out of range; on the way BackendError
+        when the backend fails or the scores are not finite.
+        """
+        check_process(self._process)
+        model = self.manifest.model
+        _check_integers("class_ids", class_ids, None, model.num_classes)
+        if not len(class_ids):
+            raise ValueError("class_ids is empty; it must hold the class of at least one image")
+        shape = (len(class_ids), model.num_tokens)
+        if noise.dtype != np.float64 or noise.shape != shape:
+            raise ValueError(
+                f"noise is {noise.dtype} of shape {noise.shape}; it must be float64 of {shape}"
+            )
+        if not (noise.min() >= 0 and noise.max() < 1):  # a NaN is neither
+            raise ValueError("noise has values outside of 0 <= u < 1")
+        return self._draw(class_ids, noise, options)
+
+    def scores(
+        self, class_ids: NDArray[np.int64], tokens: NDArray[np.int64], cfg_scale: float
+    ) -> collections.abc.Generator[NDArray[np.float32]]:
+        """Advance images of `class_ids` (n,) together; yields each step's guided scores (n, V).
+
+        Column s of `tokens` (n, T) must hold the tokens of step s when the scores of step s + 1
+        are asked for. They are valid until then.
+        """
+        model = self.manifest.model
+        classes = row_classes(class_ids, cfg_scale, model.num_classes)  # (R,)
+        n, rows = len(class_ids), len(classes)
+        previous = np.zeros(rows, np.int64)
+        with self.start(rows, self.prologue(classes)) as state:
+            for step in range(model.num_tokens):
+                if step:
+                    previous = np.tile(tokens[:, step - 1], rows // n)  # (R,)
+                logits = state.step(previous, np.full(rows, step, np.int64))  # (R, V)
+                yield guide(logits, n, cfg_scale)  # (n, V)
+
+    def prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
+        """What depends on the class alone, for rows of `class_ids` (rows,); C is "no class"."""
+        check_process(self._process)
+        _check_integers("class_ids", class_ids, None, self.manifest.model.num_classes + 1)
+        return self._prologue(class_ids)
+
+    @abstractmethod
+    def start(self, rows: int, conditioning: Conditioning) -> Rows:
+        """Allocate state for `rows` rows under the prologue's `conditioning`."""
+
+    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Turn `tokens` (n, T) into images (n, height, width, 3)."""
+        check_process(self._process)
+        model = self.manifest.model
+        _check_integers("tokens", tokens, (len(tokens), model.num_tokens), model.vocab_size)
+        return self._decode(tokens)
+
+    def _draw(
+        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+    ) -> collections.abc.Generator[NDArray[np.int64]]:
+        """`draw` with checked arguments: the loop on the host, one step a block.
+
+        Engines that draw on their device replace it, and nothing returns to the host meanwhile.
+        """
+        tokens = np.zeros(noise.shape, np.int64)  # (n, T)
+        with contextlib.closing(self.scores(class_ids, tokens, options.cfg_scale)) as steps:
+            for step, scores in enumerate(steps):
+                tokens[:, step] = sample(scores, noise[:, step], options)
+                yield tokens[:, step : step + 1].copy()
+
+    @abstractmethod
+    def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
+        """`prologue` with checked arguments."""
+
+    @abstractmethod
+    def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """`decode` with checked arguments."""
+
+
+def _check_integers(
+    name: str, array: NDArray[np.int64], shape: tuple[int, ...] | None, below: int
+) -> None:
+    if array.dtype != np.int64 or array.ndim == 0 or array.shape != (shape or array.shape[:1]):
+        wanted = f"shape {shape}" if shape else "one dimension"
+        raise ValueError(
+            f"{name} is {array.dtype} of shape {array.shape}; it must be int64 of {wanted}"
+        )
+    if array.size and not (array.min() >= 0 and array.max() < below):
+        raise ValueError(
+            f"{name} has values from {array.min()} to {array.max()}; "
+            f"they must be from 0 to {below - 1}"
+        )
+
+
+def cuda_index(device: str) -> int:
+    """The number of the GPU that a checked `device` means: 0 for "auto" and "cuda"."""
+    return int(device.partition(":")[2] or 0)

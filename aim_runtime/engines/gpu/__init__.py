@@ -1,0 +1,1 @@
+"""What every engine on an NVIDIA GPU shares: libcuda, the device, its memory and graphs."""

@@ -1,0 +1,1 @@
+"""The CPU and CUDA backends of ONNX Runtime, and the engine that they share."""

@@ -1,0 +1,182 @@
+"""ONNX Runtime on an NVIDIA GPU: any bundle, no kernels of ours.
+
+State and conditioning stay on the device; each step sends a token and a position a row and brings
+the scores back to the NumPy sampler. Arithmetic is float32: matrix products in full, the decoder's
+convolutions in the shorter TF32 that cuDNN takes for float32 by default, which can move a colour by
+a level.
+
+No CUDA graph. ONNX Runtime keeps a captured graph with the thread and the addresses that it was
+captured with, and while it captures no other thread may touch CUDA; here streams move between
+threads and every request has buffers of its own. A step of captured launches is the `cuda` backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aim_runtime.arguments import shown
+from aim_runtime.batching import BatchPlan, memory_needed, plan_batches
+from aim_runtime.bundle import Bundle
+from aim_runtime.bundle.manifest import TensorSpec
+from aim_runtime.engines.base import cuda_index
+from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.onnxruntime.engine import (
+    OnnxRuntimeEngine,
+    Sessions,
+    first_line,
+    import_failure,
+    make_session,
+)
+from aim_runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_PROVIDER = "CUDAExecutionProvider"
+_MEMORY = "cuda"  # what ONNX Runtime calls the device's memory
+# Of the memory that is free once the model is loaded, what one request may plan with: the rest is
+# for what the estimate misses and for whoever else uses the GPU.
+_SHARE_OF_FREE_MEMORY = 0.7
+
+
+def unavailable_reason(bundle: Bundle | None = None) -> str | None:
+    """None if there is a GPU and ONNX Runtime has its CUDA provider, otherwise what to do."""
+    reason = nvidia_driver.unavailable_reason() or import_failure()
+    if reason is not None:
+        return reason
+    import onnxruntime
+
+    if _PROVIDER not in onnxruntime.get_available_providers():
+        # Both packages fill the same folder and the one installed last wins; aim-runtime itself
+        # asks for the other.
+        return (
+            "this onnxruntime is built without CUDA; "
+            "pip install --force-reinstall --no-deps onnxruntime-gpu"
+        )
+    built = str(getattr(onnxruntime, "cuda_version", ""))
+    major, minor = nvidia_driver.cuda_version()
+    if built.partition(".")[0].isdecimal() and int(built.partition(".")[0]) > major:
+        return (
+            f"this onnxruntime is built for CUDA {built}, the NVIDIA driver here runs CUDA "
+            f"{major}.{minor} at most; update the driver"
+        )
+    return None
+
+
+def load(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
+) -> OnnxRuntimeCuda:
+    """Load `bundle`; `threads` are for what little is left to the host, 1 by default."""
+    if precision not in ("auto", "fp32"):
+        raise BackendError(
+            f"precision is {shown(precision)}; the onnxruntime-cuda backend computes in 'fp32' only"
+        )
+    gpu = cuda_index(device)
+    count = nvidia_driver.gpu_count()
+    if gpu >= count:
+        raise BackendError(
+            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
+        )
+    said = _preload_libraries()
+    try:
+        return OnnxRuntimeCuda(bundle, gpu, threads or 1)
+    except BackendError as error:
+        reason = _provider_failure() or said
+        raise BackendError(f"{error} ({reason})" if reason else str(error)) from error
+
+
+class OnnxRuntimeCuda(OnnxRuntimeEngine):
+    """The three graphs of a bundle on ONNX Runtime's CUDA provider."""
+
+    backend = "onnxruntime-cuda"
+
+    def __init__(self, bundle: Bundle, gpu: int, threads: int) -> None:
+        graphs = bundle.manifest.graphs
+
+        def session(name: str, *, tf32: bool) -> onnxruntime.InferenceSession:
+            options = {
+                "device_id": str(gpu),
+                # By default every growth of its memory doubles it.
+                "arena_extend_strategy": "kSameAsRequested",
+                # The default times every algorithm of every convolution before the first image.
+                "cudnn_conv_algo_search": "HEURISTIC",
+                "use_tf32": str(int(tf32)),
+            }
+            providers = [(_PROVIDER, options), ("CPUExecutionProvider", {})]
+            return make_session(bundle, graphs[name], threads=threads, providers=providers)
+
+        sessions = Sessions(
+            prologue=session("prologue", tf32=False),
+            step=session("step", tf32=False),
+            decoder=session("decoder", tf32=True),
+        )
+        super().__init__(bundle.manifest, sessions, (_MEMORY, gpu))
+        self.device = f"cuda:{gpu}"
+        # A GPU that this build has no kernels for fails here, where another backend can still be
+        # chosen, and not in the first request.
+        self.prologue(np.zeros(1, np.int64))
+        self._free_bytes = nvidia_driver.free_bytes(gpu)
+
+    def plan(
+        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
+    ) -> BatchPlan:
+        """As on the CPU, within what was free on the GPU when the model was loaded."""
+        if memory_limit_mb is not None:
+            return super().plan(n, cfg_scale, memory_limit_mb)
+        limit = _SHARE_OF_FREE_MEMORY * self._free_bytes
+        image, decoder = memory_needed(self.manifest, cfg_scale)
+        if image + decoder > limit:
+            raise BackendError(
+                f"{self.device} had {self._free_bytes // 2**20} MiB free with the model loaded; "
+                f"drawing one image takes {-(-(image + decoder) // 2**20)} MiB: free some, or use "
+                "backend 'cpu'"
+            )
+        return plan_batches(self.manifest, n, cfg_scale, limit / 2**20)
+
+    def zeros(self, spec: TensorSpec, rows: int) -> onnxruntime.OrtValue:
+        """Filled on the device: a large batch's state is gigabytes."""
+        import onnxruntime
+
+        shape = spec.concrete_shape(rows)
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+            shape, np.dtype(spec.dtype).type, *self.memory
+        )
+        nvidia_driver.fill_zero(self.memory[1], value.data_ptr(), value.tensor_size_in_bytes())
+        return value
+
+
+def _preload_libraries() -> str:
+    """Load CUDA's libraries from the nvidia-* packages; returns what ONNX Runtime says about it.
+
+    It prints its complaints. They matter only if the sessions cannot be made afterwards.
+    """
+    import onnxruntime
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(Exception):
+        onnxruntime.preload_dlls()
+    return (said.getvalue().strip().splitlines() or [""])[0]
+
+
+def _provider_failure() -> str:
+    """Why ONNX Runtime's CUDA library does not load; empty if it does."""
+    import onnxruntime
+
+    name = "onnxruntime_providers_cuda.dll"
+    if sys.platform != "win32":
+        name = "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+    except OSError as error:
+        return (
+            f"{first_line(error)}; CUDA's libraries come with "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    return ""

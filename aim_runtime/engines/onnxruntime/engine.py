@@ -1,0 +1,299 @@
+"""What the ONNX Runtime backends share: sessions from checked bytes, and rows on any device.
+
+The graphs go in as checked bytes and their weights as checked buffers, never as paths, so ONNX
+Runtime reads no file itself. The step runs through I/O binding on two sets of state buffers
+used in turn, on the device that computes: one buffer bound as input and output gives silently wrong
+results. Between two steps only tokens and positions go to that device, and only scores come back.
+
+From 1.29 on ONNX Runtime reports its use over the network, from a thread that it starts when it is
+imported and that lets no forked child exit. Neither suits a library inside other programs: where
+nobody has decided (ORT_DISABLE_TELEMETRY), it is off.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.bundle import Bundle
+from aim_runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
+from aim_runtime.engines.base import Conditioning, Engine, Rows
+from aim_runtime.engines.onnxruntime.interruptible import interruptible
+from aim_runtime.engines.onnxruntime.library import import_quietly, log_level
+from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.onnx_graph import checked_graph
+from aim_runtime.quoting import shortened
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# In a message, these are the GPU's fault and not the graph's.
+_DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
+_MINIMUM_VERSION = (1, 24)
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when onnxruntime is imported
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """The three graphs of a bundle, loaded."""
+
+    prologue: onnxruntime.InferenceSession
+    step: onnxruntime.InferenceSession
+    decoder: onnxruntime.InferenceSession
+
+
+class OnnxRuntimeEngine(Engine):
+    """The three graphs of a bundle as ONNX Runtime sessions.
+
+    Attributes:
+        memory: Where ONNX Runtime keeps state and conditioning: the kind of device it names, "cpu"
+            or "cuda", and its number.
+    """
+
+    precision = "fp32"
+
+    def __init__(self, manifest: Manifest, sessions: Sessions, memory: tuple[str, int]) -> None:
+        super().__init__(manifest)
+        self.memory = memory
+        self._sessions = sessions
+
+    def start(self, rows: int, conditioning: Conditioning) -> Rows:
+        """Allocate and bind the buffers of `rows` rows."""
+        return _OnnxRuntimeRows(self, self._sessions.step, rows, conditioning)
+
+    def zeros(self, spec: TensorSpec, rows: int) -> onnxruntime.OrtValue:
+        """A tensor of `rows` rows in the engine's memory, filled with zeros."""
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(spec, rows), *self.memory)
+
+    def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
+        binding = self._sessions.prologue.io_binding()
+        binding.bind_cpu_input("class_id", np.ascontiguousarray(class_ids))
+        outputs = self.manifest.graphs["prologue"].outputs
+        for spec in outputs:
+            binding.bind_output(spec.name, *self.memory)
+        try:
+            self._sessions.prologue.run_with_iobinding(binding)
+        except Exception as error:
+            raise _failed(error) from error
+        found = binding.get_outputs()
+        for spec, value in zip(outputs, found, strict=True):
+            _check_shape(spec, tuple(value.shape()), len(class_ids))
+        return {spec.name: value for spec, value in zip(outputs, found, strict=True)}
+
+    def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+
+        def run() -> list[Any]:
+            found: list[Any] = self._sessions.decoder.run(["image"], {"tokens": tokens}, options)
+            return found
+
+        try:
+            if self.memory[0] == "cpu":
+                # The longest call there is: seconds for a large image.
+                (image,) = interruptible(run, lambda: setattr(options, "terminate", True))
+            else:  # quick, and ONNX Runtime has handles on a GPU for every thread
+                (image,) = run()
+        except Exception as error:
+            raise _failed(error) from error
+        spec = self.manifest.graphs["decoder"].output("image")
+        _check_shape(spec, image.shape, len(tokens))
+        return image  # (n, height, width, 3)
+
+
+class _OnnxRuntimeRows(Rows):
+    def __init__(
+        self,
+        engine: OnnxRuntimeEngine,
+        session: onnxruntime.InferenceSession,
+        rows: int,
+        conditioning: Conditioning,
+    ) -> None:
+        super().__init__(engine.manifest, rows)
+        step = engine.manifest.graphs["step"]
+        try:
+            self._token = engine.zeros(step.input("token"), rows)
+            self._position = engine.zeros(step.input("position"), rows)
+            states = [
+                [engine.zeros(step.input(pair.input), rows) for pair in engine.manifest.state]
+                for _ in range(2)
+            ]
+            # On the host wherever the step runs: the sampler is NumPy. Only here is it copied.
+            self._logits = _zeros(step.output("logits"), rows)  # (rows, V)
+            inputs = {"token": self._token, "position": self._position, **conditioning}
+            # Two bindings for the two directions, made once: each reads one set and writes the
+            # other.
+            self._bindings = [
+                _Binding(engine, session, inputs, old, new, self._logits)
+                for old, new in (states, states[::-1])
+            ]
+        except BackendError:
+            raise
+        except Exception as error:
+            raise _failed(error) from error
+        self._turn = 0
+
+    def close(self) -> None:
+        # The bindings hold the state.
+        self._bindings = []
+
+    def _step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
+        try:
+            self._token.update_inplace(np.ascontiguousarray(token))
+            self._position.update_inplace(np.ascontiguousarray(position))
+            self._bindings[self._turn].run()
+        except Exception as error:
+            raise _failed(error) from error
+        self._turn = 1 - self._turn
+        return self._logits  # (rows, V)
+
+
+class _Binding:
+    """The step's inputs and outputs in one direction, bound once, and the owner of them all.
+
+    ONNX Runtime's own binding holds addresses. Of what lies there, older versions keep nothing
+    alive, and memory of NumPy's not in any version unless its OrtValue is kept.
+    """
+
+    def __init__(
+        self,
+        engine: OnnxRuntimeEngine,
+        session: onnxruntime.InferenceSession,
+        inputs: Mapping[str, onnxruntime.OrtValue],
+        old: Sequence[onnxruntime.OrtValue],
+        new: Sequence[onnxruntime.OrtValue],
+        logits: NDArray[np.float32],
+    ) -> None:
+        pairs = engine.manifest.state
+        inputs = {**inputs, **{pair.input: v for pair, v in zip(pairs, old, strict=True)}}
+        outputs = {pair.output: value for pair, value in zip(pairs, new, strict=True)}
+        self._binding = session.io_binding()  # first: it goes before what it points to
+        self._session = session
+        # The engine too: its sessions own the memory that the prologue filled.
+        self._alive = (engine, inputs, outputs, logits)
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+        self._binding.bind_output(
+            "logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data
+        )
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def import_failure() -> str | None:
+    """None if ONNX Runtime imports here, otherwise why not and what to do."""
+    try:
+        import_quietly()
+        import onnxruntime
+
+        version = str(onnxruntime.__version__)
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+    except Exception as error:  # a broken installation can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"onnxruntime does not import ({reason}); pip install onnxruntime"
+    if numbers < _MINIMUM_VERSION:
+        least = ".".join(map(str, _MINIMUM_VERSION))
+        return (
+            f"onnxruntime {version} is too old, {least} or later is needed; "
+            "pip install --upgrade onnxruntime"
+        )
+    return None
+
+
+def make_session(
+    bundle: Bundle,
+    graph: GraphSpec,
+    *,
+    threads: int,
+    providers: Sequence[tuple[str, Mapping[str, str]]],
+    arena: bool = False,
+) -> onnxruntime.InferenceSession:
+    """Make a session for `graph` on `providers`, each a name and its options, the best first.
+
+    `arena` keeps working memory on the host for the next run. That pays for the step, which runs
+    hundreds of times an image; the decoder would hold on to hundreds of megabytes for nothing.
+    Raises BundleError for a graph that ONNX Runtime refuses or that is not the manifest's.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_cpu_mem_arena = arena
+    options.log_severity_level = log_level()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
+    model, weights = checked_graph(bundle, graph), bundle.read(graph.weights)
+    # The table is given even where a graph has no weights: with it, a graph that names any other
+    # file fails to load. The buffers live until the session is made; it keeps its own copy.
+    table = weights if len(weights) else memoryview(b"\0")
+    options.add_external_initializers_from_files_in_memory([graph.weights], [table], [len(table)])
+
+    def load() -> onnxruntime.InferenceSession:
+        # Without "fallback", which prints and tries the same once more.
+        return onnxruntime.InferenceSession(
+            model, options, providers=list(providers), enable_fallback=0
+        )
+
+    try:
+        session = interruptible(load, lambda: options.set_load_cancellation_flag(True))
+    except Exception as error:  # its exception types share no base but this
+        if _DEVICE_FAILURE.search(str(error)):
+            raise BackendError(
+                f"ONNX Runtime could not load {graph.file} ({first_line(error)})"
+            ) from error
+        raise BundleError(
+            f"{bundle.path}: {shortened(graph.file, 40)} is not a graph that ONNX Runtime can run "
+            f"({first_line(error)})"
+        ) from error
+    # A provider whose libraries do not load is left out without an exception.
+    if session.get_providers()[0] != providers[0][0]:
+        raise BackendError(
+            f"ONNX Runtime left out its {providers[0][0]} and would run on "
+            f"{session.get_providers()[0]}"
+        )
+    return session
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, on one short line that can be printed."""
+    lines = str(error).splitlines()
+    text = lines[0].strip() if lines else type(error).__name__
+    # It may quote names out of a stranger's graph.
+    return shortened(text, 160)
+
+
+def _check_shape(spec: TensorSpec, shape: tuple[int, ...], rows: int) -> None:
+    if shape != spec.concrete_shape(rows):
+        raise BackendError(
+            f"the bundle's graph returned {spec.name!r} of shape {shape}; "
+            f"its manifest says {spec.concrete_shape(rows)}"
+        )
+
+
+def _zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
+    return np.zeros(spec.concrete_shape(rows), spec.dtype)
+
+
+def _failed(error: Exception) -> BackendError:
+    if _OUT_OF_MEMORY.search(str(error)):
+        return BackendError(
+            f"ONNX Runtime ran out of memory ({first_line(error)}); give a smaller "
+            "memory_limit_mb to draw fewer images at a time"
+        )
+    return BackendError(f"ONNX Runtime failed while running the bundle ({first_line(error)})")

@@ -1,0 +1,137 @@
+"""``aim train``: the trainings, their options taken from the trainers' own dataclasses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from aim_cli.errors import Interrupted, bad_arguments
+from aim_cli.lazy import LazyCommand, LazyGroup
+from aim_cli.terminal import fields
+
+if TYPE_CHECKING:
+    from aim_training.options import TrainingOptions
+
+Options = TypeVar("Options")
+
+#: What `aim train PICTURES` stands for.
+_DEFAULT = "all"
+_HELP = ("-h", "--help")
+#: Options about the images: the second training must be given those of the first.
+_ABOUT_IMAGES = ("val_data", "val_fraction", "size", "resize_factor", "flip", "bad_images")
+
+
+class TrainGroup(LazyGroup):
+    """``aim train PICTURES`` is ``aim train all PICTURES``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command before a folder, or an option, that is no command's name."""
+        first = args[0] if args else "--help"
+        if first not in self.lazy and (
+            Path(first).is_dir() or "/" in first or (first[0] == "-" and first not in _HELP)
+        ):
+            args = [_DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    "train",
+    cls=TrainGroup,
+    commands=[
+        LazyCommand(
+            _DEFAULT, "From pictures to a bundle, in one go.", "aim_cli.commands.train_all"
+        ),
+        LazyCommand(
+            "check", "Before: what is wrong with the images.", "aim_cli.commands.train_check"
+        ),
+        LazyCommand(
+            "tokenizer", "First: images to codes and back.", "aim_cli.commands.train_tokenizer"
+        ),
+        LazyCommand("model", "Then: draw codes, class by class.", "aim_cli.commands.train_model"),
+    ],
+)
+def command() -> None:
+    """Train on a folder of images with one folder per class.
+
+    \b
+    aim train PICTURES --out RUN
+
+    does everything with sizes that suit the pictures and the machine: 'aim train all --help'. For
+    sizes of your own, first the tokenizer, which turns images into codes and back, then the model,
+    which draws the codes; 'aim export' makes a bundle of the two. A run that was stopped goes on
+    when the same command is given again.
+    """
+
+
+def run(train: Callable[[Options], Path], options_class: type[Options], values: Any) -> Path:
+    """Train with the options given; returns the trained weights.
+
+    Raises:
+        UsageError: an option is out of range.
+        Interrupted: Ctrl-C; what to do next is its message.
+    """
+    with bad_arguments():
+        options = options_class(**values)
+    return run_with(train, options)
+
+
+def run_with(train: Callable[[Options], Path], options: Options) -> Path:
+    """Likewise, the options being complete."""
+    _hear_hangups()
+    try:
+        return train(options)
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error) or "interrupted before the first step") from error
+
+
+def say_outcome(weights: Path, then: str) -> None:
+    """Print what there is now and the next command, once for all processes of a training."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(fields([("weights", str(weights)), ("next", then)]))
+
+
+def next_command(command: str, options: TrainingOptions, **more: object) -> str:
+    """A command line that goes on with the same images.
+
+    Args:
+        command: its beginning.
+        options: of the training that is done.
+        more: options that it takes besides.
+    """
+    words = [command]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in _ABOUT_IMAGES and value != field.default:
+            flag = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words.append(f"--{flag} {shlex.quote(str(value))}")
+    words += [f"--{name} {shlex.quote(str(value))}" for name, value in more.items()]
+    return " ".join(words)
+
+
+def _hear_hangups() -> None:
+    """Before the first step, too, a closed terminal ends the program by an exception.
+
+    So files half written are removed on the way out, as at SIGTERM.
+    """
+    number = getattr(signal, "SIGHUP", None)  # Windows has none
+    if number is None or signal.getsignal(number) is not signal.SIG_DFL:
+        return
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,1 @@
+"""Lowering to ONNX: the prologue, the step and the decoder as graphs."""
