@@ -18,6 +18,7 @@ from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.gpu import nvidia_driver
 from aim_runtime.engines.onnxruntime import cuda as onnxruntime_cuda
 from aim_runtime.engines.onnxruntime.engine import make_session
+from aim_runtime.engines.onnxruntime.interruptible import Stopping
 
 from .playing import onnxruntime_cuda_on_the_host
 from .tiny_bundle import copy_bundle, rehash
@@ -122,7 +123,13 @@ def test_a_failing_gpu_is_not_the_bundles_fault(
     monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
     bundle = Bundle.open(tiny)
     with pytest.raises(BackendError, match=r"could not load step\.onnx .CUDA failure 2: out of"):
-        make_session(bundle, bundle.manifest.graphs["step"], threads=1, providers=[("CUDA", {})])
+        make_session(
+            bundle,
+            bundle.manifest.graphs["step"],
+            threads=1,
+            providers=[("CUDA", {})],
+            stopping=Stopping(),
+        )
 
 
 # -- memory ---------------------------------------------------------------------------------------

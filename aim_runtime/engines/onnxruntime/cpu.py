@@ -8,6 +8,9 @@ to three times slower and doubles the CPU time.
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
 from aim_runtime.cores import usable_cores
@@ -15,8 +18,10 @@ from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
     import_failure,
+    load_sessions,
     make_session,
 )
+from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
 
 
@@ -43,12 +48,18 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
     device = "cpu"
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
-        graphs = bundle.manifest.graphs
-        cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
-        sessions = Sessions(
-            # It runs once an image and is small: one thread spares it a pool of its own.
-            prologue=make_session(bundle, graphs["prologue"], threads=1, providers=cpu),
-            step=make_session(bundle, graphs["step"], threads=threads, providers=cpu, arena=True),
-            decoder=make_session(bundle, graphs["decoder"], threads=threads, providers=cpu),
-        )
+        sessions = load_sessions(functools.partial(_load, bundle, threads))
         super().__init__(bundle.manifest, sessions, ("cpu", 0))
+
+
+def _load(bundle: Bundle, threads: int, stopping: Stopping) -> Sessions:
+    graphs = bundle.manifest.graphs
+    cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+    make = functools.partial(make_session, bundle, providers=cpu, stopping=stopping)
+    # ONNX Runtime loads on one core: the small graphs are ready before the step is.
+    with ThreadPoolExecutor(1, thread_name_prefix="aim-load") as beside:
+        # It runs once an image and is small: one thread spares it a pool of its own.
+        prologue = beside.submit(make, graphs["prologue"], threads=1)
+        decoder = beside.submit(make, graphs["decoder"], threads=threads)
+        step = make(graphs["step"], threads=threads, arena=True)
+    return Sessions(prologue.result(), step, decoder.result())

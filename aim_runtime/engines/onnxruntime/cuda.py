@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import sys
 from pathlib import Path
@@ -32,8 +33,10 @@ from aim_runtime.engines.onnxruntime.engine import (
     Sessions,
     first_line,
     import_failure,
+    load_sessions,
     make_session,
 )
+from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -98,25 +101,7 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
     backend = "onnxruntime-cuda"
 
     def __init__(self, bundle: Bundle, gpu: int, threads: int) -> None:
-        graphs = bundle.manifest.graphs
-
-        def session(name: str, *, tf32: bool) -> onnxruntime.InferenceSession:
-            options = {
-                "device_id": str(gpu),
-                # By default every growth of its memory doubles it.
-                "arena_extend_strategy": "kSameAsRequested",
-                # The default times every algorithm of every convolution before the first image.
-                "cudnn_conv_algo_search": "HEURISTIC",
-                "use_tf32": str(int(tf32)),
-            }
-            providers = [(_PROVIDER, options), ("CPUExecutionProvider", {})]
-            return make_session(bundle, graphs[name], threads=threads, providers=providers)
-
-        sessions = Sessions(
-            prologue=session("prologue", tf32=False),
-            step=session("step", tf32=False),
-            decoder=session("decoder", tf32=True),
-        )
+        sessions = load_sessions(functools.partial(_load, bundle, gpu, threads))
         super().__init__(bundle.manifest, sessions, (_MEMORY, gpu))
         self.device = f"cuda:{gpu}"
         # A GPU that this build has no kernels for fails here, where another backend can still be
@@ -180,3 +165,28 @@ def _provider_failure() -> str:
             "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     return ""
+
+
+def _load(bundle: Bundle, gpu: int, threads: int, stopping: Stopping) -> Sessions:
+    def session(name: str, *, tf32: bool) -> onnxruntime.InferenceSession:
+        options = {
+            "device_id": str(gpu),
+            # By default every growth of its memory doubles it.
+            "arena_extend_strategy": "kSameAsRequested",
+            # The default times every algorithm of every convolution before the first image.
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "use_tf32": str(int(tf32)),
+        }
+        return make_session(
+            bundle,
+            bundle.manifest.graphs[name],
+            threads=threads,
+            providers=[(_PROVIDER, options), ("CPUExecutionProvider", {})],
+            stopping=stopping,
+        )
+
+    return Sessions(
+        prologue=session("prologue", tf32=False),
+        step=session("step", tf32=False),
+        decoder=session("decoder", tf32=True),
+    )

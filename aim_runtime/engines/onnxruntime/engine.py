@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
-from aim_runtime.engines.onnxruntime.interruptible import interruptible
+from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import import_quietly, log_level
 from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.onnx_graph import checked_graph
@@ -48,6 +48,12 @@ class Sessions:
     prologue: onnxruntime.InferenceSession
     step: onnxruntime.InferenceSession
     decoder: onnxruntime.InferenceSession
+
+
+def load_sessions(load: Callable[[Stopping], Sessions]) -> Sessions:
+    """What `load` returns or raises; Ctrl-C meanwhile ends it."""
+    stopping = Stopping()
+    return interruptible(lambda: load(stopping), stopping)
 
 
 class OnnxRuntimeEngine(Engine):
@@ -220,12 +226,14 @@ def make_session(
     *,
     threads: int,
     providers: Sequence[tuple[str, Mapping[str, str]]],
+    stopping: Stopping,
     arena: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Make a session for `graph` on `providers`, each a name and its options, the best first.
 
     `arena` keeps working memory on the host for the next run. That pays for the step, which runs
     hundreds of times an image; the decoder would hold on to hundreds of megabytes for nothing.
+    `stopping` ends it, with a BundleError.
     Raises BundleError for a graph that ONNX Runtime refuses or that is not the manifest's.
     """
     import onnxruntime
@@ -238,20 +246,26 @@ def make_session(
     options.log_severity_level = log_level()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
-    model, weights = checked_graph(bundle, graph), bundle.read(graph.weights)
-    # The table is given even where a graph has no weights: with it, a graph that names any other
-    # file fails to load. The buffers live until the session is made; it keeps its own copy.
-    table = weights if len(weights) else memoryview(b"\0")
-    options.add_external_initializers_from_files_in_memory([graph.weights], [table], [len(table)])
+    stopping.by(lambda: options.set_load_cancellation_flag(True))
+    model = checked_graph(bundle, graph)
 
-    def load() -> onnxruntime.InferenceSession:
+    def load(weights: memoryview) -> onnxruntime.InferenceSession:
+        # The table is given even where a graph has no weights: with it, a graph that names any
+        # other file fails to load. Sessions keep their own copy.
+        table = weights if len(weights) else memoryview(b"\0")
+        options.add_external_initializers_from_files_in_memory(
+            [graph.weights], [table], [len(table)]
+        )
         # Without "fallback", which prints and tries the same once more.
         return onnxruntime.InferenceSession(
             model, options, providers=list(providers), enable_fallback=0
         )
 
     try:
-        session = interruptible(load, lambda: options.set_load_cancellation_flag(True))
+        with bundle.reading(graph.weights) as weights:
+            session = load(weights)
+    except BundleError:
+        raise
     except Exception as error:  # its exception types share no base but this
         if _DEVICE_FAILURE.search(str(error)):
             raise BackendError(
