@@ -16,4 +16,23 @@ class BackendError(AimError):
 
 
 class RequestCancelled(AimError):
-    """The caller's cancel event was set; the generator can be used again at once."""
+    """The caller cancelled the request; the generator can be used again at once."""
+
+
+class DeadlineExceeded(AimError):
+    """The time that the caller gave a request is over."""
+
+
+class QueueFull(AimError):
+    """More images wait than may; try again later.
+
+    Attributes:
+        retry_after_s: In about how many seconds there will be room.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[QueueFull], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after_s)

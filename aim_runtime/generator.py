@@ -39,12 +39,8 @@ from aim_runtime.errors import AimError, BackendError, RequestCancelled
 from aim_runtime.noise import uniforms
 from aim_runtime.quoting import shown
 from aim_runtime.request import MAX_IMAGES, Request, RequestOptions, check_seed
-from aim_runtime.result import UNDECIDED, Preview, Result
+from aim_runtime.result import UNDECIDED, Preview, Result, decoding_work
 from aim_runtime.sampling import MAX_CFG_SCALE, SamplingOptions
-
-# In progress, decoding an image counts as the T tokens over this: a guess, the true share of the
-# time varies with the model.
-_DECODING_SHARE = 4
 
 Classes = ClassLike | Sequence[ClassLike]
 Progress = Callable[[int, int], None]
@@ -241,11 +237,8 @@ class Generator:
         optional_method("progress", progress, "__call__", "a function of two numbers")
         optional_method("cancel", cancel, "is_set", "a threading.Event")
         request, engine = self._requested(classes, options), self._open_engine()
-        tokens = self._undecided(request)  # (N, T)
-        model = self.manifest.model
-        size = (len(tokens), model.image_height, model.image_width, 3)
-        images = room_for("classes", request, size, np.uint8)
-        decoding = -(-tokens.shape[1] // _DECODING_SHARE)
+        tokens, images = self._undecided(request), self._undrawn(request)
+        decoding = decoding_work(tokens.shape[1])
 
         def report(done: int) -> None:
             if progress is not None:
@@ -259,19 +252,7 @@ class Generator:
             stop = min(start + engine.decode_batch, len(tokens))
             images[start:stop] = engine.decode(tokens[start:stop])
             report(tokens.size + stop * decoding)
-        return Result(
-            tokens=tokens,
-            array=images,
-            classes=request.classes,
-            class_names=tuple(self.class_names[index] for index in request.classes),
-            seeds=request.seeds,
-            options=request.options,
-            seconds=time.perf_counter() - started,
-            backend=self.backend,
-            precision=self.precision,
-            bundle=request.bundle,
-            bundle_sha256=request.bundle_sha256,
-        )
+        return self._result(request, tokens, images, time.perf_counter() - started)
 
     def stream(
         self,
@@ -395,10 +376,38 @@ class Generator:
         return classes
 
     def _undecided(self, request: Request) -> NDArray[np.int64]:
+        """Room for the tokens (N, T) of a request."""
         shape = (len(request), self.manifest.model.num_tokens)
         tokens = room_for("classes", request, shape, np.int64)
         tokens[:] = UNDECIDED
         return tokens
+
+    def _undrawn(self, request: Request) -> NDArray[np.uint8]:
+        """Room for the images (N, height, width, 3) of a request."""
+        model = self.manifest.model
+        shape = (len(request), model.image_height, model.image_width, 3)
+        return room_for("classes", request, shape, np.uint8)
+
+    def _result(
+        self,
+        request: Request,
+        tokens: NDArray[np.int64],
+        images: NDArray[np.uint8],
+        seconds: float,
+    ) -> Result:
+        return Result(
+            tokens=tokens,
+            array=images,
+            classes=request.classes,
+            class_names=tuple(self.class_names[index] for index in request.classes),
+            seeds=request.seeds,
+            options=request.options,
+            seconds=seconds,
+            backend=self.backend,
+            precision=self.precision,
+            bundle=request.bundle,
+            bundle_sha256=request.bundle_sha256,
+        )
 
     def _draw(
         self,

@@ -20,8 +20,17 @@ if TYPE_CHECKING:
 UNDECIDED = -1
 """Stands for a token that is not drawn yet."""
 
+# In progress, decoding an image counts as its T tokens over this: a guess, the true share of the
+# time varies with the model.
+_DECODING_SHARE = 4
+
 UNDECIDED_GRAY = 128
 """The value of all three channels where the token is not drawn yet."""
+
+
+def decoding_work(num_tokens: int) -> int:
+    """How many tokens decoding an image of T tokens counts as, in progress."""
+    return -(-num_tokens // _DECODING_SHARE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,11 @@
 """The one seam between the generator and whatever computes: the engine, and what brings one.
 
-An engine draws the tokens of a batch (`draw`), turns tokens into pixels (`decode`) and says how
-many images it advances together (`plan`). What it must be able to do is to run the graphs of a
-bundle step by step (`prologue`, `start`, `Rows.step`); the loop over the steps, with guidance and
-sampler, is here for engines that have none of their own. Arguments are checked here, once.
+An engine has slots that images join and leave at any step (`slots`), draws the tokens of a batch
+(`draw`), turns tokens into pixels (`decode`) and says how many images it advances together
+(`plan`). What it must be able to do is to run the graphs of a bundle step by step (`prologue`,
+`start`, `Rows.step`); the loop over the steps, with guidance and sampler, is here for engines that
+have none of their own, and slots that serve whole batches for those without. Arguments are checked
+here, once.
 
 A backend is one module in `aim_runtime.engines` with an engine and two functions:
 
@@ -36,6 +38,7 @@ from aim_runtime.batching import (
     check_memory_limit,
 )
 from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.engines.slots import Slots, StaticSlots
 from aim_runtime.forks import abandon_in_children, check_process
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 
@@ -94,12 +97,15 @@ class Engine(ABC):
         device: Where it computes: "cpu", "cuda:0".
         precision: What it computes in: "fp32", "fp16".
         decode_batch: How many images to decode in one call.
+        continuous: Whether images join and leave its slots at any step. If not, they begin and
+            end together.
     """
 
     backend: str
     device: str
     precision: str
     decode_batch: int = 1
+    continuous: bool = False
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -152,6 +158,16 @@ class Engine(ABC):
             raise ValueError("noise has values outside of 0 <= u < 1")
         return self._draw(class_ids, noise, options)
 
+    def slots(self, rows: int) -> Slots:
+        """Make room for images that advance together, `rows` rows of them at most.
+
+        An image takes `SamplingOptions.rows_per_image`; its tokens are those that `draw` yields,
+        whoever else is there. Give it back with `close`.
+        Raises ValueError for `rows` below 1, BackendError when the memory does not suffice.
+        """
+        check_process(self._process)
+        return self._slots(whole_number("rows", rows, 1, 2**31))
+
     def scores(
         self, class_ids: NDArray[np.int64], tokens: NDArray[np.int64], cfg_scale: float
     ) -> collections.abc.Generator[NDArray[np.float32]]:
@@ -200,6 +216,10 @@ class Engine(ABC):
             for step, scores in enumerate(steps):
                 tokens[:, step] = sample(scores, noise[:, step], options)
                 yield tokens[:, step : step + 1].copy()
+
+    def _slots(self, rows: int) -> Slots:
+        """`slots` with checked arguments."""
+        return StaticSlots(self, rows)
 
     def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """`plan` with checked arguments, for images of `rows_per_image` rows.

@@ -19,6 +19,7 @@ import pytest
 from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions, available_backends
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
+from aim_runtime.engines.slots import Slots
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import sample
 
@@ -245,6 +246,73 @@ def test_a_drawing_that_is_closed_leaves_the_engine_usable(case: Case) -> None:
     assert next(drawing, None) is None
     assert np.array_equal(np.concatenate([block, *other], axis=1), expected)
     assert np.array_equal(draw(case.engine, ids(0, 1), options, seed=7), expected)
+
+
+# -- slots ----------------------------------------------------------------------------------------
+
+
+@full_precision
+def test_images_join_and_leave_its_slots_at_any_step(case: Case) -> None:
+    """Two stay, one from the start and one from `join` on; a third leaves at `leave`."""
+    steps = range(0, case.steps, max(1, case.steps // 9))
+    alone = [
+        draw(case.engine, ids(which % case.no_class), options, seed=60 + which)[0]
+        for which, options in enumerate(OPTIONS)
+    ]
+    with case.engine.slots(6) as slots:
+        for join in steps:
+            for leave in steps:
+                first, second, third = ((join + leave + k) % len(OPTIONS) for k in range(3))
+                stays = [Visit(first, 0), Visit(second, join)]
+                visit(case, slots, [*stays, Visit(third, join // 2, leave)])
+                for image in stays:
+                    assert np.array_equal(image.tokens, alone[image.which])
+        assert slots.step() == {}
+
+
+@dataclass
+class Visit:
+    """Image `which` of OPTIONS, in slots from a step on, or later; taken out at a step."""
+
+    which: int
+    join: int
+    leave: int | None = None
+    slot: int | None = None
+    tokens: tuple[int, ...] = ()
+
+
+def visit(case: Case, slots: Slots, images: list[Visit]) -> None:
+    """Step until all images were there."""
+    steps = case.steps
+    waiting, staying, step = list(images), {}, 0
+    while waiting or staying:
+        for image in [image for image in waiting if image.join <= step]:
+            options = OPTIONS[image.which]
+            if slots.fits(options):
+                noise = uniforms([60 + image.which], steps)[0]
+                image.slot = slots.begin(image.which % case.no_class, noise, options)
+                staying[image.slot] = image
+                waiting.remove(image)
+        for slot, image in list(staying.items()):
+            if image.leave is not None and image.leave <= step:
+                slots.end(slot)
+                del staying[slot]
+        decided = slots.step()
+        assert set(decided) <= set(staying)
+        for slot, tokens in decided.items():
+            assert not isinstance(tokens, BackendError)
+            staying[slot].tokens += tuple(tokens.tolist())
+            if len(staying[slot].tokens) == steps:
+                del staying[slot]
+        step += 1
+
+
+def test_an_engine_says_whether_images_join_at_any_step(case: Case) -> None:
+    noise, options = uniforms([0], case.steps)[0], SamplingOptions()
+    with case.engine.slots(2) as slots:
+        slots.begin(0, noise, options)
+        slots.step()
+        assert slots.fits(options) == case.engine.continuous
 
 
 # -- pixels, memory, arguments --------------------------------------------------------------------

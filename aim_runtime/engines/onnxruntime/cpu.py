@@ -8,12 +8,15 @@ to three times slower and doubles the CPU time.
 
 from __future__ import annotations
 
+import collections.abc
 import functools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from aim_runtime.arguments import shown
+import numpy as np
+from numpy.typing import NDArray
+
 from aim_runtime.bundle import Bundle
 from aim_runtime.cores import usable_cores
 from aim_runtime.engines.onnxruntime.engine import (
@@ -23,8 +26,12 @@ from aim_runtime.engines.onnxruntime.engine import (
     make_session,
 )
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
+from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
+from aim_runtime.engines.slots import drained
 from aim_runtime.errors import BackendError
 from aim_runtime.onnx_graph import CheckedGraph
+from aim_runtime.quoting import shown
+from aim_runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -51,9 +58,19 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
 
     backend = "cpu"
     device = "cpu"
+    continuous = True
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0))
+
+    def _slots(self, rows: int) -> OnnxRuntimeSlots:
+        return OnnxRuntimeSlots(self, self._sessions.step, rows)
+
+    def _draw(
+        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+    ) -> collections.abc.Generator[NDArray[np.int64]]:
+        with self.slots(len(class_ids) * options.rows_per_image) as slots:
+            yield from drained(slots, class_ids, noise, options)
 
 
 def _load(

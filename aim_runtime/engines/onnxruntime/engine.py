@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # In a message, these are the GPU's fault and not the graph's.
 _DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
-_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|unable to allocate", re.IGNORECASE)
 _MINIMUM_VERSION = (1, 24)
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when onnxruntime is imported
@@ -100,7 +100,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._sessions.prologue.run_with_iobinding(binding)
         except Exception as error:
-            raise _failed(error) from error
+            raise failed(error) from error
         found = binding.get_outputs()
         for spec, value in zip(outputs, found, strict=True):
             _check_shape(spec, tuple(value.shape()), len(class_ids))
@@ -122,7 +122,7 @@ class OnnxRuntimeEngine(Engine):
             else:  # quick, and ONNX Runtime has handles on a GPU for every thread
                 (image,) = run()
         except Exception as error:
-            raise _failed(error) from error
+            raise failed(error) from error
         spec = self.manifest.graphs["decoder"].output("image")
         _check_shape(spec, image.shape, len(tokens))
         return image  # (n, height, width, 3)
@@ -151,13 +151,13 @@ class _OnnxRuntimeRows(Rows):
             # Two bindings for the two directions, made once: each reads one set and writes the
             # other.
             self._bindings = [
-                _Binding(engine, session, inputs, old, new, self._logits)
+                Binding(engine, session, inputs, old, new, self._logits)
                 for old, new in (states, states[::-1])
             ]
         except BackendError:
             raise
         except Exception as error:
-            raise _failed(error) from error
+            raise failed(error) from error
         self._turn = 0
 
     def close(self) -> None:
@@ -170,12 +170,12 @@ class _OnnxRuntimeRows(Rows):
             self._position.update_inplace(np.ascontiguousarray(position))
             self._bindings[self._turn].run()
         except Exception as error:
-            raise _failed(error) from error
+            raise failed(error) from error
         self._turn = 1 - self._turn
         return self._logits  # (rows, V)
 
 
-class _Binding:
+class Binding:
     """The step's inputs and outputs in one direction, bound once, and the owner of them all.
 
     ONNX Runtime's own binding holds addresses. Of what lies there, older versions keep nothing
@@ -207,6 +207,7 @@ class _Binding:
         )
 
     def run(self) -> None:
+        """Take one step."""
         self._session.run_with_iobinding(self._binding)
 
 
@@ -315,7 +316,8 @@ def _zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
     return np.zeros(spec.concrete_shape(rows), spec.dtype)
 
 
-def _failed(error: Exception) -> BackendError:
+def failed(error: Exception) -> BackendError:
+    """What ONNX Runtime or NumPy raised on the way, as the error of a backend."""
     if _OUT_OF_MEMORY.search(str(error)):
         return BackendError(
             f"ONNX Runtime ran out of memory ({first_line(error)}); give a smaller "

@@ -1,0 +1,103 @@
+"""Slots on ONNX Runtime's CPU provider: arrays for all rows, bound as far as they are in use.
+
+A row's scores are the same to the last bit whatever the number of rows, so that a step may compute
+just those that are in use: the first r rows of each array, through bindings made when that many are
+there for the first time, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_runtime.bundle.manifest import TensorSpec
+from aim_runtime.engines.onnxruntime.engine import Binding, OnnxRuntimeEngine, failed
+from aim_runtime.engines.slots import HostSlots
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_Arrays = Mapping[str, NDArray[Any]]
+
+
+class OnnxRuntimeSlots(HostSlots):
+    """Slots of an engine whose memory is the host's."""
+
+    def __init__(
+        self, engine: OnnxRuntimeEngine, session: onnxruntime.InferenceSession, rows: int
+    ) -> None:
+        super().__init__(engine.manifest, rows)
+        manifest, step = engine.manifest, engine.manifest.graphs["step"]
+        self._engine = engine
+        self._session = session
+        self._no_class: _Arrays | None = None  # its conditioning, once it is known
+        try:
+            self._conditioning: _Arrays = {
+                spec.name: _zeros(spec, rows) for spec in manifest.conditioning
+            }
+            # Each step reads one set and writes the other.
+            self._states: list[list[NDArray[Any]]] = [
+                [_zeros(step.input(pair.input), rows) for pair in manifest.state] for _ in range(2)
+            ]
+            self._logits: NDArray[np.float32] = _zeros(step.output("logits"), rows)  # (R, V)
+        except (MemoryError, ValueError) as error:  # ValueError: more than an address can tell
+            raise failed(error) from error
+        self._turn = 0
+        self._bindings: dict[tuple[int, int], Binding] = {}  # by number of rows and turn
+
+    def close(self) -> None:
+        """Give the memory back; the object is useless afterwards."""
+        self._bindings.clear()
+        self._states, self._conditioning = [], {}
+
+    def _condition(self, rows: Sequence[int], class_ids: Sequence[int]) -> None:
+        known = {} if self._no_class is None else {self._model.num_classes: self._no_class}
+        asked = sorted(set(class_ids) - set(known))
+        if asked:
+            found = self._engine.prologue(np.array(asked, np.int64))
+            values = {name: value.numpy() for name, value in found.items()}
+            for index, class_id in enumerate(asked):
+                known[class_id] = {name: value[index] for name, value in values.items()}
+        if self._model.num_classes in asked:
+            self._no_class = {n: v.copy() for n, v in known[self._model.num_classes].items()}
+        for row, class_id in zip(rows, class_ids, strict=True):
+            for name, array in self._conditioning.items():
+                array[row] = known[class_id][name]
+
+    def _move(self, source: int, target: int) -> None:
+        for array in (*self._states[self._turn], *self._conditioning.values()):
+            array[target] = array[source]
+
+    def _advance(self, rows: int) -> NDArray[np.float32]:
+        try:
+            binding = self._bindings.get((rows, self._turn))
+            if binding is None:
+                binding = self._bindings[rows, self._turn] = self._bind(rows, self._turn)
+            binding.run()
+        except Exception as error:
+            raise failed(error) from error
+        self._turn = 1 - self._turn
+        return self._logits[:rows]
+
+    def _bind(self, rows: int, turn: int) -> Binding:
+        import onnxruntime
+
+        def first(array: NDArray[Any]) -> onnxruntime.OrtValue:
+            return onnxruntime.OrtValue.ortvalue_from_numpy(array[:rows])  # the same memory
+
+        inputs = {"token": self._token, "position": self._position, **self._conditioning}
+        return Binding(
+            self._engine,
+            self._session,
+            {name: first(array) for name, array in inputs.items()},
+            [first(array) for array in self._states[turn]],
+            [first(array) for array in self._states[1 - turn]],
+            self._logits[:rows],
+        )
+
+
+def _zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
+    return np.zeros(spec.concrete_shape(rows), spec.dtype)
