@@ -9,13 +9,22 @@ Importing the package needs NumPy only; ONNX Runtime and Pillow are imported whe
 
 from __future__ import annotations
 
+from aim_runtime.batcher import Batcher, BatcherStatus
 from aim_runtime.batching import BatchPlan, plan_batches
 from aim_runtime.bundle import Bundle, models_dir, write_bundle
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.backends import BackendStatus, available_backends
-from aim_runtime.errors import AimError, BackendError, BundleError, RequestCancelled
+from aim_runtime.errors import (
+    AimError,
+    BackendError,
+    BundleError,
+    DeadlineExceeded,
+    QueueFull,
+    RequestCancelled,
+)
 from aim_runtime.generator import Generator, Preview, Result
 from aim_runtime.images import contact_sheet, save_png
+from aim_runtime.job import Job
 from aim_runtime.request import Request
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
@@ -25,11 +34,16 @@ __all__ = [
     "BackendError",
     "BackendStatus",
     "BatchPlan",
+    "Batcher",
+    "BatcherStatus",
     "Bundle",
     "BundleError",
+    "DeadlineExceeded",
     "Generator",
+    "Job",
     "Manifest",
     "Preview",
+    "QueueFull",
     "Request",
     "RequestCancelled",
     "Result",

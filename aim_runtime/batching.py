@@ -104,6 +104,24 @@ def batches_within(
     return BatchPlan.split(n, largest, image, decoder)
 
 
+def images_within(plan: BatchPlan, images: int | None, usual: int) -> int:
+    """`images` if `plan`, one for more than fit, allows so many at a time.
+
+    None takes what is `usual`, or as many as fit. Raises ValueError when too many are asked for.
+    """
+    if images is None:
+        return min(plan.batch_size, usual)
+    images = whole_number("images", images, 1, 2**31)
+    if images > plan.batch_size:
+        fixed = plan.total - plan.batch_size * plan.bytes_per_image
+        needed = -(-(images * plan.bytes_per_image + fixed) // 2**20)
+        raise ValueError(
+            f"images is {images}; the memory limit holds {plan.batch_size} at a time: load the "
+            f"generator with memory_limit_mb={needed} or more"
+        )
+    return images
+
+
 def memory_needed(manifest: Manifest, rows_per_image: int) -> tuple[int, int]:
     """The bytes that each image of a batch takes, and those of the decoder: see `plan_batches`."""
     model = manifest.model

@@ -389,11 +389,7 @@ class Generator:
         return room_for("classes", request, shape, np.uint8)
 
     def _result(
-        self,
-        request: Request,
-        tokens: NDArray[np.int64],
-        images: NDArray[np.uint8],
-        seconds: float,
+        self, request: Request, tokens: NDArray[np.int64], images: NDArray[np.uint8], seconds: float
     ) -> Result:
         return Result(
             tokens=tokens,
