@@ -161,26 +161,14 @@ class Batcher:
         priority = whole_number("priority", priority, -(2**31), 2**31)
         deadline = None
         if deadline_s is not None:
-            allowed = "a number of seconds from 0 up, or None"
-            limit = threading.TIMEOUT_MAX
-            seconds = number("deadline_s", deadline_s, 0, limit, allowed)
-            deadline = time.monotonic() + seconds
+            allowed, most = "a number of seconds from 0 up, or None", threading.TIMEOUT_MAX
+            deadline = time.monotonic() + number("deadline_s", deadline_s, 0, most, allowed)
         request = self._generator._requested(classes, options)
         self._reserve(len(request))
         try:
             tokens = self._generator._undecided(request)
-            work = _Work(
-                uniforms(request.seeds, tokens.shape[1]), self._generator._undrawn(request)
-            )
-            job = Job(
-                request,
-                self._engine,
-                tokens,
-                self._lock,
-                priority=priority,
-                deadline=deadline,
-                ended=self._ended,
-            )
+            work = _Work(uniforms(request.seeds, len(tokens[0])), self._generator._undrawn(request))
+            job = Job(request, self._engine, tokens, priority, deadline, self._lock, self._ended)
         except BaseException:
             with self._lock:
                 self._pending -= len(request)

@@ -50,10 +50,9 @@ class Job:
         request: Request,
         engine: Engine,
         tokens: NDArray[np.int64],
+        priority: int,
+        deadline: float | None,
         lock: threading.RLock,
-        *,
-        priority: int = 0,
-        deadline: float | None = None,
         ended: Callable[[Job], None],
     ) -> None:
         """The batcher's; `tokens` (N, T) are undecided, `ended` is called under the `lock`."""
