@@ -6,6 +6,8 @@ import asyncio
 import copy
 import pickle
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -602,6 +604,17 @@ def test_the_generator_may_be_closed_meanwhile(tiny: Path) -> None:
         assert same(batcher.submit(request).result(LONG), expected)
         with pytest.raises(AimError, match="generator is closed"):
             batcher.submit([0])
+
+
+def test_a_program_may_end_without_closing(tiny: Path) -> None:
+    program = """
+import sys, aim_runtime
+batcher = aim_runtime.Batcher(aim_runtime.Generator.load(sys.argv[1], backend="cpu"), images=1)
+next(batcher.submit([0] * 1000).previews(every=1))
+"""
+    command = [sys.executable, "-c", program, str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- arguments ------------------------------------------------------------------------------------

@@ -94,6 +94,31 @@ def test_what_was_on_its_way_says_that_it_ends_there(tiny: Path) -> None:
     run(tiny, 2, REFUSES, before, "next(stream)")
 
 
+BATCHER = """
+batcher = aim_runtime.Batcher(gen, images=2)
+job = batcher.submit([0] * 40)
+next(job.previews(every=1))
+"""
+REFUSES_JOBS = """
+    with batcher, job:
+        calls = [lambda: batcher.submit([0]), batcher.status, job.result, job.cancel]
+        for call in [*calls, lambda: next(job.previews())]:
+            try:
+                call()
+            except aim_runtime.BackendError as error:
+                assert "before this process was forked" in str(error)
+            else:
+                raise AssertionError
+    with aim_runtime.Batcher(gen, images=2) as own:
+        assert np.array_equal(own.submit([0, 1], seed=4).result(20).tokens, expected)
+"""
+
+
+@pytest.mark.parametrize("child", ["pass", REFUSES_JOBS])
+def test_a_batcher_stays_in_the_parent(tiny: Path, child: str) -> None:
+    run(tiny, 2, child, BATCHER, "assert len(job.result(20).array) == 40; batcher.close()")
+
+
 def test_an_engine_that_cannot_be_loaded_again_says_so(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

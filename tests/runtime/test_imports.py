@@ -68,3 +68,16 @@ def test_everything_that_is_exported_exists() -> None:
     assert sorted(aim_runtime.__all__) == list(aim_runtime.__all__)
     for name in aim_runtime.__all__:
         assert getattr(aim_runtime, name) is not None
+
+
+def test_continuous_batching_is_imported_when_it_is_used() -> None:
+    code = """
+import sys
+import aim_runtime
+assert "aim_runtime.batcher" not in sys.modules
+assert {"Batcher", "Job", "Generator"} <= set(dir(aim_runtime))
+assert not hasattr(aim_runtime, "Nothing")
+from aim_runtime import *
+print(Batcher.__module__, Job.__module__, "asyncio" in sys.modules)
+"""
+    assert run(code) == "aim_runtime.batcher aim_runtime.job False"
