@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import threading
 from collections.abc import Sized
 from typing import Any, TypeVar
 
@@ -47,6 +48,14 @@ def number(name: str, value: Any, low: float, high: float, allowed: str) -> floa
     if not low <= plain <= high:  # a NaN is neither
         raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
     return plain
+
+
+def seconds(name: str, value: Any) -> float | None:
+    """`value` as a plain number of seconds that threads can wait, or None for no limit."""
+    if value is None:
+        return None
+    most = int(threading.TIMEOUT_MAX)
+    return number(name, value, 0, most, f"a number of seconds from 0 to {most}, or None")
 
 
 def instance(

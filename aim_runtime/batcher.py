@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import instance, number, whole_number
+from aim_runtime.arguments import instance, seconds, whole_number
 from aim_runtime.batching import images_within
 from aim_runtime.engines.slots import Decided, Slots
 from aim_runtime.errors import (
@@ -159,10 +159,8 @@ class Batcher:
         self._check_process()
         self._check_open()
         priority = whole_number("priority", priority, -(2**31), 2**31)
-        deadline = None
-        if deadline_s is not None:
-            allowed, most = "a number of seconds from 0 up, or None", threading.TIMEOUT_MAX
-            deadline = time.monotonic() + number("deadline_s", deadline_s, 0, most, allowed)
+        left = seconds("deadline_s", deadline_s)
+        deadline = None if left is None else time.monotonic() + left
         request = self._generator._requested(classes, options)
         self._reserve(len(request))
         try:
@@ -194,9 +192,11 @@ class Batcher:
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, let the jobs that it has end, and give the memory back.
 
-        Without `drain`, or after `timeout` seconds of it, jobs end with RequestCancelled. It may be
-        called again, from any thread.
+        Without `drain`, or after `timeout` seconds of it, jobs end with RequestCancelled; a step
+        and an image that are being computed end first. It may be called again, from any thread.
         """
+        instance("drain", drain, bool, "True or False")
+        timeout = seconds("timeout", timeout)
         if self._process != os.getpid():  # its threads are not here
             return
         self._refuse(AimError("this batcher is closed; make another"))
@@ -260,11 +260,11 @@ class Batcher:
         with self._lock:
             excess = self._pending + images - most
             if excess > 0:
-                seconds = self._seconds_until_ended(excess)
+                retry_after_s = self._seconds_until_ended(excess)
                 raise QueueFull(
                     f"{self._pending} images are waiting or being drawn, and {most} may; try again "
-                    f"in about {math.ceil(seconds)} s",
-                    seconds,
+                    f"in about {math.ceil(retry_after_s)} s",
+                    retry_after_s,
                 )
             self._pending += images
 
@@ -307,7 +307,7 @@ class Batcher:
                     slots = self._made_again(slots, failures, error)
                     continue
                 failures = 0
-                self._record(decided, time.perf_counter() - started)
+                self._record(decided, took_s=time.perf_counter() - started)
         except Exception as error:  # a fault of ours shall not leave anybody waiting
             self._give_up(f"the batcher has stopped: {_as_backend_error(error)}")
         finally:
@@ -351,12 +351,12 @@ class Batcher:
                 job._end(DeadlineExceeded("the request was not drawn within its deadline"))
         return min((left for left, _ in times if left > 0), default=None)
 
-    def _record(self, decided: Decided, seconds: float) -> None:
+    def _record(self, decided: Decided, took_s: float) -> None:
         blocks = [found for found in decided.values() if not isinstance(found, BackendError)]
         steps = max(map(len, blocks), default=1)
         with self._lock:
             jobs = {job for job, _ in self._active.values()}
-            self._pace.add(steps, seconds)
+            self._pace.add(steps, took_s)
             for slot, found in decided.items():
                 job, image = self._active[slot]
                 if isinstance(found, BackendError):
@@ -428,9 +428,9 @@ class Batcher:
             job._decoded += count
             self._pending -= count
             if job._decoded == len(job.request):
-                seconds = time.perf_counter() - job.submitted
-                result = self._generator._result(job.request, job._tokens, work.array, seconds)
-                job._end(result)
+                took_s = time.perf_counter() - job.submitted
+                make = self._generator._result
+                job._end(make(job.request, job._tokens, work.array, took_s))
 
     def _close_at_exit(self) -> None:
         self.close(drain=False)

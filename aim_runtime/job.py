@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import whole_number
+from aim_runtime.arguments import seconds, whole_number
 from aim_runtime.engines.base import Engine
 from aim_runtime.errors import AimError, BackendError, RequestCancelled
 from aim_runtime.request import Request
@@ -91,6 +91,7 @@ class Job:
         Raises TimeoutError when they are not there in `timeout` seconds; the job goes on.
         Raises RequestCancelled, DeadlineExceeded or BackendError when it has ended so.
         """
+        timeout = seconds("timeout", timeout)
         if not self._wait(_ENDED, timeout):
             raise TimeoutError(f"the job has not ended in {timeout} s")
         return self._ended()

@@ -18,6 +18,7 @@ import pytest
 import aim_runtime
 from aim_runtime import (
     AimError,
+    Batcher,
     BatchPlan,
     Bundle,
     Generator,
@@ -130,6 +131,39 @@ def drained(stream: Iterator[Any]) -> None:
         pass
 
 
+def cancelled(batcher: Batcher, classes: Any = 0, **arguments: Any) -> None:
+    with batcher.submit(classes, **arguments):
+        pass
+
+
+def closed(batcher: Batcher, **arguments: Any) -> None:
+    try:
+        batcher.close(**arguments)
+    finally:
+        batcher.close()
+
+
+def batcher_calls(
+    gen: Generator, batcher: Batcher
+) -> dict[str, tuple[str | tuple[str, ...], Call]]:
+    """As `calls`."""
+    ended = batcher.submit(0)
+    ended.result()
+    found: dict[str, tuple[str | tuple[str, ...], Call]] = {
+        "Batcher generator": ("generator", lambda v: Batcher(v).close()),
+        "Batcher images": ("images", lambda v: Batcher(gen, images=v).close()),
+        "Batcher queue": ("queue", lambda v: Batcher(gen, images=1, queue=v).close()),
+        "Batcher.close drain": ("drain", lambda v: closed(Batcher(gen, images=1), drain=v)),
+        "Batcher.close timeout": ("timeout", lambda v: closed(Batcher(gen, images=1), timeout=v)),
+        "submit classes": ("class", lambda v: cancelled(batcher, v)),
+        "Job.previews every": ("every", lambda v: drained(batcher.submit(0).previews(v))),
+        "Job.result timeout": ("timeout", ended.result),
+    }
+    for name in ("seed", "cfg_scale", "temperature", "top_k", "top_p", "priority", "deadline_s"):
+        found[f"submit {name}"] = (name, lambda v, name=name: cancelled(batcher, **{name: v}))
+    return found
+
+
 def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[str, ...], Call]]:
     """Every argument of every public call, by "call argument": what it is called, and the call."""
     bundle, image = gen.bundle, gen.generate(0).images[0]
@@ -198,14 +232,23 @@ def _loading(name: str, value: Any) -> dict[str, Any]:
 WORLD = {"load path", "load backend", "load device", "load precision"}
 
 
+@pytest.fixture
+def batcher(generator: Generator) -> Iterator[Batcher]:
+    with Batcher(generator, images=4) as made:
+        yield made
+
+
 def test_every_argument_works_or_names_itself(
-    generator: Generator, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: Generator,
+    batcher: Batcher,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no path among the values leads anywhere
     wrong, tried, slowest = [], 0, (0.0, "")
-    for (what, (name, call)), value in itertools.product(
-        calls(generator, tiny, tmp_path).items(), VALUES
-    ):
+    every_call = calls(generator, tiny, tmp_path) | batcher_calls(generator, batcher)
+    for (what, (name, call)), value in itertools.product(every_call.items(), VALUES):
         if what.startswith("load") and tried % 3:  # these take longest
             tried += 1
             continue
