@@ -50,7 +50,8 @@ class Generator:
     """A loaded bundle that draws images. Thread-safe.
 
     `memory_limit_mb` bounds what one request takes on top of the model (see `plan`), None leaves it
-    to the engine; requests that run at the same time each take their own.
+    to the engine; requests that run at the same time each take their own. A `Batcher` draws them
+    together instead.
 
     Attributes:
         backend: Name of the backend that computes.

@@ -144,8 +144,7 @@ class HostSlots(Slots):
 
     Rows that are in use are always the first ones: where an image leaves, the last rows move into
     the holes, so that a step computes no more rows than there are images for. An engine fills in
-    three methods, which say what becomes of rows. Nothing is cleared for an image that joins: at
-    position 0 a row's old state counts as zero.
+    three methods, which say what becomes of rows.
     """
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
@@ -195,7 +194,7 @@ class HostSlots(Slots):
             return {}
         if self._joining:
             rows = [row for image in self._joining for row in image.rows]
-            self._condition(rows, [c for image in self._joining for c in image.classes])
+            self._join(rows, [c for image in self._joining for c in image.classes])
             self._joining = []
         logits = self._advance(len(self._owners))  # (R, V)
         groups: dict[SamplingOptions, list[_Image]] = {}
@@ -218,8 +217,8 @@ class HostSlots(Slots):
         return decided
 
     @abstractmethod
-    def _condition(self, rows: Sequence[int], class_ids: Sequence[int]) -> None:
-        """Set the conditioning of `rows` to that of these classes; C is "no class"."""
+    def _join(self, rows: Sequence[int], class_ids: Sequence[int]) -> None:
+        """Give `rows` the conditioning of these classes, C for "no class", and no old state."""
 
     @abstractmethod
     def _move(self, source: int, target: int) -> None:

@@ -53,7 +53,7 @@ class OnnxRuntimeSlots(HostSlots):
         self._bindings.clear()
         self._states, self._conditioning = [], {}
 
-    def _condition(self, rows: Sequence[int], class_ids: Sequence[int]) -> None:
+    def _join(self, rows: Sequence[int], class_ids: Sequence[int]) -> None:
         known = {} if self._no_class is None else {self._model.num_classes: self._no_class}
         asked = sorted(set(class_ids) - set(known))
         if asked:
@@ -66,6 +66,10 @@ class OnnxRuntimeSlots(HostSlots):
         for row, class_id in zip(rows, class_ids, strict=True):
             for name, array in self._conditioning.items():
                 array[row] = known[class_id][name]
+            # A graph may let the old state count as zero by multiplying with 0, which leaves a NaN
+            # what it is: an image that failed would make those fail that come after it.
+            for array in self._states[self._turn]:
+                array[row] = 0
 
     def _move(self, source: int, target: int) -> None:
         for array in (*self._states[self._turn], *self._conditioning.values()):
