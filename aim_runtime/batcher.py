@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -129,7 +128,7 @@ class Batcher:
         self._decoder = threading.Thread(target=self._decode, name="aim-decode", daemon=True)
         self._stepper.start()
         self._decoder.start()
-        atexit.register(self._close_at_exit)
+        atexit.register(self.close, drain=False)
 
     # -- for callers ------------------------------------------------------------------------------
 
@@ -205,29 +204,19 @@ class Batcher:
         self._end_all(RequestCancelled("the batcher was closed"))
         self._stepper.join()
         self._decoder.join()
-        atexit.unregister(self._close_at_exit)
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close it; after an exception without draining."""
         self.close(drain=kind is None)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close it as `__exit__` does, without blocking the event loop."""
         import asyncio  # here: importing the package stays quick
 
@@ -330,17 +319,23 @@ class Batcher:
             for slot in ended:
                 slots.end(slot)
             with self._changed:
-                while next_one := self._queue.take(slots.fits, not self._engine.continuous):
-                    job, image = next_one
-                    noise = self._works[job].noise[image]
-                    class_id = job.request.classes[image]
-                    slot = slots.begin(class_id, noise, job.request.options)
-                    self._active[slot] = next_one
+                while self._admit(slots):
+                    pass
                 if self._active:
                     return True
                 if self._refusal is not None and not self._works:
                     return False
                 self._changed.wait(soonest)
+
+    def _admit(self, slots: Slots) -> bool:
+        """Let the next image into a slot; False when none waits that fits."""
+        found = self._queue.take(slots.fits, overtaking=not self._engine.continuous)
+        if found is None:
+            return False
+        job, image = found
+        request, noise = job.request, self._works[job].noise[image]
+        self._active[slots.begin(request.classes[image], noise, request.options)] = found
+        return True
 
     def _end_late_jobs(self) -> float | None:
         """End jobs whose time is over; returns the seconds that the next one has."""
@@ -407,12 +402,19 @@ class Batcher:
     # -- the thread that decodes ------------------------------------------------------------------
 
     def _decode(self) -> None:
-        while (item := self._drawn.get()) is not None:
-            job, images = item
-            try:
-                self._decode_images(job, images)
-            except Exception as error:
-                job._end(_as_backend_error(error))
+        while self._decode_next():  # which keeps nothing of a job while it waits for another
+            pass
+
+    def _decode_next(self) -> bool:
+        item = self._drawn.get()
+        if item is None:
+            return False
+        job, images = item
+        try:
+            self._decode_images(job, images)
+        except Exception as error:
+            job._end(_as_backend_error(error))
+        return True
 
     def _decode_images(self, job: Job, images: slice) -> None:
         with self._lock:
@@ -431,9 +433,6 @@ class Batcher:
                 took_s = time.perf_counter() - job.submitted
                 make = self._generator._result
                 job._end(make(job.request, job._tokens, work.array, took_s))
-
-    def _close_at_exit(self) -> None:
-        self.close(drain=False)
 
 
 def _as_backend_error(error: Exception) -> BackendError:

@@ -2,13 +2,12 @@
 
 Clients of one event loop submit requests of mixed classes, sizes and settings to a `Batcher`, one
 after another; some cancel theirs at a random moment. Requests come from a small pool, each of whose
-images is drawn alone beforehand, so that every image that a client gets is compared with it. A full
-batch of `Generator.generate` is timed before and after, in the same process, for a ratio that means
-something on a machine whose speed drifts. Ends in one JSON line; the exit code is 1 if an image
-differs or anything is left behind.
+images is drawn alone beforehand, so that every image that a client gets is compared with it. Ends
+in one JSON line; the exit code is 1 if an image differs or anything is left behind.
 
-What is compared with the static batch is rows advanced by one token a second: images differ in
-their rows, and what cancelled requests had drawn was work too.
+A full static batch is timed before and after, in the same process, since the speed of many machines
+drifts. The ratio is the time that the work would have taken in such batches (each row advanced by a
+token, for those who cancelled too, and each image decoded) over the time that serving took.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from aim_cli.commands.bench import machine
 from aim_runtime import Batcher, Generator, QueueFull, RequestCancelled, Result, SamplingOptions
 from aim_runtime.engines.base import Engine
 from aim_runtime.engines.slots import Decided, Slots
+from aim_runtime.noise import uniforms
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -196,12 +197,30 @@ def make_wishes(generator: Generator, rng: random.Random) -> list[Wish]:
     return wishes
 
 
-def static_rows_per_second(generator: Generator, images: int) -> tuple[float, float]:
-    """Row-tokens a second of a full guided batch, decoding included, and its images a second."""
-    started = time.perf_counter()
-    generator.generate([0] * images, cfg_scale=3.0)
-    images_per_second = images / (time.perf_counter() - started)
-    return images_per_second * 2 * generator.manifest.model.num_tokens, images_per_second
+@dataclass(frozen=True)
+class Static:
+    """What a full guided batch takes: seconds of a row's token, and of decoding an image."""
+
+    row_token_seconds: float
+    decode_seconds: float
+
+    @classmethod
+    def measure(cls, engine: Engine, images: int) -> Static:
+        """Draw and decode one batch."""
+        num_tokens = engine.manifest.model.num_tokens
+        options = SamplingOptions(cfg_scale=3.0)
+        class_ids, noise = np.zeros(images, np.int64), uniforms(range(images), num_tokens)
+        started = time.perf_counter()
+        tokens = np.concatenate(list(engine.draw(class_ids, noise, options)), axis=1)
+        drawn = time.perf_counter()
+        for image in range(images):
+            engine.decode(tokens[image : image + 1])
+        row_tokens = images * options.rows_per_image * num_tokens
+        return cls((drawn - started) / row_tokens, (time.perf_counter() - drawn) / images)
+
+    def seconds(self, row_tokens: int, images: int) -> float:
+        """What so much work would take in full batches."""
+        return row_tokens * self.row_token_seconds + images * self.decode_seconds
 
 
 def percentile(values: list[float], share: float) -> float | None:
@@ -249,7 +268,7 @@ def main(
     with Batcher(generator, images=images, queue=queue) as batcher:
         engine.slots = make_slots  # type: ignore[method-assign]
         say(f"drawing {batcher.images} images in one batch")
-        before = static_rows_per_second(generator, batcher.images)
+        before = Static.measure(engine, batcher.images)
         say(f"serving {clients} clients for {seconds:g} s")
         started = time.perf_counter()
         record, memory = asyncio.run(serve(batcher, wishes, clients, seconds, cancelling, seed))
@@ -259,10 +278,11 @@ def main(
         status = batcher.status()
         left = status.waiting + status.active + status.decoding
         say(f"drawing {batcher.images} images in one batch")
-        after = static_rows_per_second(generator, batcher.images)
+        after = Static.measure(engine, batcher.images)
     ends = [step for step in timed[0].times if step[0] <= started + served][1:]
-    rows_per_second = sum(rows for _, _, rows, _ in ends) / served
-    static_rows, static_images = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    row_tokens = sum(rows for _, _, rows, _ in ends)
+    static = [each.seconds(row_tokens, record.images) for each in (before, after)]
+    image = 2 * generator.manifest.model.num_tokens  # row-tokens, under guidance
     warm = memory[int(len(memory) * WARM_SHARE) :]
     found = machine() | {
         "clients": clients,
@@ -273,10 +293,14 @@ def main(
         "requests_cancelled": record.cancelled,
         "requests_refused": record.refused,
         "images_per_second": round(record.images / served, 3),
-        "static_images_per_second": round(static_images, 3),
-        "static_images_per_second_before_after": [round(before[1], 3), round(after[1], 3)],
-        "row_tokens_per_second": round(rows_per_second, 1),
-        "ratio_to_static": round(rows_per_second / static_rows, 3),
+        "static_guided_images_per_second": [
+            round(1 / each.seconds(image, 1), 3) for each in (before, after)
+        ],
+        "row_tokens_per_second": round(row_tokens / served, 1),
+        "static_row_tokens_per_second": [
+            round(1 / each.row_token_seconds, 1) for each in (before, after)
+        ],
+        "ratio_to_static": round(statistics.mean(static) / served, 3),
         "latency_seconds": {f"p{p}": percentile(record.latencies, p / 100) for p in (50, 99)},
         "step_seconds": {
             name: {
@@ -292,7 +316,8 @@ def main(
         "images_compared": record.images,
         "images_different": record.different,
         "images_left_behind": left,
-        "resident_growth": round(warm[-1] / warm[0] - 1, 4) if warm and warm[0] else None,
+        "resident_mb": [round(size / 1e6) for size in (memory[0], warm[0], warm[-1])],
+        "resident_growth": round(warm[-1] / warm[0] - 1, 4) if warm[0] else None,
     }
     click.echo(json.dumps(found))
     sys.exit(record.different > 0 or left > 0)
