@@ -341,15 +341,10 @@ def test_higher_priorities_go_first(gen: Generator, gate: Gate) -> None:
 def test_a_guided_image_is_not_overtaken_for_ever(gen: Generator, gate: Gate) -> None:
     """One row is free; images that need no more do not slip past the one that needs two."""
     with Batcher(gen, images=1) as batcher:
-        batcher.submit([0], cfg_scale=1)
+        jobs = {"first": batcher.submit([0], cfg_scale=1)}
         eventually(lambda: batcher.status().active == 1)
-        guided = batcher.submit([1], cfg_scale=3)
-        batcher.submit([2], cfg_scale=1)
-        gate.open(TOKENS)
-        eventually(lambda: gate.steps == TOKENS)
-        eventually(lambda: batcher.status().active == 1 and batcher.status().waiting == 1)
-        gate.open()
-        assert guided.result(LONG).options.cfg_scale == 3
+        jobs |= {f"{scale}": batcher.submit([1], cfg_scale=scale) for scale in (3, 1)}
+        assert ends(jobs, gate) == ["first", "3", "1"]
 
 
 def test_static_batches_are_filled_with_what_fits(
