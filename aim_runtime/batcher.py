@@ -118,6 +118,7 @@ class Batcher:
         self._works: dict[Job, _Work] = {}  # of the jobs that have not ended
         self._active: dict[int, tuple[Job, int]] = {}  # by slot: the job and which image of it
         self._pending = 0  # images that were accepted and have not ended
+        self._soonest = math.inf  # no job has a deadline before
         self._pace = Pace(generator.manifest.model.num_tokens)
         self._refusal: AimError | None = None  # why it takes no more
         self._drawn: queues.SimpleQueue[tuple[Job, slice] | None] = queues.SimpleQueue()
@@ -159,7 +160,7 @@ class Batcher:
         self._check_open()
         priority = whole_number("priority", priority, -(2**31), 2**31)
         left = seconds("deadline_s", deadline_s)
-        deadline = None if left is None else time.monotonic() + left
+        deadline = math.inf if left is None else time.monotonic() + left
         request = self._generator._requested(classes, options)
         self._reserve(len(request))
         try:
@@ -176,6 +177,7 @@ class Batcher:
                 job._end(self._refusal)
                 self._check_open()
             self._queue.add(job)
+            self._soonest = min(self._soonest, deadline)
             self._changed.notify_all()
         return job
 
@@ -338,13 +340,13 @@ class Batcher:
         return True
 
     def _end_late_jobs(self) -> float | None:
-        """End jobs whose time is over; returns the seconds that the next one has."""
+        """End jobs whose time is over; returns the seconds in which to look again, if ever."""
         now = time.monotonic()
-        times = [(job.deadline - now, job) for job in self._works if job.deadline is not None]
-        for left, job in times:
-            if left <= 0:
+        if now >= self._soonest:
+            for job in [job for job in self._works if job.deadline <= now]:
                 job._end(DeadlineExceeded("the request was not drawn within its deadline"))
-        return min((left for left, _ in times if left > 0), default=None)
+            self._soonest = min((job.deadline for job in self._works), default=math.inf)
+        return None if self._soonest == math.inf else self._soonest - now
 
     def _record(self, decided: Decided, took_s: float) -> None:
         blocks = [found for found in decided.values() if not isinstance(found, BackendError)]

@@ -41,7 +41,7 @@ class Job:
     Attributes:
         request: What is drawn.
         priority: As in `Batcher.submit`.
-        deadline: When it must have ended, on the clock of `time.monotonic`; None for no limit.
+        deadline: When it must have ended, on the clock of `time.monotonic`; or infinity.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Job:
         engine: Engine,
         tokens: NDArray[np.int64],
         priority: int,
-        deadline: float | None,
+        deadline: float,
         lock: threading.RLock,
         ended: Callable[[Job], None],
     ) -> None:
