@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from aim_runtime.arguments import instance, shown
+from aim_runtime.arguments import instance
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.base import Engine
 from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.quoting import shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def available_backends(bundle: Bundle | None = None) -> list[BackendStatus]:
 
 
 def require_backend(name: str, bundle: Bundle | None = None) -> None:
-    """Raises BackendError unless there is a backend `name` that can run here (and `bundle`)."""
+    """Raise BackendError unless there is a backend `name` that can run here (and `bundle`)."""
     known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
     if instance("backend", name, str, f"one of {known}") not in _BACKENDS:
         raise BackendError(f"backend is {shown(name)}; it may be {known}")

@@ -28,7 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.batching import BatchPlan, plan_batches
+from aim_runtime.arguments import whole_number
+from aim_runtime.batching import (
+    DEFAULT_MEMORY_LIMIT_MB,
+    BatchPlan,
+    batches_within,
+    check_memory_limit,
+)
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.forks import abandon_in_children, check_process
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
@@ -114,7 +120,11 @@ class Engine(ABC):
         Raises ValueError for arguments out of range, or when not even one image fits the limit
         given; BackendError when the device has too little memory for one.
         """
-        return plan_batches(self.manifest, n, cfg_scale, memory_limit_mb)
+        n = whole_number("n", n, 1, 2**31)
+        if memory_limit_mb is not None:
+            memory_limit_mb = check_memory_limit(memory_limit_mb)
+        options = self.manifest.sampling.replace(cfg_scale=cfg_scale)
+        return self._batching(n, options.rows_per_image, memory_limit_mb)
 
     def draw(
         self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
@@ -190,6 +200,15 @@ class Engine(ABC):
             for step, scores in enumerate(steps):
                 tokens[:, step] = sample(scores, noise[:, step], options)
                 yield tokens[:, step : step + 1].copy()
+
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
+        """`plan` with checked arguments, for images of `rows_per_image` rows.
+
+        The figures are those of the CPU; engines whose device has its own memory replace it.
+        """
+        if memory_limit_mb is None:
+            memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
+        return batches_within(self.manifest, n, rows_per_image, memory_limit_mb)
 
     @abstractmethod
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:

@@ -35,7 +35,7 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     """The limits for `graph`; what it is follows from its outputs."""
     model = manifest.model
     stored = manifest.files[graph.weights].size
-    row, decoder = memory_needed(manifest, 1.0)  # what a request is told that it takes
+    row, decoder = memory_needed(manifest, rows_per_image=1)  # what a request is told that it takes
     outputs = {spec.name for spec in graph.outputs}
     if "image" in outputs:
         pixels = model.image_height * model.image_width

@@ -1,4 +1,4 @@
-"""``aim bench``: how fast and how large, each figure from a process of its own."""
+"""`aim bench`: how fast and how large, each figure from a process of its own."""
 
 from __future__ import annotations
 

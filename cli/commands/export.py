@@ -1,4 +1,4 @@
-"""``aim export``: from a checkpoint to a bundle that was held against it."""
+"""`aim export`: from a checkpoint to a bundle that was held against it."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _export(
 
 
 def _check_only_engines(context: click.Context) -> None:
-    """With ``--bundle`` the bundle stays as it is: only engines can be asked for."""
+    """With `--bundle` the bundle stays as it is: only engines can be asked for."""
     asked_for = {"cuda", "trt"}
     allowed = {"bundle_dir", "cuda_precisions", "cuda_archs", "quiet", *asked_for}
     for parameter in context.command.params:
@@ -222,7 +222,7 @@ def _check_only_engines(context: click.Context) -> None:
 
 
 def _outcome(bundle_dir: Path, started: float) -> str:
-    """What there is now, and how long it took since ``started``."""
+    """What there is now, and how long it took since `started`."""
     from aim_runtime import Bundle
 
     files = Bundle.open(bundle_dir).manifest.files.values()

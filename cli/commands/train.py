@@ -1,4 +1,4 @@
-"""``aim train``: the trainings, their options taken from the trainers' own dataclasses."""
+"""`aim train`: the trainings, their options taken from the trainers' own dataclasses."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 
-#: What `aim train PICTURES` stands for.
 _DEFAULT = "all"
+"""What `aim train PICTURES` stands for."""
 _HELP = ("-h", "--help")
-#: Options about the images: the second training must be given those of the first.
 _ABOUT_IMAGES = ("val_data", "val_fraction", "size", "resize_factor", "flip", "bad_images")
+"""Options about the images: the second training must be given those of the first."""
 
 
 class TrainGroup(LazyGroup):
-    """``aim train PICTURES`` is ``aim train all PICTURES``."""
+    """`aim train PICTURES` is `aim train all PICTURES`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default command before a folder, or an option, that is no command's name."""

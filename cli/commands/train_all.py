@@ -1,4 +1,4 @@
-"""``aim train PICTURES``: split, tokenizer, model, bundle and a sheet of what it draws."""
+"""`aim train PICTURES`: split, tokenizer, model, bundle and a sheet of what it draws."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from aim_cli.terminal import fields
 if TYPE_CHECKING:
     from aim_training.plan import Plan
 
-#: Pictures on the sheet, and of a class at most.
 _SHOWN, _EACH = 32, 8
+"""Pictures on the sheet, and of a class at most."""
 
 
 @click.command("all")

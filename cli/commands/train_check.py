@@ -1,4 +1,4 @@
-"""``aim train check``."""
+"""`aim train check`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from aim_training.options import TrainingOptions
 if TYPE_CHECKING:
     from aim_training.data import Survey
 
-#: Classes that have a row of their own; of more, those where something is wrong come first.
 _ROWS = 30
+"""Classes that have a row of their own; of more, those where something is wrong come first."""
 
 
 @click.command("check")
@@ -105,7 +105,7 @@ def _all(classes: int) -> str:
 
 
 def _ranked(names: Iterable[str]) -> str:
-    """``PNG 120, JPEG 3``."""
+    """`PNG 120, JPEG 3`."""
     return ", ".join(f"{name} {number:,}" for name, number in Counter(names).most_common()) or "-"
 
 

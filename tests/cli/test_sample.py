@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aim_cli.commands.sample import contiguous
 from aim_cli.npz import write_npz
+from aim_cli.sample_folder import contiguous
 from aim_runtime import Generator, save_png
 
 from ..runtime.tiny_bundle import copy_bundle
@@ -270,7 +270,7 @@ def test_growing_goes_on_where_it_stopped(
     cli(*args, "-n", 3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "aim_cli.commands.sample.write_npz", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "aim_cli.sample_folder.write_npz", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         assert cli(*args, "-n", 5).exit_code == 130
     assert (folder / "x" / "samples_3x6x6x3.npz").exists()

@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import shown, whole_number
-from aim_runtime.batching import BatchPlan, check_memory_limit
+from aim_runtime.arguments import shown
+from aim_runtime.batching import BatchPlan
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.base import Conditioning, Engine
 from aim_runtime.engines.cuda import step, weights, workspace
@@ -55,28 +55,22 @@ class CudaEngine(Engine):
             except OutOfDeviceMemory:
                 raise self._too_little("the model", weights.allocated_size(self._plan)) from None
 
-    def plan(
-        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
-    ) -> BatchPlan:
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """As many images at a time as the plan has buffers for and the device has memory for.
 
         An image's bytes are those of the batch over the batch; the total includes the decoder's
         for one call of the smallest size.
         """
-        n = whole_number("n", n, 1, 2**31)
-        defaults = SamplingOptions(cfg_scale=self.manifest.sampling.cfg_scale)
-        per_image = defaults.replace(cfg_scale=cfg_scale).rows_per_image
         decoder = workspace.allocated_size(self._decoder[0].buffers)
         needs: dict[int, int] = {}
         for bucket in self._buckets:
-            size = step.capacity(bucket.rows, per_image)
+            size = step.capacity(bucket.rows, rows_per_image)
             needs.setdefault(size, workspace.allocated_size(bucket.buffers) + decoder)
         needs.pop(0, None)
         if not needs:
             raise BackendError("the bundle's CUDA plan has no batch for images with guidance")
         sizes = list(needs)
         if memory_limit_mb is not None:
-            check_memory_limit(memory_limit_mb)
             sizes = [size for size in sizes if needs[size] <= memory_limit_mb * 2**20]
             if not sizes:
                 least = -(-min(needs.values()) // 2**20)

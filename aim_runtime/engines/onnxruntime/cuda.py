@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aim_runtime.arguments import shown
-from aim_runtime.batching import BatchPlan, memory_needed, plan_batches
+from aim_runtime.batching import BatchPlan, batches_within, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import TensorSpec
 from aim_runtime.engines.base import cuda_index
@@ -109,21 +109,19 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
         self.prologue(np.zeros(1, np.int64))
         self._free_bytes = nvidia_driver.free_bytes(gpu)
 
-    def plan(
-        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
-    ) -> BatchPlan:
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """As on the CPU, within what was free on the GPU when the model was loaded."""
         if memory_limit_mb is not None:
-            return super().plan(n, cfg_scale, memory_limit_mb)
+            return super()._batching(n, rows_per_image, memory_limit_mb)
         limit = _SHARE_OF_FREE_MEMORY * self._free_bytes
-        image, decoder = memory_needed(self.manifest, cfg_scale)
+        image, decoder = memory_needed(self.manifest, rows_per_image)
         if image + decoder > limit:
             raise BackendError(
                 f"{self.device} had {self._free_bytes // 2**20} MiB free with the model loaded; "
                 f"drawing one image takes {-(-(image + decoder) // 2**20)} MiB: free some, or use "
                 "backend 'cpu'"
             )
-        return plan_batches(self.manifest, n, cfg_scale, limit / 2**20)
+        return batches_within(self.manifest, n, rows_per_image, limit / 2**20)
 
     def zeros(self, spec: TensorSpec, rows: int) -> onnxruntime.OrtValue:
         """Filled on the device: a large batch's state is gigabytes."""

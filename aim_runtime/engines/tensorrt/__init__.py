@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import shown, whole_number
-from aim_runtime.batching import BatchPlan, check_memory_limit
+from aim_runtime.arguments import shown
+from aim_runtime.batching import BatchPlan
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec, Manifest, StatePair
 from aim_runtime.engines.base import Conditioning, Engine, Rows, cuda_index
@@ -38,7 +38,6 @@ from aim_runtime.engines.tensorrt.library import (
     first_line,
 )
 from aim_runtime.errors import BackendError, BundleError
-from aim_runtime.sampling import SamplingOptions
 
 # Of the device memory that is free, what a request may plan with: the rest is for captured graphs
 # and for whoever else uses the GPU.
@@ -154,29 +153,23 @@ class TensorRTEngine(Engine):
             self._graphs = {graph: _Graph(bundle, library, folder, graph) for graph in GRAPHS}
         self.decode_batch = self._graphs["decoder"].most
 
-    def plan(
-        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
-    ) -> BatchPlan:
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """As many images at a time as the engines are made for and the device has memory for.
 
         An image's bytes are those of the batch over the batch; the total includes the decoder's
         for one image.
         """
-        n = whole_number("n", n, 1, 2**31)
-        defaults = SamplingOptions(cfg_scale=self.manifest.sampling.cfg_scale)
-        per_image = defaults.replace(cfg_scale=cfg_scale).rows_per_image
         step, decoder = self._graphs["step"], self._graphs["decoder"].size(1)
         free = self._device.free_memory() * _SHARE_OF_FREE_MEMORY + self._pool.idle_bytes()
         limit = free
         if memory_limit_mb is not None:
-            check_memory_limit(memory_limit_mb)
             limit = min(free, memory_limit_mb * 2**20)
-        sizes = range(min(n, step.most // per_image), 0, -1)
+        sizes = range(min(n, step.most // rows_per_image), 0, -1)
         for images in sizes:
-            if step.size(images * per_image) + decoder <= limit:
-                each = -(-step.size(images * per_image) // images)
+            if step.size(images * rows_per_image) + decoder <= limit:
+                each = -(-step.size(images * rows_per_image) // images)
                 return BatchPlan.split(n, images, each, decoder)
-        needed = step.size(per_image) + decoder
+        needed = step.size(rows_per_image) + decoder
         if needed <= free:
             least = -(-needed // 2**20)
             raise ValueError(
