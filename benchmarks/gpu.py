@@ -571,11 +571,11 @@ def measure_copy(keep: Keep) -> None:
     """Bytes read and written a second when one buffer of the GPU is copied to another."""
     from cuda.bindings import driver
 
-    from aim_runtime.engines.gpu import nvidia_driver
+    from aim_runtime.engines.gpu import libcuda
     from aim_runtime.engines.gpu.driver import CudaDevice
 
     device = CudaDevice(0)
-    keep(gpu=nvidia_driver.gpu_name(0), cuda_driver=nvidia_driver.cuda_version())
+    keep(gpu=libcuda.gpu_name(0), cuda_driver=libcuda.cuda_version())
     with device.current():
         stream = device.stream()
         memory = device.allocate([COPY_BYTES, COPY_BYTES])
@@ -772,10 +772,10 @@ class GpuMemory:
         self.peak: int | None = None
         self._present = present
         if present:
-            from aim_runtime.engines.gpu import nvidia_driver
+            from aim_runtime.engines.gpu import libcuda
 
             # Held until the process ends: a context made and dropped at each look would be slow.
-            self._context = nvidia_driver._current(0)
+            self._context = libcuda.current(0)
             self._context.__enter__()
             self._before = self._free()
 
@@ -807,9 +807,9 @@ class GpuMemory:
             self.peak = self._before - min(least, self._free())
 
     def _free(self) -> int:
-        from aim_runtime.engines.gpu import nvidia_driver
+        from aim_runtime.engines.gpu import libcuda
 
-        return nvidia_driver.free_bytes(0)
+        return libcuda.free_bytes(0)
 
 
 # -- number formats against float32 ---------------------------------------------------------------

@@ -232,8 +232,3 @@ def _check_integers(
             f"{name} has values from {array.min()} to {array.max()}; "
             f"they must be from 0 to {below - 1}"
         )
-
-
-def cuda_index(device: str) -> int:
-    """The number of the GPU that a checked `device` means: 0 for "auto" and "cuda"."""
-    return int(device.partition(":")[2] or 0)

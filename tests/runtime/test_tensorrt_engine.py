@@ -11,10 +11,9 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions
 from aim_runtime.bundle import add_engine
-from aim_runtime.engines import tensorrt
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda, probing
 from aim_runtime.engines.tensorrt import TensorRTEngine, engine_reason, unavailable_reason
 from aim_runtime.engines.tensorrt import library as tensorrt_library
 from aim_runtime.engines.tensorrt.library import Library, describe_folder, find_library
@@ -262,9 +261,9 @@ def test_which_library_is_found(modules: dict[str, Any]) -> None:
 def test_unavailable_reason_never_raises(
     tmp_path: Path, modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr(libcuda, "unavailable_reason", lambda: "there is no NVIDIA driver")
     assert unavailable_reason() == "there is no NVIDIA driver"
-    monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(libcuda, "unavailable_reason", lambda: None)
     assert "TensorRT is not installed" in (unavailable_reason() or "")
     setup = Setup(tmp_path)
     plain = Bundle.open(write_tiny_bundle(tmp_path / "plain"))
@@ -273,10 +272,10 @@ def test_unavailable_reason_never_raises(
     )
     modules["tensorrt"] = SimpleNamespace(__version__=VERSION)
     specs: list[Any] = [object()]
-    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: specs[0])
-    monkeypatch.setattr(nvidia_driver, "gpu_count", lambda: 2)
+    monkeypatch.setattr(probing.importlib.util, "find_spec", lambda name: specs[0])
+    monkeypatch.setattr(libcuda, "gpu_count", lambda: 2)
     capabilities = [(8, 0), (9, 0)]
-    monkeypatch.setattr(Library, "capability", lambda self, gpu: capabilities[gpu])
+    monkeypatch.setattr(libcuda, "capability", lambda gpu: capabilities[gpu])
     assert unavailable_reason() is None
     assert unavailable_reason(setup.bundle) is None  # the second GPU can
     capabilities[1] = (8, 9)

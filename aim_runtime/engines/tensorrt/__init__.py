@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import shown
 from aim_runtime.batching import BatchPlan
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec, Manifest, StatePair
-from aim_runtime.engines.base import Conditioning, Engine, Rows, cuda_index
+from aim_runtime.engines.base import Conditioning, Engine, Rows
 from aim_runtime.engines.cuda.workspace import Pool
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda, probing
 from aim_runtime.engines.gpu.device import ALIGNMENT, Device, OutOfDeviceMemory
 from aim_runtime.engines.tensorrt.library import (
     ENGINES_PREFIX,
@@ -35,9 +33,9 @@ from aim_runtime.engines.tensorrt.library import (
     engine_file,
     engine_folder,
     find_library,
-    first_line,
 )
 from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.quoting import shown
 
 # Of the device memory that is free, what a request may plan with: the rest is for captured graphs
 # and for whoever else uses the GPU.
@@ -48,7 +46,7 @@ _RTX_MAJORS = (8, 12)
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
     """None if a GPU here can run TensorRT engines (those of `bundle`), otherwise what to do."""
-    reason = nvidia_driver.unavailable_reason()
+    reason = libcuda.unavailable_reason()
     if reason is None and bundle is not None and not _folders(bundle):
         # Before the library is imported, which takes a while.
         reason = f"the bundle has no TensorRT engines; {_command(bundle)}"
@@ -56,17 +54,16 @@ def unavailable_reason(bundle: Bundle | None = None) -> str | None:
         return reason
     try:
         library = find_library()
-        if importlib.util.find_spec("cuda.bindings.driver") is None:
-            raise ModuleNotFoundError
     except BackendError as error:
         return str(error)
-    except ModuleNotFoundError:  # also where the package "cuda" itself is missing
-        return "cuda-bindings is not installed; pip install 'aim-runtime[tensorrt]'"
-    try:
-        gpus = range(nvidia_driver.gpu_count())
-        reasons = [engine_reason(bundle, library, library.capability(gpu)) for gpu in gpus]
-    except Exception as error:  # whatever a broken driver or package does
-        return f"the NVIDIA driver does not work ({first_line(error)})"
+    return probing.bindings_reason("tensorrt") or probing.hardware_reason(
+        lambda: _hardware_reason(bundle, library)
+    )
+
+
+def _hardware_reason(bundle: Bundle | None, library: Library) -> str | None:
+    gpus = range(libcuda.gpu_count())
+    reasons = [engine_reason(bundle, library, libcuda.capability(gpu)) for gpu in gpus]
     return None if None in reasons else reasons[0]
 
 
@@ -114,18 +111,12 @@ def load(
             f"{bundle.manifest.precision!r}"
         )
     library = find_library()
-    count = nvidia_driver.gpu_count()
-    gpu = cuda_index(device)
-    if gpu >= count:
-        raise BackendError(
-            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
-        )
-    if device == "auto":
-        fits = (
-            i for i in range(count) if not engine_reason(bundle, library, library.capability(i))
-        )
-        gpu = next(fits, gpu)
-    reason = engine_reason(bundle, library, library.capability(gpu))
+
+    def reason_against(gpu: int) -> str | None:
+        return engine_reason(bundle, library, libcuda.capability(gpu))
+
+    gpu = probing.chosen_gpu(device, lambda gpu: reason_against(gpu) is None)
+    reason = reason_against(gpu)
     if reason is not None:
         raise BackendError(f"backend 'tensorrt' cannot run on 'cuda:{gpu}': {reason}")
     return TensorRTEngine(bundle, library, CudaDevice(gpu))
