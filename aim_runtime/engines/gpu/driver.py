@@ -22,7 +22,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from aim_runtime.engines.gpu import libcuda
-from aim_runtime.engines.gpu.device import ALIGNMENT, DeviceLaunch, OutOfDeviceMemory
+from aim_runtime.engines.gpu.device import DeviceLaunch, OutOfDeviceMemory, aligned
 from aim_runtime.errors import BackendError, BundleError
 
 # More dynamic shared memory a block than this has to be asked for.
@@ -155,7 +155,7 @@ class CudaDevice:
 
     def allocate(self, sizes: Sequence[int]) -> _CudaAllocation:
         """See `Device`."""
-        rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        rounded = [aligned(size) for size in sizes]
         if not self._one_block or not sizes:
             return _CudaAllocation(self._context, rounded)
         block = _CudaAllocation(self._context, [sum(rounded)])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from aim_runtime.bundle.manifest import ENGINES_FOLDER
 from aim_runtime.errors import BackendError
 from aim_runtime.quoting import first_line
 
@@ -88,6 +89,11 @@ def describe_folder(folder: str) -> str:
 def engine_file(graph: str) -> str:
     """The name of a graph's engine in its folder."""
     return f"{graph}.engine"
+
+
+def engine_path(folder: str, graph: str) -> str:
+    """The name of a graph's engine in a bundle."""
+    return f"{ENGINES_FOLDER}/{folder}/{engine_file(graph)}"
 
 
 def collecting_logger(library: Library, keep: Callable[[str], object]) -> Any:
