@@ -15,6 +15,7 @@ import torch
 from aim_training.data import ImageError, ImageFolder, read_header
 from aim_training.errors import TrainingError
 from aim_training.options import ModelTrainingOptions, TokenizerTrainingOptions
+from aim_training.replacing import replacing
 
 #: Of the minutes, the tokenizer's part.
 _TOKENIZER_SHARE = 0.4
@@ -151,9 +152,8 @@ def make_plan(
     else:
         chosen = size or _fitting_size(ImageFolder.scan(data), gpu)
         plan = Plan(chosen, minutes, flip, seed, gpu)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
     return plan
 
 

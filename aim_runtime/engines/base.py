@@ -1,4 +1,4 @@
-"""The one seam between the generator and whatever computes: engines, and how they are found.
+"""The one seam between the generator and whatever computes: the engine, and what brings one.
 
 An engine draws the tokens of a batch (`draw`), turns tokens into pixels (`decode`) and says how
 many images it advances together (`plan`). What it must be able to do is to run the graphs of a
