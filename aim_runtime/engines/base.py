@@ -1,18 +1,11 @@
-"""The one seam between the generator and whatever computes: the engine, and what brings one.
+"""The one seam between the generator and whatever computes.
 
 An engine draws the tokens of a batch (`draw`), turns tokens into pixels (`decode`) and says how
-many images it advances together (`plan`). What it must be able to do is to run the graphs of a
-bundle step by step (`prologue`, `start`, `Rows.step`); the loop over the steps, with guidance and
-sampler, is here for engines that have none of their own. Arguments are checked here, once.
+many images it advances together (`plan`). Arguments are checked here, once.
 
-A backend is one module in `aim_runtime.engines` with an engine and two functions:
-
-    unavailable_reason(bundle=None) -> str | None
-        None if it can run here (and with this bundle), else one sentence: why not and what to do.
-        Cheap, and never raises.
-    load(bundle, *, device, threads, precision) -> Engine
-        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
-        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
+A subclass runs the graphs of a bundle: `_prologue`, `start`, which makes `Rows` to step, `_decode`.
+The loop over the steps, with guidance and sampler, is here. A subclass that draws on its device
+replaces it (`_draw`); one whose device has memory of its own replaces `_batching` too.
 """
 
 from __future__ import annotations

@@ -37,16 +37,17 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
     def __init__(self, bundle: Bundle, device: Device, precision: str) -> None:
         super().__init__(bundle.manifest, device)
         self.precision = precision
-        self._plan = read_plan(bundle, precision)
+        self._launch_plan = read_plan(bundle, precision)
         self._buckets = self._runnable_buckets()
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
         with device.current():
-            self._kernels = Kernels(device, bundle, self._plan)
+            self._kernels = Kernels(device, bundle, self._launch_plan)
             try:
-                self._weights = weights.Weights(device, bundle, self._plan, self._kernels)
+                self._weights = weights.Weights(device, bundle, self._launch_plan, self._kernels)
             except OutOfDeviceMemory:
-                raise self._too_little("the model", weights.allocated_size(self._plan)) from None
+                needed = weights.allocated_size(self._launch_plan)
+                raise self._too_little("the model", needed) from None
 
     def start(self, rows: int, conditioning: Conditioning) -> step.CudaRows:
         """Rows of their own; `conditioning` is what `prologue` returned."""
@@ -156,22 +157,22 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         """One bucket a size: the first whose kernels are there for this device."""
         found: dict[int, Bucket[str]] = {}
         capability = self._device.capability
-        for bucket in self._plan.buckets:
-            if self._plan.runs(bucket.begin + bucket.step, capability):
+        for bucket in self._launch_plan.buckets:
+            if self._launch_plan.runs(bucket.begin + bucket.step, capability):
                 found.setdefault(bucket.rows, bucket)
         return self._or_no_kernels(list(found.values()))
 
     def _runnable_decoder(self) -> list[DecoderBucket[str]]:
         found: dict[int, DecoderBucket[str]] = {}
-        for bucket in self._plan.decoder:
-            if self._plan.runs(bucket.launches, self._device.capability):
+        for bucket in self._launch_plan.decoder:
+            if self._launch_plan.runs(bucket.launches, self._device.capability):
                 found.setdefault(bucket.images, bucket)
         return self._or_no_kernels(list(found.values()))
 
     def _or_no_kernels(self, buckets: list[_AnyBucket]) -> list[_AnyBucket]:
         if not buckets:
             major, minor = self._device.capability
-            compiled = describe(self._plan.architectures())
+            compiled = describe(self._launch_plan.architectures())
             raise BackendError(
                 f"the bundle's {self.precision} CUDA kernels are not for {self._device.name} "
                 f"(compute capability {major}.{minor}, it has {compiled}); "

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _PROVIDER = "CUDAExecutionProvider"
 _MEMORY = "cuda"  # what ONNX Runtime calls the device's memory
-# Of the memory that is free once the model is loaded, what one request may plan with: the rest is
+# Of the memory that is free once the model is loaded, what one request may take: the rest is
 # for what the estimate misses and for whoever else uses the GPU.
 _SHARE_OF_FREE_MEMORY = 0.7
 
