@@ -100,7 +100,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 {"tokens": "tokens", "image": "image"},
             )
 
-        with self._pool.lease(self._device, ("decoder", bucket.images), make) as leased:
+        with self._pool.lease(("decoder", bucket.images), make) as leased:
             leased.host["tokens"][: len(tokens)] = tokens
             leased.host["tokens"][len(tokens) :] = tokens[0]
             with self._device.current():
@@ -117,7 +117,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
             return step.make_workspace(self._device, self._kernels, bucket, shared)
 
         try:
-            with self._pool.lease(self._device, ("step", bucket.rows), make) as leased:
+            with self._pool.lease(("step", bucket.rows), make) as leased:
                 yield leased
         except OutOfDeviceMemory:
             size = step.capacity(bucket.rows, rows_per_image)

@@ -11,7 +11,7 @@ from aim_runtime.batching import BatchPlan, limit_too_low
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.base import Engine
 from aim_runtime.engines.gpu.device import Device
-from aim_runtime.engines.gpu.pool import AnyPoolable, Pool
+from aim_runtime.engines.gpu.pool import AnyWorkspace, Pool
 from aim_runtime.errors import BackendError
 
 # Of the device memory that is free, what a request may take: the rest is for captured graphs and
@@ -19,12 +19,12 @@ from aim_runtime.errors import BackendError
 _SHARE_OF_FREE_MEMORY = 0.9
 
 
-class GpuEngine(Engine, Generic[AnyPoolable]):
+class GpuEngine(Engine, Generic[AnyWorkspace]):
     """An engine on `device`. Thread-safe.
 
-    Each request has its own buffers, leased from `_pool`; those of the last few are kept, captured
-    graphs and all. A subclass says which batches it has buffers for and what they take, besides
-    what every `Engine` must do.
+    Each request leases a workspace of `_pool`; those of the last few are kept, captured graphs and
+    all. Besides what every `Engine` must do, a subclass says which batches it has buffers for and
+    what they take.
     """
 
     # Whether batches of one request are equally large. Where buffers are for exactly the images of
@@ -35,7 +35,7 @@ class GpuEngine(Engine, Generic[AnyPoolable]):
         super().__init__(manifest)
         self.device = device.label
         self._device = device
-        self._pool: Pool[AnyPoolable] = Pool()
+        self._pool: Pool[AnyWorkspace] = Pool(device)
 
     def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """As many images at a time as there are buffers for and the device has memory for.

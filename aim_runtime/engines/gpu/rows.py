@@ -8,10 +8,10 @@ from typing import Generic
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.base import Rows
 from aim_runtime.engines.gpu.device import Device
-from aim_runtime.engines.gpu.pool import AnyPoolable
+from aim_runtime.engines.gpu.pool import AnyWorkspace
 
 
-class LeasedRows(Rows, Generic[AnyPoolable]):
+class LeasedRows(Rows, Generic[AnyWorkspace]):
     """`rows` rows on `device`, in a workspace that `lease` hands out until they are closed."""
 
     def __init__(
@@ -19,7 +19,7 @@ class LeasedRows(Rows, Generic[AnyPoolable]):
         manifest: Manifest,
         rows: int,
         device: Device,
-        lease: contextlib.AbstractContextManager[AnyPoolable],
+        lease: contextlib.AbstractContextManager[AnyWorkspace],
     ) -> None:
         super().__init__(manifest, rows)
         self._device = device

@@ -82,7 +82,7 @@ class TensorRTEngine(GpuEngine[GraphWorkspace]):
 
         graph.profile(rows)  # before anything is allocated
         try:
-            with self._pool.lease(self._device, (name, rows), make) as leased:
+            with self._pool.lease((name, rows), make) as leased:
                 yield leased
         except OutOfDeviceMemory:
             raise self._too_little(f"the {name} for {rows} rows", graph.size(rows)) from None
