@@ -82,10 +82,18 @@ def plan_batches(
 
 
 def batches_within(
-    manifest: Manifest, n: int, rows_per_image: int, memory_limit_mb: float
+    manifest: Manifest,
+    n: int,
+    rows_per_image: int,
+    memory_limit_mb: float,
+    decoder_bytes: int = 0,
 ) -> BatchPlan:
-    """`plan_batches` for images of `rows_per_image` rows, with checked arguments."""
+    """`plan_batches` for images of `rows_per_image` rows, with checked arguments.
+
+    `decoder_bytes` is what this decoder takes, if it is known to be more than usual.
+    """
     image, decoder = memory_needed(manifest, rows_per_image)
+    decoder = max(decoder, decoder_bytes)
     largest = int((memory_limit_mb * 2**20 - decoder) // image)
     if largest < 1:
         raise limit_too_low(memory_limit_mb, image + decoder)

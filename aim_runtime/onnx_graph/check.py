@@ -35,8 +35,11 @@ _MAX_NODES = 1 << 14
 _MAX_REASON = 160
 
 
-def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> None:
-    """Raise BundleError unless `data` may be the file of the `graph` of `bundle`."""
+def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> int:
+    """Check that `data` may be the file of the `graph` of `bundle`.
+
+    Returns what is `row_bytes` of a `CheckedGraph`. Raises BundleError.
+    """
     where = f"{bundle.path}: {shortened(graph.file, 40)}"
     if data[4:8] == _ORT_FORMAT:
         raise BundleError(f"{where} is a graph that no bundle may hold: it is in ORT's own format")
@@ -53,14 +56,14 @@ def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> None:
     ):
         _check_border(where, side, specs, found)
     try:
-        check_model(model, bundle.manifest, graph)
+        return check_model(model, bundle.manifest, graph)
     except GraphRefused as error:
         reason = shortened(str(error), _MAX_REASON)
         raise BundleError(f"{where} is a graph that no bundle may hold: {reason}") from None
 
 
-def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> None:
-    """Raise GraphRefused unless `model` may be the `graph` of `manifest`."""
+def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> int:
+    """As `check_graph`; raise GraphRefused unless `model` may be the `graph` of `manifest`."""
     if model.ir_version not in _IR_VERSIONS:
         raise GraphRefused(f"it is of IR version {model.ir_version}")
     functions = _functions(model)
@@ -77,7 +80,7 @@ def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> None:
         if spec.name not in names:
             raise GraphRefused(f"nothing in it makes its output {shown(spec.name)}")
     results = frozenset(names[spec.name] for spec in graph.outputs)
-    _check_cost(trace, results, graph_limits(manifest, graph))
+    return _check_cost(trace, results, graph_limits(manifest, graph))
 
 
 def _check_border(
@@ -154,9 +157,9 @@ def _check_weights(model: Model, file: str, size: int) -> None:
         raise GraphRefused(f"its tensors take {total} bytes out of a file of {size}")
 
 
-def _check_cost(trace: _Trace, results: frozenset[int], limits: GraphLimits) -> None:
+def _check_cost(trace: _Trace, results: frozenset[int], limits: GraphLimits) -> int:
     a_row = total_bytes(trace.steps)
-    if a_row > limits.row_bytes:
+    if a_row > limits.planned_row_bytes:
         a_row = peak_bytes(trace.steps, results)
     for what, found, most in (
         ("bytes of memory a row", a_row, limits.row_bytes),
@@ -169,6 +172,7 @@ def _check_cost(trace: _Trace, results: frozenset[int], limits: GraphLimits) -> 
                 f"it takes up to {found} {what}; one of the manifest's geometry needs "
                 f"at most {most}"
             )
+    return a_row if a_row > limits.planned_row_bytes else 0
 
 
 # -- following the nodes --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,6 +49,7 @@ def onnxruntime_cuda_on_the_host(bundle: Bundle, free: int = 2**30) -> Iterator[
         patch.setattr(libcuda, "gpu_count", lambda: 1)
         patch.setattr(libcuda, "free_bytes", lambda gpu: free)
         patch.setattr(libcuda, "fill_zero", fill_zero)
-        with pytest.warns(UserWarning, match="Duplicate provider"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Duplicate provider", UserWarning)
             engine = onnxruntime_cuda.load(bundle)
         yield engine

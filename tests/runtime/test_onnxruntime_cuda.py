@@ -126,6 +126,7 @@ def test_a_failing_gpu_is_not_the_bundles_fault(
         make_session(
             bundle,
             bundle.manifest.graphs["step"],
+            bytes(bundle.read("step.onnx")),
             threads=1,
             providers=[("CUDA", {})],
             stopping=Stopping(),

@@ -17,12 +17,13 @@ import ctypes
 import functools
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aim_runtime.batching import BatchPlan, batches_within, memory_needed
+from aim_runtime.batching import BatchPlan, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import TensorSpec
 from aim_runtime.engines.gpu import libcuda, probing
@@ -30,11 +31,11 @@ from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
     import_failure,
-    load_sessions,
     make_session,
 )
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
+from aim_runtime.onnx_graph import CheckedGraph
 from aim_runtime.quoting import first_line, shown
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
     backend = "onnxruntime-cuda"
 
     def __init__(self, bundle: Bundle, gpu: int, threads: int) -> None:
-        sessions = load_sessions(functools.partial(_load, bundle, gpu, threads))
-        super().__init__(bundle.manifest, sessions, (_MEMORY, gpu))
+        super().__init__(bundle, functools.partial(_load, gpu, threads), (_MEMORY, gpu))
         self.device = f"cuda:{gpu}"
         # A GPU that this build has no kernels for fails here, where another backend can still be
         # chosen, and not in the first request.
@@ -108,13 +108,14 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
             return super()._batching(n, rows_per_image, memory_limit_mb)
         limit = _SHARE_OF_FREE_MEMORY * self._free_bytes
         image, decoder = memory_needed(self.manifest, rows_per_image)
+        decoder = max(decoder, self._decoder_bytes)
         if image + decoder > limit:
             raise BackendError(
                 f"{self.device} had {self._free_bytes // 2**20} MiB free with the model loaded; "
                 f"drawing one image takes {-(-(image + decoder) // 2**20)} MiB: free some, or use "
                 "backend 'cpu'"
             )
-        return batches_within(self.manifest, n, rows_per_image, limit / 2**20)
+        return super()._batching(n, rows_per_image, limit / 2**20)
 
     def zeros(self, spec: TensorSpec, rows: int) -> onnxruntime.OrtValue:
         """Filled on the device: a large batch's state is gigabytes."""
@@ -158,7 +159,13 @@ def _provider_failure() -> str:
     return ""
 
 
-def _load(bundle: Bundle, gpu: int, threads: int, stopping: Stopping) -> Sessions:
+def _load(
+    gpu: int,
+    threads: int,
+    bundle: Bundle,
+    graphs: Mapping[str, CheckedGraph],
+    stopping: Stopping,
+) -> Sessions:
     def session(name: str, *, tf32: bool) -> onnxruntime.InferenceSession:
         options = {
             "device_id": str(gpu),
@@ -171,6 +178,7 @@ def _load(bundle: Bundle, gpu: int, threads: int, stopping: Stopping) -> Session
         return make_session(
             bundle,
             bundle.manifest.graphs[name],
+            graphs[name].data,
             threads=threads,
             providers=[(_PROVIDER, options), ("CPUExecutionProvider", {})],
             stopping=stopping,
