@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -112,7 +111,7 @@ class Plan:
             "seed": self.seed,
             "steps": _STEPS,
             "schedule": "cosine",
-            "workers": min(8, os.cpu_count() or 1),
+            "workers": min(8, torch.get_num_threads()),
             "eval_every": every,
             "sample_every": every,
             "save_every": every,

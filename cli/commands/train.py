@@ -18,6 +18,7 @@ import click
 from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.lazy import LazyCommand, LazyGroup
 from aim_cli.terminal import fields
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from aim_training.options import TrainingOptions
@@ -88,6 +89,7 @@ def run(train: Callable[[Options], Path], options_class: type[Options], values: 
 def run_with(train: Callable[[Options], Path], options: Options) -> Path:
     """Likewise, the options being complete."""
     _hear_hangups()
+    limit_torch_threads()
     try:
         return train(options)
     except KeyboardInterrupt as error:
