@@ -26,13 +26,13 @@ def shown(value: Any) -> str:
     return shortened(" ".join(text.split()), _SHOWN)
 
 
-def shortened(text: str, limit: int = 200) -> str:
-    """`text` on one line, cut to `limit` characters, with "?" for what cannot be printed."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
 def first_line(error: Exception, limit: int = 160) -> str:
     """What `error` says, cut to one line that can be printed; its type if it says nothing."""
     lines = str(error).strip().splitlines()
     return shortened(lines[0].strip() if lines else type(error).__name__, limit)
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """`text` on one line, cut to `limit` characters, with "?" for what cannot be printed."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."
