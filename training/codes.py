@@ -244,7 +244,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_suffix(path.suffix + ".part")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # whatever it is: opening a pipe would wait for ever
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -269,6 +270,6 @@ def _require_room(folder: Path, size: int) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
