@@ -102,6 +102,18 @@ def say_outcome(weights: Path, then: str) -> None:
         click.echo(fields([("weights", str(weights)), ("next", then)]))
 
 
+def beside(out: Path, name: str, *, after: str) -> Path:
+    """A folder beside the run folder ``out`` for what comes next, by default its name and ours.
+
+    Args:
+        out: the run folder, "." and ".." included.
+        name: what comes next.
+        after: where ``out`` is called so, ``name`` alone will do.
+    """
+    run = out.resolve() if out.name in ("", "..") else out
+    return run.parent / (name if run.name == after else f"{run.name}-{name}")
+
+
 def next_command(command: str, options: TrainingOptions, **more: object) -> str:
     """A command line that goes on with the same images.
 

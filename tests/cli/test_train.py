@@ -109,6 +109,21 @@ def test_the_next_command_trains_on_the_same_images(
     assert "aim export --ckpt 'a b/model/model.safetensors' --out 'a b/bundle'" in done.stdout
 
 
+@pytest.mark.parametrize("out", [".", "..", ""])
+@pytest.mark.parametrize(("trained", "follows"), [("tokenizer", "model"), ("model", "bundle")])
+def test_the_next_command_after_a_run_in_the_folder_one_is_in(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, trained: str, follows: str, out: str
+) -> None:
+    monkeypatch.setattr(
+        f"aim_training.train_{trained}.train_{trained}", lambda options: options.out / "weights"
+    )
+    tokenizer = ["--tokenizer", "t"] if trained == "model" else []
+    done = cli("train", trained, "data", *tokenizer, "--out", out)
+    run = folder.resolve().parent if out == ".." else folder.resolve()
+    assert done.exit_code == 0
+    assert f"--out {shlex.quote(f'{run}-{follows}')}" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [("tokenizer", TokenizerTrainingOptions), ("model", ModelTrainingOptions)],

@@ -117,7 +117,7 @@ def test_a_failed_encoding_leaves_no_cache_that_looks_whole(
     assert not list(path.parent.glob("*.part"))
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "pickle", "other", "folder"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "pickle", "other", "folder", "pipes"])
 def test_a_damaged_or_foreign_file_is_made_anew(
     tmp_path: Path,
     request_: CodeRequest,
@@ -133,6 +133,10 @@ def test_a_damaged_or_foreign_file_is_made_anew(
         path.write_bytes(whole)
     elif damage == "folder":
         path.with_suffix(".json").write_text("[" * 100_000)
+    elif damage == "pipes":  # opening any of them waits for ever
+        path.with_suffix(".json").unlink()
+        for pipe in (path.with_suffix(".json"), tmp_path / "train.npy.part"):
+            os.mkfifo(pipe)
     elif damage == "pickle":
         np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     elif damage == "other":
@@ -143,7 +147,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(
     assert np.array_equal(codes(path, request_, tokenizer), expected)
     said = capsys.readouterr().err
     assert "encoding into" in said
-    assert ("train.npy is damaged" in said) == (damage != "folder")
+    assert ("train.npy is damaged" in said) == (damage not in ("folder", "pipes"))
 
 
 def test_an_old_cache_stays_until_its_successor_is_whole(
