@@ -58,7 +58,7 @@ def prepare_streams() -> None:
         if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         if name == "stderr":
-            sys.stderr = _Indifferent(stream)  # type: ignore[assignment]
+            sys.stderr = _Indifferent(stream)
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
