@@ -119,9 +119,7 @@ def draft_plan(bundle: Bundle, precision: str, constants: Constants) -> Draft:
             raise ExportError(f"the kernels want a power of two from 16 for {name}, not {size}")
     if model.d_model % 64:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
-    bias = stored["prologue"].get("adaln_group.bias")
-    groups = model.num_layers if bias is None else bias.values.size // (3 * model.d_model)
-    geometry = Geometry.of(model, groups)
+    geometry = Geometry.of(model, stored)
     try:
         weights = step_weights(geometry, stored, formats, constants)
     except ValueError as error:
