@@ -30,7 +30,8 @@ def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
     }
     if _CODEBOOK not in named or _LAST_NORM not in named:
         model = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"]))
-        named.setdefault(_CODEBOOK, unnamed.codebook(model.graph, stored))
+        if _CODEBOOK not in named:
+            named[_CODEBOOK] = unnamed.codebook(model.graph, stored)
         named |= unnamed.norm_parameters(model.graph, stored, _norms(named))
     return named
 
