@@ -7,7 +7,7 @@ far other number formats are from float32. Every section is a process of its own
 one costs no other; rows are printed as they come and the JSON file is written after each section.
 The sections are in `gpu_benchmark`, a module each.
 
-Bundles are made once and kept in the cache. ``--prepare``, on a machine with more time, compiles
+Bundles are made once and kept in the cache. `--prepare`, on a machine with more time, compiles
 kernels into ENGINES/SIZE and, for the model in the box, into ENGINES/box; leaves in
 ENGINES/outline-SIZE what makes a bundle of the same layout out of random numbers in seconds; and
 draws the pictures of the CPU that the GPU's are compared with (ENGINES/cpu-tokens.npy).

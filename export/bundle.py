@@ -79,7 +79,7 @@ def export_bundle(
     """Lower a checkpoint, hold the result against it, and write the bundle if it agrees.
 
     Args:
-        checkpoint: AiM weights in any layout that :func:`load_checkpoint` reads.
+        checkpoint: AiM weights in any layout that `load_checkpoint` reads.
         out: folder to make.
         tokenizer: VQ tokenizer, where the checkpoint does not bring its own.
         precision: how large weights are stored; arithmetic on a CPU is float32 either way.
@@ -105,7 +105,7 @@ def export_bundle(
             cannot go into a bundle, or the graphs do not compute what the checkpoint computes.
             Nothing is written then.
         ValueError: an argument is out of range.
-        aim_runtime.BundleError: ``out`` is taken or cannot be written.
+        aim_runtime.BundleError: `out` is taken or cannot be written.
     """
     say = report or (lambda line: None)
     settings = _checked_options(precision, position_offset, sampling)
@@ -137,7 +137,7 @@ def write_graphs(
     folder: Path,
     report: Report | None = None,
 ) -> dict[str, GraphSpec]:
-    """Lower both networks and write the three graphs into ``folder``; returns what they are."""
+    """Lower both networks and write the three graphs into `folder`; returns what they are."""
     specs = {}
     for graph, lower in (
         ("prologue", lambda: lower_prologue(model)),
@@ -179,7 +179,7 @@ def _read(
 
 @contextlib.contextmanager
 def _scratch_beside(out: Path) -> Iterator[Path]:
-    """A folder for the time being, where ``out`` will be.
+    """A folder for the time being, where `out` will be.
 
     A whole model may not fit where temporary files usually go.
     """
@@ -196,7 +196,7 @@ def _lowered(
     scratch: Path,
     say: Report,
 ) -> Bundle:
-    """The bundle that ``draft`` describes, in ``scratch``, checked as others' runtimes will."""
+    """The bundle that `draft` describes, in `scratch`, checked as others' runtimes will."""
     graphs_dir = scratch / "graphs"
     graphs_dir.mkdir()
     for path in included:
@@ -214,7 +214,7 @@ def _lowered(
 def _compared(
     source: Checkpoint, holder: Checkpoint, lowered: Bundle, say: Report, progress: Progress | None
 ) -> ParityReport:
-    """How near ``lowered`` is to what it was made of; ExportError where that is not near enough."""
+    """How near `lowered` is to what it was made of; ExportError where that is not near enough."""
     model, vq = _networks(source, holder)
     say(f"comparing {model.config.num_tokens} steps with PyTorch")
     parity = check_parity(model, vq, lowered, progress=progress)
@@ -233,7 +233,7 @@ def _networks(source: Checkpoint, holder: Checkpoint) -> tuple[AiM, VQTokenizer]
 
 
 def _with_tokenizer(source: Checkpoint, tokenizer: str | Path | None) -> Checkpoint:
-    """The checkpoint that holds the tokenizer of ``source``'s model: itself, or another."""
+    """The checkpoint that holds the tokenizer of `source`'s model: itself, or another."""
     name = shown(source.path.name)
     if source.model is None:
         raise ExportError(f"{name} holds a tokenizer only; --ckpt wants the AiM model")

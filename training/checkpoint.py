@@ -1,10 +1,10 @@
 """Reading the published checkpoint layouts and writing ours.
 
-Read: AiM files with ``mamba.`` and ``vqvae.`` halves, a stage-2 file without prefixes, LlamaGen's
-tokenizer under its ``model`` or ``ema`` key; as ``.safetensors``, ``.bin``, ``.pt`` or ``.pth``,
+Read: AiM files with `mamba.` and `vqvae.` halves, a stage-2 file without prefixes, LlamaGen's
+tokenizer under its `model` or `ema` key; as `.safetensors`, `.bin`, `.pt` or `.pth`,
 whole or in shards with an index, or a folder that holds one. The geometry is read off the tensors,
 so no configuration file is needed. Nothing in a file is ever run or built
-(:mod:`aim_training.weights`), and nothing larger than what it really holds is made.
+(`aim_training.weights`), and nothing larger than what it really holds is made.
 
 Written: one safetensors file and, beside it, a JSON file of the same stem with what tensors cannot
 say (the position offset, class names, how it was trained).
@@ -133,7 +133,7 @@ def save_checkpoint(
     tokenizer: VQTokenizer | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``path`` (``.safetensors``) and its JSON file, each under a temporary name first.
+    """Write `path` (`.safetensors`) and its JSON file, each under a temporary name first.
 
     Args:
         path: target; the JSON file takes the same stem.

@@ -92,16 +92,16 @@ def codes_fit(
     tokenizer: VQTokenizer,
     bad_images: Literal["skip", "stop"] = "stop",
 ) -> bool:
-    """Whether :func:`cached_codes` would use the file as it is; reads only its description.
+    """Whether `cached_codes` would use the file as it is; reads only its description.
 
     False also where there is none. So a caller can find out that another run's codes lie there
     before they are replaced.
 
     Args:
-        path: the ``.npy`` file.
+        path: the `.npy` file.
         request: what would be encoded.
         tokenizer: what would encode it.
-        bad_images: with ``stop``, codes that were made around bad images do not fit.
+        bad_images: with `stop`, codes that were made around bad images do not fit.
     """
     return _description_that_fits(path, request, tokenizer, bad_images) is not None
 
@@ -117,16 +117,16 @@ def cached_codes(
     bad_images: BadImages | None = None,
     quiet: bool = False,
 ) -> NDArray[Any]:
-    """The codes of ``request``, from the cache if it holds just these.
+    """The codes of `request`, from the cache if it holds just these.
 
     A cache that does not fit or was damaged is replaced, once its successor is whole.
 
     Args:
-        path: the ``.npy`` file; its JSON file has the same stem.
+        path: the `.npy` file; its JSON file has the same stem.
         request: what to encode.
         tokenizer: encodes, in float32.
         device: where to encode.
-        workers: as in :func:`aim_training.data.open_images`.
+        workers: as in `aim_training.data.open_images`.
         resident_limit_mb: likewise.
         bad_images: likewise.
         quiet: show nothing.
@@ -217,7 +217,7 @@ def _write(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> str:
-    """A ``.npy`` file of the codes, which come in order; returns its sha256.
+    """A `.npy` file of the codes, which come in order; returns its sha256.
 
     Not through a memory map: where the disk is full, that kills the process.
     """
@@ -237,10 +237,10 @@ def _write(
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of ``path`` when all went well, and else is gone.
+    """A file to write, which takes the place of `path` when all went well, and else is gone.
 
     Raises:
-        OSError: it cannot be written, or the disk is full; it names ``path``.
+        OSError: it cannot be written, or the disk is full; it names `path`.
     """
     partial = path.with_suffix(path.suffix + ".part")
     try:

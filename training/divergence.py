@@ -33,7 +33,7 @@ class Watch:
         self._first = torch.zeros((), dtype=torch.int64, device=device)
 
     def note(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Looks at the scalars of step ``step``, which counts from 1."""
+        """Looks at the scalars of step `step`, which counts from 1."""
         if values:
             finite = torch.stack([value.detach().float() for value in values.values()]).isfinite()
             here = torch.where(finite.all(), 0, step)

@@ -1,11 +1,11 @@
 """The loop that every training runs in: schedule, checkpoints, resume, limits, logs.
 
-What is trained is a :class:`~aim_training.task.Task`. The loop owns everything around it, so the
-two trainers resume, stop and report alike. It is built on Accelerate: started through ``accelerate
-launch`` or ``torchrun``, several devices share each batch; only the main process writes.
+What is trained is a `Task`. The loop owns everything around it, so the
+two trainers resume, stop and report alike. It is built on Accelerate: started through `accelerate
+launch` or `torchrun`, several devices share each batch; only the main process writes.
 
-A run folder holds ``checkpoints/`` (the last two), the exported weights as of the last checkpoint,
-``tensorboard/``, ``metrics.jsonl`` and ``samples/``. Everything random in step s derives from
+A run folder holds `checkpoints/` (the last two), the exported weights as of the last checkpoint,
+`tensorboard/`, `metrics.jsonl` and `samples/`. Everything random in step s derives from
 (seed, s, process), so a checkpoint needs no generator states and a resumed run continues exactly
 as the killed one would have.
 
@@ -74,7 +74,7 @@ def train(task: Task, options: TrainingOptions, accelerator: Accelerator) -> Pat
     """Trains until the steps or the minutes are used up; exports averaged weights on the way.
 
     Progress, which drives the cosine schedule, is the larger of the fraction of the steps and,
-    with ``max_minutes``, the fraction of the minutes.
+    with `max_minutes`, the fraction of the minutes.
 
     Returns:
         The exported file.
@@ -88,7 +88,7 @@ def train(task: Task, options: TrainingOptions, accelerator: Accelerator) -> Pat
 
 
 class _Run:
-    """One call of :func:`train`."""
+    """One call of `train`."""
 
     def __init__(self, task: Task, options: TrainingOptions, accelerator: Accelerator) -> None:
         self.task = task

@@ -17,7 +17,7 @@ _INK = "#444444"
 def contact_sheet(
     images: Tensor, columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Lays images (N, 3, height, width) in [-1, 1] out in rows of ``columns``, on white.
+    """Lays images (N, 3, height, width) in [-1, 1] out in rows of `columns`, on white.
 
     Args:
         images: what is shown.

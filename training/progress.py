@@ -15,7 +15,7 @@ class Progress:
     Args:
         done: steps that earlier calls trained.
         total: steps of the whole training.
-        unit: what ``count`` counts, for the speed ("images").
+        unit: what `count` counts, for the speed ("images").
         quiet: show nothing (every process but the main one).
     """
 
@@ -59,7 +59,7 @@ class Progress:
         self._print(text, stay=True)
 
     def _print(self, text: str, *, stay: bool) -> None:
-        """Writes over the line that rewrites itself; ``stay``: the next one comes below."""
+        """Writes over the line that rewrites itself; `stay`: the next one comes below."""
         if self.quiet:
             return
         start = "\r" if self.live and (self._width or not stay) else ""

@@ -15,7 +15,7 @@ from aim_training.progress import Progress
 
 
 class RunLog:
-    """Scalars in ``metrics.jsonl`` and, where it is installed, TensorBoard.
+    """Scalars in `metrics.jsonl` and, where it is installed, TensorBoard.
 
     Args:
         out: the run folder.

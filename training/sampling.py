@@ -1,4 +1,4 @@
-"""A small sampler for the pictures that training shows; users draw through ``aim_runtime``."""
+"""A small sampler for the pictures that training shows; users draw through `aim_runtime`."""
 
 from __future__ import annotations
 

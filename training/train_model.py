@@ -49,7 +49,7 @@ def train_model(options: ModelTrainingOptions) -> Path:
     """Trains a model, resuming where the run folder holds a checkpoint.
 
     Returns:
-        ``RUN/model.safetensors``: the averaged weights and the tokenizer.
+        `RUN/model.safetensors`: the averaged weights and the tokenizer.
 
     Raises:
         CheckpointError: the tokenizer cannot be read.
@@ -299,7 +299,7 @@ class ModelTask(Task):
 
     @property
     def path(self) -> Path:
-        """``RUN/model.safetensors``."""
+        """`RUN/model.safetensors`."""
         return self.options.out / "model.safetensors"
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def train_tokenizer(options: TokenizerTrainingOptions) -> Path:
     """Trains a tokenizer, resuming where the run folder holds a checkpoint.
 
     Returns:
-        ``RUN/tokenizer.safetensors``, the averaged weights.
+        `RUN/tokenizer.safetensors`, the averaged weights.
 
     Raises:
         DataError: the images cannot be used.
@@ -205,7 +205,7 @@ class TokenizerTask(Task):
             weight = self._balance(output.features, gradient, pull)
             values["discriminator/weight"] = weight
             gradient = gradient + weight * pull
-        # Its gradient on the image is ``gradient``: the losses above need no second backward pass.
+        # Its gradient on the image is `gradient`: the losses above need no second backward pass.
         surrogate = (image * gradient).sum()
         codebook = output.codebook_loss + options.commitment_weight * output.commitment_loss
         values["gradient_norm"] = self.tokenizer.update(surrogate + codebook)
@@ -232,7 +232,7 @@ class TokenizerTask(Task):
 
     def _balance(self, features: Tensor, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """VQGAN's adaptive weight (arXiv 2012.09841, equation 7): the adversarial gradient on the
-        decoder's last conv is held at ``discriminator_weight`` of the reconstruction's.
+        decoder's last conv is held at `discriminator_weight` of the reconstruction's.
 
         A fixed weight, LlamaGen's default, needs LPIPS to hold against it.
         """
@@ -363,7 +363,7 @@ class TokenizerTask(Task):
 
     @property
     def path(self) -> Path:
-        """``RUN/tokenizer.safetensors``."""
+        """`RUN/tokenizer.safetensors`."""
         return self.options.out / "tokenizer.safetensors"
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:

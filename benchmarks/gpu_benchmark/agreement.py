@@ -26,7 +26,7 @@ def cpu_tokens(path: str | None, images: int) -> NDArray[np.int64]:
 
 
 def draw_on_cpu(keep: Keep, path: str, images: int, engines: Path, folder: str) -> None:
-    """Put the CPU's tokens into ``folder``: those that `prepare_all` drew, or new ones."""
+    """Put the CPU's tokens into `folder`: those that `prepare_all` drew, or new ones."""
     ready = engines / CPU_TOKENS
     tokens = np.load(ready)[:images] if ready.exists() else np.empty((0, 0))
     keep(on_this_machine=len(tokens) < images)
@@ -38,10 +38,10 @@ def draw_on_cpu(keep: Keep, path: str, images: int, engines: Path, folder: str) 
 def compare_formats(
     keep: Keep, path: str, backend: str, precision: str, images: int, folder: str
 ) -> None:
-    """How near to the CPU and to float32 an engine is, over ``images`` of the bundle at ``path``.
+    """How near to the CPU and to float32 an engine is, over `images` of the bundle at `path`.
 
     Its tokens, drawn freely, are compared with the CPU's. Its scores, given the CPU's tokens, are
-    compared with those of the first engine that came here, which left them in ``folder``; with
+    compared with those of the first engine that came here, which left them in `folder`; with
     guidance and without.
     """
     from aim_runtime import Bundle, Generator
@@ -85,7 +85,7 @@ def compare_formats(
 def differences(
     true: NDArray[np.float32], other: NDArray[np.float32], seeds: slice
 ) -> dict[str, float]:
-    """Sums over all places of what differs between scores (n, T, V) of the images of ``seeds``.
+    """Sums over all places of what differs between scores (n, T, V) of the images of `seeds`.
 
     "kl" in nats at temperature 1; "argmax" and "draw" count the places where the best token and
     the token drawn with the same noise are the same.

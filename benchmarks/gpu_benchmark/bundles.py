@@ -26,7 +26,7 @@ RANDOM_BLOCK = (1 << 22) - 1
 def prepare_all(
     size: str, cache: Path, engines: Path, precisions: tuple[str, ...], images: int
 ) -> None:
-    """Make the bundles of ``size`` and of the model in the box, and compile both's kernels."""
+    """Make the bundles of `size` and of the model in the box, and compile both's kernels."""
     from aim_runtime import Bundle
 
     random = random_bundle(size, cache)
@@ -41,7 +41,7 @@ def prepare_all(
 
 
 def compile_kernels(bundle: Any, out: Path, precisions: tuple[str, ...]) -> None:
-    """Write the files of ``engines/cuda`` for compute capability 9.0 to ``out``."""
+    """Write the files of `engines/cuda` for compute capability 9.0 to `out`."""
     from aim_export.cuda.bundle import compile_engines
 
     out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def compile_kernels(bundle: Any, out: Path, precisions: tuple[str, ...]) -> None
 
 
 def make_bundle(keep: Keep, size: str, cache: Path, engines: Path) -> None:
-    """The random bundle of ``size`` with its kernels, as far as there are any."""
+    """The random bundle of `size` with its kernels, as far as there are any."""
     started = time.perf_counter()
     path, outline = cache / f"random-{size.lower()}-fp16", engines / f"outline-{size}"
     if outline.is_dir() and not path.exists():
@@ -130,7 +130,7 @@ def random_bundle(size: str, cache: Path) -> Path:
 
 
 def write_outline(path: Path, out: Path) -> None:
-    """Write the small files of a random bundle to ``out``, and what its large tensors are like."""
+    """Write the small files of a random bundle to `out`, and what its large tensors are like."""
     from aim_export.cuda.stored import stored_tensors
     from aim_runtime import Bundle
 
@@ -151,7 +151,7 @@ def write_outline(path: Path, out: Path) -> None:
 
 
 def fill_outline(outline: Path, path: Path) -> None:
-    """Make the bundle of an outline at ``path``: its tensors from one block of random numbers."""
+    """Make the bundle of an outline at `path`: its tensors from one block of random numbers."""
     from aim_runtime import Manifest, write_bundle
 
     manifest = Manifest.from_json((outline / "manifest.json").read_text(encoding="utf-8"))

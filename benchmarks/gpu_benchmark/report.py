@@ -120,7 +120,7 @@ class Report:
 
 
 def table_row(name: str, row: dict[str, Any], once: dict[str, Any], copy: float | None) -> str:
-    """One line of the table; ``once`` has what is measured once a process, in its first line."""
+    """One line of the table; `once` has what is measured once a process, in its first line."""
 
     def number(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"

@@ -12,7 +12,7 @@ PATIENCE_S = 20.0
 
 
 def repeated(work: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of ``repeats`` calls, or of fewer where they take very long."""
+    """Seconds of each of `repeats` calls, or of fewer where they take very long."""
     times: list[float] = []
     while len(times) < repeats and sum(times) < PATIENCE_S:
         started = time.perf_counter()

@@ -37,7 +37,7 @@ def measure_published(
 
 
 def published_row(row: dict[str, Any], model: Any, repeats: int) -> None:
-    """Its figures for ``row["images"]`` images."""
+    """Its figures for `row["images"]` images."""
     import torch
 
     images, T, C = row["images"], model.num_tokens, model.num_classes

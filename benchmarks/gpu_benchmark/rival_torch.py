@@ -119,7 +119,7 @@ class TorchRequest:
 
 
 def captured(work: Callable[[], None]) -> Any:
-    """``work`` as a CUDA graph, after two runs of it."""
+    """`work` as a CUDA graph, after two runs of it."""
     import torch
 
     stream = torch.cuda.Stream()

@@ -22,7 +22,7 @@ Keep = Callable[..., None]
 def in_process(
     function: Callable[..., None], *args: Any, limit_s: float = SECTION_LIMIT_S, **extra: Any
 ) -> dict[str, Any]:
-    """Call ``function(keep, *args, **extra)`` in a new process; returns what it kept.
+    """Call `function(keep, *args, **extra)` in a new process; returns what it kept.
 
     What it raised, or how else it ended early, is under "error"; never raises itself.
     """

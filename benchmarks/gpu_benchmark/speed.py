@@ -61,7 +61,7 @@ def measure_speed(
 ) -> None:
     """Load, first image, then requests of each size, and their parts.
 
-    ``started`` is the time at which the process was asked for.
+    `started` is the time at which the process was asked for.
     """
     called = time.perf_counter()
     from aim_runtime import Bundle, Generator
@@ -116,7 +116,7 @@ def measure_speed(
 
 
 def decode_seconds(engine: Engine, tokens: NDArray[np.int64], repeats: int) -> float:
-    """Median seconds of decoding ``tokens`` (N, T), as many at a time as the engine asks for."""
+    """Median seconds of decoding `tokens` (N, T), as many at a time as the engine asks for."""
 
     def decode() -> None:
         for start in range(0, len(tokens), engine.decode_batch):

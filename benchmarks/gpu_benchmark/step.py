@@ -60,9 +60,9 @@ def step_bytes(
 
     Weights once, whatever the number of rows; of every row, its state. What launches hand to each
     other (at most a few MB) is taken to stay in the L2 cache, as are repeated reads of one buffer
-    by several programs. ``named`` are the names that the step's launches use.
+    by several programs. `named` are the names that the step's launches use.
 
-    A chunked state (there is ``past_x``) is read at every position of the second chunk and later,
+    A chunked state (there is `past_x`) is read at every position of the second chunk and later,
     and written at the end of each chunk of C tokens: (T - C) / T + 1 / C of its size a step. The
     tokens since the chunk began are read by their number, C / 2 - 1 / 2 on average, and one is
     written. Otherwise the state is read, except at position 0, and written at every step.

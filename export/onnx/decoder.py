@@ -24,7 +24,7 @@ _NORM_PARAMETERS = {"Mul": "weight", "Add": "bias"}
 class Pictures(nn.Module):
     """Codes (N, T) int64 to 8-bit pictures (N, height, width, 3), as they are written to files.
 
-    Pixels go from [-1, 1] to 0..255 by ``round((x + 1) · 127.5)``, halves to even, then clipped.
+    Pixels go from [-1, 1] to 0..255 by `round((x + 1) · 127.5)`, halves to even, then clipped.
     """
 
     def __init__(self, tokenizer: VQTokenizer) -> None:

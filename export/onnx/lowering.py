@@ -1,12 +1,12 @@
 """AiM's prologue and single step as ONNX graphs.
 
 Written node by node rather than traced: the graph is the product, every node of it costs time at
-each of the 256 steps, and the state scan has to be one node. :mod:`aim_export.parity` holds the
+each of the 256 steps, and the state scan has to be one node. `aim_export.parity` holds the
 graphs to the PyTorch model they were made from.
 
 What depends on the class alone is folded into the prologue: besides the class embedding it yields,
-for every layer, ``shift``, ``norm weight · (1 + scale)`` and ``gate``. The gated norm's weight is
-folded into ``out_proj``.
+for every layer, `shift`, `norm weight · (1 + scale)` and `gate`. The gated norm's weight is
+folded into `out_proj`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLASS_EMBEDDING, MODULATION, FINAL = "class_embedding", "modulation", "final_mod
 
 
 def state_shapes(config: ModelConfig) -> dict[str, list[int | str]]:
-    """The step's state inputs, layer by layer; the output that replaces one is ``next_`` + name."""
+    """The step's state inputs, layer by layer; the output that replaces one is `next_` + name."""
     shapes: dict[str, list[int | str]] = {}
     for layer in range(config.num_layers):
         conv, ssm = state_names(layer)
@@ -44,7 +44,7 @@ def next_name(state: str) -> str:
 
 
 def lower_prologue(model: AiM) -> ModelProto:
-    """``class_id`` (R,) int64 to the conditioning tensors of :func:`lower_step`."""
+    """`class_id` (R,) int64 to the conditioning tensors of `lower_step`."""
     config, net, g = model.config, model.backbone, GraphBuilder("aim_prologue")
     width = config.d_model
     class_id = g.input("class_id", np.int64, [ROWS])

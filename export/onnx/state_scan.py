@@ -1,9 +1,9 @@
-"""``aim::StateScan``: one layer's recurrent state update as an ONNX local function.
+"""`aim::StateScan`: one layer's recurrent state update as an ONNX local function.
 
 Its node carries the attributes by which TensorRT finds a plugin of that name; an engine without the
 plugin (ONNX Runtime, TensorRT for RTX) runs the body, which is plain ONNX. One file serves both.
 The mathematics is the step of the Mamba-2 block (arXiv 2405.21060, section 7), from the output of
-``in_proj`` to the gated value whose norm comes next.
+`in_proj` to the gated value whose norm comes next.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INPUTS = (
 #: Its outputs; the norm that follows is made from the sums of squares.
 OUTPUTS = (
     "gated",  # (R, I)
-    "squares",  # (R, H), sum of the squares of ``gated`` by head
+    "squares",  # (R, H), sum of the squares of `gated` by head
     "next_conv_state",
     "next_ssm_state",
 )

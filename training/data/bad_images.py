@@ -14,10 +14,10 @@ _SAID = 3
 
 
 class BadImages:
-    """Either an error, or counted, said and listed in a file, one ``path<TAB>reason`` a line.
+    """Either an error, or counted, said and listed in a file, one `path<TAB>reason` a line.
 
     Args:
-        policy: ``stop`` makes the first bad image an error, ``skip`` goes on with another image of
+        policy: `stop` makes the first bad image an error, `skip` goes on with another image of
             its class in its place.
         listing: file that bad images are added to, each once however often a run is resumed.
             Control characters in a name stand there as escapes.

@@ -2,11 +2,11 @@
 
     out[t] = silu(bias + sum_k weight[:, k] * xbc[t - (K - 1) + k])
 
-Letters as in :mod:`aim_training.config`. xbc is a part of wider rows (what the input projection
+Letters as in `aim_training.config`. xbc is a part of wider rows (what the input projection
 made), and its gradient is written into rows of the same kind.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def convolution_forward(xbc: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def convolution_backward(
     xbc: Tensor, weight: Tensor, bias: Tensor, d_out: Tensor, d_xbc: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias; that of xbc is written to ``d_xbc``, of any row stride."""
+    """Gradients of weight and bias; that of xbc is written to `d_xbc`, of any row stride."""
     batch, length, channels = xbc.shape
     spans = blocks(length, _BACKWARD["SPAN"])
     sums = torch.empty((batch * spans, WIDTH + 1, channels), dtype=torch.float32, device=xbc.device)
@@ -84,7 +84,7 @@ def _convolve(
     BLOCK_T: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """One tile of :func:`convolution_plain`. Grid: (X / BLOCK_X, T / BLOCK_T, B), rounded up."""
+    """One tile of `convolution_plain`. Grid: (X / BLOCK_X, T / BLOCK_T, B), rounded up."""
     channel = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     time = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     image = tl.program_id(2).to(tl.int64)
