@@ -157,7 +157,7 @@ def save_checkpoint(
     partial, partial_json = (path.with_name(path.name + end) for end in (".part", ".json.part"))
     try:
         partial_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        _save_file(tensors, partial)
+        save_tensors(tensors, partial)
         # safetensors lets nobody but the owner read; the process's umask decides, as for the JSON.
         partial.chmod(partial_json.stat().st_mode & 0o666)
         os.replace(partial_json, path.with_suffix(".json"))
@@ -168,8 +168,12 @@ def save_checkpoint(
     return path
 
 
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors; what the operating system refuses is an OSError again."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the operating system refuses, which safetensors says in an error of its own.
+    """
     try:
         save_file(tensors, path)
     except SafetensorError as error:

@@ -258,7 +258,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _require_room(folder: Path, size: int) -> None:
-    """Finds out before hours of encoding."""
+    """Find out before hours of encoding."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise DataError(

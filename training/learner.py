@@ -84,7 +84,7 @@ class Learner(Generic[Network]):
             self.optimizer.zero_grad(set_to_none=True)
 
     def set_rate(self, fraction: float) -> None:
-        """Sets the learning rate to this fraction of its peak."""
+        """Set the learning rate to this fraction of its peak."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_rate * fraction
 
@@ -125,7 +125,7 @@ class Learner(Generic[Network]):
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` gave; rates and decays stay those of the options."""
+        """Take up what `state` gave; rates and decays stay those of the options."""
         ours = [dict(group) for group in self.optimizer.param_groups]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])

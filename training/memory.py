@@ -51,7 +51,7 @@ class Needs:
 
 
 def measure(step: Callable[[int], None], batch: int) -> Needs:
-    """Measures `step`, which runs so many images, on the CPU.
+    """Measure `step`, which runs so many images, on the CPU.
 
     Args:
         step: to be called with a number of images.

@@ -133,7 +133,7 @@ class TrainingOptions:
 
 
 def _check(option: Field[Any], hint: Any, value: Any) -> None:
-    """Raises ValueError unless a field's value is of its kind and within its bounds."""
+    """Raise ValueError unless a field's value is of its kind and within its bounds."""
     kinds = [hint] if typing.get_origin(hint) is None else list(typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         kinds, chosen = [], hint

@@ -10,7 +10,7 @@ from aim_training.model import AiM
 
 @torch.no_grad()
 def sample(model: AiM, classes: Tensor, guidance: float, seed: int) -> Tensor:
-    """Draws images' codes token by token, with classifier-free guidance.
+    """Draw images' codes token by token, with classifier-free guidance.
 
     Args:
         model: in evaluation mode.

@@ -38,7 +38,7 @@ class Saves:
         return max(self.steps(), default=None)
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Keeps `state` as the checkpoint of `step`; older ones than the last two go.
+        """Keep `state` as the checkpoint of `step`; older ones than the last two go.
 
         Raises:
             TrainingError: it cannot be written; the checkpoints that were there still are, the
@@ -106,7 +106,7 @@ class Saves:
         return state
 
     def set_aside(self, step: int) -> None:
-        """Renames the checkpoint of `step` so that no run goes on from it."""
+        """Rename the checkpoint of `step` so that no run goes on from it."""
         path = self.steps()[step]
         path.replace(path.with_name(f"diverged-{path.name}"))
 

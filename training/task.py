@@ -64,7 +64,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Opens or encodes the images."""
+        """Open or encode the images."""
 
     @abstractmethod
     def batches(self, first: int, last: int) -> Iterator[Any]:
@@ -76,7 +76,7 @@ class Task(ABC):
 
     @abstractmethod
     def train_step(self, step: int, progress: float, batch: Any) -> dict[str, Tensor]:
-        """Updates the learners; returns scalars on the device (never waits for it)."""
+        """Update the learners; return scalars on the device (never waits for it)."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -92,7 +92,7 @@ class Task(ABC):
 
     @abstractmethod
     def held_out_digest(self) -> str | None:
-        """Tells held-out data from other held-out data; None without any."""
+        """Tell held-out data from other held-out data; None without any."""
 
     @abstractmethod
     def averaged(self) -> nn.Module:
@@ -105,7 +105,7 @@ class Task(ABC):
 
     @abstractmethod
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
-        """Writes averaged weights with `facts` (steps, minutes, scores) beside them.
+        """Write averaged weights with `facts` (steps, minutes, scores) beside them.
 
         Args:
             weights: an earlier state of `averaged`; None for its present one.
@@ -125,4 +125,4 @@ class Task(ABC):
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Takes up what `extra_state` gave."""
+        """Take up what `extra_state` gave."""

@@ -341,13 +341,13 @@ class VQTokenizer(nn.Module):
 
 
 def channels_last(network: Network) -> Network:
-    """Lays the convs' weights out channels last, which GPUs want; returns the network."""
+    """Lay the convs' weights out channels last, which GPUs want; return the network."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
     return network
 
 
 def tokenizer_config_from_state(shapes: Mapping[str, tuple[int, ...]]) -> TokenizerConfig:
-    """Reads the geometry off the shapes of a tokenizer's tensors.
+    """Read the geometry off the shapes of a tokenizer's tensors.
 
     Args:
         shapes: shape of each tensor by its name, without any `vqvae.` prefix.

@@ -46,7 +46,7 @@ _RESIDENT_BYTES = 8 * 2**30
 
 
 def train_model(options: ModelTrainingOptions) -> Path:
-    """Trains a model, resuming where the run folder holds a checkpoint.
+    """Train a model, resuming where the run folder holds a checkpoint.
 
     Returns:
         `RUN/model.safetensors`: the averaged weights and the tokenizer.
@@ -156,7 +156,7 @@ class ModelTask(Task):
             self.graph = StepGraph(network, self._loss)
 
     def prepare(self) -> None:
-        """Encodes the images, or takes their codes from the cache."""
+        """Encode the images, or take their codes from the cache."""
         options = self.options
         crop = Crop(options.size, options.resize_factor, options.flip)
         at_once = min(64, max(1, options.batch_size // self.accelerator.num_processes))
@@ -303,7 +303,7 @@ class ModelTask(Task):
         return self.options.out / "model.safetensors"
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
-        """Writes the model and its tokenizer, as the published files have them."""
+        """Write the model and its tokenizer, as the published files have them."""
         metadata = {
             "class_names": list(self.folder.class_names),
             "training": recipe(self.options) | dict(facts),

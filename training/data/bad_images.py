@@ -51,7 +51,7 @@ class BadImages:
         return cls(policy, run / "bad-images.txt", quiet=quiet)
 
     def note(self, fault: ImageError) -> None:
-        """Takes up a bad image.
+        """Take up a bad image.
 
         Raises:
             ImageError: the policy is to stop.
@@ -71,7 +71,7 @@ class BadImages:
         self._list(fault)
 
     def say(self, line: str) -> None:
-        """Says a line about the images, in the main process."""
+        """Say a line about the images, in the main process."""
         if not self.quiet:
             self._say(line)
 

@@ -78,7 +78,7 @@ class Header:
 
 
 def read_header(path: Path, shorter_side: int) -> Header:
-    """Reads what kind of image a file holds and how large.
+    """Read what kind of image a file holds and how large.
 
     Raises:
         ImageError: it is no image, or has too many pixels to be decoded for `shorter_side`.
@@ -95,7 +95,7 @@ def load_image(
     at: tuple[float, float] = (0.5, 0.5),
     one_large_image: AbstractContextManager[object] = _one_large_image,
 ) -> NDArray[np.uint8]:
-    """Reads one image as (height, width, 3) bytes, its shorter side resized.
+    """Read one image as (height, width, 3) bytes, its shorter side resized.
 
     The first frame, upright, in sRGB, transparent pixels on white; an opaque 8-bit image of the
     right size is left as it is. See `fitted` for the shape.

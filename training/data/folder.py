@@ -75,7 +75,7 @@ class ImageFolder:
 
     @classmethod
     def scan(cls, root: Path, class_names: Sequence[str] | None = None) -> ImageFolder:
-        """Lists the images under `root`, as deep as the folders go. No file is opened.
+        """List the images under `root`, as deep as the folders go. No file is opened.
 
         Args:
             root: folder that holds one folder a class.

@@ -171,7 +171,7 @@ def open_images(
     resident_limit_mb: int,
     bad_images: BadImages | None = None,
 ) -> ImageSource:
-    """Keeps the data set on the device if all images have one shape and fit, else streams it.
+    """Keep the data set on the device if all images have one shape and fit, else stream it.
 
     With `bad_images`, and unless the set is very large, every file's header is read first, and
     what is odd is said.

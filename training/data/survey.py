@@ -53,7 +53,7 @@ class Survey:
         return [found for found in self.found if isinstance(found, Header)]
 
     def require_every_class(self) -> None:
-        """Checks that every class has an image left.
+        """Check that every class has an image left.
 
         Raises:
             DataError: one has none.
@@ -111,7 +111,7 @@ def survey(
     decode: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Survey:
-    """Reads every image's header, or with `decode` all of it.
+    """Read every image's header, or with `decode` all of it.
 
     Only decoding finds images that were cut short.
 
