@@ -117,7 +117,7 @@ def export_bundle(
 
     source, holder = _read(checkpoint, tokenizer, say)
     name = name or source.metadata.get("name") or default_name(Path(checkpoint))
-    wishes = Wishes(name, description, license, class_names, settings)
+    wishes = Wishes(name, description, license, class_names, sampling=settings)
     offset = _position_offset(position_offset, source, say)
     draft = draft_manifest(source, holder, wishes, offset, precision, say)
 

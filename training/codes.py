@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -103,7 +103,10 @@ def codes_fit(
         tokenizer: what would encode it.
         bad_images: with `stop`, codes that were made around bad images do not fit.
     """
-    return _description_that_fits(path, request, tokenizer, bad_images) is not None
+    if not path.is_file():
+        return False
+    wanted = _describe(request, weights_digest(tokenizer))
+    return _description_that_fits(path, wanted, bad_images) is not None
 
 
 def cached_codes(
@@ -115,6 +118,7 @@ def cached_codes(
     workers: int,
     resident_limit_mb: int,
     bad_images: BadImages | None = None,
+    tokenizer_sha256: str | None = None,
     quiet: bool = False,
 ) -> NDArray[Any]:
     """The codes of `request`, from the cache if it holds just these.
@@ -129,6 +133,7 @@ def cached_codes(
         workers: as in `aim_training.data.open_images`.
         resident_limit_mb: likewise.
         bad_images: likewise.
+        tokenizer_sha256: the tokenizer's `weights_digest`, where it is known already.
         quiet: show nothing.
 
     Returns:
@@ -141,7 +146,8 @@ def cached_codes(
     progress = Progress(0, sum(1 for _ in request.draws()), quiet=quiet)
     root = shown(request.folder.root)
     policy = "stop" if bad_images is None else bad_images.policy
-    description = _description_that_fits(path, request, tokenizer, policy)
+    wanted = _describe(request, tokenizer_sha256 or weights_digest(tokenizer))
+    description = _description_that_fits(path, wanted, policy)
     if description is not None:
         if file_hash(path).hex() == description["sha256"]:
             around = description["bad_images"]
@@ -169,16 +175,16 @@ def cached_codes(
     with _replacing(path) as file:
         digest = _write(file, codes, shape, dtype)
     met = 0 if bad_images is None else len(bad_images.found) - known
-    described = _describe(request, tokenizer) | {"sha256": digest, "bad_images": met}
+    described = wanted | {"sha256": digest, "bad_images": met}
     with _replacing(path.with_suffix(".json")) as file:
         file.write((json.dumps(described, indent=2) + "\n").encode())
     return np.load(path, mmap_mode="r")
 
 
-def _describe(request: CodeRequest, tokenizer: VQTokenizer) -> dict[str, Any]:
+def _describe(request: CodeRequest, tokenizer_sha256: str) -> dict[str, Any]:
     """What decides the codes."""
     return {
-        "tokenizer_sha256": weights_digest(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256,
         "data_digest": request.folder.digest,
         "crop": asdict(request.crop),
         "variants": request.variants,
@@ -187,16 +193,15 @@ def _describe(request: CodeRequest, tokenizer: VQTokenizer) -> dict[str, Any]:
 
 
 def _description_that_fits(
-    path: Path, request: CodeRequest, tokenizer: VQTokenizer, bad_images: Literal["skip", "stop"]
+    path: Path, wanted: Mapping[str, Any], bad_images: Literal["skip", "stop"]
 ) -> dict[str, Any] | None:
     """What the cache says of itself, if that is what is asked for."""
     found = _read_json(path.with_suffix(".json"))
     if not path.is_file() or not isinstance(found, dict):
         return None
-    expected = _describe(request, tokenizer)
     made_around = found.get("bad_images")
     whole = isinstance(found.get("sha256"), str) and isinstance(made_around, int)
-    fits = whole and expected == {name: found.get(name) for name in expected}
+    fits = whole and wanted == {name: found.get(name) for name in wanted}
     return found if fits and (bad_images == "skip" or made_around == 0) else None
 
 

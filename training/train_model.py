@@ -185,6 +185,7 @@ class ModelTask(Task):
                 workers=self.options.workers,
                 resident_limit_mb=self.options.resident_limit_mb,
                 bad_images=self.bad_images,
+                tokenizer_sha256=self.tokenizer_sha256,
                 quiet=not self.accelerator.is_main_process,
             )
 
