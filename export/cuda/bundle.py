@@ -19,7 +19,7 @@ from aim_export.cuda.compile import (
     compiler,
 )
 from aim_export.cuda.decoder import lower_decoder
-from aim_export.cuda.decoder_network import decoder_tensors
+from aim_export.cuda.decoder_network import decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.plan import Draft
@@ -139,7 +139,9 @@ def _draft_plan(bundle: Bundle, formats: Format, precision: str, constants: Cons
     geometry = Geometry.of(model, stored)
     weights = step_weights(geometry, stored, formats, constants)
     storage: Storage = "float32" if formats.activation == "float32" else "float16"
-    decoder = lower_decoder(decoder_tensors(bundle), model.num_tokens, storage)
+    decoder = lower_decoder(
+        decoder_tensors(bundle), model.num_tokens, storage, norms=group_norms(bundle)
+    )
     weights |= decoder.weights
     weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
     weights, conversions = converted(weights)

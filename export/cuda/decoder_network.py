@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import onnx
 
 from aim_export.cuda import unnamed
-from aim_export.cuda.stored import StoredTensor, stored_tensors
+from aim_export.cuda.stored import StoredTensor, shortest, stored_tensors
 from aim_runtime import Bundle
 from aim_runtime.onnx_graph import checked_graph
 
@@ -15,6 +16,42 @@ from aim_runtime.onnx_graph import checked_graph
 PREFIX = "tokenizer."
 
 _CODEBOOK, _LAST_NORM = "quantize.embedding.weight", "decoder.norm_out.weight"
+
+
+@dataclass(frozen=True)
+class GroupNorms:
+    """What all norms of a decoder have in common.
+
+    Attributes:
+        groups: groups of channels that are normalised each by itself.
+        eps: what is added to a variance before its root.
+    """
+
+    groups: int = 32
+    eps: float = 1e-6
+
+
+#: Those of every tokenizer that is trained here or was published.
+USUAL_NORMS = GroupNorms()
+
+
+def group_norms(bundle: Bundle) -> GroupNorms:
+    """As the decoder's graph has them: a group is a channel of ONNX's `InstanceNormalization`.
+
+    Raises:
+        ValueError: they are not all alike.
+    """
+    graph, stored = _graph(bundle), stored_tensors(bundle, "decoder")
+    found = {
+        GroupNorms(stored[node.input[1]].values.size, shortest(attribute.f))
+        for node in graph.node
+        if node.op_type == "InstanceNormalization"
+        for attribute in node.attribute
+        if attribute.name == "epsilon"
+    }
+    if len(found) != 1:
+        raise ValueError("the decoder's norms are not all alike, as the kernels want them")
+    return found.pop()
 
 
 def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
@@ -29,10 +66,10 @@ def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
         if name.startswith(PREFIX)
     }
     if _CODEBOOK not in named or _LAST_NORM not in named:
-        model = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"]))
+        graph = _graph(bundle)
         if _CODEBOOK not in named:
-            named[_CODEBOOK] = unnamed.codebook(model.graph, stored)
-        named |= unnamed.norm_parameters(model.graph, stored, _norms(named))
+            named[_CODEBOOK] = unnamed.codebook(graph, stored)
+        named |= unnamed.norm_parameters(graph, stored, _norms(named))
     return named
 
 
@@ -50,6 +87,11 @@ def blocks(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str]]:
             block += 1
         if f"{prefix}.upsample.conv.weight" in tensors:
             yield "upsample", f"{prefix}.upsample.conv"
+
+
+def _graph(bundle: Bundle) -> onnx.GraphProto:
+    data = checked_graph(bundle, bundle.manifest.graphs["decoder"])
+    return onnx.load_from_string(data).graph
 
 
 def _levels(tensors: Mapping[str, StoredTensor]) -> int:

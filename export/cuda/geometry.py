@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from aim_export.cuda.stored import StoredTensor
+from aim_export.cuda.stored import StoredTensor, shortest
 from aim_export.onnx.graph import NORM_EPS
 from aim_runtime.bundle.manifest import ModelCard
 
@@ -38,8 +36,7 @@ class Geometry:
         """From a manifest, and the tensors of the graphs "prologue" and "step"."""
         bias, eps = stored["prologue"].get("adaln_group.bias"), stored["step"].get(NORM_EPS)
         groups = model.num_layers if bias is None else bias.values.size // (3 * model.d_model)
-        # The number that was rounded to float32: the nearest of the fewest digits.
-        norm_eps = cls.norm_eps if eps is None else float(str(np.float32(eps.values.item())))
+        norm_eps = cls.norm_eps if eps is None else shortest(eps.values.item())
         return cls(
             D=model.d_model,
             L=model.num_layers,

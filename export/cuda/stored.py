@@ -37,6 +37,11 @@ class StoredTensor:
         return self.part
 
 
+def shortest(value: float) -> float:
+    """The number of fewest digits that is `value` in float32: what was meant when it was stored."""
+    return float(str(np.float32(value)))
+
+
 def stored_tensors(bundle: Bundle, graph: str) -> Mapping[str, StoredTensor]:
     """The weights of the graph `graph` by the names they were lowered with.
 

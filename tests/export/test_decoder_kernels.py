@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 
 from aim_export.cuda import decoder, decoder_tiles, decoder_weights
 from aim_export.cuda.decoder import HALF_SCALE, DecoderPart, lower_decoder
-from aim_export.cuda.decoder_network import decoder_tensors
+from aim_export.cuda.decoder_network import GroupNorms, decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage, Tile
 from aim_export.cuda.kernels import convolution as convolutions
 from aim_export.cuda.kernels import decoder as kernels
@@ -545,6 +545,37 @@ def test_tensors_of_a_bundle(
     )
     for name, value in wanted.items():
         assert np.array_equal(found[name].values.reshape(value.shape), value.float().numpy()), name
+
+
+def test_norms_are_what_the_graph_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert group_norms(Bundle.open(models_dir() / "emoji")) == GroupNorms(32, 1e-6)
+    for module in ("decoder_network", "stored"):
+        monkeypatch.setattr(
+            f"aim_export.cuda.{module}.checked_graph",
+            lambda bundle, spec: bytes(bundle.read(spec.file)),
+        )
+    tensors = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
+    stored = [onnx.numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    nodes = [
+        onnx.helper.make_node(
+            "InstanceNormalization", [f"x{index}", *tensors], [f"x{index + 1}"], epsilon=epsilon
+        )
+        for index, epsilon in enumerate((1e-3, 1e-3, 1e-5))
+    ]
+    (tmp_path / "decoder.weights").touch()
+    alone = cast(Bundle, DecoderOnly(tmp_path))
+    for chosen in (nodes[:2], nodes):
+        graph = onnx.helper.make_graph(chosen, "decoder", [], [], stored)
+        (tmp_path / "decoder.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+        if len(chosen) == 2:
+            assert group_norms(alone) == GroupNorms(16, 1e-3)
+        else:
+            with pytest.raises(ValueError, match="not all alike"):
+                group_norms(alone)
+    tokenizer = random_tokenizer(TokenizerConfig(channels=64, channel_multipliers=(1, 1)))
+    part = lower_decoder(tensors_of(tokenizer), 4, "float32", (1,), GroupNorms(16, 1e-3))
+    found = [dict(item.kernel.constants) for item in flat(part.buckets[0].launches)]
+    assert {(sizes["GROUPS"], sizes["EPS"]) for sizes in found if "GROUPS" in sizes} == {(16, 1e-3)}
 
 
 def test_bundle_in_the_box_lends_its_weights() -> None:
