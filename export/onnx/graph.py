@@ -25,7 +25,7 @@ _ALIGNMENT = 64
 _INLINE_BELOW_BYTES = 1024
 #: Marks the stored name of a matrix in half precision; its value under the plain name is cast.
 HALF_SUFFIX = "/half"
-#: Name of what every RMSNorm of prologue and step adds to the mean square before its root.
+#: Name of what every RMSNorm of the step adds to the mean square before its root.
 NORM_EPS = "norm_eps"
 #: Below this many elements half precision saves nothing worth its rounding.
 _HALF_FROM_ELEMENTS = 4096
