@@ -99,3 +99,15 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         # A package's own modules may take from it what stands above its imports of them.
         others -= {other for other in others if module.startswith(f"{other}.")}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the way
+
+
+@pytest.mark.parametrize("part", ["aim_export.cuda", "aim_export.tensorrt"])
+def test_engines_are_made_from_bundles_alone(part: str) -> None:
+    """What adds engines to a bundle needs nothing of training, and so no PyTorch."""
+    reached, pending = set[str](), [module for module in modules() if module.startswith(part)]
+    while pending:
+        module = pending.pop()
+        if module not in reached:
+            reached.add(module)
+            pending += imported(module, when_loaded=False)
+    assert not [module for module in reached if module.startswith("aim_training")]

@@ -9,13 +9,15 @@ The mathematics is the step of the Mamba-2 block (arXiv 2405.21060, section 7), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from aim_export.onnx.graph import OPSET
-from aim_training.config import ModelConfig
+
+if TYPE_CHECKING:
+    from aim_training.config import ModelConfig
 
 DOMAIN = "aim"
 #: What TensorRT's parser reads off a node to find an ahead-of-time compiled plugin.
