@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from gpu import Keep, in_process, published_code
+from gpu_benchmark.rival_published import published_code
+from gpu_benchmark.sections import Keep, in_process
 
 from aim_cli.dataclass_options import CommaSeparated
 

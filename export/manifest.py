@@ -73,7 +73,7 @@ def draft_manifest(
     precision: str,
     say: Report,
 ) -> Manifest:
-    """The manifest of what ``source`` and ``tokenizer`` will become, without its files.
+    """The manifest of what `source` and `tokenizer` will become, without its files.
 
     Raises:
         ExportError: it would hold what no bundle can hold: a name with a line break, another number

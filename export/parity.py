@@ -55,7 +55,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What was measured, on ``images`` images of ``steps`` tokens.
+    """What was measured, on `images` images of `steps` tokens.
 
     Attributes:
         precision: how the bundle stores its weights.

@@ -33,7 +33,7 @@ class Best:
         self.stale = 0
 
     def offer(self, step: int, scores: Mapping[str, float], network: nn.Module) -> bool:
-        """Takes the weights of ``network`` if they are better; says whether.
+        """Take the weights of `network` if they are better; say whether.
 
         A step that was offered before is not offered again.
         """
@@ -81,7 +81,7 @@ class Best:
         }
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Takes up what :meth:`state` gave."""
+        """Take up what `state` gave."""
         if state is not None:
             self.step, self.scores = state["step"], state["scores"]
             self.weights, self.stale = state["weights"], state["stale"]

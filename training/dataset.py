@@ -40,7 +40,7 @@ def training_folders(
 
 
 def split(folder: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
-    """Holds out a fraction of each class, by the names of its files.
+    """Hold out a fraction of each class, by the names of its files.
 
     An image's side depends on its own name, so images that are added later move no others, but
     for a class of ten images or more of which that would hold out none: it holds out one.

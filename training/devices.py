@@ -14,7 +14,7 @@ from aim_training.options import TrainingOptions
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """The process group and device of this run.
 
-    Started by ``torchrun`` on a machine without a GPU, the processes share each batch through
+    Started by `torchrun` on a machine without a GPU, the processes share each batch through
     gloo.
 
     Raises:

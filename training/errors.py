@@ -55,7 +55,7 @@ def explained(smaller: str) -> Iterator[None]:
         smaller: the options that make the training take less memory.
 
     Raises:
-        TrainingError: instead of what :func:`sentence` knows and no caller would.
+        TrainingError: instead of what `sentence` knows and no caller would.
     """
     try:
         yield

@@ -29,7 +29,7 @@ def bytes_of(network: nn.Module) -> int:
 def rehearse(
     task: Task, options: TrainingOptions, processes: int, steps: int, seconds: float
 ) -> str:
-    """Runs a step of few images, changing nothing, and foretells the training from it.
+    """Run a step of few images, changing nothing, and foretell the training from it.
 
     Args:
         task: prepared.

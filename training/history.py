@@ -58,7 +58,7 @@ def newest_of_same_run(
 def check_same_run(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], options: TrainingOptions
 ) -> None:
-    """Refuses to go on with another run.
+    """Refuse to go on with another run.
 
     Args:
         theirs: the checkpoint's fingerprint.

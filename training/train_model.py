@@ -46,10 +46,10 @@ _RESIDENT_BYTES = 8 * 2**30
 
 
 def train_model(options: ModelTrainingOptions) -> Path:
-    """Trains a model, resuming where the run folder holds a checkpoint.
+    """Train a model, resuming where the run folder holds a checkpoint.
 
     Returns:
-        ``RUN/model.safetensors``: the averaged weights and the tokenizer.
+        `RUN/model.safetensors`: the averaged weights and the tokenizer.
 
     Raises:
         CheckpointError: the tokenizer cannot be read.
@@ -156,7 +156,7 @@ class ModelTask(Task):
             self.graph = StepGraph(network, self._loss)
 
     def prepare(self) -> None:
-        """Encodes the images, or takes their codes from the cache."""
+        """Encode the images, or take their codes from the cache."""
         options = self.options
         crop = Crop(options.size, options.resize_factor, options.flip)
         at_once = min(64, max(1, options.batch_size // self.accelerator.num_processes))
@@ -185,6 +185,7 @@ class ModelTask(Task):
                 workers=self.options.workers,
                 resident_limit_mb=self.options.resident_limit_mb,
                 bad_images=self.bad_images,
+                tokenizer_sha256=self.tokenizer_sha256,
                 quiet=not self.accelerator.is_main_process,
             )
 
@@ -299,11 +300,11 @@ class ModelTask(Task):
 
     @property
     def path(self) -> Path:
-        """``RUN/model.safetensors``."""
+        """`RUN/model.safetensors`."""
         return self.options.out / "model.safetensors"
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
-        """Writes the model and its tokenizer, as the published files have them."""
+        """Write the model and its tokenizer, as the published files have them."""
         metadata = {
             "class_names": list(self.folder.class_names),
             "training": recipe(self.options) | dict(facts),

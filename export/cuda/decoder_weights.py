@@ -42,7 +42,7 @@ class DecoderWeights:
         self._launch = Launcher(self.known, num_stages=3)
 
     def setup(self) -> Setup[KernelSpec]:
-        """Repacks the weights."""
+        """Repack the weights."""
         return Setup(self._packed, tuple(self._launches))
 
     def constants(self) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """From a bundle's ONNX graphs to engines beside them.
 
 With TensorRT installed: engines for the GPU of this machine, the scan as our kernel
-(:mod:`aim_export.tensorrt.plugin`). With TensorRT for RTX instead: engines for any GPU that it
+(`aim_export.tensorrt.plugin`). With TensorRT for RTX instead: engines for any GPU that it
 supports, made without one; it knows no plugins and takes the scan's body of standard operators.
 """
 
@@ -89,7 +89,7 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
 def build_engines(
     library: Library, bundle: Bundle, name: str, folder: Path, report: Report
 ) -> None:
-    """Write the engines of all three graphs, and what helps building them again, to ``folder``.
+    """Write the engines of all three graphs, and what helps building them again, to `folder`.
 
     Raises:
         ExportError: TensorRT cannot build one of them.
@@ -135,7 +135,7 @@ def prepare(model: ModelProto) -> None:
 def _build(
     library: Library, path: Path, spec: GraphSpec, graph: str, precision: str, cache: bytes
 ) -> tuple[bytes, bytes]:
-    """The engine of the graph at ``path``, and the timing cache with what was measured for it."""
+    """The engine of the graph at `path`, and the timing cache with what was measured for it."""
     trt = library.module
     if not library.portable:
         # Importing it registers the kernel; this comes first because it may lack Triton.

@@ -14,7 +14,7 @@ _WEIGHTED = ("Gemm", "MatMul", "Conv")
 
 
 def read_graph(data: bytes | memoryview, weights: str, where: str) -> ModelProto:
-    """Parse a graph whose large tensors are in the file ``weights`` and nowhere else.
+    """Parse a graph whose large tensors are in the file `weights` and nowhere else.
 
     TensorRT reads those tensors by path, so a graph could otherwise name any file of the machine.
 

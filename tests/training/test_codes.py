@@ -71,6 +71,26 @@ def test_codes_are_those_of_the_tokenizer(
         assert np.array_equal(centre[0], tokenizer.encode(batch).numpy())
 
 
+def test_the_tokenizer_is_hashed_once_at_most(
+    tmp_path: Path,
+    request_: CodeRequest,
+    tokenizer: VQTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest, hashed = weights_digest(tokenizer), []
+    monkeypatch.setattr("aim_training.codes.weights_digest", lambda t: hashed.append(t) or digest)
+    codes(tmp_path / "train.npy", request_, tokenizer)
+    assert len(hashed) == 1
+    sizes = {"workers": 1, "resident_limit_mb": 100}
+    for name in ("train", "val"):  # used, and made
+        cached_codes(
+            tmp_path / f"{name}.npy", request_, tokenizer, CPU, tokenizer_sha256=digest, **sizes
+        )
+    assert len(hashed) == 1
+    written = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert [entry["tokenizer_sha256"] for entry in written] == [digest] * 2
+
+
 def test_a_fitting_cache_is_used_and_any_other_is_not(
     tmp_path: Path,
     request_: CodeRequest,

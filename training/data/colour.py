@@ -1,7 +1,7 @@
 """Pixels of any of Pillow's modes as 8-bit RGB, each mode by its meaning.
 
-Two steps, between which an image is cut and resized: :func:`eight_bit` keeps transparency and
-colour space and only brings samples to bytes; :func:`on_white` makes sRGB of what is left.
+Two steps, between which an image is cut and resized: `eight_bit` keeps transparency and
+colour space and only brings samples to bytes; `on_white` makes sRGB of what is left.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def eight_bit(image: Image.Image, coding: Coding) -> Image.Image:
 
 
 def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """What :func:`eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
+    """What `eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
 
     Args:
         image: mode L, LA, RGB, RGBA or CMYK.
@@ -133,7 +133,7 @@ def _extrema(image: Image.Image) -> tuple[float, float]:
 
 
 def _scaled(image: Image.Image, white: float) -> Image.Image:
-    """One channel of wide samples as bytes, ``white`` as 255."""
+    """One channel of wide samples as bytes, `white` as 255."""
     grey = Image.new("L", image.size)
     rows = max(
         1, 2**20 // image.width

@@ -59,8 +59,8 @@ class Header:
     """What a file says about its image before its pixels are decoded.
 
     Attributes:
-        format: Pillow's name of the format, such as ``PNG``.
-        mode: Pillow's mode, such as ``RGB`` or ``I;16``.
+        format: Pillow's name of the format, such as `PNG`.
+        mode: Pillow's mode, such as `RGB` or `I;16`.
         width: pixels, as the image is to be seen.
         height: likewise.
     """
@@ -79,15 +79,15 @@ class Header:
         return max(self.width, self.height) > LONGEST * min(self.width, self.height)
 
     def is_small(self, size: int) -> bool:
-        """Whether it is enlarged to squares of ``size`` pixels."""
+        """Whether it is enlarged to squares of `size` pixels."""
         return min(self.width, self.height) < size
 
 
 def read_header(path: Path, shorter_side: int) -> Header:
-    """Reads what kind of image a file holds and how large.
+    """Read what kind of image a file holds and how large.
 
     Raises:
-        ImageError: it is no image, or has too many pixels to be decoded for ``shorter_side``.
+        ImageError: it is no image, or has too many pixels to be decoded for `shorter_side`.
     """
     with _opened(path, shorter_side) as (image, stored):
         size = _turned(stored, _early_orientation(image))
@@ -101,10 +101,10 @@ def load_image(
     at: tuple[float, float] = (0.5, 0.5),
     one_large_image: AbstractContextManager[object] = _one_large_image,
 ) -> NDArray[np.uint8]:
-    """Reads one image as (height, width, 3) bytes, its shorter side resized.
+    """Read one image as (height, width, 3) bytes, its shorter side resized.
 
     The first frame, upright, in sRGB, transparent pixels on white; an opaque 8-bit image of the
-    right size is left as it is. See :func:`fitted` for the shape.
+    right size is left as it is. See `fitted` for the shape.
 
     Args:
         path: the file.
@@ -146,7 +146,7 @@ def _resized(
 
 
 def fitted(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    """Width and height of what :func:`load_image` makes of an image."""
+    """Width and height of what `load_image` makes of an image."""
     longest = LONGEST * min(width, height)
     width, height = min(width, longest), min(height, longest)
     scale = shorter_side / min(width, height)

@@ -44,7 +44,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers that tensors lie in, under the ``key`` that the file keeps it by."""
+    """A run of numbers that tensors lie in, under the `key` that the file keeps it by."""
 
     key: str
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor as the pickle describes it; ``fault`` as in :class:`StoredTensor`."""
+    """A tensor as the pickle describes it; `fault` as in `StoredTensor`."""
 
     storage: Storage | None
     dtype: torch.dtype = torch.float32
@@ -128,8 +128,8 @@ _INERT_PACKAGES = ("numpy.dtypes.", "omegaconf.", "easydict.", "ml_collections."
 
 
 def read_pickle(file: BinaryIO) -> Any:
-    """The next pickle of ``file`` as dictionaries with text keys, lists, tuples, plain values,
-    :class:`PickledTensor` and `OPAQUE`.
+    """The next pickle of `file` as dictionaries with text keys, lists, tuples, plain values,
+    `PickledTensor` and `OPAQUE`.
 
     Entries of dictionaries whose key is not a text are left out.
 

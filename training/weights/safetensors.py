@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 def looks_like_safetensors(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is meant to be one."""
+    """Whether a file that begins with `head` is meant to be one."""
     return head[_PREFIX : _PREFIX + 1] == b"{"
 
 

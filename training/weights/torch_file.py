@@ -1,4 +1,4 @@
-"""The tensors of a file that ``torch.save`` wrote, in today's form (a zip) and that before 1.6."""
+"""The tensors of a file that `torch.save` wrote, in today's form (a zip) and that before 1.6."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PROTOCOL = 1001
 Place = tuple[int, int, int | None]
 Locate = Callable[[Storage], Place]
 
-#: What a dictionary that :func:`read_torch_file` returns may hold, dictionaries aside.
+#: What a dictionary that `read_torch_file` returns may hold, dictionaries aside.
 Tree = dict[str, Any]
 
 
 def read_torch_zip(path: Path) -> Tree:
-    """What a zip of PyTorch's holds; its tensors as :class:`StoredTensor`, the rest inert.
+    """What a zip of PyTorch's holds; its tensors as `StoredTensor`, the rest inert.
 
     Raises:
         CheckpointError: it is another kind of zip, is damaged, or holds code.
