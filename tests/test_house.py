@@ -16,7 +16,7 @@ FOLDERS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
     "tool"
 ]["setuptools"]["package-dir"]
 LINES_A_MODULE, LINES_A_FUNCTION = 450, 70
-#: Which of the project's packages each may import.
+# Which of the project's packages each may import.
 ARROWS = {
     "aim_runtime": set[str](),
     "aim_training": set[str](),
@@ -24,6 +24,15 @@ ARROWS = {
     "aim_serve": {"aim_runtime"},
     "aim_evaluation": {"aim_runtime"},
     "aim_cli": {"aim_runtime", "aim_training", "aim_export", "aim_serve", "aim_evaluation"},
+}
+# What each part of the engines may import of the others; `base` is open to all.
+ENGINES = {
+    "gpu": set[str](),
+    "cuda": {"gpu"},
+    "tensorrt": {"gpu"},
+    "onnxruntime": {"gpu"},
+    "backends": set[str](),
+    "base": set[str](),
 }
 
 
@@ -99,6 +108,21 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         # A package's own modules may take from it what stands above its imports of them.
         others -= {other for other in others if module.startswith(f"{other}.")}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the way
+
+
+@pytest.mark.parametrize("part", ENGINES)
+def test_engines_import_only_what_lies_below_them(part: str) -> None:
+    place = "aim_runtime.engines."
+    own = [module for module in modules() if f"{module}.".startswith(f"{place}{part}.")]
+    assert own
+    wrong = [
+        f"{module} imports {other}"
+        for module in own
+        for other in imported(module, when_loaded=False)
+        if other.startswith(place)
+        and other.removeprefix(place).partition(".")[0] not in ENGINES[part] | {part, "base"}
+    ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("part", ["aim_export.cuda", "aim_export.tensorrt"])

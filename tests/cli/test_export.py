@@ -452,7 +452,7 @@ def test_kernels_for_a_bundle_take_no_pytorch(spawn: Spawn, folder: Path) -> Non
     assert spawn(python=("-c", program)).communicate(timeout=120) == ("True\n", "")
 
 
-#: Runs the command with PyTorch barred, over and over in one process; prints how each run ended.
+# Runs the command with PyTorch barred, over and over in one process; prints how each run ended.
 WITHOUT_PYTORCH = """
 import json, sys
 sys.modules["torch"] = None

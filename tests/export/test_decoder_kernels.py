@@ -48,9 +48,9 @@ Memory = dict[str, np.ndarray]
 
 IMAGES, HEIGHT, WIDTH = 2, 6, 5
 PIXELS = HEIGHT * WIDTH
-#: Tiles that fill neither the pixels nor, below, the keys of the attention.
+# Tiles that fill neither the pixels nor, below, the keys of the attention.
 TILE = 16
-#: Pixels whose statistics are taken together; they do not fill the last part.
+# Pixels whose statistics are taken together; they do not fill the last part.
 PART = 16
 
 

@@ -28,7 +28,7 @@ GEOMETRIES = [
     ScanSizes(heads=12, head_dim=64, d_state=64, conv_width=4),
     ScanSizes(heads=3, head_dim=20, d_state=12, conv_width=3),
 ]
-#: Bytes before and after each output that nothing may write to.
+# Bytes before and after each output that nothing may write to.
 GUARD = 256
 
 
