@@ -13,12 +13,37 @@ from typing import Any, Protocol
 import click
 
 
+class _Indifferent:
+    """A stream that loses what cannot be written.
+
+    Standard error holds reports only: the reader that has gone, or the full disk of a log, is no
+    reason to stop the work that is reported.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write if it can be."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if it can be."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def prepare_streams() -> None:
     """Make stdout and stderr take any text, and be there.
 
     What the encoding of a terminal or a redirection lacks is written as \\u732b. A stream that was
     closed is the null device: its number would go to the next file opened, and what libraries print
-    into that file.
+    into that file. What stderr cannot take is lost.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -32,10 +57,12 @@ def prepare_streams() -> None:
             setattr(sys, name, stream)
         if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+        if name == "stderr":
+            sys.stderr = _Indifferent(stream)  # type: ignore[assignment]
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
-    """``value`` as JSON that stdout can hold: with JSON's own escapes where that is not Unicode."""
+    """`value` as JSON that stdout can hold: with JSON's own escapes where that is not Unicode."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     with contextlib.suppress(UnicodeEncodeError, LookupError):
         text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
@@ -44,7 +71,7 @@ def as_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def finish(text: str, done: str) -> None:
-    """Print the summary of work that is ``done``, whether or not anybody can read it.
+    """Print the summary of work that is `done`, whether or not anybody can read it.
 
     Raises:
         ClickException: stdout cannot be written, other than because its reader has gone.
@@ -71,7 +98,7 @@ class Show(Protocol):
     """Tells a progress bar how much is done and, where it changes, what is being done."""
 
     def __call__(self, done: int, label: str | None = None) -> None:
-        """Move the bar to ``done``."""
+        """Move the bar to `done`."""
 
 
 @contextmanager
@@ -100,7 +127,7 @@ def progress_bar(label: str, length: int, *, quiet: bool = False) -> Iterator[Sh
 def table(rows: Sequence[Sequence[str]], *, header: bool = True, indent: str = "") -> str:
     """Rows as aligned columns: the first to the left, the others to the right.
 
-    With ``header`` a rule is drawn under the first row.
+    With `header` a rule is drawn under the first row.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -118,7 +145,7 @@ def table(rows: Sequence[Sequence[str]], *, header: bool = True, indent: str = "
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
-    """``name  value`` lines with the values aligned; further lines of a value are indented."""
+    """`name  value` lines with the values aligned; further lines of a value are indented."""
     width = max(len(name) for name, _ in pairs)
     lines = []
     for name, value in pairs:

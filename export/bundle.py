@@ -32,7 +32,7 @@ from aim_export.parity import ParityReport, Progress, check_parity
 from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
-from aim_runtime.bundle.manifest import GraphSpec, SamplingDefaults, TensorSpec
+from aim_runtime.bundle.manifest import GraphSpec, SamplingOptions, TensorSpec
 from aim_runtime.onnx_graph import checked_graph
 from aim_training.checkpoint import Checkpoint, load_checkpoint
 from aim_training.model import AiM
@@ -70,7 +70,7 @@ def export_bundle(
     name: str | None = None,
     description: str | None = None,
     license: str | None = None,
-    sampling: SamplingDefaults | Mapping[str, float] | None = None,
+    sampling: SamplingOptions | Mapping[str, float] | None = None,
     extra_files: Sequence[str | Path] = (),
     overwrite: bool = False,
     report: Report | None = None,
@@ -155,14 +155,14 @@ def write_graphs(
 def _checked_options(
     precision: str,
     position_offset: int | None,
-    sampling: SamplingDefaults | Mapping[str, float] | None,
+    sampling: SamplingOptions | Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """The sampling settings by name; ValueError for what is out of range."""
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
     if position_offset not in (None, 0, 1):
         raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
-    chosen = asdict(sampling) if isinstance(sampling, SamplingDefaults) else dict(sampling or {})
+    chosen = asdict(sampling) if isinstance(sampling, SamplingOptions) else dict(sampling or {})
     check_sampling(chosen)
     return chosen
 

@@ -21,7 +21,7 @@ from aim_runtime.bundle.manifest import (
     FileEntry,
     GraphSpec,
     ModelCard,
-    SamplingDefaults,
+    SamplingOptions,
     StatePair,
     TensorSpec,
     is_plain_file_name,
@@ -34,7 +34,7 @@ from aim_training.tokenizer import VQTokenizer
 from aim_training.weights.stored import shown
 
 #: The published sampling settings, for checkpoints that bring none.
-PUBLISHED_SAMPLING = SamplingDefaults(cfg_scale=4.0, temperature=1.0, top_k=600, top_p=0.98)
+PUBLISHED_SAMPLING = SamplingOptions(cfg_scale=4.0, temperature=1.0, top_k=600, top_p=0.98)
 #: What an extra file may have; it is for licences and the like.
 MAX_EXTRA_FILE_BYTES = 64 << 20
 _ENDINGS = (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -268,7 +268,7 @@ def _class_names(
     return [f"class-{index}" for index in range(classes)]
 
 
-def _sampling(source: Checkpoint) -> SamplingDefaults:
+def _sampling(source: Checkpoint) -> SamplingOptions:
     found = source.metadata.get("sampling")
     if found is None:
         return PUBLISHED_SAMPLING

@@ -33,6 +33,7 @@ from aim_training.geometry import (
     module_shapes,
 )
 from aim_training.model import AiM
+from aim_training.replacing import replacing
 from aim_training.tokenizer import VQTokenizer, tokenizer_config_from_state
 from aim_training.weights import CheckpointError, OpenedWeights, StoredTensor, open_weights
 from aim_training.weights.stored import listed, shown
@@ -154,17 +155,9 @@ def save_checkpoint(
     if not tensors:
         raise ValueError("neither model nor tokenizer was given; there is nothing to save")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, partial_json = (path.with_name(path.name + end) for end in (".part", ".json.part"))
-    try:
-        partial_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_tensors(tensors, partial)
-        # safetensors lets nobody but the owner read; the process's umask decides, as for the JSON.
-        partial.chmod(partial_json.stat().st_mode & 0o666)
-        os.replace(partial_json, path.with_suffix(".json"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_json.unlink(missing_ok=True)
+    with replacing(path) as new, replacing(path.with_suffix(".json")) as new_json:
+        new_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        save_tensors(tensors, new)
     return path
 
 

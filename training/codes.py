@@ -8,13 +8,11 @@ bytes are not those that were written, is made anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -39,6 +37,7 @@ from aim_training.data import (
     shown,
 )
 from aim_training.progress import Progress
+from aim_training.replacing import replacing
 from aim_training.tokenizer import VQTokenizer
 
 #: Images encoded at once, at most.
@@ -84,29 +83,6 @@ def weights_digest(tokenizer: VQTokenizer) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def codes_fit(
-    path: Path,
-    request: CodeRequest,
-    tokenizer: VQTokenizer,
-    bad_images: Literal["skip", "stop"] = "stop",
-) -> bool:
-    """Whether `cached_codes` would use the file as it is; reads only its description.
-
-    False also where there is none. So a caller can find out that another run's codes lie there
-    before they are replaced.
-
-    Args:
-        path: the `.npy` file.
-        request: what would be encoded.
-        tokenizer: what would encode it.
-        bad_images: with `stop`, codes that were made around bad images do not fit.
-    """
-    if not path.is_file():
-        return False
-    wanted = _describe(request, weights_digest(tokenizer))
-    return _description_that_fits(path, wanted, bad_images) is not None
 
 
 def cached_codes(
@@ -172,12 +148,12 @@ def cached_codes(
         bad_images=bad_images,
     )
     codes = _encode(images.batches(request.draws()), tokenizer.to(device), progress, request.batch)
-    with _replacing(path) as file:
+    with replacing(path) as new, new.open("wb") as file:
         digest = _write(file, codes, shape, dtype)
     met = 0 if bad_images is None else len(bad_images.found) - known
     described = wanted | {"sha256": digest, "bad_images": met}
-    with _replacing(path.with_suffix(".json")) as file:
-        file.write((json.dumps(described, indent=2) + "\n").encode())
+    with replacing(path.with_suffix(".json")) as new:
+        new.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return np.load(path, mmap_mode="r")
 
 
@@ -240,28 +216,6 @@ def _write(
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when all went well, and else is gone.
-
-    Raises:
-        OSError: it cannot be written, or the disk is full; it names `path`.
-    """
-    partial = path.with_suffix(path.suffix + ".part")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        if error.filename not in (None, str(partial)):  # what failed is no write
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _require_room(folder: Path, size: int) -> None:
     """Find out before hours of encoding."""
     free = shutil.disk_usage(folder).free
@@ -274,6 +228,6 @@ def _require_room(folder: Path, size: int) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None

@@ -69,3 +69,17 @@ def check_weights(step: int, learners: Mapping[str, Learner[Any]]) -> None:
         tensor = learner.first_not_finite()
         if tensor is not None:
             raise Diverged(f"{tensor} of the {name} is not finite after step {step}", None)
+
+
+def check_drawn(what: str, numbers: Tensor) -> None:
+    """Looks at what finite weights compute, which need not be finite.
+
+    Args:
+        what: that was computed, in words.
+        numbers: of any shape.
+
+    Raises:
+        Diverged: one is not finite.
+    """
+    if not bool(numbers.isfinite().all()):
+        raise Diverged(f"{what} are not finite", None)

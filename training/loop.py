@@ -287,7 +287,11 @@ class _Run:
 
     def _draw(self) -> None:
         if self.main:
-            picture = self.task.picture()
+            try:
+                picture = self.task.picture()
+            except Diverged as error:
+                way_on = self._way_on(self.step + 1)
+                raise TrainingError(f"{error} after step {self.step}; {way_on}") from error
             folder = self.options.out / "samples"
             folder.mkdir(exist_ok=True)
             picture.save(folder / f"step-{self.step:08d}.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 
 from aim_training.errors import TrainingError, is_disk_full, is_out_of_memory, os_sentence
+from aim_training.replacing import replacing
 
 _KEEP = 2
 _NAME = re.compile(r"step-([0-9]{1,18})\.pt")
-_PARTIAL = re.compile(r"step-[0-9]{1,18}\.part")
+_PARTIAL = re.compile(r"step-[0-9]{1,18}(\.pt)?\.part")
 #: What a checkpoint must hold to be one of ours.
 _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
@@ -112,19 +112,15 @@ class Saves:
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".part")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as new, new.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    except OSError as error:  # whose sentence names the checkpoint already
+        raise OSError(error.errno, error.strerror) from error
     except RuntimeError as error:  # PyTorch's writer hides the operating system's reason
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def from_json(text: Any) -> Any:

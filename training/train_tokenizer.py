@@ -35,6 +35,7 @@ from aim_training.discriminator import (
     feature_loss,
     generator_loss,
 )
+from aim_training.divergence import check_drawn
 from aim_training.errors import explained, options_that_fit
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
@@ -331,6 +332,7 @@ class TokenizerTask(Task):
         network = self.tokenizer.averaged
         batch = torch.cat(shown)
         drawn = torch.cat([network.decode(network.encode(part)) for part in shown])
+        check_drawn("the pixels of the averaged weights", drawn)
         rows = [row for pair in zip(batch.split(8), drawn.split(8), strict=True) for row in pair]
         rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 8 - len(row)), value=1.0) for row in rows]
         names = [folder.class_names[label] for label in folder.labels[index]]

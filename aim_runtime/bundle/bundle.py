@@ -12,15 +12,17 @@ import contextlib
 import hashlib
 import mmap
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from aim_runtime import arguments
 from aim_runtime.bundle.files import MANIFEST_NAME, Source, find_source
 from aim_runtime.bundle.manifest import FileEntry, Manifest
 from aim_runtime.errors import BundleError
-from aim_runtime.quoting import quoted
+from aim_runtime.quoting import shown
 
 # What is read at a time.
 _CHUNK_BYTES = 4 << 20
@@ -48,7 +50,7 @@ class Bundle:
         """Open the bundle at `path`, a folder or a .zip file, with cheap checks only.
 
         None opens the model that is installed with the package. Raises BundleError when there is
-        no bundle, or one that is unsafe, incomplete or too new.
+        no bundle, or one that is unsafe, incomplete or too new, ValueError when `path` is no path.
         """
         if path is None:
             path = models_dir() / "emoji"
@@ -57,7 +59,7 @@ class Bundle:
                     "this installation of aim-runtime has no model in the box; "
                     "give the path of a bundle"
                 )
-        source = find_source(Path(path))
+        source = find_source(Path(arguments.path("path", path)))
         text = source.manifest_bytes()
         try:
             manifest = Manifest.from_json(text.decode("utf-8"))
@@ -81,15 +83,27 @@ class Bundle:
         Raises BundleError when the manifest does not list the file or its bytes are not the ones
         it promises.
         """
+        with self.reading(name) as data:
+            return data
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[memoryview]:
+        """Like `read`, but hand the bytes out while their sha256 is still being computed.
+
+        For work that takes long, is safe with any bytes and can be thrown away: the BundleError
+        comes at the end of the block. Their number is the manifest's.
+        """
         entry = self._entry(name)
         data = self._memory(name, entry.size)
-        with self._opened(name, entry) as file, _Hashing() as hashing:
-            done = 0
-            while count := file.readinto(data[done : done + _CHUNK_BYTES]):  # type: ignore[attr-defined]
-                hashing.update(data[done : done + count])
-                done += count
-            self._check(name, entry, done + len(file.read(1) or b""), hashing.hexdigest())
-        return data.toreadonly()
+        with _Hashing() as hashing:
+            with self._opened(name, entry) as file:
+                done = 0
+                while count := file.readinto(data[done : done + _CHUNK_BYTES]):  # type: ignore[attr-defined]
+                    hashing.update(data[done : done + count])
+                    done += count
+                _check_size(self._source, name, done + len(file.read(1) or b""), entry)
+            yield data.toreadonly()
+            self._check_sha256(name, entry, hashing.hexdigest())
 
     def _memory(self, name: str, size: int) -> memoryview:
         """Memory for the file `name`. Mapped without a file: it is not filled with zeros first."""
@@ -114,12 +128,13 @@ class Bundle:
                 while chunk := file.read(min(_CHUNK_BYTES, entry.size + 1 - done)):
                     digest.update(chunk)
                     done += len(chunk)
-                self._check(name, entry, done, digest.hexdigest())
+                _check_size(self._source, name, done, entry)
+                self._check_sha256(name, entry, digest.hexdigest())
 
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)
         if entry is None:
-            raise BundleError(f"{self.path}: the manifest lists no file {quoted(name)}")
+            raise BundleError(f"{self.path}: the manifest lists no file {shown(name)}")
         return entry
 
     @contextlib.contextmanager
@@ -134,9 +149,7 @@ class Bundle:
         except Exception as error:  # zipfile meets a stranger's bytes, and raises many types
             raise self._source.unreadable(name, error) from None
 
-    def _check(self, name: str, entry: FileEntry, size: int, sha256: str) -> None:
-        """What was read of a file must be what the manifest says."""
-        _check_size(self._source, name, size, entry)
+    def _check_sha256(self, name: str, entry: FileEntry, sha256: str) -> None:
         if sha256 != entry.sha256:
             raise BundleError(
                 f"{self._source.named(name)} is altered (its sha256 is not the manifest's); "
@@ -145,33 +158,45 @@ class Bundle:
 
 
 class _Hashing:
-    """A SHA-256 that is computed beside reading: both take about as long, and neither a lock."""
+    """A SHA-256 computed in a thread of its own: it takes about as long as reading does."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._running: threading.Thread | None = None
+        self._pieces: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
 
     def __enter__(self) -> _Hashing:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._wait()
+        self._stopped = True  # nobody asks any more, where an exception ends the block
+        self._join()
 
     def update(self, piece: memoryview) -> None:
-        """Begin with the next piece, which must stay as it is."""
-        self._wait()
-        self._running = threading.Thread(target=self._digest.update, args=(piece,))
-        self._running.start()
+        """Take in `piece`, which must stay as it is."""
+        if self._thread is None:
+            if len(piece) < _CHUNK_BYTES:  # all there is: not worth a thread
+                self._digest.update(piece)
+                return
+            self._thread = threading.Thread(target=self._work, name="aim-sha256", daemon=True)
+            self._thread.start()
+        self._pieces.put(piece)
 
     def hexdigest(self) -> str:
         """The checksum of all pieces."""
-        self._wait()
+        self._join()
         return self._digest.hexdigest()
 
-    def _wait(self) -> None:
-        if self._running is not None:
-            self._running.join()
-            self._running = None
+    def _work(self) -> None:
+        while (piece := self._pieces.get()) is not None and not self._stopped:
+            self._digest.update(piece)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._pieces.put(None)
+            self._thread.join()
+            self._thread = None
 
 
 def _check_size(source: Source, name: str, size: int, entry: FileEntry) -> None:

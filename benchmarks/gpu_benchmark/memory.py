@@ -14,10 +14,10 @@ class GpuMemory:
         self.peak: int | None = None
         self._present = present
         if present:
-            from aim_runtime.engines.gpu import nvidia_driver
+            from aim_runtime.engines.gpu import libcuda
 
             # Held until the process ends: a context made and dropped at each look would be slow.
-            self._context = nvidia_driver._current(0)
+            self._context = libcuda.current(0)
             self._context.__enter__()
             self._before = self._free()
 
@@ -49,6 +49,6 @@ class GpuMemory:
             self.peak = self._before - min(least, self._free())
 
     def _free(self) -> int:
-        from aim_runtime.engines.gpu import nvidia_driver
+        from aim_runtime.engines.gpu import libcuda
 
-        return nvidia_driver.free_bytes(0)
+        return libcuda.free_bytes(0)

@@ -26,11 +26,11 @@ def measure_copy(keep: Keep) -> None:
     """Bytes read and written a second when one buffer of the GPU is copied to another."""
     from cuda.bindings import driver
 
-    from aim_runtime.engines.gpu import nvidia_driver
+    from aim_runtime.engines.gpu import libcuda
     from aim_runtime.engines.gpu.driver import CudaDevice
 
     device = CudaDevice(0)
-    keep(gpu=nvidia_driver.gpu_name(0), cuda_driver=nvidia_driver.cuda_version())
+    keep(gpu=libcuda.gpu_name(0), cuda_driver=libcuda.cuda_version())
     with device.current():
         stream = device.stream()
         memory = device.allocate([COPY_BYTES, COPY_BYTES])

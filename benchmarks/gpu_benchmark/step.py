@@ -28,7 +28,7 @@ def cuda_step(engine: Any, images: int) -> dict[str, Any]:
                 workspace.run("step")
             workspace.stream.synchronize()
             times.append(time.perf_counter() - started)
-    weights = {name: weight.tensor for name, weight in engine._plan.weights.items()}
+    weights = {name: weight.tensor for name, weight in engine._launch_plan.weights.items()}
     named = {name for launch in bucket.step for name, _ in launch.arguments}
     return {
         "rows": bucket.rows,

@@ -21,6 +21,7 @@ from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.bundle import add_engine
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
+from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.tensorrt.library import (
     Library,
     collecting_logger,
@@ -77,7 +78,7 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
     if not bundle.path.is_dir():
         raise BundleError(f"{bundle.path}: engines are added to a bundle folder; unpack it first")
     try:
-        name = engine_folder(library, (0, 0) if library.portable else library.capability(0))
+        name = engine_folder(library, (0, 0) if library.portable else libcuda.capability(0))
     except BackendError as error:
         raise EnginesUnavailable(f"no engines can be built: {error}") from error
     with tempfile.TemporaryDirectory(prefix="aim-engines-") as folder:

@@ -18,15 +18,17 @@ import pytest
 import aim_runtime
 from aim_runtime import (
     AimError,
+    BatchPlan,
     Bundle,
     Generator,
+    Request,
     SamplingOptions,
     available_backends,
     contact_sheet,
     plan_batches,
     save_png,
 )
-from aim_runtime.arguments import shown
+from aim_runtime.quoting import shown
 
 from .tiny_bundle import TOKENS
 
@@ -43,12 +45,16 @@ class Rude:
     __index__ = __float__ = __len__ = __fspath__ = __array__ = __bool__ = __eq__ = _refuse  # type: ignore[assignment]
     __hash__ = object.__hash__
 
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
 
 class Long:
     def __repr__(self) -> str:
         return "line\n" * 1000
 
 
+ANOTHERS = Request((0,), (0,), SamplingOptions(), BatchPlan(1, 1, 1, 1), "x\n" * 99, "", "cpu")
 NUMBERS = [
     *(0, 1, 2, 3, -1, 10**9, 2**31, 2**63, 2**64 - 1, 2**64, 2**70, 10**400, 10**5000),
     *(0.0, 1.0, 0.5, -0.5, 1e-320, 5e-324, 1e308, 1e39, float("nan"), float("inf")),
@@ -98,6 +104,7 @@ OTHERS = [
         Path(),
         threading.Event(),
         SamplingOptions(),
+        ANOTHERS,
         np.array("dog"),
         np.array(None),
     ),
@@ -150,6 +157,7 @@ def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[
             "cfg_scale",
             lambda v: gen.logits(np.zeros((1, TOKENS), int), 0, cfg_scale=v),
         ),
+        "request classes": ("class", gen.request),
         "class_index": ("class", gen.class_index),
         "class_number": ("index", gen.class_number),
         "plan n": ("n", gen.plan),
@@ -158,6 +166,7 @@ def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[
         "plan_batches n": ("n", lambda v: plan_batches(gen.manifest, v)),
         "plan_batches cfg_scale": ("cfg_scale", lambda v: plan_batches(gen.manifest, 1, v)),
         "plan_batches limit": ("memory_limit_mb", lambda v: plan_batches(gen.manifest, 1, None, v)),
+        "Bundle path": ("path", Bundle.open),
         "load path": ("path", lambda v: Generator.load(v, backend="cpu", threads=1)),
         "Generator bundle": ("bundle", lambda v: Generator(v, gen._engine)),  # type: ignore[arg-type]
         "Generator engine": ("engine", lambda v: Generator(bundle, v)),
@@ -175,6 +184,8 @@ def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[
         found[f"generate {name}"] = (name, lambda v, make=make: gen.generate(0, **make(v)))
         # Its arguments are checked by the call, as those of `generate`: nothing needs to be drawn.
         found[f"stream {name}"] = (name, lambda v, make=make: gen.stream(0, **make(v)).close())
+        if name != "cancel":
+            found[f"request {name}"] = (name, lambda v, make=make: gen.request(0, **make(v)))
         if name not in ("seed", "cancel"):
             found[f"options {name}"] = (name, lambda v, make=make: SamplingOptions(**make(v)))
     for name in ("backend", "device", "precision", "threads", "memory_limit_mb"):
@@ -188,7 +199,7 @@ def _loading(name: str, value: Any) -> dict[str, Any]:
 
 
 # What cannot be wrong about a value but about the world: a name that is not known here.
-WORLD = {"load path", "load backend", "load device", "load precision"}
+WORLD = {"Bundle path", "load path", "load backend", "load device", "load precision"}
 
 
 def test_every_argument_works_or_names_itself(
@@ -213,8 +224,7 @@ def test_every_argument_works_or_names_itself(
             )
             if not expected or not (said.startswith(name) or what in WORLD):
                 wrong.append(f"{case}: {type(error).__name__}: {said[:120]}")
-            quoted = what == "load path" and isinstance(value, str)  # as it is, to find it
-            if not quoted and (len(said) > 300 or not said.isprintable()):
+            if len(said) > 300 or not said.isprintable():
                 wrong.append(f"{case}: {len(said)} characters: {said[:200]!r}")
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -475,6 +476,28 @@ def test_an_engine_is_added_to_a_bundle(copy: Path, tmp_path: Path) -> None:
     assert listing(copy / "engines" / "cuda") == ["other.json"]
     assert (copy / "notes.txt").read_text() == "mine"
     assert not [name for name in listing(copy) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("size", [5, 9 << 20])
+def test_bytes_are_handed_out_before_their_checksum_is_there(
+    source: Path, tmp_path: Path, size: int
+) -> None:
+    (source / "step.weights").write_bytes(os.urandom(size))
+    folder = tmp_path / "large"
+    bundle = write_bundle(tiny_manifest(), source, folder)
+    with bundle.reading("step.weights") as data:
+        assert data == (source / "step.weights").read_bytes()
+        assert data.readonly
+    with (folder / "step.weights").open("r+b") as file:
+        file.seek(size - 1)
+        file.write(bytes([data[-1] ^ 1]))
+    looked = []
+    with pytest.raises(BundleError, match="altered"), bundle.reading("step.weights") as data:
+        looked.append(len(data))
+    assert looked == [size]
+    with pytest.raises(KeyError), bundle.reading("step.weights"):
+        raise KeyError("of the block")
+    assert not [thread for thread in threading.enumerate() if thread.name == "aim-sha256"]
 
 
 @pytest.mark.parametrize("where", ["_copy", "_replace", "_write_manifest"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aim_runtime import Generator
-from aim_runtime.engines.onnxruntime.interruptible import interruptible
+from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 
 
 def test_what_work_returns_and_raises_goes_through() -> None:
@@ -51,6 +51,17 @@ def test_a_signal_stops_the_work() -> None:
     with pytest.raises(KeyboardInterrupt):
         interruptible(work, stopped.set)
     assert time.monotonic() - started < 10
+
+
+def test_all_work_is_stopped_that_has_begun_or_begins_later() -> None:
+    stopping, ended = Stopping(), []
+    stopping.by(lambda: ended.append("first"))
+    stopping.by(lambda: ended.append("second"))
+    assert ended == []
+    stopping()
+    assert ended == ["first", "second"]
+    stopping.by(lambda: ended.append("late"))
+    assert ended == ["first", "second", "late"]
 
 
 def test_ctrl_c_while_a_model_loads(tiny: Path) -> None:

@@ -231,6 +231,20 @@ def test_a_loss_that_is_no_number_stops_training(
         train(tmp_path, steps=4)
 
 
+def test_weights_that_draw_no_numbers_stop_training(
+    trainer: tuple[Train, type], tmp_path: Path
+) -> None:
+    """They are finite themselves, and so they are saved, after a last step that was too long."""
+    train, _ = trainer
+    run = tmp_path / "run"
+    huge: dict[str, Any] = {"learning_rate": 1e25, "warmup_steps": 0}
+    with pytest.raises(TrainingError) as caught:
+        train(run, steps=1, **huge)
+    assert "of the averaged weights are not finite after step 1; " in str(caught.value)
+    assert "a lower --learning-rate (now 1e+25) starts anew" in str(caught.value)
+    train(run, steps=1)
+
+
 def test_the_tokenizer_learns_its_images(squares: Path, held_out: Path, tmp_path: Path) -> None:
     path = train_tokenizer(
         TokenizerTrainingOptions(

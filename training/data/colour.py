@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import io
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
-#: 16-bit grey as bytes, as Pillow itself reads 16-bit colour: 65535 is white.
-_SIXTEEN_BITS = [value >> 8 for value in range(65536)]
 #: Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
 _INTEGER_WHITES = (255.0, 65535.0, 2.0**31 - 1)
 #: The largest value up to which floating-point samples have which white. Filters overshoot: a
@@ -27,25 +26,35 @@ _UNDERSHOOT = 0.1
 _PROFILED = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 
-def eight_bit(image: Image.Image, format: str | None) -> Image.Image:
+@dataclass(frozen=True)
+class Coding:
+    """What a file says of grey samples wider than a byte, and Pillow's mode does not.
+
+    Attributes:
+        format: Pillow's name of the file's format.
+        bits: of a sample in modes I;16, which other widths are read as too.
+        zero_is_white: as in negatives and many X-rays.
+    """
+
+    format: str | None = None
+    bits: int = 16
+    zero_is_white: bool = False
+
+
+def eight_bit(image: Image.Image, coding: Coding) -> Image.Image:
     """A loaded image in mode L, LA, RGB, RGBA or CMYK with its content unchanged.
 
     Args:
         image: any mode.
-        format: Pillow's name of the file's format.
+        coding: what its file says.
 
     Raises:
         ValueError: its samples are no picture, such as floats that are not finite.
     """
     mode = image.mode
-    if mode.startswith("I;16"):
-        return _sixteen_bit(image)
-    if mode == "I":
-        if format in ("PNG", "PPM"):  # where 32 bits are only room for 16
-            return _sixteen_bit(image)
-        return _scaled(image, _integer_white(image))
-    if mode == "F":
-        return _scaled(image, _float_white(image))
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        grey = _wide_grey(image, coding)
+        return ImageChops.invert(grey) if coding.zero_is_white else grey
     if mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
         return image
     if mode == "La":  # Pillow has no shorter way from premultiplied grey
@@ -74,10 +83,20 @@ def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _sixteen_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey as bytes; the value that a PNG calls transparent becomes so."""
+def _wide_grey(image: Image.Image, coding: Coding) -> Image.Image:
+    """Grey of mode I;16, I or F in mode L, or LA where a value is transparent."""
+    if image.mode == "F":
+        return _scaled(image, _float_white(image))
+    # In a PNG or PPM 32 bits are only room for 16.
+    if image.mode == "I" and coding.format not in ("PNG", "PPM"):
+        return _scaled(image, _integer_white(image))
+    return _sixteen_bit(image, coding.bits)
+
+
+def _sixteen_bit(image: Image.Image, bits: int) -> Image.Image:
+    """Grey of 9 to 16 bits as bytes; the value that a PNG calls transparent becomes so."""
     wide = image.convert("I")
-    grey = wide.point(_SIXTEEN_BITS, "L")
+    grey = wide.point([min(value << 16 - bits, 65535) >> 8 for value in range(65536)], "L")
     clear = image.info.get("transparency")
     if not isinstance(clear, int) or not 0 <= clear < 65536:
         return grey

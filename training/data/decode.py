@@ -18,9 +18,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    TiffImageFile,
+)
 
-from aim_training.data.colour import eight_bit, on_white
+from aim_training.data.colour import Coding, eight_bit, on_white
 from aim_training.data.errors import ImageError, one_line
 from aim_training.data.formats import readable_formats
 
@@ -130,7 +136,7 @@ def _resized(
     orientation = _orientation(image)
     method = _UPRIGHT.get(orientation)
     upright = image if method is None else image.transpose(method)
-    pixels = _without_length(eight_bit(upright, image.format), at)
+    pixels = _without_length(eight_bit(upright, _coding(image)), at)
     whole = _turned(stored, orientation) if drafted else upright.size
     target = fitted(*whole, shorter_side)
     if pixels.size == target:
@@ -191,6 +197,15 @@ def _check_file(path: Path) -> None:
 def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     """Width and height of an image once it is upright."""
     return (size[1], size[0]) if orientation >= 5 else size
+
+
+def _coding(image: Image.Image) -> Coding:
+    """What the file says of wide grey samples, which Pillow leaves as they are stored."""
+    if not isinstance(image, TiffImageFile):
+        return Coding(image.format)
+    bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]
+    negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    return Coding(image.format, bits if 8 < bits < 16 else 16, negative)
 
 
 def _early_orientation(image: Image.Image) -> int:

@@ -18,11 +18,37 @@ _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 2.0
 
 
+class Stopping:
+    """Ends work early: whoever works says how, whoever waits calls it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: list[Callable[[], object]] = []
+        self._stopped = False
+
+    def by(self, call: Callable[[], object]) -> None:
+        """End what begins now by `call`, which is made at once if all was stopped before."""
+        with self._lock:
+            self._calls.append(call)
+            stopped = self._stopped
+        if stopped:
+            call()
+
+    def __call__(self) -> None:
+        """Stop all work that has begun, and what begins later."""
+        with self._lock:
+            self._stopped = True
+            calls = list(self._calls)
+        for call in calls:
+            call()
+
+
 def interruptible(work: Callable[[], T], stop: Callable[[], None]) -> T:
     """What `work` returns or raises; it runs in a thread while this one waits for signals.
 
     An exception that a signal raises here, such as KeyboardInterrupt, calls `stop`, which must make
-    `work` end soon, and goes on. Signals reach the main thread only: any other just does the work.
+    `work` end soon (see `Stopping`), and goes on. Signals reach the main thread only: any other
+    just does the work.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
