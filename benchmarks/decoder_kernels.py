@@ -41,10 +41,10 @@ from aim_training.tokenizer import Norm, VQTokenizer
 TOKENS = 256
 CAPACITY = 16
 BATCHES = (1, 4, 16, 64)
-#: Rows of a table that are shown; all are in the file of `--out`.
+# Rows of a table that are shown; all are in the file of `--out`.
 SHOWN = 18
 
-#: Tiles tried: m, n, k, warps, stages, and registers a thread (0: as the assembler likes).
+# Tiles tried: m, n, k, warps, stages, and registers a thread (0: as the assembler likes).
 TILES = [
     (256, 128, 64, 8, 4, 0),
     (128, 256, 64, 8, 3, 0),
@@ -61,7 +61,7 @@ TILES = [
     (64, 16, 256, 4, 4, 0),
     (64, 16, 256, 4, 3, 0),
 ]
-#: Sizes of the other kernels tried, by kernel: constants, warps, stages.
+# Sizes of the other kernels tried, by kernel: constants, warps, stages.
 OTHERS: dict[str, list[tuple[dict[str, int], int, int]]] = {
     "normalise": [
         ({"BLOCK_M": m, "BLOCK_C": c}, warps, 3)

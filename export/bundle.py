@@ -51,11 +51,11 @@ __all__ = [
     "write_graphs",
 ]
 
-#: What the published sampler does; a checkpoint that says nothing was made for it.
+# What the published sampler does; a checkpoint that says nothing was made for it.
 PUBLISHED_POSITION_OFFSET = 1
 
 _DTYPES = {1: "float32", 2: "uint8", 7: "int64"}
-#: What trainers call a moving average of the weights.
+# What trainers call a moving average of the weights.
 _AVERAGES = ("ema", "model_ema", "state_dict_ema")
 
 

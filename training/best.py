@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aim_training.options import TrainingOptions
 from aim_training.task import Judge
 
-#: Evaluations without improvement after which a person is told.
+# Evaluations without improvement after which a person is told.
 _PATIENCE = 3
 
 

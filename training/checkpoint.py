@@ -47,10 +47,10 @@ __all__ = [
 ]
 
 _MODEL, _TOKENIZER = "mamba.", "vqvae."
-#: What wrappers put before every name.
+# What wrappers put before every name.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _TOKENIZER_ROOTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-#: Bookkeeping of the published training code that no inference needs.
+# Bookkeeping of the published training code that no inference needs.
 _IGNORED = ("quantize.codebook_used",)
 _HEAD, _WORDS = "lm_head.weight", "backbone.embeddings.word_embeddings.weight"
 MAX_METADATA_BYTES = 16 << 20

@@ -40,7 +40,7 @@ from aim_training.progress import Progress
 from aim_training.replacing import replacing
 from aim_training.tokenizer import VQTokenizer
 
-#: Images encoded at once, at most.
+# Images encoded at once, at most.
 _BATCH = 64
 
 

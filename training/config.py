@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-#: What every RMSNorm adds to the mean square before its root.
+# What every RMSNorm adds to the mean square before its root.
 EPS = 1e-5
 
 
@@ -99,7 +99,7 @@ class ModelConfig:
 
 _IMAGENET = {"vocab_size": 16384, "num_classes": 1000, "num_tokens": 256}
 
-#: The published sizes (arXiv 2408.12245, table 1); 1B was described but never released.
+# The published sizes (arXiv 2408.12245, table 1); 1B was described but never released.
 PRESETS: dict[str, ModelConfig] = {
     "B": ModelConfig(**_IMAGENET, d_model=768, num_layers=24),
     "L": ModelConfig(**_IMAGENET, d_model=1024, num_layers=48, adaln_groups=4),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from aim_training.data import DataError, ImageFolder, shown
 from aim_training.options import TrainingOptions
 
-#: A class of so many images or more holds out one at least.
+# A class of so many images or more holds out one at least.
 _ENOUGH = 10
 
 

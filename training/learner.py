@@ -15,7 +15,7 @@ from aim_training.ema import Ema
 from aim_training.finite import first_not_finite
 from aim_training.options import TrainingOptions
 
-#: Learning rate at the end of a cosine schedule, over its peak.
+# Learning rate at the end of a cosine schedule, over its peak.
 _COSINE_FLOOR = 0.01
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -63,10 +63,10 @@ __all__ = [
     "train",
 ]
 
-#: Steps between agreements of several GPUs, which have to wait for each other for it, on the time
-#: and on stopping. Processes without a GPU take long over a step and agree at each.
+# Steps between agreements of several GPUs, which have to wait for each other for it, on the time
+# and on stopping. Processes without a GPU take long over a step and agree at each.
 _AGREE_EVERY = 10
-#: Seconds of training between checkpoints, however slow the steps.
+# Seconds of training between checkpoints, however slow the steps.
 _SAVE_EVERY_S = 900.0
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
-#: Seconds between looks at the memory in use.
+# Seconds between looks at the memory in use.
 _LOOK_EVERY_S = 0.002
-#: The second rehearsal runs this many images, or fewer where the first was slow.
+# The second rehearsal runs this many images, or fewer where the first was slow.
 _MORE, _FEWER, _SLOW_S = 4, 2, 1.0
 
 

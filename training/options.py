@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-#: Beyond it no count, size or weight makes sense; 64-bit generators take seeds below it.
+# Beyond it no count, size or weight makes sense; 64-bit generators take seeds below it.
 _MOST = 2**31
 _SEEDS = 2**63
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-#: Height of the strip that holds a caption, and of its letters, pixels.
+# Height of the strip that holds a caption, and of its letters, pixels.
 _STRIP = 16
 _FONT_PIXELS = 11
 _INK = "#444444"

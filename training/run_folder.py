@@ -13,7 +13,7 @@ from pathlib import Path
 from aim_training.errors import TrainingError, is_disk_full, os_sentence
 
 _LOCK = ".lock"
-#: Folders in it whose files are read and written.
+# Folders in it whose files are read and written.
 _FOLDERS = ("checkpoints", "codes", "samples")
 
 

@@ -16,7 +16,7 @@ from aim_training.replacing import replacing
 _KEEP = 2
 _NAME = re.compile(r"step-([0-9]{1,18})\.pt")
 _PARTIAL = re.compile(r"step-[0-9]{1,18}(\.pt)?\.part")
-#: What a checkpoint must hold to be one of ours.
+# What a checkpoint must hold to be one of ours.
 _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Positions a chunk. Work inside a chunk grows with it and the states between chunks shrink;
-#: the two balance near sqrt(P·S) = 90 for the published sizes.
+# Positions a chunk. Work inside a chunk grows with it and the states between chunks shrink;
+# the two balance near sqrt(P·S) = 90 for the published sizes.
 CHUNK = 64
 
 

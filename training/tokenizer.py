@@ -21,9 +21,9 @@ from aim_training.config import TokenizerConfig
 
 Network = TypeVar("Network", bound=nn.Module)
 
-#: Rows of the code search done at once: bounds its (rows, V) table of similarities.
+# Rows of the code search done at once: bounds its (rows, V) table of similarities.
 _SEARCH_ROWS = 16384
-#: More than any tokenizer has: a file that names more is none.
+# More than any tokenizer has: a file that names more is none.
 _MOST_LEVELS, _MOST_BLOCKS, _MOST_CHANNELS = 12, 64, 1 << 16
 
 

@@ -35,13 +35,13 @@ from aim_training.step_graph import StepGraph
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import VQTokenizer, channels_last
 
-#: Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
+# Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
 _SMALL = {"d_model": 256, "num_layers": 8, "d_state": 64, "head_dim": 64, "adaln_groups": 2}
 _SMALLER = (
     "a smaller --batch-size or --size, a smaller network (--preset small, --d-model, --layers), a "
     "smaller --resident-limit-mb"
 )
-#: Codes that stay on the device at most, bytes; larger ones are read from the disk.
+# Codes that stay on the device at most, bytes; larger ones are read from the disk.
 _RESIDENT_BYTES = 8 * 2**30
 
 

@@ -46,7 +46,7 @@ from aim_training.run_folder import run_folder
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import TokenizerOutput, VQTokenizer, channels_last
 
-#: What a laptop without a GPU trains in an hour or so at 64 to 128 pixels.
+# What a laptop without a GPU trains in an hour or so at 64 to 128 pixels.
 SMALL = TokenizerConfig(
     codebook_size=1024,
     channels=32,
@@ -59,10 +59,10 @@ _SMALLER = (
     "a smaller --batch-size or --size, a smaller network (--preset small, --channels), "
     "--discriminator-weight 0, a smaller --resident-limit-mb"
 )
-#: Images that an evaluation looks at, at most; and those in a sample picture.
+# Images that an evaluation looks at, at most; and those in a sample picture.
 _EVALUATED = 1024
 _SHOWN = 24
-#: Fraction of the training after which the codebook is left to settle.
+# Fraction of the training after which the codebook is left to settle.
 _REVIVED_UNTIL = 0.8
 
 

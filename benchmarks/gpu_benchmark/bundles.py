@@ -19,7 +19,7 @@ from gpu_benchmark.sections import Keep
 if TYPE_CHECKING:
     from aim_training.model import AiM
 
-#: Numbers drawn for all weights; odd, so that rows of a matrix start at different places.
+# Numbers drawn for all weights; odd, so that rows of a matrix start at different places.
 RANDOM_BLOCK = (1 << 22) - 1
 
 

@@ -15,8 +15,8 @@ from aim_cli import human
 from aim_cli.commands.bench import machine
 from gpu_benchmark.request import SETTINGS
 
-#: Seconds of the published code in bf16 on an H100 80GB: sampling with its CUDA graph kept between
-#: calls, its `generate` as shipped, decoding. Printed only where it cannot run, and marked so.
+# Seconds of the published code in bf16 on an H100 80GB: sampling with its CUDA graph kept between
+# calls, its `generate` as shipped, decoding. Printed only where it cannot run, and marked so.
 RECORDED = {
     ("B", 1): (0.390, 0.752, 0.012),
     ("B", 16): (0.505, 0.955, 0.048),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 SETTINGS = {"cfg_scale": 4.0, "temperature": 1.0, "top_k": 600, "top_p": 0.98}
-#: Further repeats of a request are left out once they have taken so long.
+# Further repeats of a request are left out once they have taken so long.
 PATIENCE_S = 20.0
 
 

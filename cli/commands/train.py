@@ -103,12 +103,12 @@ def say_outcome(weights: Path, then: str) -> None:
 
 
 def beside(out: Path, name: str, *, after: str) -> Path:
-    """A folder beside the run folder ``out`` for what comes next, by default its name and ours.
+    """A folder beside the run folder `out` for what comes next, by default its name and ours.
 
     Args:
         out: the run folder, "." and ".." included.
         name: what comes next.
-        after: where ``out`` is called so, ``name`` alone will do.
+        after: where `out` is called so, `name` alone will do.
     """
     run = out.resolve() if out.name in ("", "..") else out
     return run.parent / (name if run.name == after else f"{run.name}-{name}")

@@ -23,10 +23,10 @@ from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 from aim_export.cuda.targets import SHARED_MEMORY
 from aim_runtime.cores import usable_cores
 
-#: The release of Triton that the published figures were measured with. Others compile kernels that
-#: compute the same at another speed.
+# The release of Triton that the published figures were measured with. Others compile kernels that
+# compute the same at another speed.
 MEASURED_TRITON = "3.6.0"
-#: The first with programmatic dependent launch.
+# The first with programmatic dependent launch.
 _OVERLAPS_FROM = 90
 
 Progress = Callable[[int, int], None]

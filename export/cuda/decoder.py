@@ -44,11 +44,11 @@ from aim_runtime.engines.cuda.plan import (
     decoder_interface,
 )
 
-#: Images at once. A batch of any other size is made of these.
+# Images at once. A batch of any other size is made of these.
 IMAGES = (1, 4, 16)
-#: What half-precision maps are stored times.
+# What half-precision maps are stored times.
 HALF_SCALE = 1 / 16
-#: Groups of a norm that a program of `norm_factors` takes.
+# Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
 

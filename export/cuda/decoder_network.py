@@ -12,7 +12,7 @@ from aim_export.cuda.stored import StoredTensor, shortest, stored_tensors
 from aim_runtime import Bundle
 from aim_runtime.onnx_graph import checked_graph
 
-#: What the graph calls the tokenizer's parameters by.
+# What the graph calls the tokenizer's parameters by.
 PREFIX = "tokenizer."
 
 _CODEBOOK, _LAST_NORM = "quantize.embedding.weight", "decoder.norm_out.weight"
@@ -31,7 +31,7 @@ class GroupNorms:
     eps: float = 1e-6
 
 
-#: Those of every tokenizer that is trained here or was published.
+# Those of every tokenizer that is trained here or was published.
 USUAL_NORMS = GroupNorms()
 
 

@@ -13,9 +13,9 @@ from aim_export.cuda.launch import KernelSpec, Launcher
 from aim_export.cuda.stored import StoredTensor
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Launch, Setup, Tensor, Weight
 
-#: Side of the blocks in which weights are repacked.
+# Side of the blocks in which weights are repacked.
 PACK_BLOCK = 64
-#: Codes, and outputs, of a program of `code_table`.
+# Codes, and outputs, of a program of `code_table`.
 _CODE_BLOCKS = (16, 32)
 _VECTORS = "decoder/vectors"
 

@@ -31,7 +31,7 @@ class Format:
         return self.matrix == "int8"
 
 
-#: Sums, norms, the residual and the scan's arithmetic are float32 in all of them.
+# Sums, norms, the residual and the scan's arithmetic are float32 in all of them.
 FORMATS: Mapping[str, Format] = {
     "fp32": Format(
         matrix="float32",

@@ -15,7 +15,7 @@ from aim_export.cuda.step_tensors import buffer_table, weight_table
 from aim_export.cuda.tuning import Tile, Tuning
 from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Repeat
 
-#: Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
+# Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
 _FOLD_PROGRAMS = 1024
 
 SpecLaunch: TypeAlias = Launch[KernelSpec]

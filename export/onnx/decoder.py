@@ -15,9 +15,9 @@ from aim_export.errors import ExportError
 from aim_export.onnx.graph import OPSET, ROWS
 from aim_training.tokenizer import VQTokenizer
 
-#: Where the exporter notes the modules that a node comes from, the outermost first.
+# Where the exporter notes the modules that a node comes from, the outermost first.
 _SCOPES = "pkg.torch.onnx.name_scopes"
-#: What of a norm the constant of a node is, by the node's type.
+# What of a norm the constant of a node is, by the node's type.
 _NORM_PARAMETERS = {"Mul": "weight", "Add": "bias"}
 
 

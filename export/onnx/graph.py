@@ -14,20 +14,20 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-#: 20 is the oldest opset with everything used here; TensorRT 10.9 and later read it.
+# 20 is the oldest opset with everything used here; TensorRT 10.9 and later read it.
 OPSET = 20
-#: Name of the symbolic dimension that counts rows.
+# Name of the symbolic dimension that counts rows.
 ROWS = "rows"
-#: Weights start on this boundary, so that a mapped file can be read with vector loads.
+# Weights start on this boundary, so that a mapped file can be read with vector loads.
 _ALIGNMENT = 64
-#: Smaller tensors stay in the graph: shapes and axes must be readable there, and a page of the
-#: weights file for each scalar would be waste.
+# Smaller tensors stay in the graph: shapes and axes must be readable there, and a page of the
+# weights file for each scalar would be waste.
 _INLINE_BELOW_BYTES = 1024
-#: Marks the stored name of a matrix in half precision; its value under the plain name is cast.
+# Marks the stored name of a matrix in half precision; its value under the plain name is cast.
 HALF_SUFFIX = "/half"
-#: Name of what every RMSNorm of the step adds to the mean square before its root.
+# Name of what every RMSNorm of the step adds to the mean square before its root.
 NORM_EPS = "norm_eps"
-#: Below this many elements half precision saves nothing worth its rounding.
+# Below this many elements half precision saves nothing worth its rounding.
 _HALF_FROM_ELEMENTS = 4096
 
 Precision = Literal["fp32", "fp16"]

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from aim_training.config import ModelConfig
 
 DOMAIN = "aim"
-#: What TensorRT's parser reads off a node to find an ahead-of-time compiled plugin.
+# What TensorRT's parser reads off a node to find an ahead-of-time compiled plugin.
 PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
 NAME = "StateScan"
 
-#: The function's inputs; shapes with R rows.
+# The function's inputs; shapes with R rows.
 INPUTS = (
     "projected",  # (R, 2I + 2S + H): z | x B C | dt, as in_proj leaves them
     "position",  # (R,) int64; 0 means that the row's state counts as zero
@@ -36,7 +36,7 @@ INPUTS = (
     "conv_state",  # (R, K-1, X), oldest input first
     "ssm_state",  # (R, H, P, S)
 )
-#: Its outputs; the norm that follows is made from the sums of squares.
+# Its outputs; the norm that follows is made from the sums of squares.
 OUTPUTS = (
     "gated",  # (R, I)
     "squares",  # (R, H), sum of the squares of `gated` by head

@@ -31,14 +31,14 @@ from aim_runtime.engines.tensorrt.library import (
 )
 from aim_runtime.onnx_graph import checked_graph
 
-#: Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
-#: image under guidance is two rows.
+# Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
+# image under guidance is two rows.
 PROFILES = {
     "prologue": ((1, 2, 128),),
     "step": ((1, 2, 2), (3, 8, 8), (9, 32, 32), (33, 128, 128)),
     "decoder": ((1, 1, 1), (2, 8, 8)),
 }
-#: What TensorRT measured; makes the next build for the same GPU and version faster.
+# What TensorRT measured; makes the next build for the same GPU and version faster.
 _TIMING_CACHE = "timing.cache"
 
 Report = Callable[[str], None]

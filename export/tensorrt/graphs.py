@@ -9,7 +9,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from aim_runtime import BundleError
 
-#: Nodes whose second input is a matrix of weights.
+# Nodes whose second input is a matrix of weights.
 _WEIGHTED = ("Gemm", "MatMul", "Conv")
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from aim_export.cuda.kernels.common import silu, softplus
 from aim_export.onnx.state_scan import INPUTS, OUTPUTS
 
-#: The kernel's pointer parameters, in order.
+# The kernel's pointer parameters, in order.
 PARAMETERS = (*INPUTS, *OUTPUTS)
 
 

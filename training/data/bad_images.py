@@ -9,7 +9,7 @@ from typing import Literal
 
 from aim_training.data.errors import ImageError, shown
 
-#: Bad images that are said one by one; after them only the list grows.
+# Bad images that are said one by one; after them only the list grows.
 _SAID = 3
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops
 
-#: Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
+# Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
 _INTEGER_WHITES = (255.0, 65535.0, 2.0**31 - 1)
-#: The largest value up to which floating-point samples have which white. Filters overshoot: a
-#: picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
+# The largest value up to which floating-point samples have which white. Filters overshoot: a
+# picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
 _FLOAT_WHITES = ((2.0, 1.0), (256.0, 255.0), (65536.0, 65535.0))
-#: What lies below black may have this share of white; more than an overshoot is no picture.
+# What lies below black may have this share of white; more than an overshoot is no picture.
 _UNDERSHOOT = 0.1
-#: Modes whose colours a profile of this space describes.
+# Modes whose colours a profile of this space describes.
 _PROFILED = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 

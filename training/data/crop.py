@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Memory grows with the square.
+# Memory grows with the square.
 MAX_RESIZE_FACTOR = 16
 
 

@@ -30,13 +30,13 @@ from aim_training.data.colour import Coding, eight_bit, on_white
 from aim_training.data.errors import ImageError, one_line
 from aim_training.data.formats import readable_formats
 
-#: Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
+# Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
 MAX_PIXELS = 2**26
-#: Images of more pixels are decoded one at a time; a 4K screen has fewer.
+# Images of more pixels are decoded one at a time; a 4K screen has fewer.
 _MANY_PIXELS = 2**23
-#: Of an image longer than this many times its width only a part of that shape is enlarged.
+# Of an image longer than this many times its width only a part of that shape is enlarged.
 LONGEST = 8
-#: A JPEG may be decoded at a fraction of its size that is at least so many times what is wanted.
+# A JPEG may be decoded at a fraction of its size that is at least so many times what is wanted.
 _DRAFT_MARGIN = 2
 _NO_FAULT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ORIENTATION = 0x0112
@@ -50,7 +50,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: Held while an image of many pixels is decoded in this process.
+# Held while an image of many pixels is decoded in this process.
 _one_large_image = threading.Lock()
 
 
@@ -252,7 +252,7 @@ def _too_large(size: tuple[int, int]) -> str:
     )
 
 
-#: How files begin that often lie under an image's name, and what they are.
+# How files begin that often lie under an image's name, and what they are.
 _NO_IMAGES = (
     (b"version https://git-lfs", "it is a Git LFS pointer; 'git lfs pull' fetches the image"),
     (b"%!PS", "it is PostScript, a program, which is not run"),

@@ -22,9 +22,9 @@ from aim_training.data.digest import contents_digest
 from aim_training.data.errors import DataError, one_line, shown
 from aim_training.data.formats import readable_suffixes
 
-#: What operating systems leave beside people's files; names in lower case.
+# What operating systems leave beside people's files; names in lower case.
 _SYSTEM_FILES = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"})
-#: Reasons that a summary names; the others it counts together.
+# Reasons that a summary names; the others it counts together.
 _REASONS_NAMED = 6
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Calls that wait for each thread.
+# Calls that wait for each thread.
 _AHEAD = 4
 
 

@@ -28,7 +28,7 @@ from aim_training.data.parallel import ordered_map
 from aim_training.data.reader import Reader
 from aim_training.data.survey import Survey, survey
 
-#: Larger sets are not looked through before they are streamed: that may take minutes.
+# Larger sets are not looked through before they are streamed: that may take minutes.
 _SURVEYED = 50_000
 
 

@@ -13,7 +13,7 @@ from aim_training.data.errors import DataError, ImageError, shown
 from aim_training.data.folder import ImageFolder
 from aim_training.data.parallel import ordered_map
 
-#: Modes that need no remark: grey or colour of 8 bits, with transparency or a palette.
+# Modes that need no remark: grey or colour of 8 bits, with transparency or a palette.
 _USUAL_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from aim_training.config import EPS
 from aim_training.kernels.language import blocks, jit, launchable, power_of_2, tl
 
-#: Rows a program of the backward kernel sums gradients over.
+# Rows a program of the backward kernel sums gradients over.
 _ROWS = 32
 
 

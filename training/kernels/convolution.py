@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aim_training.kernels.language import blocks, jit, tl
 
-#: K, the width that kernels are written for.
+# K, the width that kernels are written for.
 WIDTH = 4
 _FORWARD = {"BLOCK_T": 32, "BLOCK_X": 128}
 _BACKWARD = {"SPAN": 64, "BLOCK_X": 64}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from aim_training.kernels.language import INTERPRETED, blocks, jit, tl
 
-#: Positions a tile of the sums, by which their gradients arrive. The interpreter, which tests run
-#: with short sequences, needs several tiles too.
+# Positions a tile of the sums, by which their gradients arrive. The interpreter, which tests run
+# with short sequences, needs several tiles too.
 TILE = 16 if INTERPRETED else 64
-#: Positions and heads a program of the forward kernel.
+# Positions and heads a program of the forward kernel.
 _BLOCK_T = 64
 _BLOCK_H = 8
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from aim_training.kernels.decays import TILE, DecayGradients, Decays
 from aim_training.kernels.language import blocks, jit, tl
 
-#: How the kernels are compiled: the fastest on an H100. Fewer registers let more programs run at a
-#: time, which hides what they wait for better than loading ahead does.
+# How the kernels are compiled: the fastest on an H100. Fewer registers let more programs run at a
+# time, which hides what they wait for better than loading ahead does.
 _FORWARD = {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
 _BACKWARD_SCORES = {"num_warps": 4, "num_stages": 2, "maxnreg": 168}
 _BACKWARD_X = {"num_warps": 4, "num_stages": 1, "maxnreg": 128}

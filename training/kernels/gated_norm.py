@@ -15,7 +15,7 @@ from torch import Tensor
 from aim_training.config import EPS
 from aim_training.kernels.language import blocks, jit, power_of_2, tl
 
-#: Rows a program of the backward kernel sums the weight's gradient over, and columns a warp.
+# Rows a program of the backward kernel sums the weight's gradient over, and columns a warp.
 _ROWS = 64
 _COLUMNS = 256
 

@@ -20,7 +20,7 @@ except ImportError:
 if torch.version.hip is not None:  # the kernels' options are those of NVIDIA's compiler
     triton = None
 
-#: Whether kernels run in Triton's interpreter, on the tensors of a CPU.
+# Whether kernels run in Triton's interpreter, on the tensors of a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from aim_training.weights.stored import CheckpointError, StoredTensor, listed, s
 from aim_training.weights.torch_file import read_old_torch_file, read_torch_zip
 from aim_training.weights.torch_zip import MAGIC as ZIP_MAGIC
 
-#: What a folder's weights are called, in the order of preference: whole models, then a tokenizer.
+# What a folder's weights are called, in the order of preference: whole models, then a tokenizer.
 _MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,14 +26,14 @@ _INDEX_END = ".index.json"
 MAX_INDEX_BYTES = 16 << 20
 _MAX_CONTAINERS = 64
 
-#: What trainers keep tensors under, in the order of preference. LlamaGen's and others' write the
-#: plain weights and their moving average, and evaluate the average: so it comes first.
+# What trainers keep tensors under, in the order of preference. LlamaGen's and others' write the
+# plain weights and their moving average, and evaluate the average: so it comes first.
 _CONTAINERS = (
     *("ema", "model_ema", "state_dict_ema"),
     *("model", "state_dict", "model_state_dict", "module"),
 )
 
-#: How other files begin, and what to tell whoever named one.
+# How other files begin, and what to tell whoever named one.
 _OTHERS = (
     (
         b"version https://git-lfs.github.com/spec/",

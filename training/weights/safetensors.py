@@ -15,7 +15,7 @@ import torch
 
 from aim_training.weights.stored import CheckpointError, StoredTensor, contiguous, shown
 
-#: Many times what the largest published models need.
+# Many times what the largest published models need.
 MAX_HEADER_BYTES = 16 << 20
 MAX_AXES = 8
 MAX_SIZE = 1 << 48

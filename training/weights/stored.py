@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aim_training.finite import first_not_finite
 
-#: What weights may be stored as; everything becomes float32.
+# What weights may be stored as; everything becomes float32.
 FLOATS = (
     torch.float32,
     torch.float16,

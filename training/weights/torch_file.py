@@ -18,17 +18,17 @@ from aim_training.weights.inert_pickle import (
 from aim_training.weights.stored import CheckpointError, StoredTensor, listed, shown, span
 from aim_training.weights.torch_zip import BadZip, Member, data_offset, zip_members
 
-#: Bytes of the longest pickle that is read.
+# Bytes of the longest pickle that is read.
 MAX_PICKLE_BYTES = 16 << 20
-#: What the form before 1.6 begins with, pickled.
+# What the form before 1.6 begins with, pickled.
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-#: Where in the file a storage's bytes lie: the first, how many, and their CRC-32 if it is kept.
+# Where in the file a storage's bytes lie: the first, how many, and their CRC-32 if it is kept.
 Place = tuple[int, int, int | None]
 Locate = Callable[[Storage], Place]
 
-#: What a dictionary that `read_torch_file` returns may hold, dictionaries aside.
+# What a dictionary that `read_torch_file` returns may hold, dictionaries aside.
 Tree = dict[str, Any]
 
 

@@ -17,11 +17,11 @@ import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents
 
-#: Tokens in doubt that are compared each with each: squared work against passes over all tokens.
+# Tokens in doubt that are compared each with each: squared work against passes over all tokens.
 CANDIDATES = 128
-#: Passes that halve the scores' range; later ones halve the count of floats in it, 32 at most.
+# Passes that halve the scores' range; later ones halve the count of floats in it, 32 at most.
 _BY_VALUE = tl.constexpr(16)
-#: Tokens this many temperatures below the best together weigh less than any top-p drops.
+# Tokens this many temperatures below the best together weigh less than any top-p drops.
 _NEGLIGIBLE = tl.constexpr(30.0)
 _MOST = tl.constexpr(3.4e38)
 
