@@ -466,7 +466,7 @@ def main() -> None:
         want = torch.cat([Pictures(tokenizer.cuda())(part) for part in tokens.split(4)])
     torch.cuda.empty_cache()
 
-    part = lower_decoder(tensors, TOKENS, storage, (1, 4, CAPACITY))
+    part = lower_decoder(tensors, TOKENS, storage, images=(1, 4, CAPACITY))
     compile_all({item.kernel.id: (item.kernel, 0) for item in all_launches(part)}.values())
     devices = {bucket.images: Device.of(part, bucket.images) for bucket in part.buckets}
     for device in devices.values():

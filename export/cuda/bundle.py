@@ -139,9 +139,8 @@ def _draft_plan(bundle: Bundle, formats: Format, precision: str, constants: Cons
     geometry = Geometry.of(model, stored)
     weights = step_weights(geometry, stored, formats, constants)
     storage: Storage = "float32" if formats.activation == "float32" else "float16"
-    decoder = lower_decoder(
-        decoder_tensors(bundle), model.num_tokens, storage, norms=group_norms(bundle)
-    )
+    tensors, norms = decoder_tensors(bundle), group_norms(bundle)
+    decoder = lower_decoder(tensors, model.num_tokens, storage, norms)
     weights |= decoder.weights
     weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
     weights, conversions = converted(weights)

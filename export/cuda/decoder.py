@@ -73,8 +73,8 @@ def lower_decoder(
     tensors: Mapping[str, StoredTensor],
     num_tokens: int,
     storage: Storage,
-    images: Sequence[int] = IMAGES,
     norms: GroupNorms = USUAL_NORMS,
+    images: Sequence[int] = IMAGES,
 ) -> DecoderPart:
     """The decoder of `tensors` (from `decoder_tensors`) for square grids of codes.
 
@@ -82,8 +82,8 @@ def lower_decoder(
         tensors: parameters by their names in the tokenizer.
         num_tokens: T, a square number.
         storage: type of maps and weights on the device; sums are float32 either way.
-        images: capacities of the buckets, ascending.
         norms: what all of its norms have in common.
+        images: capacities of the buckets, ascending.
 
     Raises:
         ValueError: the tokens of an image fill no square.

@@ -573,7 +573,7 @@ def test_norms_are_what_the_graph_says(tmp_path: Path, monkeypatch: pytest.Monke
             with pytest.raises(ValueError, match="not all alike"):
                 group_norms(alone)
     tokenizer = random_tokenizer(TokenizerConfig(channels=64, channel_multipliers=(1, 1)))
-    part = lower_decoder(tensors_of(tokenizer), 4, "float32", (1,), GroupNorms(16, 1e-3))
+    part = lower_decoder(tensors_of(tokenizer), 4, "float32", GroupNorms(16, 1e-3), (1,))
     found = [dict(item.kernel.constants) for item in flat(part.buckets[0].launches)]
     assert {(sizes["GROUPS"], sizes["EPS"]) for sizes in found if "GROUPS" in sizes} == {(16, 1e-3)}
 
