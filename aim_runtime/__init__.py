@@ -16,6 +16,7 @@ from aim_runtime.engines.backends import BackendStatus, available_backends
 from aim_runtime.errors import AimError, BackendError, BundleError, RequestCancelled
 from aim_runtime.generator import Generator, Preview, Result
 from aim_runtime.images import contact_sheet, save_png
+from aim_runtime.request import Request
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 
@@ -29,6 +30,7 @@ __all__ = [
     "Generator",
     "Manifest",
     "Preview",
+    "Request",
     "RequestCancelled",
     "Result",
     "SamplingOptions",

@@ -1,7 +1,7 @@
 """Checks of what callers pass: a value in the form that the code works with, or a ValueError.
 
 Its message names the argument, what it got and what it may be, on one short line whatever was
-passed: a class name of a megabyte, a number of 5,000 digits, an object that cannot print itself.
+passed.
 """
 
 from __future__ import annotations
@@ -9,31 +9,15 @@ from __future__ import annotations
 import math
 import operator
 import os
-import reprlib
-from collections.abc import Collection
+from collections.abc import Sized
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from aim_runtime.quoting import shown
+
 _Value = TypeVar("_Value")
-
-_SHOWN = 60
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxlong = _short.maxother = _SHOWN
-_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = _short.maxarray = 8
-
-
-def shown(value: Any) -> str:
-    """`value` as one printable line of at most 60 characters."""
-    try:
-        # Numbers of many digits have no decimal form, and only the ends of long texts are shown.
-        text = _short.repr(value[:_SHOWN] if isinstance(value, (bytes, bytearray)) else value)
-    except Exception:  # whatever a stranger's __repr__ raises
-        text = f"a value of type {type(value).__name__}"
-    text = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in text).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def whole_number(name: str, value: Any, low: int, high: int, also: str = "") -> int:
@@ -95,9 +79,7 @@ def optional_method(name: str, value: Any, method: str, allowed: str) -> None:
         raise ValueError(f"{name} is {shown(value)}; it must be {allowed}, or None")
 
 
-def room_for(
-    name: str, value: Collection[Any], shape: tuple[int, ...], dtype: DTypeLike
-) -> NDArray[Any]:
+def room_for(name: str, value: Sized, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array for what a request returns, made before any work goes into it.
 
     Raises ValueError when `value`, the argument `name`, asks for more than there is memory for.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from aim_runtime.arguments import instance, number, shown, whole_number
+from aim_runtime.arguments import instance, number, whole_number
 from aim_runtime.bundle.manifest import Manifest
-from aim_runtime.sampling import SamplingOptions
+from aim_runtime.quoting import shown
 
 # The decoder's working memory in bytes for each pixel of the image. Measured on the published
 # tokenizer (256x256): 243 MB, that is eight activations of 128 float32 channels at full resolution.
@@ -77,21 +77,40 @@ def plan_batches(
     if memory_limit_mb is None:
         memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
     memory_limit_mb = check_memory_limit(memory_limit_mb)
-    image, decoder = memory_needed(manifest, cfg_scale)
+    options = manifest.sampling.replace(cfg_scale=cfg_scale)
+    return batches_within(manifest, n, options.rows_per_image, memory_limit_mb)
+
+
+def batches_within(
+    manifest: Manifest,
+    n: int,
+    rows_per_image: int,
+    memory_limit_mb: float,
+    decoder_bytes: int = 0,
+) -> BatchPlan:
+    """`plan_batches` for images of `rows_per_image` rows, with checked arguments.
+
+    `decoder_bytes` is what this decoder takes, if it is known to be more than usual.
+    """
+    image, decoder = memory_needed(manifest, rows_per_image)
+    decoder = max(decoder, decoder_bytes)
     largest = int((memory_limit_mb * 2**20 - decoder) // image)
     if largest < 1:
-        needed = -(-(image + decoder) // 2**20)
-        raise ValueError(
-            f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
-            f"needs {needed}: give memory_limit_mb={needed} or more"
-        )
+        raise limit_too_low(memory_limit_mb, image + decoder)
     return BatchPlan.split(n, largest, image, decoder)
 
 
-def memory_needed(manifest: Manifest, cfg_scale: float | None = None) -> tuple[int, int]:
+def limit_too_low(memory_limit_mb: float, needed: int) -> ValueError:
+    """What to raise where one image needs `needed` bytes, more than the limit."""
+    least = -(-needed // 2**20)
+    return ValueError(
+        f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
+        f"needs {least}: give memory_limit_mb={least} or more"
+    )
+
+
+def memory_needed(manifest: Manifest, rows_per_image: int) -> tuple[int, int]:
     """The bytes that each image of a batch takes, and those of the decoder: see `plan_batches`."""
-    defaults = SamplingOptions(cfg_scale=manifest.sampling.cfg_scale)
-    options = defaults.replace(cfg_scale=cfg_scale)
     model = manifest.model
     states = [manifest.graphs["step"].input(pair.input) for pair in manifest.state]
     row = (
@@ -100,7 +119,7 @@ def memory_needed(manifest: Manifest, cfg_scale: float | None = None) -> tuple[i
         + sum(spec.bytes_per_row for spec in manifest.conditioning)
         + 4 * model.vocab_size
     )
-    image = options.rows_per_image * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
+    image = rows_per_image * row + _SAMPLER_BYTES_PER_SCORE * model.vocab_size
     return image, _DECODER_BYTES_PER_PIXEL * model.image_height * model.image_width
 
 

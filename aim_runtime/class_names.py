@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from aim_runtime.arguments import shown, whole_number
+from aim_runtime.arguments import whole_number
+from aim_runtime.quoting import shown
 
 ClassLike = int | str
 

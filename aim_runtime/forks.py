@@ -30,7 +30,7 @@ def reloading() -> threading.Lock:
 
 
 def check_process(process: int) -> None:
-    """Raises BackendError unless this is the process of that number."""
+    """Raise BackendError unless this is the process of that number."""
     if process != os.getpid():
         raise BackendError(
             "the model was loaded before this process was forked; load it after the fork"

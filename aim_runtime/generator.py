@@ -1,9 +1,10 @@
 """The Generator: classes in, images out.
 
-One inner loop (`Generator._draw`) advances a request by the blocks of tokens that its engine
-decides, on a CPU step by step; `generate` drains it, `stream` looks at it on the way. A request
-owns its rows, tokens and noise, the generator itself never changes, so any number of threads may
-use one generator, and a request that was cancelled, abandoned or failed leaves nothing behind.
+What is to be drawn is a `Request`, which `Generator.request` makes and checks once. One inner loop
+(`Generator._draw`) advances it by the blocks of tokens that the engine decides, on a CPU step by
+step; `generate` drains it, `stream` looks at it on the way. Each drawing owns its rows, tokens and
+noise, the generator itself never changes, so any number of threads may use one generator, and a
+drawing that was cancelled, abandoned or failed leaves nothing behind.
 
 Image i of a request uses the seed `seed + i` and depends on (bundle, class, that seed, options)
 only. Images are decoded as many at a time as the engine asks for. On a CPU that is one, which keeps
@@ -18,24 +19,16 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime import forks
-from aim_runtime.arguments import (
-    instance,
-    number,
-    optional_method,
-    room_for,
-    shown,
-    whole_number,
-)
+from aim_runtime.arguments import instance, number, optional_method, room_for, whole_number
 from aim_runtime.batching import BatchPlan, check_memory_limit
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import Manifest
@@ -44,31 +37,17 @@ from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
 from aim_runtime.errors import AimError, BackendError, RequestCancelled
 from aim_runtime.noise import uniforms
+from aim_runtime.quoting import shown
+from aim_runtime.request import MAX_IMAGES, Request, RequestOptions, check_seed
 from aim_runtime.result import UNDECIDED, Preview, Result
-from aim_runtime.sampling import SamplingOptions
-
-MAX_SEED = 2**64 - 1
-
-MAX_IMAGES = 2**20
-"""The most images of one request: far more than fit into a memory, few enough to count."""
-
-MAX_CFG_SCALE = 1000
-"""The most guidance of one request, as of a bundle's defaults; scores overflow sooner or later."""
+from aim_runtime.sampling import MAX_CFG_SCALE, SamplingOptions
 
 # In progress, decoding an image counts as the T tokens over this: a guess, the true share of the
 # time varies with the model.
 _DECODING_SHARE = 4
 
+Classes = ClassLike | Sequence[ClassLike]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class _Request:
-    engine: Engine
-    class_ids: NDArray[np.int64]  # (N,)
-    seeds: tuple[int, ...]
-    options: SamplingOptions
-    plan: BatchPlan
 
 
 class Generator:
@@ -81,6 +60,7 @@ class Generator:
         backend: Name of the backend that computes.
         device: Where it computes: "cpu", "cuda:0".
         precision: What it computes in: "fp32", "fp16".
+        sampling: How tokens are drawn where a request says nothing else.
     """
 
     def __init__(
@@ -96,10 +76,7 @@ class Generator:
         self.device = engine.device
         self.precision = engine.precision
         self.class_names = bundle.manifest.class_names
-        defaults = bundle.manifest.sampling
-        self.sampling = SamplingOptions(
-            defaults.cfg_scale, defaults.temperature, defaults.top_k, defaults.top_p
-        )
+        self.sampling = bundle.manifest.sampling
         self._memory_limit_mb = memory_limit_mb
         self._engine: Engine | None = engine
         self._load_again: Callable[..., Engine] | None = None
@@ -194,19 +171,19 @@ class Generator:
         engine, options = self._open_engine(), self._options(cfg_scale=cfg_scale)
         return engine.plan(n, options.cfg_scale, self._memory_limit_mb)
 
-    def generate(
+    def request(
         self,
-        classes: ClassLike | Sequence[ClassLike],
+        classes: Classes,
         *,
         seed: int = 0,
         cfg_scale: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        progress: Progress | None = None,
-        cancel: threading.Event | None = None,
-    ) -> Result:
-        """Draw one image for each of `classes`.
+    ) -> Request:
+        """Resolve and check what is to be drawn, one image for each of `classes`; draw nothing yet.
+
+        `generate` and `stream` take the result in the place of classes and options.
 
         Args:
             classes: Classes by number or name as in `class_index`, one an image.
@@ -215,10 +192,44 @@ class Generator:
             temperature: As in `SamplingOptions`; None takes the bundle's default.
             top_k: As in `SamplingOptions`; None takes the bundle's default.
             top_p: As in `SamplingOptions`; None takes the bundle's default.
+
+        Raises:
+            ValueError: An argument is out of range, or one image exceeds the memory limit.
+            BackendError: A GPU has too little memory for one image.
+        """
+        engine = self._open_engine()
+        wanted = listed(classes, MAX_IMAGES)
+        found = tuple(self.class_index(item) for item in wanted)
+        seed = check_seed(seed, len(found))
+        options = self._options(cfg_scale, temperature, top_k, top_p)
+        return Request(
+            classes=found,
+            seeds=tuple(range(seed, seed + len(found))),
+            options=options,
+            batching=engine.plan(len(found), options.cfg_scale, self._memory_limit_mb),
+            bundle=self.manifest.name,
+            bundle_sha256=self.bundle.manifest_sha256,
+            backend=self.backend,
+        )
+
+    def generate(
+        self,
+        classes: Classes | Request,
+        *,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Result:
+        """Draw one image for each of `classes`.
+
+        Args:
+            classes: Classes by number or name as in `class_index`, one an image; or a `Request`,
+                which has its options already.
             progress: Called after each step and after each decoded image with (work done, work in
                 all). A token counts 1; once all are drawn, decoding an image counts T / 4 more. An
                 engine on a GPU may take several steps, or decode several images, at a time.
-            cancel: Once set, the request ends before the next of these with RequestCancelled.
+            cancel: Once set, the drawing ends before the next of these with RequestCancelled.
+            options: `seed`, `cfg_scale`, `temperature`, `top_k` and `top_p`, as in `request`.
 
         Raises:
             ValueError: An argument is out of range, or one image exceeds the memory limit, or all
@@ -229,50 +240,46 @@ class Generator:
         started = time.perf_counter()
         optional_method("progress", progress, "__call__", "a function of two numbers")
         optional_method("cancel", cancel, "is_set", "a threading.Event")
-        request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
+        request, engine = self._requested(classes, options), self._open_engine()
         tokens = self._undecided(request)  # (N, T)
         model = self.manifest.model
         size = (len(tokens), model.image_height, model.image_width, 3)
-        images = room_for("classes", request.seeds, size, np.uint8)
+        images = room_for("classes", request, size, np.uint8)
         decoding = -(-tokens.shape[1] // _DECODING_SHARE)
 
         def report(done: int) -> None:
             if progress is not None:
                 progress(done, tokens.size + len(tokens) * decoding)
 
-        with contextlib.closing(self._draw(request, tokens, cancel)) as steps:
+        with contextlib.closing(self._draw(request, engine, tokens, cancel)) as steps:
             for _, done in steps:
                 report(done)
-        for start in range(0, len(tokens), request.engine.decode_batch):
+        for start in range(0, len(tokens), engine.decode_batch):
             _check_cancel(cancel)
-            stop = min(start + request.engine.decode_batch, len(tokens))
-            images[start:stop] = request.engine.decode(tokens[start:stop])
+            stop = min(start + engine.decode_batch, len(tokens))
+            images[start:stop] = engine.decode(tokens[start:stop])
             report(tokens.size + stop * decoding)
         return Result(
             tokens=tokens,
             array=images,
-            classes=tuple(request.class_ids.tolist()),
-            class_names=tuple(self.class_names[index] for index in request.class_ids),
+            classes=request.classes,
+            class_names=tuple(self.class_names[index] for index in request.classes),
             seeds=request.seeds,
             options=request.options,
             seconds=time.perf_counter() - started,
             backend=self.backend,
             precision=self.precision,
-            bundle=self.manifest.name,
-            bundle_sha256=self.bundle.manifest_sha256,
+            bundle=request.bundle,
+            bundle_sha256=request.bundle_sha256,
         )
 
     def stream(
         self,
-        classes: ClassLike | Sequence[ClassLike],
+        classes: Classes | Request,
         *,
         every: int = 16,
-        seed: int = 0,
-        cfg_scale: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         cancel: threading.Event | None = None,
+        **options: Unpack[RequestOptions],
     ) -> collections.abc.Generator[Preview]:
         """Like `generate`, but yields a preview every `every` steps; the last one is `done`.
 
@@ -282,13 +289,13 @@ class Generator:
         """
         every = whole_number("every", every, 1, 2**31)
         optional_method("cancel", cancel, "is_set", "a threading.Event")
-        request = self._request(classes, seed, cfg_scale, temperature, top_k, top_p)
-        return self._previews(request, every, cancel)
+        request = self._requested(classes, options)
+        return self._previews(request, self._open_engine(), every, cancel)
 
     def logits(
         self,
         tokens: Any,
-        classes: ClassLike | Sequence[ClassLike],
+        classes: Classes,
         *,
         cfg_scale: float | None = None,
     ) -> NDArray[np.float32]:
@@ -299,8 +306,8 @@ class Generator:
         Raises ValueError for arguments out of range.
         """
         model = self.manifest.model
-        request = self._request(classes, 0, cfg_scale, None, None, None)
-        shape = (len(request.seeds), model.num_tokens)
+        request, engine = self.request(classes, cfg_scale=cfg_scale), self._open_engine()
+        shape = (len(request), model.num_tokens)
         allowed = f"whole numbers of shape {shape}, one row for each of classes"
         try:
             # Lists are measured first: NumPy would walk through a range of a billion.
@@ -322,15 +329,12 @@ class Generator:
                 f"they must be from 0 to {model.vocab_size - 1}"
             )
         forced = forced.astype(np.int64)
-        out = room_for(
-            "classes", request.seeds, (*shape, model.vocab_size), np.float32
-        )  # (N, T, V)
-        for start, stop in _batches(request):
-            steps = request.engine.scores(
-                request.class_ids[start:stop], forced[start:stop], request.options.cfg_scale
-            )
+        out = room_for("classes", request, (*shape, model.vocab_size), np.float32)  # (N, T, V)
+        for batch in request.batches():
+            class_ids = np.array(request.classes[batch], np.int64)  # (n,)
+            steps = engine.scores(class_ids, forced[batch], request.options.cfg_scale)
             for step, scores in enumerate(steps):
-                out[start:stop, step] = scores
+                out[batch, step] = scores
         return out
 
     # -- inside -----------------------------------------------------------------------------------
@@ -372,32 +376,36 @@ class Generator:
             cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
 
-    def _request(
-        self,
-        classes: ClassLike | Sequence[ClassLike],
-        seed: int,
-        cfg_scale: float | None,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-    ) -> _Request:
-        engine = self._open_engine()
-        wanted = listed(classes, MAX_IMAGES)
-        class_ids = np.array([self.class_index(item) for item in wanted], np.int64)
-        n = len(wanted)
-        seed = whole_number("seed", seed, 0, MAX_SEED - (n - 1))
-        options = self._options(cfg_scale, temperature, top_k, top_p)
-        plan = engine.plan(n, options.cfg_scale, self._memory_limit_mb)
-        return _Request(engine, class_ids, tuple(range(seed, seed + n)), options, plan)
+    def _requested(self, classes: Classes | Request, options: RequestOptions) -> Request:
+        """The request that a call's arguments mean."""
+        if not isinstance(classes, Request):
+            return self.request(classes, **options)
+        for name, value in options.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is {shown(value)}; it must be left out where classes is a Request, "
+                    "which has its own"
+                )
+        if classes.bundle_sha256 != self.bundle.manifest_sha256 or classes.backend != self.backend:
+            raise ValueError(
+                f"classes is a Request for the bundle {shown(classes.bundle)} on backend "
+                f"{shown(classes.backend)}; it must be one for this generator's, "
+                f"{shown(self.manifest.name)} on {self.backend!r}"
+            )
+        return classes
 
-    def _undecided(self, request: _Request) -> NDArray[np.int64]:
-        shape = (len(request.seeds), self.manifest.model.num_tokens)
-        tokens = room_for("classes", request.seeds, shape, np.int64)
+    def _undecided(self, request: Request) -> NDArray[np.int64]:
+        shape = (len(request), self.manifest.model.num_tokens)
+        tokens = room_for("classes", request, shape, np.int64)
         tokens[:] = UNDECIDED
         return tokens
 
     def _draw(
-        self, request: _Request, tokens: NDArray[np.int64], cancel: threading.Event | None
+        self,
+        request: Request,
+        engine: Engine,
+        tokens: NDArray[np.int64],
+        cancel: threading.Event | None,
     ) -> collections.abc.Generator[tuple[int, int]]:
         """Fill `tokens` (N, T) batch by batch, block by block.
 
@@ -405,35 +413,29 @@ class Generator:
         """
         steps = tokens.shape[1]
         _check_cancel(cancel)
-        for start, stop in _batches(request):
-            noise = uniforms(request.seeds[start:stop], steps)  # (n, T)
-            drawing = request.engine.draw(request.class_ids[start:stop], noise, request.options)
+        for batch in request.batches():
+            class_ids = np.array(request.classes[batch], np.int64)  # (n,)
+            noise = uniforms(request.seeds[batch], steps)  # (n, T)
             done = 0
-            with contextlib.closing(drawing) as blocks:
+            with contextlib.closing(engine.draw(class_ids, noise, request.options)) as blocks:
                 for block in blocks:  # (n, k)
                     size = block.shape[1]
-                    tokens[start:stop, done : done + size] = block
+                    tokens[batch, done : done + size] = block
                     done += size
-                    yield size, start * steps + done * (stop - start)
+                    yield size, batch.start * steps + done * len(class_ids)
                     _check_cancel(cancel)
 
     def _previews(
-        self, request: _Request, every: int, cancel: threading.Event | None
+        self, request: Request, engine: Engine, every: int, cancel: threading.Event | None
     ) -> collections.abc.Generator[Preview]:
         tokens = self._undecided(request)
         since = 0  # steps since the last preview
-        with contextlib.closing(self._draw(request, tokens, cancel)) as blocks:
+        with contextlib.closing(self._draw(request, engine, tokens, cancel)) as blocks:
             for size, done in blocks:
                 since += size
                 if since >= every or done == tokens.size:
                     since %= every
-                    yield Preview(tokens.copy(), done, tokens.size, request.engine)
-
-
-def _batches(request: _Request) -> Iterator[tuple[int, int]]:
-    n, size = len(request.seeds), request.plan.batch_size
-    for start in range(0, n, size):
-        yield start, min(start + size, n)
+                    yield Preview(tokens.copy(), done, tokens.size, engine)
 
 
 def _check_cancel(cancel: threading.Event | None) -> None:

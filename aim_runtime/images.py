@@ -1,4 +1,8 @@
-"""Write images: PNGs that carry the settings that reproduce them, and contact sheets."""
+"""Images as files: PNGs that carry the settings that draw them again, and contact sheets.
+
+What a PNG says of itself is defined here alone: `picture_settings` names what decides a picture,
+`save_png` writes it, `read_settings` and `was_drawn_with` read it back.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import itertools
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from aim_runtime import arguments
-from aim_runtime.arguments import instance, shown, whole_number
+from aim_runtime.arguments import instance, whole_number
 from aim_runtime.errors import AimError
+from aim_runtime.quoting import shown
+from aim_runtime.replacing import replacing
+from aim_runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +33,22 @@ _KEYWORD = "aim"
 # Ours stands among the first chunks, and the names of 100,000 files on a contact sheet fit.
 _MAX_CHUNKS = 64
 _MAX_TEXT_BYTES = 4 << 20
+
+
+def picture_settings(
+    class_index: int, seed: int, options: SamplingOptions, bundle: str, bundle_sha256: str
+) -> dict[str, Any]:
+    """The settings that decide a picture, by the names that they have in its PNG.
+
+    What else a PNG may say (the class's name, the backend, a version) only tells of it.
+    """
+    return {
+        "class": class_index,
+        "seed": seed,
+        **asdict(options),
+        "bundle": bundle,
+        "bundle_sha256": bundle_sha256,
+    }
 
 
 def save_png(
@@ -53,16 +76,49 @@ def save_png(
                 f"settings is {shown(settings)}; it must be a mapping of names to JSON values "
                 f"({shown(str(error))})"
             ) from None
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with replacing(target) as new, new.open("xb") as file:
             image.save(file, format="PNG", pnginfo=info)
-        temporary.replace(target)
     except OSError as error:
         raise AimError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        # After success there is nothing left here; otherwise (also Ctrl-C) it must go.
-        temporary.unlink(missing_ok=True)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that `save_png` put into the file `path`; empty for any other file.
+
+    Only a regular file is opened, and of it only what stands before the pixels is read: nothing is
+    decoded or unpacked, so that a stranger's file costs no more than one of ours.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return {}
+        with open(path, "rb") as file:
+            text = _text_chunk(file)
+        found = json.loads(text) if text is not None else None
+    except (OSError, ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, no path
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def was_drawn_with(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
+    """Whether the PNG `path` says that it was drawn with `settings` (see `picture_settings`)."""
+    return settings.items() <= read_settings(path).items()
+
+
+def _text_chunk(file: BinaryIO) -> str | None:
+    """What stands under our keyword in a PNG's text ahead of the pixels."""
+    head = _KEYWORD.encode() + bytes(5)  # not packed, in no language, not translated
+    if file.read(8) != b"\x89PNG\r\n\x1a\n":
+        return None
+    for _ in range(_MAX_CHUNKS):
+        start = file.read(8)
+        size, kind, data = int.from_bytes(start[:4], "big"), start[4:], file.tell()
+        if len(kind) < 4 or kind == b"IDAT":
+            return None
+        if kind == b"iTXt" and size <= _MAX_TEXT_BYTES and file.read(len(head)) == head:
+            return file.read(size - len(head)).decode()
+        file.seek(data + size + 4)  # its checksum
+    return None
 
 
 def contact_sheet(images: Sequence[Image], columns: int | None = None) -> Image:
@@ -116,36 +172,3 @@ def _columns(count: int, columns: int | None) -> int:
 
 def _margin(tile: tuple[int, int]) -> int:
     return max(2, min(tile) // 32)
-
-
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that `save_png` put into the file `path`; empty for any other file.
-
-    Only a regular file is opened, and of it only what stands before the pixels is read: nothing is
-    decoded or unpacked, so that a stranger's file costs no more than one of ours.
-    """
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            return {}
-        with open(path, "rb") as file:
-            text = _text_chunk(file)
-        found = json.loads(text) if text is not None else None
-    except (OSError, ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, no path
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text_chunk(file: BinaryIO) -> str | None:
-    """What stands under our keyword in a PNG's text ahead of the pixels."""
-    head = _KEYWORD.encode() + bytes(5)  # not packed, in no language, not translated
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        return None
-    for _ in range(_MAX_CHUNKS):
-        start = file.read(8)
-        size, kind, data = int.from_bytes(start[:4], "big"), start[4:], file.tell()
-        if len(kind) < 4 or kind == b"IDAT":
-            return None
-        if kind == b"iTXt" and size <= _MAX_TEXT_BYTES and file.read(len(head)) == head:
-            return file.read(size - len(head)).decode()
-        file.seek(data + size + 4)  # its checksum
-    return None

@@ -1,13 +1,35 @@
-"""Values out of a stranger's file in our sentences: short, printable, on one line."""
+"""Values of strangers in our sentences: short, printable, on one line."""
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
 
-def quoted(value: object, limit: int = 60) -> str:
-    """`value` as Python writes it, cut to `limit` characters; nothing in it breaks the line."""
-    if isinstance(value, str):
-        value = value[: limit + 1]  # before every character of a long text is escaped
-    return shortened(repr(value), limit)
+_SHOWN = 60
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = _SHOWN
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = _short.maxarray = 8
+
+
+def shown(value: Any) -> str:
+    """`value` as Python writes it, on one printable line of at most 60 characters.
+
+    Nothing that it is or does breaks the sentence: it may be a text of a megabyte, a number of
+    5,000 digits, an object that cannot print itself.
+    """
+    try:
+        # Numbers of many digits have no decimal form, and only the ends of long texts are shown.
+        text = _short.repr(value[:_SHOWN] if isinstance(value, (bytes, bytearray)) else value)
+    except Exception:  # whatever a stranger's __repr__ raises
+        text = f"a value of type {type(value).__name__}"
+    return shortened(" ".join(text.split()), _SHOWN)
+
+
+def first_line(error: Exception, limit: int = 160) -> str:
+    """What `error` says, cut to one line that can be printed; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0].strip() if lines else type(error).__name__, limit)
 
 
 def shortened(text: str, limit: int = 200) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.engines.base import Engine
+from aim_runtime.images import picture_settings
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 
@@ -51,20 +52,13 @@ class Result:
 
     def settings(self, index: int) -> dict[str, Any]:
         """Everything that reproduces image `index`, ready for JSON."""
-        return {
-            "class": self.classes[index],
-            "class_name": self.class_names[index],
-            "seed": self.seeds[index],
-            "cfg_scale": self.options.cfg_scale,
-            "temperature": self.options.temperature,
-            "top_k": self.options.top_k,
-            "top_p": self.options.top_p,
-            "bundle": self.bundle,
-            "bundle_sha256": self.bundle_sha256,
-            "backend": self.backend,
-            "precision": self.precision,
-            "version": __version__,
-        }
+        class_index = self.classes[index]
+        about = {"class": class_index, "class_name": self.class_names[index]}
+        decides = picture_settings(
+            class_index, self.seeds[index], self.options, self.bundle, self.bundle_sha256
+        )
+        made_by = {"backend": self.backend, "precision": self.precision, "version": __version__}
+        return about | decides | made_by
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """From scores to tokens: the specification of the sampler, against which others are tested.
 
-The order is the published one (spec, "One step", 5): guidance, temperature, top-k, top-p, one draw.
-Each draw consumes one uniform number, inverted through the cumulative distribution in token order,
-and every operation works on one row alone, so that a token never depends on its batch.
+The order is the published one: guidance, temperature, top-k, top-p, one draw. Each draw consumes
+one uniform number, inverted through the cumulative distribution in token order, and every operation
+works on one row alone, so that a token never depends on its batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from aim_runtime.arguments import number, whole_number
 from aim_runtime.errors import BackendError
+
+MAX_CFG_SCALE = 1000
+"""The most guidance of a request and of a bundle's defaults; scores overflow sooner or later."""
 
 _MAX_TOP_K = 2**63 - 1
 

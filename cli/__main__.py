@@ -1,4 +1,4 @@
-"""``python -m aim_cli`` is ``aim``."""
+"""`python -m aim_cli` is `aim`."""
 
 from aim_cli.main import main
 

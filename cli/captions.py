@@ -12,7 +12,7 @@ _FONT_PIXELS = 11
 
 
 def captioned(image: Image.Image, text: str) -> Image.Image:
-    """The image with a strip below it that holds as much of ``text`` as fits."""
+    """The image with a strip below it that holds as much of `text` as fits."""
     font = ImageFont.load_default(size=_FONT_PIXELS)
     page = Image.new("RGB", (image.width, image.height + STRIP), _PAPER)
     page.paste(image, (0, 0))

@@ -1,7 +1,7 @@
 """Command-line options made from a frozen dataclass, so that its fields are described once.
 
 Names and types come from the fields, defaults from their defaults, the help texts from
-``metadata["help"]``.
+`metadata["help"]`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def options_from(
     options_class: type[Any], *, skip: Collection[str] = ()
 ) -> Callable[[Function], Function]:
-    """A decorator that gives a command one option for every field of ``options_class``.
+    """A decorator that gives a command one option for every field of `options_class`.
 
-    A field without a default is required. Fields in ``skip`` are left to the command itself.
+    A field without a default is required. Fields in `skip` are left to the command itself.
     """
     hints = typing.get_type_hints(options_class)
 
@@ -57,7 +57,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Function], Fu
 
 
 def _type(hint: Any) -> click.ParamType | type[Any]:
-    """The click type of a field's annotation; ``X | None`` is X."""
+    """The click type of a field's annotation; `X | None` is X."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (argument for argument in get_args(hint) if argument is not type(None))
     if get_origin(hint) is Literal:
@@ -72,7 +72,7 @@ def _type(hint: Any) -> click.ParamType | type[Any]:
 
 
 class CommaSeparated(click.ParamType):
-    """``1,4,16`` as a tuple."""
+    """`1,4,16` as a tuple."""
 
     def __init__(self, item: type[Any]) -> None:
         self.item = item

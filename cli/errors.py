@@ -23,9 +23,6 @@ INTERRUPTED = 130
 _LONGEST_WORD = 160
 _LONGEST_SENTENCE = 600
 
-#: (module, class) of what the other packages raise on purpose. Looked up among the modules already
-#: imported: an exception whose module was never imported cannot have been raised, and importing it
-#: to find out could cost seconds of PyTorch.
 _EXPECTED = (
     ("aim_runtime.errors", "AimError"),
     ("aim_training.checkpoint", "CheckpointError"),
@@ -33,6 +30,9 @@ _EXPECTED = (
     ("aim_training.loop", "TrainingError"),
     ("aim_export", "ExportError"),
 )
+"""(module, class) of what the other packages raise on purpose. Looked up among the modules already
+imported: an exception whose module was never imported cannot have been raised, and importing it to
+find out could cost seconds of PyTorch."""
 
 
 class MissingExtra(click.ClickException):
@@ -53,7 +53,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def requires(extra: str, command: str) -> Iterator[None]:
-    """Imports inside may lack their packages; say which extra brings them."""
+    """Say which extra brings the packages that imports inside may lack."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def bad_arguments() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Whether ``AIM_DEBUG`` asks for tracebacks and warnings."""
+    """Whether `AIM_DEBUG` asks for tracebacks and warnings."""
     return os.environ.get("AIM_DEBUG", "0") not in ("", "0")
 
 

@@ -15,8 +15,8 @@ import click
 from aim_cli.errors import Interrupted, MissingExtra, requires
 from aim_cli.terminal import Show, progress_bar
 
-#: Told, line by line, what is being done.
 Report = Callable[[str], None]
+"""Told, line by line, what is being done."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _installed(module: str) -> bool:
 def _chosen(option: str, given: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
     """The names in the values of an option, which may hold several with commas, each once.
 
-    Raises UsageError for one that is not among ``known``.
+    Raises UsageError for one that is not among `known`.
     """
     names = dict.fromkeys(name.strip() for value in given for name in value.split(","))
     known = tuple(known)

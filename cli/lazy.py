@@ -18,7 +18,7 @@ class LazyCommand:
     Attributes:
         name: what the user types.
         summary: the line beside it in the group's help.
-        module: where it lives, as the attribute ``command``.
+        module: where it lives, as the attribute `command`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The entry point: the ``aim`` group, and where every failure leaves the program."""
+"""The entry point: the `aim` group, and where every failure leaves the program."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from aim_cli.terminal import prepare_streams
 
 
 class AimGroup(LazyGroup):
-    """The top group; its ``main`` turns exceptions into one sentence and an exit code."""
+    """The top group; its `main` turns exceptions into one sentence and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line and leave by ``SystemExit``: 0, 1 (a bug), 2 or 130."""
+        """Run the command line and leave by `SystemExit`: 0, 1 (a bug), 2 or 130."""
         kwargs["standalone_mode"] = False
         prepare_streams()
         try:
@@ -61,7 +61,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """The console script ``aim``."""
+    """The console script `aim`."""
     signal.signal(signal.SIGTERM, _terminate)
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:  # nohup ignores it

@@ -1,6 +1,6 @@
 """One measurement in a fresh process, so that times and memory are those of this work alone.
 
-``python -m aim_cli.measure '{"batch": 4, ...}'`` draws and prints one JSON object;
+`python -m aim_cli.measure '{"batch": 4, ...}'` draws and prints one JSON object;
 `measure` starts it and adds what only the parent sees: the time from the start of the process.
 """
 
@@ -51,7 +51,7 @@ class Measurement:
         backend: what ran.
         device: where it ran, "cpu" or "cuda:0".
         precision: what it computed in.
-        import_seconds: importing ``aim_runtime``.
+        import_seconds: importing `aim_runtime`.
         load_seconds: opening the bundle and making the sessions.
         first_request_seconds: the first request, nothing warmed up before it.
         request_seconds: every later request.
@@ -122,7 +122,7 @@ def measure(workload: Workload) -> Measurement:
 def peak_bytes() -> int | None:
     """Largest resident memory of this process so far.
 
-    Linux is asked through /proc: ``ru_maxrss`` there starts at the size of the parent process.
+    Linux is asked through /proc: `ru_maxrss` there starts at the size of the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -150,13 +150,12 @@ def _run(workload: Workload) -> dict[str, Any]:
         times = []
         first_image_time = 0.0
         for repeat in range(1 + workload.repeats):
-            result = generator.generate(classes, seed=repeat, cfg_scale=workload.cfg_scale)
-            times.append(result.seconds)
+            request = generator.request(classes, seed=repeat, cfg_scale=workload.cfg_scale)
+            times.append(generator.generate(request).seconds)
             first_image_time = first_image_time or time.time()
-        rows = generator.plan(workload.batch, workload.cfg_scale).batch_size
         return {
             "batch": workload.batch,
-            "rows": rows,
+            "rows": request.batching.batch_size,
             "backend": generator.backend,
             "device": generator.device,
             "precision": generator.precision,
@@ -170,7 +169,7 @@ def _run(workload: Workload) -> dict[str, Any]:
 
 
 def _child() -> None:
-    """``python -m aim_cli.measure JSON``: one JSON line on stdout, errors as the CLI's."""
+    """`python -m aim_cli.measure JSON`: one JSON line on stdout, errors as the CLI's."""
     from aim_cli.errors import report
 
     try:

@@ -1,8 +1,7 @@
-"""The sample batch that ADM's evaluator reads: a ``.npz`` whose ``arr_0`` is uint8, NHWC."""
+"""The sample batch that ADM's evaluator reads: a `.npz` whose `arr_0` is uint8, NHWC."""
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +10,15 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from aim_runtime.replacing import replacing
+
 
 def write_npz(
     path: Path, images: Iterable[NDArray[np.uint8]], shape: tuple[int, int, int, int]
 ) -> None:
     """Write images one after another, so that 50,000 of them need the memory of one.
 
-    ``numpy.load(path)["arr_0"]`` gives them back. The file appears under its name when complete.
+    `numpy.load(path)["arr_0"]` gives them back. The file appears under its name when complete.
 
     Args:
         path: target, replaced if it exists.
@@ -27,10 +28,9 @@ def write_npz(
     Raises:
         ValueError: an image has another shape, or there are more or fewer than N.
     """
-    partial = path.with_name(f".{path.name}.part")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     written = 0
-    try:
+    with replacing(path) as partial:
         with (
             zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as member,
@@ -46,6 +46,3 @@ def write_npz(
                 written += 1
         if written != shape[0]:
             raise ValueError(f"got {written} images, expected {shape[0]}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

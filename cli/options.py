@@ -15,16 +15,16 @@ from aim_cli.errors import bad_arguments
 
 if TYPE_CHECKING:
     from aim_runtime import Generator
+    from aim_runtime.request import RequestOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_MAX_SEED = 2**64 - 1
 _MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is loaded with; the fields are those of ``Generator.load``."""
+    """What an engine is loaded with; the fields are those of `Generator.load`."""
 
     device: str = "auto"
     precision: str = "auto"
@@ -39,7 +39,7 @@ def load_generator(
     *,
     quiet: bool = False,
 ) -> Generator:
-    """Load a bundle; unless ``quiet``, say on stderr which backends failed and were passed over."""
+    """Load a bundle; unless `quiet`, say on stderr which backends failed and were passed over."""
     from aim_runtime import Generator
 
     with bad_arguments(), warnings.catch_warnings(record=True) as caught:
@@ -53,23 +53,12 @@ def load_generator(
 
 def check_count(images: int) -> None:
     """Raise ValueError for more images than one request may have."""
-    from aim_runtime.generator import MAX_IMAGES
+    from aim_runtime.request import MAX_IMAGES
 
     if images > MAX_IMAGES:
         raise ValueError(
             f"{images:,} images are asked for; draw {MAX_IMAGES:,} at a time at most "
             "('aim sample' draws more, batch by batch)"
-        )
-
-
-def check_seed(seed: int, images: int) -> None:
-    """Raise ValueError unless images may take ``seed``, ``seed + 1`` and so on."""
-    from aim_runtime.arguments import shown
-
-    highest = _MAX_SEED - (images - 1)
-    if not 0 <= seed <= highest:
-        raise ValueError(
-            f"seed is {shown(seed)}; for {images} images it must be from 0 to {highest}"
         )
 
 
@@ -80,7 +69,7 @@ def _check_threads(ctx: click.Context, param: click.Parameter, threads: int | No
 
 
 def bundle_option(function: Function) -> Function:
-    """``--bundle PATH``."""
+    """`--bundle PATH`."""
     return click.option(
         "--bundle",
         type=click.Path(path_type=Path),
@@ -90,7 +79,7 @@ def bundle_option(function: Function) -> Function:
 
 
 def backend_option(function: Function) -> Function:
-    """``--backend NAME``."""
+    """`--backend NAME`."""
     return click.option(
         "--backend",
         default="auto",
@@ -102,7 +91,7 @@ def backend_option(function: Function) -> Function:
 
 
 def engine_options(function: Function) -> Function:
-    """``--device``, ``--precision``, ``--threads`` and ``--memory-limit``, as one ``engine``."""
+    """`--device`, `--precision`, `--threads` and `--memory-limit`, as one `engine`."""
 
     @functools.wraps(function)
     def gathered(
@@ -154,21 +143,8 @@ def engine_options(function: Function) -> Function:
     return command
 
 
-def seed_option(function: Function) -> Function:
-    """``--seed``."""
-    return click.option(
-        "--seed",
-        type=int,
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Seed of the first image; the next ones take N+1, N+2, ... The same seed, class and "
-        "settings draw the same picture.",
-    )(function)
-
-
 def sampling_options(function: Function) -> Function:
-    """``--cfg-scale``, ``--temperature``, ``--top-k`` and ``--top-p``, None where not given.
+    """`--cfg-scale`, `--temperature`, `--top-k` and `--top-p`, None where not given.
 
     Their ranges are checked by the runtime, which knows the model.
     """
@@ -200,3 +176,37 @@ def sampling_options(function: Function) -> Function:
     ):
         function = decorator(function)
     return function
+
+
+def request_options(function: Function) -> Function:
+    """`--seed` and the `sampling_options`, as one `asked`: keywords of `Generator.request`."""
+
+    @functools.wraps(function)
+    def gathered(
+        *args: Any,
+        seed: int,
+        cfg_scale: float | None,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        **kwargs: Any,
+    ) -> Any:
+        asked: RequestOptions = {
+            "seed": seed,
+            "cfg_scale": cfg_scale,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        return function(*args, asked=asked, **kwargs)
+
+    command: Any = sampling_options(gathered)
+    return click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Seed of the first image; the next ones take N+1, N+2, ... The same seed, class and "
+        "settings draw the same picture.",
+    )(command)

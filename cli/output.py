@@ -14,14 +14,14 @@ _PROBE = bytes(4096)
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder inside ``folder``; what is put there moves up when the block ends.
+    """Yield a hidden folder inside `folder`; what is put there moves up when the block ends.
 
-    ``folder`` is made and tried out, by writing a few bytes, before anything is yielded: an output
+    `folder` is made and tried out, by writing a few bytes, before anything is yielded: an output
     that cannot be written is found before the work, not after it. When the block fails, or Ctrl-C
     ends it, nothing stays behind: not the hidden folder, nor folders made here.
 
     Raises:
-        OSError: the folder cannot be made or written, or the disk is full. It names ``folder``.
+        OSError: the folder cannot be made or written, or the disk is full. It names `folder`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     hidden: Path | None = None

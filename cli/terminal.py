@@ -58,11 +58,11 @@ def prepare_streams() -> None:
         if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         if name == "stderr":
-            sys.stderr = _Indifferent(stream)  # type: ignore[assignment]
+            sys.stderr = _Indifferent(stream)
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
-    """``value`` as JSON that stdout can hold: with JSON's own escapes where that is not Unicode."""
+    """`value` as JSON that stdout can hold: with JSON's own escapes where that is not Unicode."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     with contextlib.suppress(UnicodeEncodeError, LookupError):
         text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
@@ -71,7 +71,7 @@ def as_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def finish(text: str, done: str) -> None:
-    """Print the summary of work that is ``done``, whether or not anybody can read it.
+    """Print the summary of work that is `done`, whether or not anybody can read it.
 
     Raises:
         ClickException: stdout cannot be written, other than because its reader has gone.
@@ -98,7 +98,7 @@ class Show(Protocol):
     """Tells a progress bar how much is done and, where it changes, what is being done."""
 
     def __call__(self, done: int, label: str | None = None) -> None:
-        """Move the bar to ``done``."""
+        """Move the bar to `done`."""
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def progress_bar(label: str, length: int, *, quiet: bool = False) -> Iterator[Sh
 def table(rows: Sequence[Sequence[str]], *, header: bool = True, indent: str = "") -> str:
     """Rows as aligned columns: the first to the left, the others to the right.
 
-    With ``header`` a rule is drawn under the first row.
+    With `header` a rule is drawn under the first row.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -145,7 +145,7 @@ def table(rows: Sequence[Sequence[str]], *, header: bool = True, indent: str = "
 
 
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
-    """``name  value`` lines with the values aligned; further lines of a value are indented."""
+    """`name  value` lines with the values aligned; further lines of a value are indented."""
     width = max(len(name) for name, _ in pairs)
     lines = []
     for name, value in pairs:

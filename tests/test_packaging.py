@@ -40,6 +40,20 @@ def test_every_package_of_the_tree_is_distributed() -> None:
             assert ".".join((package, *parts)) in listed, module
 
 
+@pytest.mark.parametrize(
+    "folder", [*PROJECT["tool"]["setuptools"]["package-dir"].values(), "benchmarks"]
+)
+def test_the_text_of_the_code_is_one_dialect_and_names_what_there_is(folder: str) -> None:
+    """Names in single backticks, no Sphinx roles, and no document that is not in the repository."""
+    documents = {path.name for path in ROOT.glob("*.md")} | {
+        path.name for place in ("docs", "benchmarks") for path in (ROOT / place).rglob("*.md")
+    }
+    for module in (ROOT / folder).rglob("*.py"):
+        text = module.read_text(encoding="utf-8")
+        assert not re.search(r"``|:(?:func|class|meth|mod):`|^ *#: ", text, re.MULTILINE), module
+        assert set(re.findall(r"\b[\w-]+\.md\b", text)) <= documents, module
+
+
 @pytest.mark.parametrize("extra", ["export", "train"])
 def test_pytorch_is_free_to_bring_the_triton_that_it_pins(extra: str) -> None:
     """Every CUDA build of PyTorch pins one Triton: asking for another leaves pip no solution."""

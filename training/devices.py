@@ -18,7 +18,7 @@ _OF_SEVERAL = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """The process group and device of this run.
 
-    Started by ``torchrun`` on a machine without a GPU, the processes share each batch through
+    Started by `torchrun` on a machine without a GPU, the processes share each batch through
     gloo.
 
     Raises:

@@ -13,13 +13,13 @@ from pathlib import Path
 from aim_training.errors import TrainingError, is_disk_full, os_sentence
 
 _LOCK = ".lock"
-#: Folders in it whose files are read and written.
+# Folders in it whose files are read and written.
 _FOLDERS = ("checkpoints", "codes", "samples")
 
 
 @contextlib.contextmanager
 def run_folder(out: Path, *beside: Path | None, main: bool = True) -> Iterator[None]:
-    """Makes the run folder and holds it for this training.
+    """Make the run folder and hold it for this training.
 
     If what follows fails before it wrote anything, the folder is taken away again.
 
@@ -109,7 +109,7 @@ def _check_contents(out: Path) -> None:
 
 @contextlib.contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Holds the folder by a lock on a file in it, which the system frees when we die.
+    """Hold the folder by a lock on a file in it, which the system frees when we die.
 
     A record lock, because processes that read images inherit no such lock, and would keep any
     other for seconds after our death. Where locks cannot be had (Windows, some network file

@@ -1,4 +1,4 @@
-"""A small sampler for the pictures that training shows; users draw through ``aim_runtime``."""
+"""A small sampler for the pictures that training shows; users draw through `aim_runtime`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aim_training.model import AiM
 
 @torch.no_grad()
 def sample(model: AiM, classes: Tensor, guidance: float, seed: int) -> Tensor:
-    """Draws images' codes token by token, with classifier-free guidance.
+    """Draw images' codes token by token, with classifier-free guidance.
 
     Args:
         model: in evaluation mode.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Any
 import torch
 
 from aim_training.errors import TrainingError, is_disk_full, is_out_of_memory, os_sentence
+from aim_training.replacing import replacing
 
 _KEEP = 2
 _NAME = re.compile(r"step-([0-9]{1,18})\.pt")
-_PARTIAL = re.compile(r"step-[0-9]{1,18}\.part")
-#: What a checkpoint must hold to be one of ours.
+_PARTIAL = re.compile(r"step-[0-9]{1,18}(\.pt)?\.part")
+# What a checkpoint must hold to be one of ours.
 _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
 
 class Saves:
-    """``RUN/checkpoints``; files of other names are nobody's business here."""
+    """`RUN/checkpoints`; files of other names are nobody's business here."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "checkpoints"
@@ -38,7 +38,7 @@ class Saves:
         return max(self.steps(), default=None)
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Keeps ``state`` as the checkpoint of ``step``; older ones than the last two go.
+        """Keep `state` as the checkpoint of `step`; older ones than the last two go.
 
         Raises:
             TrainingError: it cannot be written; the checkpoints that were there still are, the
@@ -74,7 +74,7 @@ class Saves:
             saved[old].unlink()
 
     def read(self, step: int) -> dict[str, Any]:
-        """The state that was kept at ``step``, on the CPU.
+        """The state that was kept at `step`, on the CPU.
 
         Raises:
             TrainingError: the file is damaged or no checkpoint of a training.
@@ -106,25 +106,21 @@ class Saves:
         return state
 
     def set_aside(self, step: int) -> None:
-        """Renames the checkpoint of ``step`` so that no run goes on from it."""
+        """Rename the checkpoint of `step` so that no run goes on from it."""
         path = self.steps()[step]
         path.replace(path.with_name(f"diverged-{path.name}"))
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".part")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as new, new.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    except OSError as error:  # whose sentence names the checkpoint already
+        raise OSError(error.errno, error.strerror) from error
     except RuntimeError as error:  # PyTorch's writer hides the operating system's reason
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def from_json(text: Any) -> Any:

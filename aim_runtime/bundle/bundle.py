@@ -22,7 +22,7 @@ from aim_runtime import arguments
 from aim_runtime.bundle.files import MANIFEST_NAME, Source, find_source
 from aim_runtime.bundle.manifest import FileEntry, Manifest
 from aim_runtime.errors import BundleError
-from aim_runtime.quoting import quoted
+from aim_runtime.quoting import shown
 
 # What is read at a time.
 _CHUNK_BYTES = 4 << 20
@@ -134,7 +134,7 @@ class Bundle:
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)
         if entry is None:
-            raise BundleError(f"{self.path}: the manifest lists no file {quoted(name)}")
+            raise BundleError(f"{self.path}: the manifest lists no file {shown(name)}")
         return entry
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aim_runtime.errors import BundleError
-from aim_runtime.quoting import quoted, shortened
+from aim_runtime.quoting import shortened, shown
 
 
 class CheckedJson:
@@ -127,4 +127,4 @@ def _show(value: Any) -> str:
         return f"a list of {len(value)} items"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return quoted(value)
+    return shown(value)

@@ -18,7 +18,7 @@ from typing import IO
 
 from aim_runtime.bundle.manifest import MAX_FILES, MAX_MANIFEST_BYTES
 from aim_runtime.errors import BundleError
-from aim_runtime.quoting import quoted, shortened
+from aim_runtime.quoting import shortened, shown
 
 MANIFEST_NAME = "manifest.json"
 
@@ -149,7 +149,7 @@ class _Zip(Source):
         for info in members:
             self._check_member(info)
             if info.filename in self._members:
-                raise BundleError(f"{path}: the zip holds {quoted(info.filename)} twice")
+                raise BundleError(f"{path}: the zip holds {shown(info.filename)} twice")
             self._members[info.filename] = info
 
     def manifest_bytes(self) -> bytes:
@@ -192,8 +192,8 @@ class _Zip(Source):
                 or not parts[0]
                 or ".." in parts
             ):
-                raise BundleError(f"{self.path}: the zip holds the unsafe path {quoted(name)}")
-        name = quoted(info.filename)
+                raise BundleError(f"{self.path}: the zip holds the unsafe path {shown(name)}")
+        name = shown(info.filename)
         if stat.S_ISLNK(info.external_attr >> 16):
             raise BundleError(f"{self.path}: {name} in the zip is a link")
         if info.flag_bits & 0x1:

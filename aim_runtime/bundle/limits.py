@@ -11,10 +11,7 @@ the inner width 2D.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from aim_runtime.bundle.manifest import ModelCard
+from aim_runtime.bundle.parts import ModelCard
 
 MAX_GRAPH_BYTES = 8 << 20
 """Of one .onnx file, whose weights lie outside of it: AiM-XL's step takes 0.2 MB."""

@@ -14,6 +14,7 @@ from aim_runtime.bundle.bundle import Bundle
 from aim_runtime.bundle.files import MANIFEST_NAME
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, FileEntry, Manifest, is_plain_file_name
 from aim_runtime.errors import BundleError
+from aim_runtime.replacing import replacing
 
 
 def write_bundle(
@@ -52,7 +53,7 @@ def write_bundle(
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Refuse a place that :func:`write_bundle` would not write to, before work is spent on it.
+    """Refuse a place that `write_bundle` would not write to, before work is spent on it.
 
     Raises BundleError when `out` is no folder, lies under a file or in a folder that cannot be
     written, holds other things, or holds a bundle and `overwrite` is not set.
@@ -131,12 +132,8 @@ def _write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write the manifest of the bundle `folder`, replacing an old one in one go."""
     text = manifest.to_json()
     Manifest.from_json(text)  # what is written can be read
-    new = folder / f".{MANIFEST_NAME}.{secrets.token_hex(6)}.tmp"
-    try:
+    with replacing(folder / MANIFEST_NAME) as new:
         new.write_text(text, encoding="utf-8")
-        new.replace(folder / MANIFEST_NAME)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _bundle_files(source: Path) -> list[str]:

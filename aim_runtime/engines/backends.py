@@ -1,4 +1,16 @@
-"""The backends by name: which there are, which can run here, and the choice that "auto" makes."""
+"""The backends by name: which there are, which can run here, and the choice that "auto" makes.
+
+A backend is a module with two functions:
+
+    unavailable_reason(bundle=None) -> str | None
+        None if it can run here (and with this bundle), else one sentence: why not and what to do.
+        Cheap, and never raises.
+    load(bundle, *, device, threads, precision) -> Engine
+        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
+        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
+
+It is imported when it is first asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +22,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from aim_runtime.arguments import instance, shown
+from aim_runtime.arguments import instance
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.base import Engine
 from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.quoting import shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ def available_backends(bundle: Bundle | None = None) -> list[BackendStatus]:
 
 
 def require_backend(name: str, bundle: Bundle | None = None) -> None:
-    """Raises BackendError unless there is a backend `name` that can run here (and `bundle`)."""
+    """Raise BackendError unless there is a backend `name` that can run here (and `bundle`)."""
     known = ", ".join(repr(known) for known in ("auto", *_BACKENDS))
     if instance("backend", name, str, f"one of {known}") not in _BACKENDS:
         raise BackendError(f"backend is {shown(name)}; it may be {known}")

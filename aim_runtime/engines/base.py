@@ -1,18 +1,11 @@
-"""The one seam between the generator and whatever computes: engines, and how they are found.
+"""The one seam between the generator and whatever computes.
 
 An engine draws the tokens of a batch (`draw`), turns tokens into pixels (`decode`) and says how
-many images it advances together (`plan`). What it must be able to do is to run the graphs of a
-bundle step by step (`prologue`, `start`, `Rows.step`); the loop over the steps, with guidance and
-sampler, is here for engines that have none of their own. Arguments are checked here, once.
+many images it advances together (`plan`). Arguments are checked here, once.
 
-A backend is one module in `aim_runtime.engines` with an engine and two functions:
-
-    unavailable_reason(bundle=None) -> str | None
-        None if it can run here (and with this bundle), else one sentence: why not and what to do.
-        Cheap, and never raises.
-    load(bundle, *, device, threads, precision) -> Engine
-        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
-        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
+A subclass runs the graphs of a bundle: `_prologue`, `start`, which makes `Rows` to step, `_decode`.
+The loop over the steps, with guidance and sampler, is here. A subclass that draws on its device
+replaces it (`_draw`); one whose device has memory of its own replaces `_batching` too.
 """
 
 from __future__ import annotations
@@ -28,7 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.batching import BatchPlan, plan_batches
+from aim_runtime.arguments import whole_number
+from aim_runtime.batching import (
+    DEFAULT_MEMORY_LIMIT_MB,
+    BatchPlan,
+    batches_within,
+    check_memory_limit,
+)
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.forks import abandon_in_children, check_process
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
@@ -114,7 +113,11 @@ class Engine(ABC):
         Raises ValueError for arguments out of range, or when not even one image fits the limit
         given; BackendError when the device has too little memory for one.
         """
-        return plan_batches(self.manifest, n, cfg_scale, memory_limit_mb)
+        n = whole_number("n", n, 1, 2**31)
+        if memory_limit_mb is not None:
+            memory_limit_mb = check_memory_limit(memory_limit_mb)
+        options = self.manifest.sampling.replace(cfg_scale=cfg_scale)
+        return self._batching(n, options.rows_per_image, memory_limit_mb)
 
     def draw(
         self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
@@ -191,6 +194,15 @@ class Engine(ABC):
                 tokens[:, step] = sample(scores, noise[:, step], options)
                 yield tokens[:, step : step + 1].copy()
 
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
+        """`plan` with checked arguments, for images of `rows_per_image` rows.
+
+        The figures are those of the CPU; engines whose device has its own memory replace it.
+        """
+        if memory_limit_mb is None:
+            memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
+        return batches_within(self.manifest, n, rows_per_image, memory_limit_mb)
+
     @abstractmethod
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         """`prologue` with checked arguments."""
@@ -213,8 +225,3 @@ def _check_integers(
             f"{name} has values from {array.min()} to {array.max()}; "
             f"they must be from 0 to {below - 1}"
         )
-
-
-def cuda_index(device: str) -> int:
-    """The number of the GPU that a checked `device` means: 0 for "auto" and "cuda"."""
-    return int(device.partition(":")[2] or 0)

@@ -1,11 +1,11 @@
 """ONNX graphs out of a stranger's bundle: read and judged before an engine sees them.
 
-`checked_graph` is what engines call. It needs no `onnx` package.
+`checked_graphs` is what engines call. It needs no `onnx` package.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from aim_runtime.bundle import Bundle
@@ -16,14 +16,40 @@ KNOWN_MANIFESTS = frozenset({"3610cae2052eebfe46b52c7cf3c87978464bd7d30e99e01090
 the tests check, so that every user is spared the time."""
 
 
+class CheckedGraph(NamedTuple):
+    """A graph that a bundle may hold.
+
+    Attributes:
+        data: The bytes of its file.
+        row_bytes: Of memory that a row takes at most while it runs, if that is more than the plan
+            of a request covers for every graph of the manifest's geometry; else 0.
+    """
+
+    data: bytes
+    row_bytes: int
+
+
+def checked_graphs(bundle: Bundle) -> dict[str, CheckedGraph]:
+    """Read and judge the graphs of `bundle`, by their names in the manifest.
+
+    Raises BundleError when a file is altered, or is no graph that a bundle may hold, or not the
+    manifest's.
+    """
+    return {name: _checked(bundle, graph) for name, graph in bundle.manifest.graphs.items()}
+
+
 def checked_graph(bundle: Bundle, graph: GraphSpec) -> bytes:
     """The bytes of a graph's file, once they are known to be a graph that a bundle may hold.
 
     Raises BundleError when they are altered, or are not such a graph, or not the manifest's.
     """
-    data = bytes(bundle.read(graph.file))
-    if bundle.manifest_sha256 not in KNOWN_MANIFESTS:
-        from aim_runtime.onnx_graph.check import check_graph  # here: it takes a while to import
+    return _checked(bundle, graph).data
 
-        check_graph(data, bundle, graph)
-    return data
+
+def _checked(bundle: Bundle, graph: GraphSpec) -> CheckedGraph:
+    data = bytes(bundle.read(graph.file))
+    if bundle.manifest_sha256 in KNOWN_MANIFESTS:
+        return CheckedGraph(data, 0)
+    from aim_runtime.onnx_graph.check import check_graph  # here: it takes a while to import
+
+    return CheckedGraph(data, check_graph(data, bundle, graph))

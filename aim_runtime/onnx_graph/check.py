@@ -20,7 +20,7 @@ from aim_runtime.onnx_graph.operator_call import Call, Work
 from aim_runtime.onnx_graph.operators import OPERATORS, OPSETS
 from aim_runtime.onnx_graph.protobuf import MalformedMessage, RefusedField
 from aim_runtime.onnx_graph.shapes import GraphRefused, Size, Value, fixed
-from aim_runtime.quoting import quoted, shortened
+from aim_runtime.quoting import shortened, shown
 
 SCAN = ("aim", "StateScan")
 """Domain and name of the one function that a graph may bring along."""
@@ -35,8 +35,11 @@ _MAX_NODES = 1 << 14
 _MAX_REASON = 160
 
 
-def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> None:
-    """Raises BundleError unless `data` may be the file of the `graph` of `bundle`."""
+def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> int:
+    """Check that `data` may be the file of the `graph` of `bundle`.
+
+    Returns what is `row_bytes` of a `CheckedGraph`. Raises BundleError.
+    """
     where = f"{bundle.path}: {shortened(graph.file, 40)}"
     if data[4:8] == _ORT_FORMAT:
         raise BundleError(f"{where} is a graph that no bundle may hold: it is in ORT's own format")
@@ -53,14 +56,14 @@ def check_graph(data: bytes, bundle: Bundle, graph: GraphSpec) -> None:
     ):
         _check_border(where, side, specs, found)
     try:
-        check_model(model, bundle.manifest, graph)
+        return check_model(model, bundle.manifest, graph)
     except GraphRefused as error:
         reason = shortened(str(error), _MAX_REASON)
         raise BundleError(f"{where} is a graph that no bundle may hold: {reason}") from None
 
 
-def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> None:
-    """Raises GraphRefused unless `model` may be the `graph` of `manifest`."""
+def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> int:
+    """As `check_graph`; raise GraphRefused unless `model` may be the `graph` of `manifest`."""
     if model.ir_version not in _IR_VERSIONS:
         raise GraphRefused(f"it is of IR version {model.ir_version}")
     functions = _functions(model)
@@ -70,14 +73,14 @@ def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> None:
     names = {name: trace.add(stored_value(t)) for name, t in model.initializers.items()}
     for spec in graph.inputs:
         if spec.name in names:
-            raise GraphRefused(f"it gives its input {quoted(spec.name)} a value")
+            raise GraphRefused(f"it gives its input {shown(spec.name)} a value")
         names[spec.name] = trace.add(_input_value(spec))
     trace.run(model.nodes, names)
     for spec in graph.outputs:
         if spec.name not in names:
-            raise GraphRefused(f"nothing in it makes its output {quoted(spec.name)}")
+            raise GraphRefused(f"nothing in it makes its output {shown(spec.name)}")
     results = frozenset(names[spec.name] for spec in graph.outputs)
-    _check_cost(trace, results, graph_limits(manifest, graph))
+    return _check_cost(trace, results, graph_limits(manifest, graph))
 
 
 def _check_border(
@@ -103,7 +106,7 @@ def _check_border(
             if border is not None:
                 has = f"{DTYPES[border.dtype]} {shortened(str(list(border.shape)), 60)}"
             raise BundleError(
-                f"{where} has {has} as {side} {quoted(spec.name)}, "
+                f"{where} has {has} as {side} {shown(spec.name)}, "
                 f"the manifest says {spec.dtype} {shortened(str(list(spec.shape)), 60)}"
             )
 
@@ -126,7 +129,7 @@ def _check_opsets(opsets: Mapping[str, int], functions: Mapping[tuple[str, str],
     own = {SCAN[0]: range(1, 2)} if functions else {}
     for domain, version in opsets.items():
         if version not in (OPSETS | own).get(domain, ()):
-            raise GraphRefused(f"it asks for version {version} of operators {quoted(domain)}")
+            raise GraphRefused(f"it asks for version {version} of operators {shown(domain)}")
     for function in functions.values():
         # One meaning of each operator in a file.
         if any(opsets.get(domain) != version for domain, version in function.opsets.items()):
@@ -142,11 +145,11 @@ def _check_weights(model: Model, file: str, size: int) -> None:
         location, offset, length = tensor.external
         if location != file:
             raise GraphRefused(
-                f"its tensor {quoted(name)} is in {quoted(location)}, and may be in {quoted(file)}"
+                f"its tensor {shown(name)} is in {shown(location)}, and may be in {shown(file)}"
             )
         if length != tensor.size or offset + length > size:
             raise GraphRefused(
-                f"its tensor {quoted(name)} of {tensor.size} bytes is given {length} bytes "
+                f"its tensor {shown(name)} of {tensor.size} bytes is given {length} bytes "
                 f"from {offset} on in a file of {size}"
             )
         total += length
@@ -154,9 +157,9 @@ def _check_weights(model: Model, file: str, size: int) -> None:
         raise GraphRefused(f"its tensors take {total} bytes out of a file of {size}")
 
 
-def _check_cost(trace: _Trace, results: frozenset[int], limits: GraphLimits) -> None:
+def _check_cost(trace: _Trace, results: frozenset[int], limits: GraphLimits) -> int:
     a_row = total_bytes(trace.steps)
-    if a_row > limits.row_bytes:
+    if a_row > limits.planned_row_bytes:
         a_row = peak_bytes(trace.steps, results)
     for what, found, most in (
         ("bytes of memory a row", a_row, limits.row_bytes),
@@ -169,6 +172,7 @@ def _check_cost(trace: _Trace, results: frozenset[int], limits: GraphLimits) -> 
                 f"it takes up to {found} {what}; one of the manifest's geometry needs "
                 f"at most {most}"
             )
+    return a_row if a_row > limits.planned_row_bytes else 0
 
 
 # -- following the nodes --------------------------------------------------------------------------
@@ -202,8 +206,7 @@ class _Trace:
         for name in node.inputs:
             if name and name not in names:
                 raise GraphRefused(
-                    f"its {quoted(node.op_type)} takes {quoted(name)}, "
-                    "which nothing before it makes"
+                    f"its {shown(node.op_type)} takes {shown(name)}, which nothing before it makes"
                 )
         numbers = [names[name] if name else -1 for name in node.inputs]
         inputs = [self.values[number] if number >= 0 else None for number in numbers]
@@ -211,13 +214,13 @@ class _Trace:
             values, extra, work = self._call(node, inputs)
             taken = [value.bytes for value in values]
         except GraphRefused as error:
-            raise GraphRefused(f"{error} (in a node {quoted(node.op_type)})") from None
+            raise GraphRefused(f"{error} (in a node {shown(node.op_type)})") from None
         if len(values) < len(node.outputs):
-            raise GraphRefused(f"its {quoted(node.op_type)} has more outputs than there are")
+            raise GraphRefused(f"its {shown(node.op_type)} has more outputs than there are")
         outputs = []
         for name, value in zip(node.outputs, values, strict=False):
             if name in names:
-                raise GraphRefused(f"it makes {quoted(name)} twice")
+                raise GraphRefused(f"it makes {shown(name)} twice")
             outputs.append(self.add(value))
             if name:
                 names[name] = outputs[-1]
@@ -235,7 +238,7 @@ class _Trace:
         rule = OPERATORS.get(node.domain, {}).get(node.op_type)
         if rule is None:
             name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            raise GraphRefused(f"the operator {quoted(name)} is not on the list")
+            raise GraphRefused(f"the operator {shown(name)} is not on the list")
         call = Call(node.op_type, inputs, node.attributes, len(node.outputs))
         values = rule(call)
         rows, rest = call.operations

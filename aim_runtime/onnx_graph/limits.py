@@ -23,8 +23,18 @@ _FREE_FIXED_WORK = 1 << 26
 
 @dataclass(frozen=True)
 class GraphLimits:
-    """What running a graph may take: memory and work, a row and whatever the rows."""
+    """What running a graph may take: memory and work, a row and whatever the rows.
 
+    Attributes:
+        planned_row_bytes: Memory of a row that a request's plan covers whatever the graph: twice
+            what it says.
+        row_bytes: Memory of a row at most. What is above the plan's is planned for.
+        fixed_bytes: Memory that does not grow with the rows.
+        row_work: Operations for a row.
+        fixed_work: Operations that do not grow with the rows.
+    """
+
+    planned_row_bytes: int
     row_bytes: int
     fixed_bytes: int
     row_work: int
@@ -35,18 +45,20 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     """The limits for `graph`; what it is follows from its outputs."""
     model = manifest.model
     stored = manifest.files[graph.weights].size
-    row, decoder = memory_needed(manifest, 1.0)  # what a request is told that it takes
+    row, decoder = memory_needed(manifest, rows_per_image=1)  # what a request is told that it takes
     outputs = {spec.name for spec in graph.outputs}
     if "image" in outputs:
         pixels = model.image_height * model.image_width
         width = _BYTES_A_PIXEL_AND_WIDTH * math.isqrt(model.decoder_parameters)
-        row_bytes = max(2 * decoder, width * pixels)
+        planned = 2 * decoder
+        row_bytes = max(planned, width * pixels)
         row_work = _DECODER_WORK_PER_PIXEL * pixels
     else:
         activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
-        row_bytes = 2 * row + 4 * activations
+        planned = row_bytes = 2 * row + 4 * activations
         row_work = _WORK_A_PARAMETER * (model_parameters(model) + row)
     return GraphLimits(
+        planned_row_bytes=planned,
         row_bytes=row_bytes,
         # Half precision is cast, and folded into what the engine keeps.
         fixed_bytes=4 * stored + _FREE_FIXED_BYTES,

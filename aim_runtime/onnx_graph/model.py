@@ -20,7 +20,7 @@ from aim_runtime.onnx_graph.protobuf import (
     RefusedField,
     table,
 )
-from aim_runtime.quoting import quoted
+from aim_runtime.quoting import shown
 
 MAX_FIELDS = 1 << 20
 """Of a file: AiM-XL's step has about 50,000."""
@@ -271,7 +271,7 @@ def _unique(kind: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise MalformedMessage(f"it gives the {kind} {quoted(name)} twice")
+            raise MalformedMessage(f"it gives the {kind} {shown(name)} twice")
         found[name] = value
     return found
 
@@ -309,11 +309,11 @@ def _attribute(message: Message) -> tuple[str, Any]:
     name = message.pop("name", "")
     kind = _ATTRIBUTE_VALUES.get(message.pop("type", 0))
     if kind is None or not message.keys() <= {kind}:
-        raise MalformedMessage(f"its attribute {quoted(name)} is not of the type it says")
+        raise MalformedMessage(f"its attribute {shown(name)} is not of the type it says")
     if kind == "t":
         tensor = _tensor(message.get("t", {}))
         if tensor.external is not None:
-            raise RefusedField(f"it has an attribute {quoted(name)} that lies in a file")
+            raise RefusedField(f"it has an attribute {shown(name)} that lies in a file")
         return name, tensor
     return name, message.get(kind, _ABSENT[kind])
 
@@ -322,11 +322,11 @@ def _border(message: Message) -> Border:
     name = message.get("name", "")
     tensor = message.get("type", {}).get("tensor_type")
     if tensor is None or tensor.get("elem_type") not in DTYPES or "shape" not in tensor:
-        raise MalformedMessage(f"its {quoted(name)} is no tensor of a type that a bundle has")
+        raise MalformedMessage(f"its {shown(name)} is no tensor of a type that a bundle has")
     sizes = []
     for size in tensor["shape"].get("dim", ()):
         if len(size) > 1:
-            raise MalformedMessage(f"its {quoted(name)} has two meanings of one size")
+            raise MalformedMessage(f"its {shown(name)} has two meanings of one size")
         sizes.append(size.get("dim_value", size.get("dim_param")))
     return Border(name, tensor["elem_type"], tuple(sizes))
 
@@ -335,17 +335,17 @@ def _tensor(message: Message) -> Tensor:
     name, dtype = message.get("name", ""), message.get("data_type", 0)
     shape = tuple(message.get("dims", ()))
     if dtype not in BITS:
-        raise MalformedMessage(f"its tensor {quoted(name)} is of type {dtype}, which none may have")
+        raise MalformedMessage(f"its tensor {shown(name)} is of type {dtype}, which none may have")
     if len(shape) > _MAX_RANK or any(not 0 <= size < 1 << 40 for size in shape):
-        raise MalformedMessage(f"its tensor {quoted(name)} has an impossible shape")
+        raise MalformedMessage(f"its tensor {shown(name)} has an impossible shape")
     places = {"raw_data", "float_data", "int32_data", "int64_data"} & message.keys()
     if message.get("data_location", 0):
         if places or message["data_location"] != 1:
-            raise MalformedMessage(f"its tensor {quoted(name)} lies in two places")
+            raise MalformedMessage(f"its tensor {shown(name)} lies in two places")
         return Tensor(name, dtype, shape, None, _external(message, name))
     tensor = Tensor(name, dtype, shape, None, None)
     if "external_data" in message or len(places) > 1:
-        raise MalformedMessage(f"its tensor {quoted(name)} lies in two places")
+        raise MalformedMessage(f"its tensor {shown(name)} lies in two places")
     numbers = _numbers(message, tensor, next(iter(places), "raw_data"))
     return Tensor(name, dtype, shape, numbers, None)
 
@@ -356,12 +356,12 @@ def _numbers(message: Message, tensor: Tensor, place: str) -> tuple[int | float,
     if place == "raw_data":
         if len(values) != tensor.size:
             raise MalformedMessage(
-                f"its tensor {quoted(tensor.name)} has {len(values)} bytes instead of {tensor.size}"
+                f"its tensor {shown(tensor.name)} has {len(values)} bytes instead of {tensor.size}"
             )
         letter = {FLOAT: "f", INT64: "q"}.get(tensor.dtype)
         return struct.unpack(f"<{count}{letter}", values) if letter else None
     if _PLAIN.get(tensor.dtype) != place or len(values) != count:
-        raise MalformedMessage(f"its tensor {quoted(tensor.name)} has other values than it says")
+        raise MalformedMessage(f"its tensor {shown(tensor.name)} has other values than it says")
     return None if tensor.dtype == INT32 else tuple(values)
 
 
@@ -369,12 +369,12 @@ def _external(message: Message, name: str) -> tuple[str, int, int]:
     entries = message.get("external_data", ())
     pairs = _unique("key", ((pair.get("key", ""), pair.get("value", "")) for pair in entries))
     if pairs.keys() != {"location", "offset", "length"}:
-        raise MalformedMessage(f"its tensor {quoted(name)} must say location, offset and length")
+        raise MalformedMessage(f"its tensor {shown(name)} must say location, offset and length")
     return pairs["location"], _whole(pairs["offset"], name), _whole(pairs["length"], name)
 
 
 def _whole(text: str, name: str) -> int:
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
     if number < 0 or str(number) != text:
-        raise MalformedMessage(f"its tensor {quoted(name)} lies at {quoted(text)} of its file")
+        raise MalformedMessage(f"its tensor {shown(name)} lies at {shown(text)} of its file")
     return number

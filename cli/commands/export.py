@@ -1,4 +1,4 @@
-"""``aim export``: from a checkpoint to a bundle that was held against it."""
+"""`aim export`: from a checkpoint to a bundle that was held against it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from aim_cli.errors import Interrupted, bad_arguments, requires
 from aim_cli.export_engines import Report, add_engines, chosen_engines, late_bar
 from aim_cli.options import sampling_options
 from aim_cli.terminal import fields, table
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from aim_export import ParityReport
@@ -177,6 +178,7 @@ def _export(
     with requires("export", "aim export"):
         from aim_export import export_bundle
         from aim_export.bundle import check_sampling, default_name
+    limit_torch_threads()
     given = {name: options.pop(name) for name in _SAMPLING}
     sampling = {name: value for name, value in given.items() if value is not None}
     with bad_arguments():
@@ -205,7 +207,7 @@ def _export(
 
 
 def _check_only_engines(context: click.Context) -> None:
-    """With ``--bundle`` the bundle stays as it is: only engines can be asked for."""
+    """With `--bundle` the bundle stays as it is: only engines can be asked for."""
     asked_for = {"cuda", "trt"}
     allowed = {"bundle_dir", "cuda_precisions", "cuda_archs", "quiet", *asked_for}
     for parameter in context.command.params:
@@ -222,7 +224,7 @@ def _check_only_engines(context: click.Context) -> None:
 
 
 def _outcome(bundle_dir: Path, started: float) -> str:
-    """What there is now, and how long it took since ``started``."""
+    """What there is now, and how long it took since `started`."""
     from aim_runtime import Bundle
 
     files = Bundle.open(bundle_dir).manifest.files.values()

@@ -1,4 +1,4 @@
-"""``aim generate``: from class names to PNG files."""
+"""`aim generate`: from class names to PNG files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import stat
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,33 +21,23 @@ from aim_cli.options import (
     backend_option,
     bundle_option,
     check_count,
-    check_seed,
     engine_options,
     load_generator,
-    sampling_options,
-    seed_option,
+    request_options,
 )
 from aim_cli.output import staged
 from aim_cli.terminal import fields, finish, progress_bar
 
 if TYPE_CHECKING:
-    from aim_runtime import Generator, Result, SamplingOptions
+    from aim_runtime import Generator, Request, Result
+    from aim_runtime.class_names import ClassLike
+    from aim_runtime.request import RequestOptions
 
 CONTACT_SHEET = "contact-sheet.png"
 _SAMPLER = 16
 """Images drawn when no class is asked for, each of another class."""
 _LONGEST_STEM = (60, 120)
 """The most letters and bytes of a class's name in a file name, which may have 255 bytes in all."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be drawn: image i is of ``classes[i]`` and goes into ``files[i]``."""
-
-    classes: tuple[int, ...]
-    files: tuple[str, ...]
-    seed: int
-    options: SamplingOptions
 
 
 @click.command("generate")
@@ -71,8 +60,7 @@ class Request:
     metavar="N",
     help="Images of each class.",
 )
-@seed_option
-@sampling_options
+@request_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -96,11 +84,7 @@ class Request:
 def command(
     wanted: tuple[str, ...],
     per_class: int,
-    seed: int,
-    cfg_scale: float | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
+    asked: RequestOptions,
     out: Path,
     grid: bool | None,
     overwrite: bool,
@@ -126,51 +110,48 @@ def command(
             load_generator(bundle, backend, engine, quiet=quiet) as generator,
         ):
             with bad_arguments():
-                options = generator.sampling.replace(
-                    cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p
-                )
-                request = plan_request(generator, wanted, per_class, seed, options)
-                generator.plan(len(request.classes), options.cfg_scale)
+                classes = classes_to_draw(generator, wanted, per_class)
+                request = generator.request(classes, **asked)
+            files = file_names(generator.class_names, request)
             sheet = plan_sheet(generator, request, grid)
             if sheet is None and not quiet:
                 click.echo(f"No {CONTACT_SHEET}: so many images do not fit on one page.", err=True)
             sheet = bool(sheet)
-            check_free(out, request, generator.bundle.manifest_sha256, sheet, overwrite=overwrite)
+            check_free(out, request, files, sheet, overwrite=overwrite)
             loaded = time.perf_counter()
             result = draw(generator, request, quiet=quiet)
-            save(result, request, folder, sheet=sheet)
+            save(result, files, folder, sheet=sheet)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
     if not quiet:
-        text = summary(result, request, out, sheet=sheet, load_seconds=loaded - started)
+        text = summary(result, files, out, sheet=sheet, load_seconds=loaded - started)
         finish(text, f"the pictures are in {out}")
 
 
-def plan_request(
-    generator: Generator,
-    wanted: tuple[str, ...],
-    per_class: int,
-    seed: int,
-    options: SamplingOptions,
-) -> Request:
-    """Resolve class names and give every image its file name.
+def classes_to_draw(
+    generator: Generator, wanted: tuple[str, ...], per_class: int
+) -> list[ClassLike]:
+    """The classes to ask for, one an image: those wanted, or a spread over all.
 
     Raises:
-        ValueError: a class is unknown or ambiguous, or there are more images than one request or
-            the seeds allow.
+        ValueError: there are more images than one request may have.
     """
-    if wanted:
-        chosen = [generator.class_index(name) for name in wanted]
-    else:
+    chosen: list[ClassLike] = list(wanted)
+    if not chosen:
         total = len(generator.class_names)
-        chosen = [i * total // _SAMPLER for i in range(_SAMPLER)] if total > _SAMPLER else []
-        chosen = chosen or list(range(total))
+        count = min(total, _SAMPLER)
+        chosen = [generator.class_number(i * total // count) for i in range(count)]
     check_count(len(chosen) * per_class)
-    check_seed(seed, len(chosen) * per_class)
-    classes = [index for index in chosen for _ in range(per_class)]
-    slugs = file_stems(generator.class_names)
-    files = [f"{slugs[index]}_seed{seed + i}.png" for i, index in enumerate(classes)]
-    return Request(tuple(classes), tuple(files), seed, options)
+    return [class_ for class_ in chosen for _ in range(per_class)]
+
+
+def file_names(class_names: tuple[str, ...], request: Request) -> list[str]:
+    """The name of each image's file."""
+    stems = file_stems(class_names)
+    return [
+        f"{stems[index]}_seed{seed}.png"
+        for index, seed in zip(request.classes, request.seeds, strict=True)
+    ]
 
 
 def plan_sheet(generator: Generator, request: Request, wanted: bool | None) -> bool | None:
@@ -182,7 +163,7 @@ def plan_sheet(generator: Generator, request: Request, wanted: bool | None) -> b
     from aim_cli.captions import STRIP
     from aim_runtime.images import MAX_SHEET_PIXELS, sheet_size
 
-    count = len(request.classes)
+    count = len(request)
     if wanted is False or (wanted is None and count == 1):
         return False
     model = generator.manifest.model
@@ -218,27 +199,21 @@ def _slug(name: str) -> str:
 
 
 def check_free(
-    out: Path, request: Request, bundle_sha256: str, sheet: bool, *, overwrite: bool
+    out: Path, request: Request, files: list[str], sheet: bool, *, overwrite: bool
 ) -> None:
     """Refuse to replace what this request would not draw again, before it draws.
 
-    With ``overwrite`` only folders are in the way.
+    With `overwrite` only folders are in the way.
 
     Raises:
         ClickException: a file of that name exists and has other settings, or is none of ours.
     """
-    from aim_runtime.images import read_settings
+    from aim_runtime.images import read_settings, was_drawn_with
 
-    for i, (index, name) in enumerate(zip(request.classes, request.files, strict=True)):
+    for i, name in enumerate(files):
         path = out / name
-        if _is_in_the_way(path, overwrite):
-            same = asdict(request.options) | {
-                "class": index,
-                "seed": request.seed + i,
-                "bundle_sha256": bundle_sha256,
-            }
-            if not same.items() <= read_settings(path).items():
-                raise _taken(path, "was drawn with other settings")
+        if _is_in_the_way(path, overwrite) and not was_drawn_with(path, request.settings(i)):
+            raise _taken(path, "was drawn with other settings")
     path = out / CONTACT_SHEET
     if sheet and _is_in_the_way(path, overwrite) and "images" not in read_settings(path):
         raise _taken(path, "was not made by aim")
@@ -266,7 +241,7 @@ def _taken(path: Path, what: str) -> click.ClickException:
 
 def draw(generator: Generator, request: Request, *, quiet: bool) -> Result:
     """Run the request with a progress bar."""
-    images = len(request.classes)
+    images = len(request)
     tokens = images * generator.manifest.model.num_tokens
     what = human.count(images, "image")
     with progress_bar(f"Drawing {what}", tokens, quiet=quiet) as show:
@@ -275,30 +250,25 @@ def draw(generator: Generator, request: Request, *, quiet: bool) -> Result:
             # The work in all is that of the tokens and, after them, of turning them into pixels.
             show(done * tokens // total, f"Decoding {what}" if done >= tokens else None)
 
-        return generator.generate(
-            [generator.class_number(index) for index in request.classes],
-            seed=request.seed,
-            **asdict(request.options),
-            progress=progress,
-        )
+        return generator.generate(request, progress=progress)
 
 
-def save(result: Result, request: Request, folder: Path, *, sheet: bool) -> None:
-    """Write the images, and the page that shows them all, into ``folder``."""
+def save(result: Result, files: list[str], folder: Path, *, sheet: bool) -> None:
+    """Write the images, and the page that shows them all, into `folder`."""
     from aim_cli.captions import captioned
     from aim_runtime import contact_sheet, save_png
 
-    for i, (image, name) in enumerate(zip(result.images, request.files, strict=True)):
+    for i, (image, name) in enumerate(zip(result.images, files, strict=True)):
         save_png(image, folder / name, result.settings(i))
     if sheet:
         tiles = result.images
-        if len(set(request.classes)) > 1:
+        if len(set(result.classes)) > 1:
             names = [name.split(",")[0] for name in result.class_names]
             tiles = [captioned(image, name) for image, name in zip(tiles, names, strict=True)]
-        page = contact_sheet(tiles, columns(request.classes))
+        page = contact_sheet(tiles, columns(result.classes))
         common = set(result.settings(0)) - {"class", "class_name", "seed"}
         settings = {key: value for key, value in result.settings(0).items() if key in common}
-        save_png(page, folder / CONTACT_SHEET, settings | {"images": list(request.files)})
+        save_png(page, folder / CONTACT_SHEET, settings | {"images": files})
 
 
 def columns(classes: tuple[int, ...]) -> int | None:
@@ -312,12 +282,12 @@ def columns(classes: tuple[int, ...]) -> int | None:
 
 
 def summary(
-    result: Result, request: Request, out: Path, *, sheet: bool, load_seconds: float
+    result: Result, files: list[str], out: Path, *, sheet: bool, load_seconds: float
 ) -> str:
     """What a person wants to know at the end: where, how long, how fast, on what."""
-    images = len(request.files)
+    images = len(files)
     speed = human.rate(images / result.seconds, "images")
-    lines = [("image", str(out / request.files[0]))]
+    lines = [("image", str(out / files[0]))]
     if images > 1:
         lines = [(human.count(images, "image"), f"{out}/")]
     if sheet:

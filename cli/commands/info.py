@@ -1,4 +1,4 @@
-"""``aim info``: what a bundle is, before anything of it runs."""
+"""`aim info`: what a bundle is, before anything of it runs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
 
 
 def as_dict(bundle: Bundle) -> dict[str, Any]:
-    """Everything ``aim info`` knows, as JSON values."""
+    """Everything `aim info` knows, as JSON values."""
     from aim_runtime import available_backends
 
     manifest = json.loads(bundle.manifest.to_json())
@@ -184,7 +184,7 @@ def _backends(bundle: Bundle) -> str:
 
 
 def _provenance(value: Any, prefix: str = "") -> str:
-    """Nested facts as ``key: value`` lines, ``parity.max_error: 0`` for those inside others."""
+    """Nested facts as `key: value` lines, `parity.max_error: 0` for those inside others."""
     lines = []
     for key, item in value.items():
         if isinstance(item, dict):

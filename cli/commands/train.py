@@ -1,4 +1,4 @@
-"""``aim train``: the trainings, their options taken from the trainers' own dataclasses."""
+"""`aim train`: the trainings, their options taken from the trainers' own dataclasses."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ import click
 from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.lazy import LazyCommand, LazyGroup
 from aim_cli.terminal import fields
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from aim_training.options import TrainingOptions
 
 Options = TypeVar("Options")
 
-#: What `aim train PICTURES` stands for.
 _DEFAULT = "all"
+"""What `aim train PICTURES` stands for."""
 _HELP = ("-h", "--help")
-#: Options about the images: the second training must be given those of the first.
 _ABOUT_IMAGES = ("val_data", "val_fraction", "size", "resize_factor", "flip", "bad_images")
+"""Options about the images: the second training must be given those of the first."""
 
 
 class TrainGroup(LazyGroup):
-    """``aim train PICTURES`` is ``aim train all PICTURES``."""
+    """`aim train PICTURES` is `aim train all PICTURES`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default command before a folder, or an option, that is no command's name."""
@@ -88,6 +89,7 @@ def run(train: Callable[[Options], Path], options_class: type[Options], values: 
 def run_with(train: Callable[[Options], Path], options: Options) -> Path:
     """Likewise, the options being complete."""
     _hear_hangups()
+    limit_torch_threads()
     try:
         return train(options)
     except KeyboardInterrupt as error:
@@ -101,12 +103,12 @@ def say_outcome(weights: Path, then: str) -> None:
 
 
 def beside(out: Path, name: str, *, after: str) -> Path:
-    """A folder beside the run folder ``out`` for what comes next, by default its name and ours.
+    """A folder beside the run folder `out` for what comes next, by default its name and ours.
 
     Args:
         out: the run folder, "." and ".." included.
         name: what comes next.
-        after: where ``out`` is called so, ``name`` alone will do.
+        after: where `out` is called so, `name` alone will do.
     """
     run = out.resolve() if out.name in ("", "..") else out
     return run.parent / (name if run.name == after else f"{run.name}-{name}")

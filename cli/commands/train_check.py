@@ -1,8 +1,7 @@
-"""``aim train check``."""
+"""`aim train check`."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ import click
 from aim_cli.errors import requires
 from aim_cli.human import count
 from aim_cli.terminal import fields, progress_bar, table
+from aim_runtime.cores import usable_cores
 from aim_training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from aim_training.data import Survey
 
-#: Classes that have a row of their own; of more, those where something is wrong come first.
 _ROWS = 30
+"""Classes that have a row of their own; of more, those where something is wrong come first."""
 
 
 @click.command("check")
@@ -39,7 +39,7 @@ _ROWS = 30
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
-    default=min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 4,
+    default=min(8, usable_cores()),
     show_default=True,
     help="Threads that decode.",
 )
@@ -105,7 +105,7 @@ def _all(classes: int) -> str:
 
 
 def _ranked(names: Iterable[str]) -> str:
-    """``PNG 120, JPEG 3``."""
+    """`PNG 120, JPEG 3`."""
     return ", ".join(f"{name} {number:,}" for name, number in Counter(names).most_common()) or "-"
 
 

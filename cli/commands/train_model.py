@@ -1,4 +1,4 @@
-"""``aim train model``."""
+"""`aim train model`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``aim train tokenizer``."""
+"""`aim train tokenizer`."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aim_cli.commands.sample import contiguous
 from aim_cli.npz import write_npz
-from aim_runtime import Generator, save_png
+from aim_cli.sample_folder import contiguous
+from aim_runtime import Generator, Request, save_png
 
 from ..runtime.tiny_bundle import copy_bundle
 from .conftest import Cli, Spawn, refused, tree
@@ -114,9 +114,9 @@ def test_goes_on_where_it_stopped(
     drawn: list[int] = []
     generate = Generator.generate
 
-    def spy(self: Generator, classes: Any, **options: Any) -> Any:
-        drawn.extend(range(options["seed"], options["seed"] + len(classes)))
-        return generate(self, classes, **options)
+    def spy(self: Generator, request: Request, **options: Any) -> Any:
+        drawn.extend(request.seeds)
+        return generate(self, request, **options)
 
     monkeypatch.setattr(Generator, "generate", spy)
     done = cli(*args)
@@ -142,6 +142,7 @@ def test_killed_and_started_again(
         assert "Traceback" not in err
     assert not list((folder / "x").glob("*.npz"))
     (folder / "x" / "images" / ".000399.png.0123456789ab.tmp").write_bytes(b"half")
+    (folder / "x" / ".samples_400x6x6x3.npz.0123456789ab.tmp").write_bytes(b"half")
     again = cli(*args)
     assert again.exit_code == 0
     assert "were there already" in again.stdout
@@ -149,6 +150,7 @@ def test_killed_and_started_again(
         expected = generator.generate([index % 3 for index in range(400)])
     assert np.array_equal(archive(folder / "x"), expected.array)
     assert len(list((folder / "x" / "images").iterdir())) == 400
+    assert not list((folder / "x").glob(".*"))
 
 
 def test_a_folder_with_other_things_is_left_alone(cli: Cli, bundle: Path, folder: Path) -> None:
@@ -244,9 +246,9 @@ def test_a_sample_grows_into_the_larger_one(
     drawn: list[int] = []
     generate = Generator.generate
 
-    def spy(self: Generator, classes: Any, **options: Any) -> Any:
-        drawn.extend(range(options["seed"], options["seed"] + len(classes)))
-        return generate(self, classes, **options)
+    def spy(self: Generator, request: Request, **options: Any) -> Any:
+        drawn.extend(request.seeds)
+        return generate(self, request, **options)
 
     monkeypatch.setattr(Generator, "generate", spy)
     done = cli(*args, "-n", 10, "--out", "x")
@@ -270,7 +272,7 @@ def test_growing_goes_on_where_it_stopped(
     cli(*args, "-n", 3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "aim_cli.commands.sample.write_npz", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "aim_cli.sample_folder.write_npz", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         assert cli(*args, "-n", 5).exit_code == 130
     assert (folder / "x" / "samples_3x6x6x3.npz").exists()

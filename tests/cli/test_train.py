@@ -200,6 +200,28 @@ def test_from_pictures_to_pictures(cli: Cli, data: Path, folder: Path) -> None:
         assert image.size == (16, 16)
 
 
+@pytest.mark.parametrize(("before", "granted", "then"), [(3, 1, 1), (3, 2, 2), (1, 2, 1)])
+def test_threads_stay_within_what_a_container_grants(
+    monkeypatch: pytest.MonkeyPatch, before: int, granted: int, then: int
+) -> None:
+    """PyTorch alone would start one for each core of the host."""
+    from aim_cli.commands.train import run_with
+
+    monkeypatch.setattr("aim_cli.torch_threads.usable_cores", lambda: granted)
+    threads: list[int] = []
+
+    def train(options: None) -> Path:
+        threads.append(torch.get_num_threads())
+        return Path()
+
+    torch.set_num_threads(before)
+    try:
+        run_with(train, None)
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [then]
+
+
 def test_everything_at_once(cli: Cli, data: Path, folder: Path) -> None:
     for colour, name in ((200, "blue"), (40, "red")):
         for index in range(4, 12):

@@ -18,15 +18,17 @@ import pytest
 import aim_runtime
 from aim_runtime import (
     AimError,
+    BatchPlan,
     Bundle,
     Generator,
+    Request,
     SamplingOptions,
     available_backends,
     contact_sheet,
     plan_batches,
     save_png,
 )
-from aim_runtime.arguments import shown
+from aim_runtime.quoting import shown
 
 from .tiny_bundle import TOKENS
 
@@ -52,6 +54,7 @@ class Long:
         return "line\n" * 1000
 
 
+ANOTHERS = Request((0,), (0,), SamplingOptions(), BatchPlan(1, 1, 1, 1), "x\n" * 99, "", "cpu")
 NUMBERS = [
     *(0, 1, 2, 3, -1, 10**9, 2**31, 2**63, 2**64 - 1, 2**64, 2**70, 10**400, 10**5000),
     *(0.0, 1.0, 0.5, -0.5, 1e-320, 5e-324, 1e308, 1e39, float("nan"), float("inf")),
@@ -101,6 +104,7 @@ OTHERS = [
         Path(),
         threading.Event(),
         SamplingOptions(),
+        ANOTHERS,
         np.array("dog"),
         np.array(None),
     ),
@@ -153,6 +157,7 @@ def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[
             "cfg_scale",
             lambda v: gen.logits(np.zeros((1, TOKENS), int), 0, cfg_scale=v),
         ),
+        "request classes": ("class", gen.request),
         "class_index": ("class", gen.class_index),
         "class_number": ("index", gen.class_number),
         "plan n": ("n", gen.plan),
@@ -179,6 +184,8 @@ def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[
         found[f"generate {name}"] = (name, lambda v, make=make: gen.generate(0, **make(v)))
         # Its arguments are checked by the call, as those of `generate`: nothing needs to be drawn.
         found[f"stream {name}"] = (name, lambda v, make=make: gen.stream(0, **make(v)).close())
+        if name != "cancel":
+            found[f"request {name}"] = (name, lambda v, make=make: gen.request(0, **make(v)))
         if name not in ("seed", "cancel"):
             found[f"options {name}"] = (name, lambda v, make=make: SamplingOptions(**make(v)))
     for name in ("backend", "device", "precision", "threads", "memory_limit_mb"):

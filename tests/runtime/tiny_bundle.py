@@ -22,7 +22,7 @@ from aim_runtime.bundle.manifest import (
     GraphSpec,
     Manifest,
     ModelCard,
-    SamplingDefaults,
+    SamplingOptions,
     StatePair,
     TensorSpec,
 )
@@ -103,7 +103,7 @@ def tiny_manifest() -> Manifest:
             StatePair("ssm_state_0", "next_ssm_state_0"),
             StatePair("conv_state_0", "next_conv_state_0"),
         ),
-        sampling=SamplingDefaults(cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0),
+        sampling=SamplingOptions(cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0),
         class_names=CLASS_NAMES,
         precision="fp32",
         provenance={"exported_by": "tests", "parity": {"max_error": 0.0}},

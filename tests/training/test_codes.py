@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from aim_training.codes import CodeRequest, cached_codes, codes_fit, weights_digest
+from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import TokenizerConfig
 from aim_training.data import (
     BadImages,
@@ -71,6 +71,26 @@ def test_codes_are_those_of_the_tokenizer(
         assert np.array_equal(centre[0], tokenizer.encode(batch).numpy())
 
 
+def test_the_tokenizer_is_hashed_once_at_most(
+    tmp_path: Path,
+    request_: CodeRequest,
+    tokenizer: VQTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest, hashed = weights_digest(tokenizer), []
+    monkeypatch.setattr("aim_training.codes.weights_digest", lambda t: hashed.append(t) or digest)
+    codes(tmp_path / "train.npy", request_, tokenizer)
+    assert len(hashed) == 1
+    sizes = {"workers": 1, "resident_limit_mb": 100}
+    for name in ("train", "val"):  # used, and made
+        cached_codes(
+            tmp_path / f"{name}.npy", request_, tokenizer, CPU, tokenizer_sha256=digest, **sizes
+        )
+    assert len(hashed) == 1
+    written = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert [entry["tokenizer_sha256"] for entry in written] == [digest] * 2
+
+
 def test_a_fitting_cache_is_used_and_any_other_is_not(
     tmp_path: Path,
     request_: CodeRequest,
@@ -115,18 +135,6 @@ def test_a_failed_encoding_leaves_no_cache_that_looks_whole(
     if described.exists():  # then it describes the file that is still there
         assert json.loads(described.read_text())["data_digest"] == request.folder.digest
     assert not list(path.parent.glob("*.part"))
-
-
-def test_a_description_alone_says_whether_the_cache_fits(
-    tmp_path: Path, request_: CodeRequest, tokenizer: VQTokenizer
-) -> None:
-    path = tmp_path / "train.npy"
-    assert not codes_fit(path, request_, tokenizer)
-    codes(path, request_, tokenizer)
-    before = path.read_bytes()
-    assert codes_fit(path, request_, tokenizer)
-    assert not codes_fit(path, dataclasses.replace(request_, seed=1), tokenizer)
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "pickle", "other", "folder", "pipes"])
@@ -175,7 +183,7 @@ def test_an_old_cache_stays_until_its_successor_is_whole(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("aim_training.codes.os.fsync", full)
+    monkeypatch.setattr("aim_training.replacing.os.fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         codes(path, dataclasses.replace(request_, seed=1), tokenizer)
     assert caught.value.filename == str(path)
@@ -193,12 +201,13 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "import numpy as np\n"
-        "from aim_training.codes import _replacing, _write\n"
+        "from aim_training.codes import _write\n"
+        "from aim_training.replacing import replacing\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "parts = (np.zeros((64, 16), np.int64) for _ in range(100))\n"
         "path = Path(sys.argv[1])\n"
         "try:\n"
-        "    with _replacing(path) as file:\n"
+        "    with replacing(path) as new, new.open('wb') as file:\n"
         "        _write(file, parts, (1, 6400, 16), np.dtype(np.uint16))\n"
         "except OSError as error:\n"
         "    sys.exit(f'{error.filename}: {error.strerror}')\n"
@@ -233,6 +242,5 @@ def test_codes_made_around_bad_images_say_so(
     capsys.readouterr()
     made("skip")
     assert "made around 1 image" in capsys.readouterr().err
-    assert not codes_fit(tmp_path / "train.npy", request, tokenizer, "stop")
     with pytest.raises(DataError, match=r"001\.png"):
         made("stop")

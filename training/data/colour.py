@@ -1,7 +1,7 @@
 """Pixels of any of Pillow's modes as 8-bit RGB, each mode by its meaning.
 
-Two steps, between which an image is cut and resized: :func:`eight_bit` keeps transparency and
-colour space and only brings samples to bytes; :func:`on_white` makes sRGB of what is left.
+Two steps, between which an image is cut and resized: `eight_bit` keeps transparency and
+colour space and only brings samples to bytes; `on_white` makes sRGB of what is left.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops
 
-#: Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
+# Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
 _INTEGER_WHITES = (255.0, 65535.0, 2.0**31 - 1)
-#: The largest value up to which floating-point samples have which white. Filters overshoot: a
-#: picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
+# The largest value up to which floating-point samples have which white. Filters overshoot: a
+# picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
 _FLOAT_WHITES = ((2.0, 1.0), (256.0, 255.0), (65536.0, 65535.0))
-#: What lies below black may have this share of white; more than an overshoot is no picture.
+# What lies below black may have this share of white; more than an overshoot is no picture.
 _UNDERSHOOT = 0.1
-#: Modes whose colours a profile of this space describes.
+# Modes whose colours a profile of this space describes.
 _PROFILED = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 
@@ -65,7 +65,7 @@ def eight_bit(image: Image.Image, coding: Coding) -> Image.Image:
 
 
 def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """What :func:`eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
+    """What `eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
 
     Args:
         image: mode L, LA, RGB, RGBA or CMYK.
@@ -133,7 +133,7 @@ def _extrema(image: Image.Image) -> tuple[float, float]:
 
 
 def _scaled(image: Image.Image, white: float) -> Image.Image:
-    """One channel of wide samples as bytes, ``white`` as 255."""
+    """One channel of wide samples as bytes, `white` as 255."""
     grey = Image.new("L", image.size)
     rows = max(
         1, 2**20 // image.width

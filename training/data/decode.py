@@ -30,13 +30,13 @@ from aim_training.data.colour import Coding, eight_bit, on_white
 from aim_training.data.errors import ImageError, one_line
 from aim_training.data.formats import readable_formats
 
-#: Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
+# Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
 MAX_PIXELS = 2**26
-#: Images of more pixels are decoded one at a time; a 4K screen has fewer.
+# Images of more pixels are decoded one at a time; a 4K screen has fewer.
 _MANY_PIXELS = 2**23
-#: Of an image longer than this many times its width only a part of that shape is enlarged.
+# Of an image longer than this many times its width only a part of that shape is enlarged.
 LONGEST = 8
-#: A JPEG may be decoded at a fraction of its size that is at least so many times what is wanted.
+# A JPEG may be decoded at a fraction of its size that is at least so many times what is wanted.
 _DRAFT_MARGIN = 2
 _NO_FAULT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ORIENTATION = 0x0112
@@ -50,7 +50,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: Held while an image of many pixels is decoded in this process.
+# Held while an image of many pixels is decoded in this process.
 _one_large_image = threading.Lock()
 
 
@@ -59,8 +59,8 @@ class Header:
     """What a file says about its image before its pixels are decoded.
 
     Attributes:
-        format: Pillow's name of the format, such as ``PNG``.
-        mode: Pillow's mode, such as ``RGB`` or ``I;16``.
+        format: Pillow's name of the format, such as `PNG`.
+        mode: Pillow's mode, such as `RGB` or `I;16`.
         width: pixels, as the image is to be seen.
         height: likewise.
     """
@@ -79,15 +79,15 @@ class Header:
         return max(self.width, self.height) > LONGEST * min(self.width, self.height)
 
     def is_small(self, size: int) -> bool:
-        """Whether it is enlarged to squares of ``size`` pixels."""
+        """Whether it is enlarged to squares of `size` pixels."""
         return min(self.width, self.height) < size
 
 
 def read_header(path: Path, shorter_side: int) -> Header:
-    """Reads what kind of image a file holds and how large.
+    """Read what kind of image a file holds and how large.
 
     Raises:
-        ImageError: it is no image, or has too many pixels to be decoded for ``shorter_side``.
+        ImageError: it is no image, or has too many pixels to be decoded for `shorter_side`.
     """
     with _opened(path, shorter_side) as (image, stored):
         size = _turned(stored, _early_orientation(image))
@@ -101,10 +101,10 @@ def load_image(
     at: tuple[float, float] = (0.5, 0.5),
     one_large_image: AbstractContextManager[object] = _one_large_image,
 ) -> NDArray[np.uint8]:
-    """Reads one image as (height, width, 3) bytes, its shorter side resized.
+    """Read one image as (height, width, 3) bytes, its shorter side resized.
 
     The first frame, upright, in sRGB, transparent pixels on white; an opaque 8-bit image of the
-    right size is left as it is. See :func:`fitted` for the shape.
+    right size is left as it is. See `fitted` for the shape.
 
     Args:
         path: the file.
@@ -146,7 +146,7 @@ def _resized(
 
 
 def fitted(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    """Width and height of what :func:`load_image` makes of an image."""
+    """Width and height of what `load_image` makes of an image."""
     longest = LONGEST * min(width, height)
     width, height = min(width, longest), min(height, longest)
     scale = shorter_side / min(width, height)
@@ -252,7 +252,7 @@ def _too_large(size: tuple[int, int]) -> str:
     )
 
 
-#: How files begin that often lie under an image's name, and what they are.
+# How files begin that often lie under an image's name, and what they are.
 _NO_IMAGES = (
     (b"version https://git-lfs", "it is a Git LFS pointer; 'git lfs pull' fetches the image"),
     (b"%!PS", "it is PostScript, a program, which is not run"),

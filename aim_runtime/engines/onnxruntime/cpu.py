@@ -9,7 +9,9 @@ to three times slower and doubles the CPU time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
@@ -18,11 +20,14 @@ from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
     import_failure,
-    load_sessions,
     make_session,
 )
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
+from aim_runtime.onnx_graph import CheckedGraph
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
@@ -48,18 +53,27 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
     device = "cpu"
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
-        sessions = load_sessions(functools.partial(_load, bundle, threads))
-        super().__init__(bundle.manifest, sessions, ("cpu", 0))
+        super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0))
 
 
-def _load(bundle: Bundle, threads: int, stopping: Stopping) -> Sessions:
-    graphs = bundle.manifest.graphs
-    cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
-    make = functools.partial(make_session, bundle, providers=cpu, stopping=stopping)
+def _load(
+    threads: int, bundle: Bundle, graphs: Mapping[str, CheckedGraph], stopping: Stopping
+) -> Sessions:
+    def make(name: str, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
+        return make_session(
+            bundle,
+            bundle.manifest.graphs[name],
+            graphs[name].data,
+            threads=threads,
+            providers=[("CPUExecutionProvider", {})],
+            stopping=stopping,
+            arena=arena,
+        )
+
     # ONNX Runtime loads on one core: the small graphs are ready before the step is.
     with ThreadPoolExecutor(1, thread_name_prefix="aim-load") as beside:
         # It runs once an image and is small: one thread spares it a pool of its own.
-        prologue = beside.submit(make, graphs["prologue"], threads=1)
-        decoder = beside.submit(make, graphs["decoder"], threads=threads)
-        step = make(graphs["step"], threads=threads, arena=True)
+        prologue = beside.submit(make, "prologue", threads=1)
+        decoder = beside.submit(make, "decoder", threads)
+        step = make("step", threads, arena=True)
     return Sessions(prologue.result(), step, decoder.result())

@@ -17,41 +17,40 @@ import ctypes
 import functools
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aim_runtime.arguments import shown
-from aim_runtime.batching import BatchPlan, memory_needed, plan_batches
+from aim_runtime.batching import BatchPlan, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import TensorSpec
-from aim_runtime.engines.base import cuda_index
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda, probing
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
-    first_line,
     import_failure,
-    load_sessions,
     make_session,
 )
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
+from aim_runtime.onnx_graph import CheckedGraph
+from aim_runtime.quoting import first_line, shown
 
 if TYPE_CHECKING:
     import onnxruntime
 
 _PROVIDER = "CUDAExecutionProvider"
 _MEMORY = "cuda"  # what ONNX Runtime calls the device's memory
-# Of the memory that is free once the model is loaded, what one request may plan with: the rest is
+# Of the memory that is free once the model is loaded, what one request may take: the rest is
 # for what the estimate misses and for whoever else uses the GPU.
 _SHARE_OF_FREE_MEMORY = 0.7
 
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
     """None if there is a GPU and ONNX Runtime has its CUDA provider, otherwise what to do."""
-    reason = nvidia_driver.unavailable_reason() or import_failure()
+    reason = libcuda.unavailable_reason() or import_failure()
     if reason is not None:
         return reason
     import onnxruntime
@@ -64,7 +63,7 @@ def unavailable_reason(bundle: Bundle | None = None) -> str | None:
             "pip install --force-reinstall --no-deps onnxruntime-gpu"
         )
     built = str(getattr(onnxruntime, "cuda_version", ""))
-    major, minor = nvidia_driver.cuda_version()
+    major, minor = libcuda.cuda_version()
     if built.partition(".")[0].isdecimal() and int(built.partition(".")[0]) > major:
         return (
             f"this onnxruntime is built for CUDA {built}, the NVIDIA driver here runs CUDA "
@@ -81,12 +80,7 @@ def load(
         raise BackendError(
             f"precision is {shown(precision)}; the onnxruntime-cuda backend computes in 'fp32' only"
         )
-    gpu = cuda_index(device)
-    count = nvidia_driver.gpu_count()
-    if gpu >= count:
-        raise BackendError(
-            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
-        )
+    gpu = probing.chosen_gpu(device)
     said = _preload_libraries()
     try:
         return OnnxRuntimeCuda(bundle, gpu, threads or 1)
@@ -101,29 +95,27 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
     backend = "onnxruntime-cuda"
 
     def __init__(self, bundle: Bundle, gpu: int, threads: int) -> None:
-        sessions = load_sessions(functools.partial(_load, bundle, gpu, threads))
-        super().__init__(bundle.manifest, sessions, (_MEMORY, gpu))
+        super().__init__(bundle, functools.partial(_load, gpu, threads), (_MEMORY, gpu))
         self.device = f"cuda:{gpu}"
         # A GPU that this build has no kernels for fails here, where another backend can still be
         # chosen, and not in the first request.
         self.prologue(np.zeros(1, np.int64))
-        self._free_bytes = nvidia_driver.free_bytes(gpu)
+        self._free_bytes = libcuda.free_bytes(gpu)
 
-    def plan(
-        self, n: int, cfg_scale: float | None = None, memory_limit_mb: float | None = None
-    ) -> BatchPlan:
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """As on the CPU, within what was free on the GPU when the model was loaded."""
         if memory_limit_mb is not None:
-            return super().plan(n, cfg_scale, memory_limit_mb)
+            return super()._batching(n, rows_per_image, memory_limit_mb)
         limit = _SHARE_OF_FREE_MEMORY * self._free_bytes
-        image, decoder = memory_needed(self.manifest, cfg_scale)
+        image, decoder = memory_needed(self.manifest, rows_per_image)
+        decoder = max(decoder, self._decoder_bytes)
         if image + decoder > limit:
             raise BackendError(
                 f"{self.device} had {self._free_bytes // 2**20} MiB free with the model loaded; "
                 f"drawing one image takes {-(-(image + decoder) // 2**20)} MiB: free some, or use "
                 "backend 'cpu'"
             )
-        return plan_batches(self.manifest, n, cfg_scale, limit / 2**20)
+        return super()._batching(n, rows_per_image, limit / 2**20)
 
     def zeros(self, spec: TensorSpec, rows: int) -> onnxruntime.OrtValue:
         """Filled on the device: a large batch's state is gigabytes."""
@@ -133,7 +125,7 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
         value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
             shape, np.dtype(spec.dtype).type, *self.memory
         )
-        nvidia_driver.fill_zero(self.memory[1], value.data_ptr(), value.tensor_size_in_bytes())
+        libcuda.fill_zero(self.memory[1], value.data_ptr(), value.tensor_size_in_bytes())
         return value
 
 
@@ -167,7 +159,13 @@ def _provider_failure() -> str:
     return ""
 
 
-def _load(bundle: Bundle, gpu: int, threads: int, stopping: Stopping) -> Sessions:
+def _load(
+    gpu: int,
+    threads: int,
+    bundle: Bundle,
+    graphs: Mapping[str, CheckedGraph],
+    stopping: Stopping,
+) -> Sessions:
     def session(name: str, *, tf32: bool) -> onnxruntime.InferenceSession:
         options = {
             "device_id": str(gpu),
@@ -180,6 +178,7 @@ def _load(bundle: Bundle, gpu: int, threads: int, stopping: Stopping) -> Session
         return make_session(
             bundle,
             bundle.manifest.graphs[name],
+            graphs[name].data,
             threads=threads,
             providers=[(_PROVIDER, options), ("CPUExecutionProvider", {})],
             stopping=stopping,

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aim_runtime.batching import DEFAULT_MEMORY_LIMIT_MB, BatchPlan, batches_within
 from aim_runtime.bundle import Bundle
-from aim_runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
+from aim_runtime.bundle.manifest import GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import import_quietly, log_level
 from aim_runtime.errors import BackendError, BundleError
-from aim_runtime.onnx_graph import checked_graph
-from aim_runtime.quoting import shortened
+from aim_runtime.onnx_graph import CheckedGraph, checked_graphs
+from aim_runtime.quoting import first_line, shortened
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,10 +51,8 @@ class Sessions:
     decoder: onnxruntime.InferenceSession
 
 
-def load_sessions(load: Callable[[Stopping], Sessions]) -> Sessions:
-    """What `load` returns or raises; Ctrl-C meanwhile ends it."""
-    stopping = Stopping()
-    return interruptible(lambda: load(stopping), stopping)
+Load = Callable[[Bundle, Mapping[str, CheckedGraph], Stopping], Sessions]
+"""Makes the sessions of a bundle; what is called then ends it."""
 
 
 class OnnxRuntimeEngine(Engine):
@@ -66,10 +65,14 @@ class OnnxRuntimeEngine(Engine):
 
     precision = "fp32"
 
-    def __init__(self, manifest: Manifest, sessions: Sessions, memory: tuple[str, int]) -> None:
-        super().__init__(manifest)
+    def __init__(self, bundle: Bundle, load: Load, memory: tuple[str, int]) -> None:
+        super().__init__(bundle.manifest)
         self.memory = memory
-        self._sessions = sessions
+        # All are judged before ONNX Runtime sees the first.
+        graphs = checked_graphs(bundle)
+        stopping = Stopping()
+        self._sessions = interruptible(lambda: load(bundle, graphs, stopping), stopping)
+        self._decoder_bytes = graphs["decoder"].row_bytes
 
     def start(self, rows: int, conditioning: Conditioning) -> Rows:
         """Allocate and bind the buffers of `rows` rows."""
@@ -80,6 +83,13 @@ class OnnxRuntimeEngine(Engine):
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(spec, rows), *self.memory)
+
+    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
+        if memory_limit_mb is None:
+            memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
+        return batches_within(
+            self.manifest, n, rows_per_image, memory_limit_mb, self._decoder_bytes
+        )
 
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         binding = self._sessions.prologue.io_binding()
@@ -209,8 +219,7 @@ def import_failure() -> str | None:
         version = str(onnxruntime.__version__)
         numbers = tuple(int(part) for part in version.split(".")[:2])
     except Exception as error:  # a broken installation can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"onnxruntime does not import ({reason}); pip install onnxruntime"
+        return f"onnxruntime does not import ({first_line(error)}); pip install onnxruntime"
     if numbers < _MINIMUM_VERSION:
         least = ".".join(map(str, _MINIMUM_VERSION))
         return (
@@ -223,14 +232,16 @@ def import_failure() -> str | None:
 def make_session(
     bundle: Bundle,
     graph: GraphSpec,
+    model: bytes,
     *,
     threads: int,
     providers: Sequence[tuple[str, Mapping[str, str]]],
     stopping: Stopping,
     arena: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """Make a session for `graph` on `providers`, each a name and its options, the best first.
+    """Make a session for `graph`, whose checked file is `model`.
 
+    `providers` are names with their options, the best first.
     `arena` keeps working memory on the host for the next run. That pays for the step, which runs
     hundreds of times an image; the decoder would hold on to hundreds of megabytes for nothing.
     `stopping` ends it, with a BundleError.
@@ -247,7 +258,6 @@ def make_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
     stopping.by(lambda: options.set_load_cancellation_flag(True))
-    model = checked_graph(bundle, graph)
 
     def load(weights: memoryview) -> onnxruntime.InferenceSession:
         # The table is given even where a graph has no weights: with it, a graph that names any
@@ -282,14 +292,6 @@ def make_session(
             f"{session.get_providers()[0]}"
         )
     return session
-
-
-def first_line(error: Exception) -> str:
-    """What `error` says, on one short line that can be printed."""
-    lines = str(error).splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
-    # It may quote names out of a stranger's graph.
-    return shortened(text, 160)
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], rows: int) -> None:

@@ -1,0 +1,263 @@
+"""The folder of a sample: images by number, one archive of all, and a record of what they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from aim_cli import human, sample_record
+from aim_cli.npz import write_npz
+from aim_cli.output import staged
+from aim_cli.sample_record import require_no_folder
+from aim_cli.terminal import fields, progress_bar
+from aim_runtime.replacing import leftovers
+
+if TYPE_CHECKING:
+    from aim_runtime import Generator, SamplingOptions
+
+_BAR_UNITS = 1000
+"""Units of the progress bar an image."""
+
+
+@dataclass
+class Sample:
+    """A folder that is being filled with `count` images.
+
+    Attributes:
+        out: the folder.
+        count: N, images in all.
+        seed: of image 0.
+        options: how tokens are drawn.
+        generator: what draws.
+        finished: images that are complete.
+    """
+
+    out: Path
+    count: int
+    seed: int
+    options: SamplingOptions
+    generator: Generator
+    finished: int = 0
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.out / "images" / f"{index:06d}.png"  # the same however many there are
+
+    def class_of(self, index: int) -> int:
+        """The class of an image."""
+        return index % len(self.generator.class_names)
+
+    @property
+    def archive(self) -> Path:
+        """The file of all images, named as ADM's are."""
+        shape = "x".join(map(str, self.shape))
+        return self.out / f"samples_{shape}.npz"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, height, width, 3)."""
+        model = self.generator.manifest.model
+        return self.count, model.image_height, model.image_width, 3
+
+    def open(self, preset: str) -> None:
+        """Start a folder, or go on in one with these settings and as many images or fewer.
+
+        Raises:
+            ClickException: the folder holds a sample with other settings, or something else.
+            OSError: it cannot be written.
+        """
+        path = self.out / sample_record.NAME
+        record = self.record(preset)
+        if os.path.lexists(path):
+            if sample_record.check_count(path, record) < self.count:
+                sample_record.write(path, record)
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise click.ClickException(
+                f"{self.out} holds other things and no {sample_record.NAME}; choose another --out"
+            )
+        else:
+            with staged(self.out) as folder:
+                sample_record.write(folder / sample_record.NAME, record)
+        images = self.out / "images"
+        with staged(images):
+            pass  # an older run's folder may have become read-only, its disk full
+        for stale in (*leftovers(self.out, "sample*"), *leftovers(images, "*")):
+            with contextlib.suppress(IsADirectoryError, PermissionError):  # nothing of ours
+                stale.unlink()
+        require_no_folder(self.archive)
+
+    def record(self, preset: str) -> dict[str, Any]:
+        """What the images are: whoever reads the figures can draw the same ones again."""
+        from aim_runtime import __version__
+
+        bundle = self.generator.bundle
+        provenance = bundle.manifest.provenance
+        return {
+            "format": sample_record.FORMAT,
+            "format_version": sample_record.VERSION,
+            "settings": {
+                "count": self.count,
+                "seed": self.seed,
+                "preset": preset,
+                **asdict(self.options),
+                "bundle": bundle.manifest.name,
+                "bundle_sha256": bundle.manifest_sha256,
+                "backend": self.generator.backend,
+                "precision": self.generator.precision,
+            },
+            "facts": {
+                "classes": f"image i is of class i mod {len(self.generator.class_names)}",
+                "seeds": f"image i has the seed {self.seed} + i",
+                "pixels": "uint8 as the decoder graph rounds them, stored without loss",
+                "weights": bundle.manifest.precision,
+                "checkpoint": provenance.get("checkpoint"),
+                "checkpoint_sha256": provenance.get("checkpoint_sha256"),
+                "tokenizer_sha256": provenance.get("tokenizer_sha256"),
+                "position_offset": bundle.manifest.model.position_offset,
+                "aim_runtime": __version__,
+            },
+        }
+
+    def run(self, batch_size: int, *, quiet: bool) -> str:
+        """Draw what is missing, then pack all; returns the summary."""
+        started = time.perf_counter()
+        missing = self.missing(quiet=quiet)
+        self.finished = self.count - len(missing)
+        kept = self.finished
+        label = f"Drawing {human.count(self.count, 'image')}"
+        with progress_bar(label, self.count * _BAR_UNITS, quiet=quiet) as show:
+            show(kept * _BAR_UNITS)
+            for batch in contiguous(missing, batch_size):
+                before, units = self.finished * _BAR_UNITS, len(batch) * _BAR_UNITS
+                self.draw(
+                    batch,
+                    lambda done, total, before=before, units=units: show(
+                        before + done * units // total
+                    ),
+                )
+        drawing = time.perf_counter() - started
+        write_npz(self.archive, self.pixels(quiet=quiet), self.shape)
+        self.remove_smaller_archives()
+        lines = [("images", f"{self.out / 'images'}/"), ("archive", str(self.archive))]
+        lines.append(("record", str(self.out / sample_record.NAME)))
+        speed = f" ({human.rate(len(missing) / drawing, 'images')})" if missing else ""
+        kept_text = f"; {kept:,} were there already" if kept else ""
+        lines.append(("time", f"{human.duration(drawing)}{speed}{kept_text}"))
+        lines.append(("backend", f"{self.generator.backend}, in {self.generator.precision}"))
+        return fields(lines)
+
+    def draw(self, batch: range, progress: Any) -> None:
+        """Draw images with adjoining numbers together and write each whole or not at all."""
+        from aim_runtime import AimError, save_png
+
+        request = self.generator.request(
+            [self.generator.class_number(self.class_of(index)) for index in batch],
+            seed=self.seed + batch.start,
+            **asdict(self.options),
+        )
+        result = self.generator.generate(request, progress=progress)
+        trouble: AimError | OSError | None = None
+        for i, index in enumerate(batch):
+            try:
+                save_png(result.images[i], self.path(index), result.settings(i))
+            except (AimError, OSError) as error:  # the others are drawn too: keep them
+                trouble = trouble or error
+            else:
+                self.finished += 1
+        if trouble is not None:
+            raise trouble
+
+    def missing(self, *, quiet: bool) -> Sequence[int]:
+        """The images that are not there, or not whole, or not of these settings."""
+        if not any(self.path(0).parent.iterdir()):
+            return range(self.count)
+        found = []
+        with progress_bar("Checking images", self.count, quiet=quiet) as show:
+            for index in range(self.count):
+                if not self.is_complete(index):
+                    found.append(index)
+                show(index + 1)
+        return found
+
+    def is_complete(self, index: int) -> bool:
+        """Whether the image's file is readable to its last pixel and was drawn for this place.
+
+        Raises:
+            ClickException: something that is no file has the image's name.
+        """
+        from aim_runtime.images import picture_settings, was_drawn_with
+
+        path, bundle = self.path(index), self.generator.bundle
+        settings = picture_settings(
+            self.class_of(index),
+            self.seed + index,
+            self.options,
+            bundle.manifest.name,
+            bundle.manifest_sha256,
+        )
+        if not was_drawn_with(path, settings):
+            require_no_folder(path)
+            return False
+        try:
+            read_pixels(path, self.shape[1:])
+        except (OSError, ValueError, SyntaxError):
+            return False
+        return True
+
+    def pixels(self, *, quiet: bool) -> Iterator[NDArray[np.uint8]]:
+        """All images in order."""
+        with progress_bar(f"Packing {self.archive.name}", self.count, quiet=quiet) as show:
+            for index in range(self.count):
+                yield read_pixels(self.path(index), self.shape[1:])
+                show(index + 1)
+
+    def remove_smaller_archives(self) -> None:
+        """Remove those that this sample had when it was smaller: its images are all in the new."""
+        _, height, width, channels = self.shape
+        pattern = re.compile(rf"samples_(\d+)x{height}x{width}x{channels}\.npz")
+        for path in self.out.iterdir():
+            found = pattern.fullmatch(path.name)
+            if found and int(found[1]) < self.count and stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
+
+
+def contiguous(indices: Iterable[int], most: int) -> Iterator[range]:
+    """Cut ascending numbers into runs without gaps, none longer than `most`."""
+    start = previous = None
+    for index in indices:
+        if start is None or previous is None or index != previous + 1 or index - start >= most:
+            if start is not None and previous is not None:
+                yield range(start, previous + 1)
+            start = index
+        previous = index
+    if start is not None and previous is not None:
+        yield range(start, previous + 1)
+
+
+def read_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An image file of `shape` (height, width, 3).
+
+    Raises:
+        ValueError: it is of another size, which nothing is unpacked to find out.
+    """
+    from PIL import Image
+
+    height, width, _ = shape
+    try:
+        with Image.open(path) as image:
+            if image.size != (width, height):
+                raise ValueError(f"{path} has {image.width} x {image.height} pixels")
+            return np.asarray(image.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error
