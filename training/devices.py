@@ -34,9 +34,9 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
             f"{here} processes were started on a machine with {gpus} GPUs; start one a GPU "
             f"(torchrun --nproc-per-node {gpus})"
         )
-    # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
     found = ", ".join(name for name in _OF_SEVERAL if name in os.environ)
     try:
+        # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
         accelerator = Accelerator(mixed_precision="no", cpu=on_cpu or (world > 1 and not gpus))
     except (ValueError, RuntimeError, OSError) as error:
         if not found:
