@@ -96,7 +96,10 @@ def test_samples_that_are_no_picture_are_refused(
 
 
 def tiff(path: Path, data: bytes, bits: int, sample: int, meaning: int) -> Path:
-    """A grey TIFF of 16 x 16 samples, whole (1) or floating (3); zero is white (0) or black (1)."""
+    """A grey TIFF of 16 x 16 samples: unsigned (1), signed (2), floating (3).
+
+    With `meaning` 0 zero is white, with 1 black.
+    """
     facts = {256: 16, 257: 16, 258: bits, 259: 1, 262: meaning, 273: 0, 277: 1, 278: 16}
     facts |= {279: len(data), 339: sample}
     facts[273] = 8 + 2 + 12 * len(facts) + 4
@@ -118,6 +121,15 @@ def test_grey_of_a_tiff_is_read_as_its_tags_say(tmp_path: Path, bits: int, meani
         samples = {8: levels, 16: levels.astype("<u2") * 257, 32: levels.astype("<f4") / 255}[bits]
     path = tiff(tmp_path / "a.tiff", samples.tobytes(), bits, 3 if bits == 32 else 1, meaning)
     assert np.abs(grey(path).astype(int) - RAMP).max() <= 1
+
+
+def test_signed_samples_have_the_largest_as_white(tmp_path: Path) -> None:
+    levels = (RAMP.astype(np.int32) * 32767 // 255).astype("<i2")
+    path = tiff(tmp_path / "a.tiff", levels.tobytes(), 16, 2, 1)
+    assert np.abs(grey(path).astype(int) - RAMP).max() <= 1
+    below = tiff(tmp_path / "b.tiff", (levels - 1000).tobytes(), 16, 2, 1)
+    with pytest.raises(ImageError, match="samples go down to -1000; none may be negative"):
+        load_image(below, 16)
 
 
 @pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "P", "1", "L", "RGB", "I;16"])

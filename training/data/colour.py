@@ -32,12 +32,12 @@ class Coding:
 
     Attributes:
         format: Pillow's name of the file's format.
-        bits: of a sample in modes I;16, which other widths are read as too.
+        bits: of a sample above zero, if 9 to 16: modes I;16 and I have room for more.
         zero_is_white: as in negatives and many X-rays.
     """
 
     format: str | None = None
-    bits: int = 16
+    bits: int | None = None
     zero_is_white: bool = False
 
 
@@ -89,8 +89,8 @@ def _wide_grey(image: Image.Image, coding: Coding) -> Image.Image:
         return _scaled(image, _float_white(image))
     # In a PNG or PPM 32 bits are only room for 16.
     if image.mode == "I" and coding.format not in ("PNG", "PPM"):
-        return _scaled(image, _integer_white(image))
-    return _sixteen_bit(image, coding.bits)
+        return _scaled(image, _integer_white(image, coding.bits))
+    return _sixteen_bit(image, coding.bits or 16)
 
 
 def _sixteen_bit(image: Image.Image, bits: int) -> Image.Image:
@@ -105,11 +105,12 @@ def _sixteen_bit(image: Image.Image, bits: int) -> Image.Image:
     return Image.merge("LA", (grey, wide.point(opacity, "L")))
 
 
-def _integer_white(image: Image.Image) -> float:
+def _integer_white(image: Image.Image, bits: int | None) -> float:
     low, high = _extrema(image)
     if low < 0:
-        raise ValueError(f"its 32-bit samples go down to {low:.4g}; none may be negative")
-    return next(white for white in _INTEGER_WHITES if high <= white)
+        raise ValueError(f"its samples go down to {low:.4g}; none may be negative")
+    whites = _INTEGER_WHITES if bits is None else (2.0**bits - 1,)
+    return next(white for white in whites if high <= white)
 
 
 def _float_white(image: Image.Image) -> float:

@@ -23,6 +23,7 @@ from PIL.TiffImagePlugin import (
     IMAGELENGTH,
     IMAGEWIDTH,
     PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
     TiffImageFile,
 )
 
@@ -40,6 +41,7 @@ LONGEST = 8
 _DRAFT_MARGIN = 2
 _NO_FAULT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ORIENTATION = 0x0112
+_SIGNED = 2  # a TIFF's sample format
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -204,8 +206,10 @@ def _coding(image: Image.Image) -> Coding:
     if not isinstance(image, TiffImageFile):
         return Coding(image.format)
     bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]
+    if image.tag_v2.get(SAMPLEFORMAT, (1,))[0] == _SIGNED:
+        bits -= 1
     negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
-    return Coding(image.format, bits if 8 < bits < 16 else 16, negative)
+    return Coding(image.format, bits if 8 < bits <= 16 else None, negative)
 
 
 def _early_orientation(image: Image.Image) -> int:
