@@ -36,7 +36,7 @@ from aim_runtime.engines.onnxruntime.engine import (
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
 from aim_runtime.onnx_graph import CheckedGraph
-from aim_runtime.quoting import first_line, shown
+from aim_runtime.quoting import shortened, shown
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -149,11 +149,13 @@ def _provider_failure() -> str:
     name = "onnxruntime_providers_cuda.dll"
     if sys.platform != "win32":
         name = "libonnxruntime_providers_cuda.so"
+    library = Path(onnxruntime.__file__).parent / "capi" / name
     try:
-        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+        ctypes.CDLL(str(library))
     except OSError as error:
+        says = str(error).replace(str(library), name)  # which may be all that fits a sentence
         return (
-            f"{first_line(error)}; CUDA's libraries come with "
+            f"{shortened(says, 160)}; CUDA's libraries come with "
             "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     return ""
