@@ -96,11 +96,7 @@ def batches_within(
     decoder = max(decoder, decoder_bytes)
     largest = int((memory_limit_mb * 2**20 - decoder) // image)
     if largest < 1:
-        needed = -(-(image + decoder) // 2**20)
-        raise ValueError(
-            f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
-            f"needs {needed}: give memory_limit_mb={needed} or more"
-        )
+        raise limit_too_low(memory_limit_mb, image + decoder)
     return BatchPlan.split(n, largest, image, decoder)
 
 
@@ -120,6 +116,15 @@ def images_within(plan: BatchPlan, images: int | None, usual: int) -> int:
             f"generator with memory_limit_mb={needed} or more"
         )
     return images
+
+
+def limit_too_low(memory_limit_mb: float, needed: int) -> ValueError:
+    """What to raise where one image needs `needed` bytes, more than the limit."""
+    least = -(-needed // 2**20)
+    return ValueError(
+        f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
+        f"needs {least}: give memory_limit_mb={least} or more"
+    )
 
 
 def memory_needed(manifest: Manifest, rows_per_image: int) -> tuple[int, int]:

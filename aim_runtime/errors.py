@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from aim_runtime.quoting import sentence
+
 
 class AimError(Exception):
-    """Something outside the caller's arguments went wrong; the message is one clear sentence."""
+    """Something outside the caller's arguments went wrong; the message is one clear sentence.
+
+    It has at most 300 characters on one line, whatever path it quotes.
+    """
+
+    def __str__(self) -> str:
+        return sentence(super().__str__())
 
 
 class BundleError(AimError):

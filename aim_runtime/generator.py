@@ -27,7 +27,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime import arguments, forks
+from aim_runtime import forks
 from aim_runtime.arguments import instance, number, optional_method, room_for, whole_number
 from aim_runtime.batching import BatchPlan, check_memory_limit
 from aim_runtime.bundle import Bundle
@@ -114,7 +114,7 @@ class Generator:
             threads = whole_number("threads", threads, 1, 1024)
         if memory_limit_mb is not None:
             memory_limit_mb = check_memory_limit(memory_limit_mb)
-        bundle = Bundle.open(None if path is None else arguments.path("path", path))
+        bundle = Bundle.open(path)
         load = functools.partial(load_engine, bundle, threads=threads)
         engine = load(backend=backend, device=device, precision=precision)
         generator = cls(bundle, engine, memory_limit_mb=memory_limit_mb)

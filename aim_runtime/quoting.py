@@ -26,7 +26,22 @@ def shown(value: Any) -> str:
     return shortened(" ".join(text.split()), _SHOWN)
 
 
+def first_line(error: Exception, limit: int = 160) -> str:
+    """What `error` says, cut to one line that can be printed; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0].strip() if lines else type(error).__name__, limit)
+
+
 def shortened(text: str, limit: int = 200) -> str:
     """`text` on one line, cut to `limit` characters, with "?" for what cannot be printed."""
     line = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def sentence(text: str, limit: int = 300) -> str:
+    """`text` on one printable line of at most `limit` characters, whatever path it quotes.
+
+    Too long a line loses its middle: what is wrong stands in front, what to do about it at the end.
+    """
+    line = shortened(" ".join(text.split()), len(text))
+    return line if len(line) <= limit else f"{line[: limit - 113]}...{line[-110:]}"

@@ -1,7 +1,7 @@
-"""Measure the product on this machine's CPU: ``python benchmarks/cpu.py``.
+"""Measure the product on this machine's CPU: `python benchmarks/cpu.py`.
 
 Two models: the one in the box, as people meet it, and a network of AiM-B's size (148 M parameters,
-or another published size) with **random weights**, for speed alone. Needs the ``export`` extra,
+or another published size) with **random weights**, for speed alone. Needs the `export` extra,
 which exports the random network once, into a cache folder. Each figure comes from a process of its
 own; the step is also timed in plain PyTorch, by turns with the engine in one process, so that the
 ratio means something on a machine whose speed drifts. Ends in a Markdown table and one JSON line.
@@ -104,7 +104,7 @@ def say(what: str) -> None:
 
 
 def import_seconds() -> float:
-    """Median over fresh processes of ``import aim_runtime``."""
+    """Median over fresh processes of `import aim_runtime`."""
     program = (
         "import time; start = time.perf_counter(); import aim_runtime; "
         "print(time.perf_counter() - start)"

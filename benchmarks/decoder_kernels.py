@@ -41,10 +41,10 @@ from aim_training.tokenizer import Norm, VQTokenizer
 TOKENS = 256
 CAPACITY = 16
 BATCHES = (1, 4, 16, 64)
-#: Rows of a table that are shown; all are in the file of ``--out``.
+# Rows of a table that are shown; all are in the file of `--out`.
 SHOWN = 18
 
-#: Tiles tried: m, n, k, warps, stages, and registers a thread (0: as the assembler likes).
+# Tiles tried: m, n, k, warps, stages, and registers a thread (0: as the assembler likes).
 TILES = [
     (256, 128, 64, 8, 4, 0),
     (128, 256, 64, 8, 3, 0),
@@ -61,7 +61,7 @@ TILES = [
     (64, 16, 256, 4, 4, 0),
     (64, 16, 256, 4, 3, 0),
 ]
-#: Sizes of the other kernels tried, by kernel: constants, warps, stages.
+# Sizes of the other kernels tried, by kernel: constants, warps, stages.
 OTHERS: dict[str, list[tuple[dict[str, int], int, int]]] = {
     "normalise": [
         ({"BLOCK_M": m, "BLOCK_C": c}, warps, 3)
@@ -117,7 +117,7 @@ class Device:
 
     @classmethod
     def of(cls, part: DecoderPart, images: int) -> Device:
-        """Everything for the bucket of ``images``, set up."""
+        """Everything for the bucket of `images`, set up."""
         bucket = next(bucket for bucket in part.buckets if bucket.images == images)
         memory = {name: torch.from_numpy(a).cuda() for name, a in part.constants.items()}
         for name, buffer in {**part.setup.buffers, **bucket.buffers}.items():
@@ -148,7 +148,7 @@ def zeros(buffer: PlanTensor) -> Tensor:
 
 
 def milliseconds(work: Callable[[], None], repeats: int, replays: int = 7) -> float:
-    """Median time of ``work``, ``repeats`` times in one CUDA graph."""
+    """Median time of `work`, `repeats` times in one CUDA graph."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -466,7 +466,7 @@ def main() -> None:
         want = torch.cat([Pictures(tokenizer.cuda())(part) for part in tokens.split(4)])
     torch.cuda.empty_cache()
 
-    part = lower_decoder(tensors, TOKENS, storage, (1, 4, CAPACITY))
+    part = lower_decoder(tensors, TOKENS, storage, images=(1, 4, CAPACITY))
     compile_all({item.kernel.id: (item.kernel, 0) for item in all_launches(part)}.values())
     devices = {bucket.images: Device.of(part, bucket.images) for bucket in part.buckets}
     for device in devices.values():

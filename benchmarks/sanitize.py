@@ -6,7 +6,7 @@
     compute-sanitizer --tool racecheck python benchmarks/sanitize.py BUNDLE fp16 --steps 3
 
 Buffers are allocated one by one, so that their ends can be seen. Without
-``--report-api-errors no`` the driver's answer that a kernel has no further parameter is counted.
+`--report-api-errors no` the driver's answer that a kernel has no further parameter is counted.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def run(program: Program[KernelSpec], memory: Memory) -> None:
 
 
 def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """``work`` as a graph, after one run of it to compile."""
+    """`work` as a graph, after one run of it to compile."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -97,7 +97,7 @@ def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def milliseconds(work: Callable[[], None], repeats: int) -> float:
-    """Median time of ``work`` by CUDA events."""
+    """Median time of `work` by CUDA events."""
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -134,7 +134,7 @@ def whole_step(
     first: int = 0,
     steps: int | None = None,
 ) -> float:
-    """Milliseconds a step, mean over ``steps`` of them from ``first`` on, the sampler included."""
+    """Milliseconds a step, mean over `steps` of them from `first` on, the sampler included."""
     memory = prepare(g, bucket, weights)
     graph = capture(lambda: run(bucket.step, memory))
     count = g.T - first if steps is None else steps

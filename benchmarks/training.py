@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from gpu import Keep, in_process, published_code
+from gpu_benchmark.rival_published import published_code
+from gpu_benchmark.sections import Keep, in_process
 
 from aim_cli.dataclass_options import CommaSeparated
 
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SECTIONS = ("rate", "errors", "kernels", "tune", "speed", "eager", "published", "curves", "profile")
-#: Steps before those that are timed, the first of which compiles.
+# Steps before those that are timed, the first of which compiles.
 WARM_UP = 4
-#: One small geometry for curves in float32.
+# One small geometry for curves in float32.
 SMALL = {"d_model": 256, "num_layers": 4, "vocab_size": 512, "num_classes": 10, "num_tokens": 256}
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from aim_cli.errors import bad_arguments
+
 if TYPE_CHECKING:
     from aim_runtime import Generator
     from aim_runtime.request import RequestOptions
@@ -40,7 +42,7 @@ def load_generator(
     """Load a bundle; unless `quiet`, say on stderr which backends failed and were passed over."""
     from aim_runtime import Generator
 
-    with warnings.catch_warnings(record=True) as caught:
+    with bad_arguments(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", RuntimeWarning)
         generator = Generator.load(bundle, backend=backend, **asdict(engine))

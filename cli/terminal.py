@@ -13,12 +13,37 @@ from typing import Any, Protocol
 import click
 
 
+class _Indifferent:
+    """A stream that loses what cannot be written.
+
+    Standard error holds reports only: the reader that has gone, or the full disk of a log, is no
+    reason to stop the work that is reported.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write if it can be."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if it can be."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def prepare_streams() -> None:
     """Make stdout and stderr take any text, and be there.
 
     What the encoding of a terminal or a redirection lacks is written as \\u732b. A stream that was
     closed is the null device: its number would go to the next file opened, and what libraries print
-    into that file.
+    into that file. What stderr cannot take is lost.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -32,6 +57,8 @@ def prepare_streams() -> None:
             setattr(sys, name, stream)
         if name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+        if name == "stderr":
+            sys.stderr = _Indifferent(stream)
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ __all__ = [
     "write_graphs",
 ]
 
-#: What the published sampler does; a checkpoint that says nothing was made for it.
+# What the published sampler does; a checkpoint that says nothing was made for it.
 PUBLISHED_POSITION_OFFSET = 1
 
 _DTYPES = {1: "float32", 2: "uint8", 7: "int64"}
-#: What trainers call a moving average of the weights.
+# What trainers call a moving average of the weights.
 _AVERAGES = ("ema", "model_ema", "state_dict_ema")
 
 
@@ -78,7 +79,7 @@ def export_bundle(
     """Lower a checkpoint, hold the result against it, and write the bundle if it agrees.
 
     Args:
-        checkpoint: AiM weights in any layout that :func:`load_checkpoint` reads.
+        checkpoint: AiM weights in any layout that `load_checkpoint` reads.
         out: folder to make.
         tokenizer: VQ tokenizer, where the checkpoint does not bring its own.
         precision: how large weights are stored; arithmetic on a CPU is float32 either way.
@@ -104,32 +105,28 @@ def export_bundle(
             cannot go into a bundle, or the graphs do not compute what the checkpoint computes.
             Nothing is written then.
         ValueError: an argument is out of range.
-        aim_runtime.BundleError: ``out`` is taken or cannot be written.
+        aim_runtime.BundleError: `out` is taken or cannot be written.
     """
     say = report or (lambda line: None)
-    chosen = _checked_options(precision, position_offset, sampling)
+    settings = _checked_options(precision, position_offset, sampling)
     included = [Path(path) for path in extra_files]
     check_extra_files(included)
     check_versions()
     out = Path(out).absolute()
     check_target(out, overwrite)
 
-    source = load_checkpoint(checkpoint)
-    if source.container in _AVERAGES:
-        say(f"taking the averaged weights ({source.container}) of {shown(source.path.name)}")
-    both = _with_tokenizer(source, tokenizer)
+    source, holder = _read(checkpoint, tokenizer, say)
+    name = name or source.metadata.get("name") or default_name(Path(checkpoint))
+    wishes = Wishes(name, description, license, class_names, sampling=settings)
     offset = _position_offset(position_offset, source, say)
-    wishes = Wishes(
-        name or source.metadata.get("name") or default_name(Path(checkpoint)),
-        description,
-        license,
-        class_names,
-        chosen,
-    )
-    draft = draft_manifest(source, both, wishes, offset, precision, say)
-    return _lower_and_compare(
-        source, both, draft, out, included, say=say, overwrite=overwrite, progress=progress
-    )
+    draft = draft_manifest(source, holder, wishes, offset, precision, say)
+
+    with _scratch_beside(out) as scratch:
+        lowered = _lowered(source, holder, draft, included, scratch, say)
+        parity = _compared(source, holder, lowered, say, progress)
+        provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
+        final = replace(lowered.manifest, provenance=provenance)
+        return write_bundle(final, lowered.path, out, overwrite=overwrite), parity
 
 
 def write_graphs(
@@ -140,7 +137,7 @@ def write_graphs(
     folder: Path,
     report: Report | None = None,
 ) -> dict[str, GraphSpec]:
-    """Lower both networks and write the three graphs into ``folder``; returns what they are."""
+    """Lower both networks and write the three graphs into `folder`; returns what they are."""
     specs = {}
     for graph, lower in (
         ("prologue", lambda: lower_prologue(model)),
@@ -170,49 +167,73 @@ def _checked_options(
     return chosen
 
 
-def _lower_and_compare(
-    source: Checkpoint,
-    tokenizer: Checkpoint,
-    draft: Manifest,
-    out: Path,
-    included: Sequence[Path],
-    *,
-    say: Report,
-    overwrite: bool,
-    progress: Progress | None,
-) -> tuple[Bundle, ParityReport]:
-    """Write the bundle that ``draft`` describes, if it computes what the checkpoint does."""
-    precision: Precision = "fp16" if draft.precision == "fp16" else "fp32"
-    model, vq = source.model, tokenizer.tokenizer
-    assert model is not None
-    assert vq is not None
+def _read(
+    checkpoint: str | Path, tokenizer: str | Path | None, say: Report
+) -> tuple[Checkpoint, Checkpoint]:
+    """The checkpoint that holds the model, and the one with its tokenizer; often the same."""
+    source = load_checkpoint(checkpoint)
+    if source.container in _AVERAGES:
+        say(f"taking the averaged weights ({source.container}) of {shown(source.path.name)}")
+    return source, _with_tokenizer(source, tokenizer)
 
-    # Beside the target, since a whole model may not fit where temporary files usually go.
+
+@contextlib.contextmanager
+def _scratch_beside(out: Path) -> Iterator[Path]:
+    """A folder for the time being, where `out` will be.
+
+    A whole model may not fit where temporary files usually go.
+    """
     existing = next(parent for parent in out.parents if parent.is_dir())
     with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name[:60]}.") as scratch:
-        graphs_dir, draft_dir = Path(scratch, "graphs"), Path(scratch, "bundle")
-        graphs_dir.mkdir()
-        for path in included:
-            shutil.copyfile(path, graphs_dir / path.name)
-        specs = write_graphs(model, vq, draft.model.position_offset, precision, graphs_dir, say)
-        draft = replace(draft, graphs=specs)
-        written = write_bundle(draft, graphs_dir, draft_dir)
-        for graph in specs.values():
-            checked_graph(written, graph)  # what others' runtimes will ask of it
-        say(f"comparing {model.config.num_tokens} steps with PyTorch")
-        parity = check_parity(model, vq, written, progress=progress)
-        if parity.failures:
-            raise ExportError(
-                f"the graphs do not compute what {shown(source.path.name)} computes, so nothing "
-                f"was written: {'; '.join(parity.failures)}"
-            )
-        provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
-        final = replace(draft, provenance=provenance)
-        return write_bundle(final, draft_dir, out, overwrite=overwrite), parity
+        yield Path(scratch)
+
+
+def _lowered(
+    source: Checkpoint,
+    holder: Checkpoint,
+    draft: Manifest,
+    included: Sequence[Path],
+    scratch: Path,
+    say: Report,
+) -> Bundle:
+    """The bundle that `draft` describes, in `scratch`, checked as others' runtimes will."""
+    graphs_dir = scratch / "graphs"
+    graphs_dir.mkdir()
+    for path in included:
+        shutil.copyfile(path, graphs_dir / path.name)
+    precision: Precision = "fp16" if draft.precision == "fp16" else "fp32"
+    specs = write_graphs(
+        *_networks(source, holder), draft.model.position_offset, precision, graphs_dir, say
+    )
+    lowered = write_bundle(replace(draft, graphs=specs), graphs_dir, scratch / "bundle")
+    for graph in specs.values():
+        checked_graph(lowered, graph)
+    return lowered
+
+
+def _compared(
+    source: Checkpoint, holder: Checkpoint, lowered: Bundle, say: Report, progress: Progress | None
+) -> ParityReport:
+    """How near `lowered` is to what it was made of; ExportError where that is not near enough."""
+    model, vq = _networks(source, holder)
+    say(f"comparing {model.config.num_tokens} steps with PyTorch")
+    parity = check_parity(model, vq, lowered, progress=progress)
+    if parity.failures:
+        raise ExportError(
+            f"the graphs do not compute what {shown(source.path.name)} computes, so nothing "
+            f"was written: {'; '.join(parity.failures)}"
+        )
+    return parity
+
+
+def _networks(source: Checkpoint, holder: Checkpoint) -> tuple[AiM, VQTokenizer]:
+    assert source.model is not None
+    assert holder.tokenizer is not None
+    return source.model, holder.tokenizer
 
 
 def _with_tokenizer(source: Checkpoint, tokenizer: str | Path | None) -> Checkpoint:
-    """The checkpoint that holds the tokenizer of ``source``'s model: itself, or another."""
+    """The checkpoint that holds the tokenizer of `source`'s model: itself, or another."""
     name = shown(source.path.name)
     if source.model is None:
         raise ExportError(f"{name} holds a tokenizer only; --ckpt wants the AiM model")

@@ -33,14 +33,14 @@ from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
 from aim_training.weights.stored import shown
 
-#: The published sampling settings, for checkpoints that bring none.
+# The published sampling settings, for checkpoints that bring none.
 PUBLISHED_SAMPLING = SamplingOptions(cfg_scale=4.0, temperature=1.0, top_k=600, top_p=0.98)
-#: What an extra file may have; it is for licences and the like.
+# What an extra file may have; it is for licences and the like.
 MAX_EXTRA_FILE_BYTES = 64 << 20
 _ENDINGS = (".index.json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _MAX_NAME = 200
 
-#: Called with one line for the user whenever something is decided or begins.
+# Called with one line for the user whenever something is decided or begins.
 Report = Callable[[str], None]
 
 
@@ -73,7 +73,7 @@ def draft_manifest(
     precision: str,
     say: Report,
 ) -> Manifest:
-    """The manifest of what ``source`` and ``tokenizer`` will become, without its files.
+    """The manifest of what `source` and `tokenizer` will become, without its files.
 
     Raises:
         ExportError: it would hold what no bundle can hold: a name with a line break, another number

@@ -30,7 +30,7 @@ from aim_runtime.sampling import guide, row_classes, sample
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
 
-#: Called with steps done and steps in all.
+# Called with steps done and steps in all.
 Progress = Callable[[int, int], None]
 
 
@@ -44,9 +44,9 @@ class Tolerance:
     psnr_db: float
 
 
-#: By precision of the stored weights. In float32 the two engines differ by rounding alone: a token
-#: changes only where the noise falls within rounding of a boundary, a pixel by one level at most.
-#: Half-precision weights carry a relative error of 2^-11 each, which L layers add up.
+# By precision of the stored weights. In float32 the two engines differ by rounding alone: a token
+# changes only where the noise falls within rounding of a boundary, a pixel by one level at most.
+# Half-precision weights carry a relative error of 2^-11 each, which L layers add up.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 1e-5, 0.99, 50.0),
     "fp16": Tolerance(1e-4, 2e-2, 0.9, 35.0),
@@ -55,7 +55,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What was measured, on ``images`` images of ``steps`` tokens.
+    """What was measured, on `images` images of `steps` tokens.
 
     Attributes:
         precision: how the bundle stores its weights.

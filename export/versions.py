@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from aim_export.errors import ExportError
 
-#: Older ones fail inside PyTorch's exporter, each in its own way.
+# Older ones fail inside PyTorch's exporter, each in its own way.
 OLDEST = {"onnx": (1, 18), "onnxscript": (0, 7)}
 
 

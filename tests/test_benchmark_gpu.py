@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,14 +24,14 @@ from .runtime.toy_cuda import toy_engine, toy_plan, write_toy_bundle
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+Part = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def part(monkeypatch: pytest.MonkeyPatch) -> Part:
+    """A module of the benchmark, which finds its own as the script does: beside it."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return lambda name: importlib.import_module(f"gpu_benchmark.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ NAMED = {*WEIGHTS, "state", "past_x", "past_decay", "ring", "shifted", "logits"}
 
 
 class TestStepBytes:
-    def test_a_chunked_state(self, gpu: ModuleType) -> None:
+    def test_a_chunked_state(self, part: Part) -> None:
         # 8 positions, chunks of 4: the state is read at positions 4 to 7, written at 3 and 7;
         # 0, 1, 2 or 3 earlier tokens are read.
         buffers = {
@@ -67,7 +68,7 @@ class TestStepBytes:
             "logits": Tensor("float32", (2, 10)),
         }
         state, token = 2 * 3 * 5 * 7 * 2, 2 * 15 * 2 + 2 * 3 * 4
-        assert gpu.step_bytes(WEIGHTS, buffers, NAMED, 8) == {
+        assert part("step").step_bytes(WEIGHTS, buffers, NAMED, 8) == {
             "projections": 200 + 8,
             "head": 80,
             "small weights": 16,
@@ -79,40 +80,45 @@ class TestStepBytes:
             "tokens since, written": token,
         }
 
-    def test_a_state_rewritten_at_every_step(self, gpu: ModuleType) -> None:
+    def test_a_state_rewritten_at_every_step(self, part: Part) -> None:
         buffers = {"state": Tensor("float32", (1, 2, 15, 7))}
-        found = gpu.step_bytes(WEIGHTS, buffers, NAMED, 8)
+        found = part("step").step_bytes(WEIGHTS, buffers, NAMED, 8)
         assert found["state, read"] == 840 * 7 / 8
         assert found["state, written"] == 840
         assert "tokens since, read" not in found
 
 
 class TestDifferences:
-    def test_divergence(self, gpu: ModuleType) -> None:
+    def test_divergence(self, part: Part) -> None:
         p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.25, 0.5]])
         true, other = np.log(p).astype(np.float32) + 3, np.log(q).astype(np.float32) - 80
         expected = 0.5 * np.log(2) - 0.25 * np.log(2)
-        np.testing.assert_allclose(gpu.divergence(true, other), [expected], rtol=1e-5)
+        np.testing.assert_allclose(part("agreement").divergence(true, other), [expected], rtol=1e-5)
 
-    def test_sums_count_places(self, gpu: ModuleType) -> None:
+    def test_sums_count_places(self, part: Part) -> None:
         rng = np.random.default_rng(0)
         true = rng.normal(size=(2, 5, 40)).astype(np.float32)
         other = true.copy()
         other[1, 2] = -other[1, 2]  # another best token at one place
-        found = gpu.differences(true, other, slice(3, 5))
+        agreement = part("agreement")
+        found = agreement.differences(true, other, slice(3, 5))
         assert found["argmax"] == 9
-        assert found["kl"] == pytest.approx(gpu.divergence(true[1, 2], other[1, 2]))
+        assert found["kl"] == pytest.approx(agreement.divergence(true[1, 2], other[1, 2]))
         assert found["draw"] in (9, 10)
-        assert gpu.differences(true, true, slice(3, 5)) == {"kl": 0, "argmax": 10, "draw": 10}
+        assert agreement.differences(true, true, slice(3, 5)) == {
+            "kl": 0,
+            "argmax": 10,
+            "draw": 10,
+        }
 
 
-def test_the_step_of_a_cuda_engine_alone(gpu: ModuleType, tiny: Path, tmp_path: Path) -> None:
+def test_the_step_of_a_cuda_engine_alone(part: Part, tiny: Path, tmp_path: Path) -> None:
     engine = toy_engine(write_toy_bundle(tiny, tmp_path / "toy", toy_plan("fp32")), "fp32")
     noise = uniforms(range(2), TOKENS)
     drawn = np.concatenate(
         list(engine.draw(np.array([1, 2]), noise, SamplingOptions(cfg_scale=4.0))), axis=1
     )
-    found = gpu.cuda_step(engine, 2)
+    found = part("step").cuda_step(engine, 2)
     assert found["rows"] == 6  # the smallest that has room for both
     assert found["step_ms"] > 0
     # It went on with the request before, which comes out the same.
@@ -122,7 +128,7 @@ def test_the_step_of_a_cuda_engine_alone(gpu: ModuleType, tiny: Path, tmp_path: 
         np.testing.assert_array_equal(workspace.host["tokens"][:2], drawn)
 
 
-def test_the_rival_draws_with_guidance(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rival_draws_with_guidance(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from aim_training.config import ModelConfig
@@ -132,9 +138,9 @@ def test_the_rival_draws_with_guidance(gpu: ModuleType, monkeypatch: pytest.Monk
     config = ModelConfig(**sizes, num_layers=2, adaln_groups=2, d_state=8, head_dim=16)
     torch.manual_seed(0)
     network = AiM(config).initialise().eval()
-    monkeypatch.setitem(gpu.SETTINGS, "top_k", 1)
+    monkeypatch.setitem(part("request").SETTINGS, "top_k", 1)
     with torch.inference_mode():
-        request = gpu.TorchRequest(network, 2)
+        request = part("rival_torch").TorchRequest(network, 2)
         for _ in range(config.num_tokens):
             request.step()
             request.draw()

@@ -40,7 +40,9 @@ def test_every_package_of_the_tree_is_distributed() -> None:
             assert ".".join((package, *parts)) in listed, module
 
 
-@pytest.mark.parametrize("folder", ["aim_runtime", "cli"])
+@pytest.mark.parametrize(
+    "folder", [*PROJECT["tool"]["setuptools"]["package-dir"].values(), "benchmarks"]
+)
 def test_the_text_of_the_code_is_one_dialect_and_names_what_there_is(folder: str) -> None:
     """Names in single backticks, no Sphinx roles, and no document that is not in the repository."""
     documents = {path.name for path in ROOT.glob("*.md")} | {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aim_training.options import TrainingOptions
 from aim_training.task import Judge
 
-#: Evaluations without improvement after which a person is told.
+# Evaluations without improvement after which a person is told.
 _PATIENCE = 3
 
 
@@ -33,7 +33,7 @@ class Best:
         self.stale = 0
 
     def offer(self, step: int, scores: Mapping[str, float], network: nn.Module) -> bool:
-        """Takes the weights of ``network`` if they are better; says whether.
+        """Take the weights of `network` if they are better; say whether.
 
         A step that was offered before is not offered again.
         """
@@ -81,7 +81,7 @@ class Best:
         }
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Takes up what :meth:`state` gave."""
+        """Take up what `state` gave."""
         if state is not None:
             self.step, self.scores = state["step"], state["scores"]
             self.weights, self.stale = state["weights"], state["stale"]

@@ -1,10 +1,10 @@
 """Reading the published checkpoint layouts and writing ours.
 
-Read: AiM files with ``mamba.`` and ``vqvae.`` halves, a stage-2 file without prefixes, LlamaGen's
-tokenizer under its ``model`` or ``ema`` key; as ``.safetensors``, ``.bin``, ``.pt`` or ``.pth``,
+Read: AiM files with `mamba.` and `vqvae.` halves, a stage-2 file without prefixes, LlamaGen's
+tokenizer under its `model` or `ema` key; as `.safetensors`, `.bin`, `.pt` or `.pth`,
 whole or in shards with an index, or a folder that holds one. The geometry is read off the tensors,
 so no configuration file is needed. Nothing in a file is ever run or built
-(:mod:`aim_training.weights`), and nothing larger than what it really holds is made.
+(`aim_training.weights`), and nothing larger than what it really holds is made.
 
 Written: one safetensors file and, beside it, a JSON file of the same stem with what tensors cannot
 say (the position offset, class names, how it was trained).
@@ -47,10 +47,10 @@ __all__ = [
 ]
 
 _MODEL, _TOKENIZER = "mamba.", "vqvae."
-#: What wrappers put before every name.
+# What wrappers put before every name.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _TOKENIZER_ROOTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-#: Bookkeeping of the published training code that no inference needs.
+# Bookkeeping of the published training code that no inference needs.
 _IGNORED = ("quantize.codebook_used",)
 _HEAD, _WORDS = "lm_head.weight", "backbone.embeddings.word_embeddings.weight"
 MAX_METADATA_BYTES = 16 << 20
@@ -134,7 +134,7 @@ def save_checkpoint(
     tokenizer: VQTokenizer | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``path`` (``.safetensors``) and its JSON file, each under a temporary name first.
+    """Write `path` (`.safetensors`) and its JSON file, each under a temporary name first.
 
     Args:
         path: target; the JSON file takes the same stem.
@@ -157,12 +157,16 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as new, replacing(path.with_suffix(".json")) as new_json:
         new_json.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        _save_file(tensors, new)
+        save_tensors(tensors, new)
     return path
 
 
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors; what the operating system refuses is an OSError again."""
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the operating system refuses, which safetensors says in an error of its own.
+    """
     try:
         save_file(tensors, path)
     except SafetensorError as error:

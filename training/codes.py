@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -40,7 +40,7 @@ from aim_training.progress import Progress
 from aim_training.replacing import replacing
 from aim_training.tokenizer import VQTokenizer
 
-#: Images encoded at once, at most.
+# Images encoded at once, at most.
 _BATCH = 64
 
 
@@ -94,20 +94,22 @@ def cached_codes(
     workers: int,
     resident_limit_mb: int,
     bad_images: BadImages | None = None,
+    tokenizer_sha256: str | None = None,
     quiet: bool = False,
 ) -> NDArray[Any]:
-    """The codes of ``request``, from the cache if it holds just these.
+    """The codes of `request`, from the cache if it holds just these.
 
     A cache that does not fit or was damaged is replaced, once its successor is whole.
 
     Args:
-        path: the ``.npy`` file; its JSON file has the same stem.
+        path: the `.npy` file; its JSON file has the same stem.
         request: what to encode.
         tokenizer: encodes, in float32.
         device: where to encode.
-        workers: as in :func:`aim_training.data.open_images`.
+        workers: as in `aim_training.data.open_images`.
         resident_limit_mb: likewise.
         bad_images: likewise.
+        tokenizer_sha256: the tokenizer's `weights_digest`, where it is known already.
         quiet: show nothing.
 
     Returns:
@@ -120,7 +122,8 @@ def cached_codes(
     progress = Progress(0, sum(1 for _ in request.draws()), quiet=quiet)
     root = shown(request.folder.root)
     policy = "stop" if bad_images is None else bad_images.policy
-    description = _description_that_fits(path, request, tokenizer, policy)
+    wanted = _describe(request, tokenizer_sha256 or weights_digest(tokenizer))
+    description = _description_that_fits(path, wanted, policy)
     if description is not None:
         if file_hash(path).hex() == description["sha256"]:
             around = description["bad_images"]
@@ -148,16 +151,16 @@ def cached_codes(
     with replacing(path) as new, new.open("wb") as file:
         digest = _write(file, codes, shape, dtype)
     met = 0 if bad_images is None else len(bad_images.found) - known
-    described = _describe(request, tokenizer) | {"sha256": digest, "bad_images": met}
+    described = wanted | {"sha256": digest, "bad_images": met}
     with replacing(path.with_suffix(".json")) as new:
         new.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return np.load(path, mmap_mode="r")
 
 
-def _describe(request: CodeRequest, tokenizer: VQTokenizer) -> dict[str, Any]:
+def _describe(request: CodeRequest, tokenizer_sha256: str) -> dict[str, Any]:
     """What decides the codes."""
     return {
-        "tokenizer_sha256": weights_digest(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256,
         "data_digest": request.folder.digest,
         "crop": asdict(request.crop),
         "variants": request.variants,
@@ -166,16 +169,15 @@ def _describe(request: CodeRequest, tokenizer: VQTokenizer) -> dict[str, Any]:
 
 
 def _description_that_fits(
-    path: Path, request: CodeRequest, tokenizer: VQTokenizer, bad_images: Literal["skip", "stop"]
+    path: Path, wanted: Mapping[str, Any], bad_images: Literal["skip", "stop"]
 ) -> dict[str, Any] | None:
     """What the cache says of itself, if that is what is asked for."""
     found = _read_json(path.with_suffix(".json"))
     if not path.is_file() or not isinstance(found, dict):
         return None
-    expected = _describe(request, tokenizer)
     made_around = found.get("bad_images")
     whole = isinstance(found.get("sha256"), str) and isinstance(made_around, int)
-    fits = whole and expected == {name: found.get(name) for name in expected}
+    fits = whole and wanted == {name: found.get(name) for name in wanted}
     return found if fits and (bad_images == "skip" or made_around == 0) else None
 
 
@@ -196,7 +198,7 @@ def _write(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> str:
-    """A ``.npy`` file of the codes, which come in order; returns its sha256.
+    """A `.npy` file of the codes, which come in order; returns its sha256.
 
     Not through a memory map: where the disk is full, that kills the process.
     """
@@ -215,7 +217,7 @@ def _write(
 
 
 def _require_room(folder: Path, size: int) -> None:
-    """Finds out before hours of encoding."""
+    """Find out before hours of encoding."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise DataError(
@@ -226,6 +228,6 @@ def _require_room(folder: Path, size: int) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None

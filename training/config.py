@@ -9,12 +9,12 @@ B      images in a training batch
 T      tokens an image
 V      codebook size (the vocabulary)
 C      classes; class C itself is the "no class" row
-D      ``d_model``
+D      `d_model`
 L      layers
-I      ``d_inner`` = 2 D
+I      `d_inner` = 2 D
 P      head dimension
 H      heads = I / P
-S      ``d_state``, the state size per channel
+S      `d_state`, the state size per channel
 K      width of the causal convolution
 X      channels of that convolution = I + 2 S
 =====  ===========================================================
@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-#: What every RMSNorm adds to the mean square before its root.
+# What every RMSNorm adds to the mean square before its root.
 EPS = 1e-5
 
 
@@ -43,9 +43,9 @@ class ModelConfig:
         head_dim: P, channels a head.
         conv_width: K, inputs that the causal convolution sees.
         adaln_groups: 0 gives every layer a linear adaLN of its own; g > 0 shares g of them
-            (adaLN-group), layer l using group ``l mod g`` plus a learned table.
+            (adaLN-group), layer l using group `l mod g` plus a learned table.
         position_offset: which position embedding the sampler adds to token s - 1: row
-            ``s - 1 + position_offset``. 0 is what training uses, 1 is what the published sampler
+            `s - 1 + position_offset`. 0 is what training uses, 1 is what the published sampler
             does; None means the checkpoint does not say.
     """
 
@@ -99,7 +99,7 @@ class ModelConfig:
 
 _IMAGENET = {"vocab_size": 16384, "num_classes": 1000, "num_tokens": 256}
 
-#: The published sizes (AIM paper, table 1); 1B was described but never released.
+# The published sizes (arXiv 2408.12245, table 1); 1B was described but never released.
 PRESETS: dict[str, ModelConfig] = {
     "B": ModelConfig(**_IMAGENET, d_model=768, num_layers=24),
     "L": ModelConfig(**_IMAGENET, d_model=1024, num_layers=48, adaln_groups=4),
@@ -116,7 +116,7 @@ class TokenizerConfig:
         codebook_size: V, number of codes.
         codebook_dim: length of a code vector; codes are compared after L2 normalisation.
         channels: width of the first level.
-        channel_multipliers: width of each level over ``channels``; every level but the last
+        channel_multipliers: width of each level over `channels`; every level but the last
             halves the image, so pixels a token = 2 ** (levels - 1) in each direction.
         z_channels: width between encoder and codebook.
         encoder_blocks: residual blocks a level in the encoder.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from aim_training.data import DataError, ImageFolder, shown
 from aim_training.options import TrainingOptions
 
-#: A class of so many images or more holds out one at least.
+# A class of so many images or more holds out one at least.
 _ENOUGH = 10
 
 
@@ -40,7 +40,7 @@ def training_folders(
 
 
 def split(folder: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
-    """Holds out a fraction of each class, by the names of its files.
+    """Hold out a fraction of each class, by the names of its files.
 
     An image's side depends on its own name, so images that are added later move no others, but
     for a class of ten images or more of which that would hold out none: it holds out one.

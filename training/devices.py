@@ -7,14 +7,18 @@ import os
 import torch
 from accelerate import Accelerator
 
+from aim_training.data.errors import one_line
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions
+
+#: What torchrun sets, and job schedulers leave in the environment.
+_OF_SEVERAL = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """The process group and device of this run.
 
-    Started by ``torchrun`` on a machine without a GPU, the processes share each batch through
+    Started by `torchrun` on a machine without a GPU, the processes share each batch through
     gloo.
 
     Raises:
@@ -30,8 +34,17 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
             f"{here} processes were started on a machine with {gpus} GPUs; start one a GPU "
             f"(torchrun --nproc-per-node {gpus})"
         )
-    # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
-    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu or (world > 1 and not gpus))
+    found = ", ".join(name for name in _OF_SEVERAL if name in os.environ)
+    try:
+        # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
+        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu or (world > 1 and not gpus))
+    except (ValueError, RuntimeError, OSError) as error:
+        if not found:
+            raise
+        raise TrainingError(
+            f"the environment tells of several processes ({found}), which do not find each other "
+            f"({one_line(error, 80)}); start them with torchrun, or unset these to train alone"
+        ) from error
     if accelerator.num_processes != world:
         raise TrainingError(
             f"{world} processes were started, and {accelerator.num_processes} found each other; "

@@ -33,14 +33,14 @@ class Watch:
         self._first = torch.zeros((), dtype=torch.int64, device=device)
 
     def note(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Looks at the scalars of step ``step``, which counts from 1."""
+        """Look at the scalars of step `step`, which counts from 1."""
         if values:
             finite = torch.stack([value.detach().float() for value in values.values()]).isfinite()
             here = torch.where(finite.all(), 0, step)
             self._first = torch.where(self._first == 0, here, self._first)
 
     def check(self, step: int, values: Mapping[str, float]) -> None:
-        """Waits for the device.
+        """Wait for the device.
 
         Args:
             step: the last step.
@@ -60,7 +60,7 @@ class Watch:
 
 
 def check_weights(step: int, learners: Mapping[str, Learner[Any]]) -> None:
-    """Looks at all that a checkpoint would keep.
+    """Look at all that a checkpoint would keep.
 
     Raises:
         Diverged: a tensor is not finite.
@@ -69,3 +69,17 @@ def check_weights(step: int, learners: Mapping[str, Learner[Any]]) -> None:
         tensor = learner.first_not_finite()
         if tensor is not None:
             raise Diverged(f"{tensor} of the {name} is not finite after step {step}", None)
+
+
+def check_drawn(what: str, numbers: Tensor) -> None:
+    """Looks at what finite weights compute, which need not be finite.
+
+    Args:
+        what: that was computed, in words.
+        numbers: of any shape.
+
+    Raises:
+        Diverged: one is not finite.
+    """
+    if not bool(numbers.isfinite().all()):
+        raise Diverged(f"{what} are not finite", None)

@@ -28,7 +28,7 @@ class Ema(Generic[Network]):
 
     @torch.no_grad()
     def update(self, module: Network) -> None:
-        """Moves the average towards ``module`` by one step."""
+        """Move the average towards `module` by one step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages: list[Tensor] = list(self.module.parameters())

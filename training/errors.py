@@ -11,7 +11,7 @@ import torch
 from aim_training.checkpoint import CheckpointError
 from aim_training.data import DataError
 
-#: What PyTorch's messages say when memory runs out without an exception class of its own.
+# What PyTorch's messages say when memory runs out without an exception class of its own.
 _NO_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -20,9 +20,9 @@ _NO_MEMORY = (
     "std::bad_alloc",
     "alloc_failed",
 )
-#: The same for a process that reads images and has died, or cannot pass on what it has read.
+# The same for a process that reads images and has died, or cannot pass on what it has read.
 _NO_READER = ("dataloader worker", "shared memory", "bus error", "ancdata", "torch_shm_manager")
-#: And for another process of a training that several share.
+# And for another process of a training that several share.
 _NO_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
 
 
@@ -55,7 +55,7 @@ def explained(smaller: str) -> Iterator[None]:
         smaller: the options that make the training take less memory.
 
     Raises:
-        TrainingError: instead of what :func:`sentence` knows and no caller would.
+        TrainingError: instead of what `sentence` knows and no caller would.
     """
     try:
         yield

@@ -15,9 +15,9 @@ from aim_training.options import TrainingOptions
 from aim_training.progress import duration
 from aim_training.task import Task
 
-#: A training longer than this on a machine without a GPU is worth a word.
+# A training longer than this on a machine without a GPU is worth a word.
 _LONG_S = 24 * 3600
-#: When the first steps have been measured: after so many, or after so many seconds and two steps.
+# When the first steps have been measured: after so many, or after so many seconds and two steps.
 _MEASURED_STEPS, _MEASURED_S = 20, 5.0
 
 
@@ -29,7 +29,7 @@ def bytes_of(network: nn.Module) -> int:
 def rehearse(
     task: Task, options: TrainingOptions, processes: int, steps: int, seconds: float
 ) -> str:
-    """Runs a step of few images, changing nothing, and foretells the training from it.
+    """Run a step of few images, changing nothing, and foretell the training from it.
 
     Args:
         task: prepared.

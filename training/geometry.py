@@ -20,7 +20,7 @@ from aim_training.weights.stored import CheckpointError, listed, shown
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-#: The largest sizes, far above any model of this family; what runs bundles takes no larger ones.
+# The largest sizes, far above any model of this family; what runs bundles takes no larger ones.
 _LARGEST = {
     "vocab_size": 1 << 24,
     "num_classes": 1 << 20,

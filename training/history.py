@@ -10,7 +10,7 @@ from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions, recipe
 from aim_training.saves import Saves, from_json
 
-#: Options that decide nothing about what is trained.
+# Options that decide nothing about what is trained.
 _HOUSEKEEPING = frozenset(
     (
         "workers",
@@ -24,7 +24,7 @@ _HOUSEKEEPING = frozenset(
         "export_weights",
     )
 )
-#: Parts of a fingerprint that `--allow-changed-data` lets differ.
+# Parts of a fingerprint that `--allow-changed-data` lets differ.
 _DATA = frozenset(("data_digest",))
 
 
@@ -58,7 +58,7 @@ def newest_of_same_run(
 def check_same_run(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], options: TrainingOptions
 ) -> None:
-    """Refuses to go on with another run.
+    """Refuse to go on with another run.
 
     Args:
         theirs: the checkpoint's fingerprint.

@@ -15,7 +15,7 @@ from aim_training.ema import Ema
 from aim_training.finite import first_not_finite
 from aim_training.options import TrainingOptions
 
-#: Learning rate at the end of a cosine schedule, over its peak.
+# Learning rate at the end of a cosine schedule, over its peak.
 _COSINE_FLOOR = 0.01
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -28,7 +28,7 @@ class Learner(Generic[Network]):
         network: the plain network.
         wrapped: the same, as several devices must call it.
         ema: its average, or None.
-        rehearsing: gradients are computed but not followed (:meth:`rehearsal`).
+        rehearsing: gradients are computed but not followed (`rehearsal`).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Learner(Generic[Network]):
         return self.ema.module
 
     def update(self, loss: Tensor) -> Tensor:
-        """One step down the gradient of ``loss``; returns the gradient's norm before clipping."""
+        """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(loss)
         return self.apply_gradients()
@@ -84,7 +84,7 @@ class Learner(Generic[Network]):
             self.optimizer.zero_grad(set_to_none=True)
 
     def set_rate(self, fraction: float) -> None:
-        """Sets the learning rate to this fraction of its peak."""
+        """Set the learning rate to this fraction of its peak."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_rate * fraction
 
@@ -96,7 +96,7 @@ class Learner(Generic[Network]):
         return 2 * sum(p.numel() * p.element_size() for p in weights)
 
     def state_bytes(self) -> int:
-        """Bytes of :meth:`state`, about."""
+        """Bytes of `state`, about."""
         weights = sum(t.numel() * t.element_size() for t in self.network.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in self.network.parameters())
         return weights * (1 if self.ema is None else 2) + 2 * trained
@@ -125,7 +125,7 @@ class Learner(Generic[Network]):
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what :meth:`state` gave; rates and decays stay those of the options."""
+        """Take up what `state` gave; rates and decays stay those of the options."""
         ours = [dict(group) for group in self.optimizer.param_groups]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -154,7 +154,7 @@ def autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
 
 
 def rate_fraction(options: TrainingOptions, step: int, progress: float) -> float:
-    """Learning rate over its peak at a step, the training being ``progress`` of the way."""
+    """Learning rate over its peak at a step, the training being `progress` of the way."""
     warmup = min(1.0, (step + 1) / (options.warmup_steps + 1))
     if options.schedule == "constant":
         return warmup

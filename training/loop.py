@@ -1,11 +1,11 @@
 """The loop that every training runs in: schedule, checkpoints, resume, limits, logs.
 
-What is trained is a :class:`~aim_training.task.Task`. The loop owns everything around it, so the
-two trainers resume, stop and report alike. It is built on Accelerate: started through ``accelerate
-launch`` or ``torchrun``, several devices share each batch; only the main process writes.
+What is trained is a `Task`. The loop owns everything around it, so the
+two trainers resume, stop and report alike. It is built on Accelerate: started through `accelerate
+launch` or `torchrun`, several devices share each batch; only the main process writes.
 
-A run folder holds ``checkpoints/`` (the last two), the exported weights as of the last checkpoint,
-``tensorboard/``, ``metrics.jsonl`` and ``samples/``. Everything random in step s derives from
+A run folder holds `checkpoints/` (the last two), the exported weights as of the last checkpoint,
+`tensorboard/`, `metrics.jsonl` and `samples/`. Everything random in step s derives from
 (seed, s, process), so a checkpoint needs no generator states and a resumed run continues exactly
 as the killed one would have.
 
@@ -63,18 +63,18 @@ __all__ = [
     "train",
 ]
 
-#: Steps between agreements of several GPUs, which have to wait for each other for it, on the time
-#: and on stopping. Processes without a GPU take long over a step and agree at each.
+# Steps between agreements of several GPUs, which have to wait for each other for it, on the time
+# and on stopping. Processes without a GPU take long over a step and agree at each.
 _AGREE_EVERY = 10
-#: Seconds of training between checkpoints, however slow the steps.
+# Seconds of training between checkpoints, however slow the steps.
 _SAVE_EVERY_S = 900.0
 
 
 def train(task: Task, options: TrainingOptions, accelerator: Accelerator) -> Path:
-    """Trains until the steps or the minutes are used up; exports averaged weights on the way.
+    """Train until the steps or the minutes are used up; export averaged weights on the way.
 
     Progress, which drives the cosine schedule, is the larger of the fraction of the steps and,
-    with ``max_minutes``, the fraction of the minutes.
+    with `max_minutes`, the fraction of the minutes.
 
     Returns:
         The exported file.
@@ -88,7 +88,7 @@ def train(task: Task, options: TrainingOptions, accelerator: Accelerator) -> Pat
 
 
 class _Run:
-    """One call of :func:`train`."""
+    """One call of `train`."""
 
     def __init__(self, task: Task, options: TrainingOptions, accelerator: Accelerator) -> None:
         self.task = task
@@ -148,7 +148,7 @@ class _Run:
         return self.task.path
 
     def _steps(self, signals: StopSignals) -> str:
-        """Runs the steps; says what ended them: "steps", "time", "early" or "signal"."""
+        """Run the steps; say what ended them: "steps", "time", "early" or "signal"."""
         options, task = self.options, self.task
         missed = self.step and self.step % options.eval_every == 0
         if missed and self.evaluated_at != self.step:
@@ -214,7 +214,7 @@ class _Run:
         return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
     def _agree(self, signals: StopSignals) -> bool:
-        """Brings the clock up to date; says whether to stop. All processes get one answer."""
+        """Bring the clock up to date; say whether to stop. All processes get one answer."""
         elapsed = self.earlier_s + time.monotonic() - self.started
         if self.accelerator.num_processes == 1:
             self.elapsed_s = elapsed
@@ -242,7 +242,7 @@ class _Run:
         return first, second
 
     def _foresee(self) -> None:
-        """Says what the training will take; refuses what cannot fit."""
+        """Say what the training will take; refuse what cannot fit."""
         if self.step >= self.options.steps or self.elapsed_s >= self.limit_s:
             return
         if self.main:
@@ -269,7 +269,7 @@ class _Run:
         self.log.write(self.step, {**numbers, "learning_rate": rate, "images_per_second": speed})
 
     def _evaluate(self) -> bool:
-        """Scores the averaged weights; says whether they are the best so far."""
+        """Score the averaged weights; say whether they are the best so far."""
         better = False
         if self.main:
             self.scores = self.task.evaluate()
@@ -287,7 +287,11 @@ class _Run:
 
     def _draw(self) -> None:
         if self.main:
-            picture = self.task.picture()
+            try:
+                picture = self.task.picture()
+            except Diverged as error:
+                way_on = self._way_on(self.step + 1)
+                raise TrainingError(f"{error} after step {self.step}; {way_on}") from error
             folder = self.options.out / "samples"
             folder.mkdir(exist_ok=True)
             picture.save(folder / f"step-{self.step:08d}.png")
@@ -300,7 +304,7 @@ class _Run:
         return wanted and self.best.weights is not None
 
     def _export(self) -> None:
-        """Writes the weights that the run has to show for itself by now."""
+        """Write the weights that the run has to show for itself by now."""
         if not self.main:
             return
         best = self._exports_best()
@@ -318,7 +322,7 @@ class _Run:
         self.task.export(self.best.weights if best else None, facts)
 
     def _check(self, numbers: Mapping[str, float], *, weights: bool = False) -> None:
-        """Raises TrainingError, with a way on that works, once something is not finite."""
+        """Raise TrainingError, with a way on that works, once something is not finite."""
         try:
             self.watch.check(self.step, numbers)
             if weights:
@@ -345,7 +349,7 @@ class _Run:
         return f"the same command with a lower --learning-rate (now {rate:g}) {start}"
 
     def _save(self) -> None:
-        """Keeps a checkpoint of numbers only.
+        """Keep a checkpoint of numbers only.
 
         Raises:
             TrainingError: something is not finite, or the disk refuses.
@@ -371,7 +375,7 @@ class _Run:
         self.saved_at = self.step
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint, and says what is different from before."""
+        """Go on from a checkpoint, and say what is different from before."""
         try:
             for name, learner in self.task.learners.items():
                 learner.load_state(state["learners"][name])
@@ -416,7 +420,7 @@ class _Run:
         return f"the same command goes on after step {newest}"
 
     def _fail(self, error: Exception) -> None:
-        """Ends the run by an error that is not about what was trained: that is saved first."""
+        """End the run by an error that is not about what was trained: that is saved first."""
         kept = ""
         if self.main:
             try:

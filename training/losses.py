@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Times that the edge loss halves the image.
+# Times that the edge loss halves the image.
 _EDGE_SCALES = 3
 
 

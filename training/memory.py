@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
-#: Seconds between looks at the memory in use.
+# Seconds between looks at the memory in use.
 _LOOK_EVERY_S = 0.002
-#: The second rehearsal runs this many images, or fewer where the first was slow.
+# The second rehearsal runs this many images, or fewer where the first was slow.
 _MORE, _FEWER, _SLOW_S = 4, 2, 1.0
 
 
@@ -51,7 +51,7 @@ class Needs:
 
 
 def measure(step: Callable[[int], None], batch: int) -> Needs:
-    """Measures ``step``, which runs so many images, on the CPU.
+    """Measure `step`, which runs so many images, on the CPU.
 
     Args:
         step: to be called with a number of images.
@@ -65,7 +65,7 @@ def measure(step: Callable[[int], None], batch: int) -> Needs:
 
 
 def ceiling(processes: int) -> float:
-    """Bytes that this process can grow to, if ``processes`` of this machine grow alike."""
+    """Bytes that this process can grow to, if `processes` of this machine grow alike."""
     process = psutil.Process().memory_info()
     free = float(psutil.virtual_memory().available + psutil.swap_memory().free)
     free = min(free, _left_in_container())
@@ -92,7 +92,7 @@ def gib(count: float) -> str:
 
 
 def _peak(run: Callable[[], None]) -> tuple[float, float]:
-    """Most resident bytes while ``run`` runs, and its seconds."""
+    """Most resident bytes while `run` runs, and its seconds."""
     process, done = psutil.Process(), threading.Event()
     most = process.memory_info().rss
 

@@ -1,9 +1,9 @@
 """AiM in PyTorch: the whole-sequence forward for training and the single-step cell.
 
-Parameters carry the names of the published checkpoints (without the ``mamba.`` prefix). The head is
+Parameters carry the names of the published checkpoints (without the `mamba.` prefix). The head is
 tied to the word table, so there is no parameter for it. The mathematics is the AiM paper's
 (arXiv 2408.12245, section 3) over the Mamba-2 block (arXiv 2405.21060, section 7); letters are
-those of :mod:`aim_training.config`.
+those of `aim_training.config`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AiM(nn.Module):
         Args:
             tokens: (B, T) int64; token T - 1 is predicted, never read.
             classes: (B,) int64 in 0..C, C being "no class".
-            position_offset: as in :class:`ModelConfig`; training uses 0.
+            position_offset: as in `ModelConfig`; training uses 0.
 
         Returns:
             (B, T, V) logits.
@@ -117,7 +117,7 @@ class AiM(nn.Module):
         return Conditioning(embedding, modulation, final)
 
     def init_state(self, rows: int) -> list[LayerState]:
-        """Zero state for ``rows`` rows, float32, on the model's device."""
+        """Zero state for `rows` rows, float32, on the model's device."""
         cfg = self.config
         like = self.backbone.norm_f.weight
         return [
@@ -139,15 +139,15 @@ class AiM(nn.Module):
         """One token of every row; pure: the given state is left as it was.
 
         Args:
-            token: (R,) int64, the token drawn at ``position - 1``; ignored at position 0.
+            token: (R,) int64, the token drawn at `position - 1`; ignored at position 0.
             position: (R,) int64, each row's own position in 0..T-1; 0 starts an image, and what
                 the row remembered counts as zero.
-            conditioning: from :meth:`prologue`.
-            state: one :class:`LayerState` a layer.
-            position_offset: as in :class:`ModelConfig`.
+            conditioning: from `prologue`.
+            state: one `LayerState` a layer.
+            position_offset: as in `ModelConfig`.
 
         Returns:
-            (R, V) logits of the token at ``position``, and the new state.
+            (R, V) logits of the token at `position`, and the new state.
         """
         net = self.backbone
         started = (position > 0)[:, None]
@@ -208,7 +208,7 @@ class AiM(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything under ``backbone.`` in a checkpoint."""
+    """Everything under `backbone.` in a checkpoint."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """Shifts, scales and gates from the class embedding, ``parts`` of them side by side."""
+    """Shifts, scales and gates from the class embedding, `parts` of them side by side."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
@@ -365,7 +365,7 @@ class Mixer(nn.Module):
         return mixed
 
     def step(self, u: Tensor, state: LayerState, started: Tensor) -> tuple[Tensor, LayerState]:
-        """Mix one position (R, D); ``started`` (R, 1) is False where the state counts as zero."""
+        """Mix one position (R, D); `started` (R, 1) is False where the state counts as zero."""
         cfg = self.config
         z, xbc, dt = self.in_proj(u).split([cfg.d_inner, cfg.conv_channels, cfg.num_heads], -1)
         past = state.conv * started[..., None]

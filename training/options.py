@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009 (the calls are dataclasses.field, which is what the rule asks for)
 """What a person may choose about a training run, as frozen dataclasses.
 
-Every field carries its explanation in ``metadata["help"]``, from which the command line is built.
+Every field carries its explanation in `metadata["help"]`, from which the command line is built.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-#: Beyond it no count, size or weight makes sense; 64-bit generators take seeds below it.
+# Beyond it no count, size or weight makes sense; 64-bit generators take seeds below it.
 _MOST = 2**31
 _SEEDS = 2**63
 
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
-    """A field; ``bounds`` are ``least``, ``most``, ``above`` and ``below`` of its numbers."""
+    """A field; `bounds` are `least`, `most`, `above` and `below` of its numbers."""
     return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
@@ -29,7 +29,7 @@ def _required(help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Choices that both trainers share; see each field's ``metadata["help"]``."""
+    """Choices that both trainers share; see each field's `metadata["help"]`."""
 
     data: Path = _required("Folder of training images, one folder per class.")
     out: Path = _required("Run folder: checkpoints, logs, sample images and the trained weights.")
@@ -133,7 +133,7 @@ class TrainingOptions:
 
 
 def _check(option: Field[Any], hint: Any, value: Any) -> None:
-    """Raises ValueError unless a field's value is of its kind and within its bounds."""
+    """Raise ValueError unless a field's value is of its kind and within its bounds."""
     kinds = [hint] if typing.get_origin(hint) is None else list(typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         kinds, chosen = [], hint
@@ -182,7 +182,7 @@ def _check_number(option: Field[Any], kind: type, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainingOptions(TrainingOptions):
-    """Choices of :func:`aim_training.train_tokenizer.train_tokenizer`.
+    """Choices of `aim_training.train_tokenizer.train_tokenizer`.
 
     The defaults of the geometry are LlamaGen's VQ-16.
     """
@@ -234,7 +234,7 @@ class TokenizerTrainingOptions(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTrainingOptions(TrainingOptions):
-    """Choices of :func:`aim_training.train_model.train_model`."""
+    """Choices of `aim_training.train_model.train_model`."""
 
     tokenizer: Path = _required("Trained tokenizer: a checkpoint file or folder.")
     preset: Literal["small", "B", "L", "XL", "1B"] | None = _option(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-#: Height of the strip that holds a caption, and of its letters, pixels.
+# Height of the strip that holds a caption, and of its letters, pixels.
 _STRIP = 16
 _FONT_PIXELS = 11
 _INK = "#444444"
@@ -17,7 +17,7 @@ _INK = "#444444"
 def contact_sheet(
     images: Tensor, columns: int, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Lays images (N, 3, height, width) in [-1, 1] out in rows of ``columns``, on white.
+    """Lay images (N, 3, height, width) in [-1, 1] out in rows of `columns`, on white.
 
     Args:
         images: what is shown.
@@ -44,7 +44,7 @@ def contact_sheet(
 
 
 def _write(page: Image.Image, captions: Sequence[str], columns: int, cell: tuple[int, int]) -> None:
-    """Writes each caption in the strip at the bottom of its cell (width, height)."""
+    """Write each caption in the strip at the bottom of its cell (width, height)."""
     font = ImageFont.load_default(size=_FONT_PIXELS)
     draw = ImageDraw.Draw(page)
     width, height = cell

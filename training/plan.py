@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -17,13 +16,13 @@ from aim_training.errors import TrainingError
 from aim_training.options import ModelTrainingOptions, TokenizerTrainingOptions
 from aim_training.replacing import replacing
 
-#: Of the minutes, the tokenizer's part.
+# Of the minutes, the tokenizer's part.
 _TOKENIZER_SHARE = 0.4
-#: Images whose sizes are looked at.
+# Images whose sizes are looked at.
 _LOOKED_AT = 64
-#: Held out of every class.
+# Held out of every class.
 _HELD_OUT = 0.1
-#: More steps than any time limit leaves: what ends the trainings is the time.
+# More steps than any time limit leaves: what ends the trainings is the time.
 _STEPS = 1_000_000
 _FILE = "plan.json"
 
@@ -112,7 +111,7 @@ class Plan:
             "seed": self.seed,
             "steps": _STEPS,
             "schedule": "cosine",
-            "workers": min(8, os.cpu_count() or 1),
+            "workers": min(8, torch.get_num_threads()),
             "eval_every": every,
             "sample_every": every,
             "save_every": every,

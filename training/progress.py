@@ -15,7 +15,7 @@ class Progress:
     Args:
         done: steps that earlier calls trained.
         total: steps of the whole training.
-        unit: what ``count`` counts, for the speed ("images").
+        unit: what `count` counts, for the speed ("images").
         quiet: show nothing (every process but the main one).
     """
 
@@ -28,7 +28,7 @@ class Progress:
         self._since = (time.monotonic(), done)
 
     def show(self, step: int, values: Mapping[str, float], count: int, limit_s: float) -> float:
-        """Shows where training stands.
+        """Show where training stands.
 
         Args:
             step: steps done.
@@ -55,11 +55,11 @@ class Progress:
         return speed
 
     def say(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Print a line of its own."""
         self._print(text, stay=True)
 
     def _print(self, text: str, *, stay: bool) -> None:
-        """Writes over the line that rewrites itself; ``stay``: the next one comes below."""
+        """Write over the line that rewrites itself; `stay`: the next one comes below."""
         if self.quiet:
             return
         start = "\r" if self.live and (self._width or not stay) else ""

@@ -13,11 +13,13 @@ from pathlib import Path
 from aim_training.errors import TrainingError, is_disk_full, os_sentence
 
 _LOCK = ".lock"
+# Folders in it whose files are read and written.
+_FOLDERS = ("checkpoints", "codes", "samples")
 
 
 @contextlib.contextmanager
 def run_folder(out: Path, *beside: Path | None, main: bool = True) -> Iterator[None]:
-    """Makes the run folder and holds it for this training.
+    """Make the run folder and hold it for this training.
 
     If what follows fails before it wrote anything, the folder is taken away again.
 
@@ -27,8 +29,8 @@ def run_folder(out: Path, *beside: Path | None, main: bool = True) -> Iterator[N
         main: whether this process holds it; of several that share a training, one does.
 
     Raises:
-        TrainingError: it cannot be made or written, another training holds it, or it and a folder
-            of images lie in each other.
+        TrainingError: it cannot be made or written, another training holds it, it holds what is
+            neither a file nor a folder, or it and a folder of images lie in each other.
     """
     for data in beside:
         if data is not None:
@@ -41,6 +43,7 @@ def run_folder(out: Path, *beside: Path | None, main: bool = True) -> Iterator[N
             raise TrainingError(
                 f"cannot write to the run folder {out}: {os_sentence(error)}"
             ) from error
+        _check_contents(out)
         with _held(out) if main else contextlib.nullcontext():
             yield
     except BaseException:
@@ -92,9 +95,21 @@ def _check_apart(out: Path, data: Path) -> None:
         )
 
 
+def _check_contents(out: Path) -> None:
+    """Opening a pipe in the place of one of a run's files would wait for ever."""
+    for folder in (out, *(out / name for name in _FOLDERS)):
+        if not folder.is_dir():
+            continue
+        for path in folder.iterdir():
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise TrainingError(
+                    f"{path} is neither a file nor a folder; remove it or choose another --out"
+                )
+
+
 @contextlib.contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Holds the folder by a lock on a file in it, which the system frees when we die.
+    """Hold the folder by a lock on a file in it, which the system frees when we die.
 
     A record lock, because processes that read images inherit no such lock, and would keep any
     other for seconds after our death. Where locks cannot be had (Windows, some network file

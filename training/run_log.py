@@ -15,7 +15,7 @@ from aim_training.progress import Progress
 
 
 class RunLog:
-    """Scalars in ``metrics.jsonl`` and, where it is installed, TensorBoard.
+    """Scalars in `metrics.jsonl` and, where it is installed, TensorBoard.
 
     Args:
         out: the run folder.
@@ -39,7 +39,7 @@ class RunLog:
             progress.say("no TensorBoard logs: the package tensorboard cannot be imported")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs numbers of a step."""
+        """Log numbers of a step."""
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -48,14 +48,14 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """Logs a picture of a step."""
+        """Log a picture of a step."""
         if self.board is not None:
             data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
             shape = (picture.height, picture.width, 3)
             self.board.add_image("samples", data.view(shape), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Closes both; what a full disk keeps them from writing now is no more to be had."""
+        """Close both; what a full disk keeps them from writing now is no more to be had."""
         for writer in (self.file, self.board):
             if writer is not None:
                 with contextlib.suppress(OSError):

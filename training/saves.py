@@ -16,12 +16,12 @@ from aim_training.replacing import replacing
 _KEEP = 2
 _NAME = re.compile(r"step-([0-9]{1,18})\.pt")
 _PARTIAL = re.compile(r"step-[0-9]{1,18}(\.pt)?\.part")
-#: What a checkpoint must hold to be one of ours.
+# What a checkpoint must hold to be one of ours.
 _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
 
 class Saves:
-    """``RUN/checkpoints``; files of other names are nobody's business here."""
+    """`RUN/checkpoints`; files of other names are nobody's business here."""
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "checkpoints"
@@ -38,7 +38,7 @@ class Saves:
         return max(self.steps(), default=None)
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Keeps ``state`` as the checkpoint of ``step``; older ones than the last two go.
+        """Keep `state` as the checkpoint of `step`; older ones than the last two go.
 
         Raises:
             TrainingError: it cannot be written; the checkpoints that were there still are, the
@@ -74,7 +74,7 @@ class Saves:
             saved[old].unlink()
 
     def read(self, step: int) -> dict[str, Any]:
-        """The state that was kept at ``step``, on the CPU.
+        """The state that was kept at `step`, on the CPU.
 
         Raises:
             TrainingError: the file is damaged or no checkpoint of a training.
@@ -106,7 +106,7 @@ class Saves:
         return state
 
     def set_aside(self, step: int) -> None:
-        """Renames the checkpoint of ``step`` so that no run goes on from it."""
+        """Rename the checkpoint of `step` so that no run goes on from it."""
         path = self.steps()[step]
         path.replace(path.with_name(f"diverged-{path.name}"))
 

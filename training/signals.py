@@ -10,8 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-#: Seconds in which further signals are the same request: torchrun passes on what the terminal has
-#: sent to all of its processes already.
+# Seconds in which further signals are the same request: torchrun passes on what the terminal has
+# sent to all of its processes already.
 _SAME_REQUEST_S = 1.0
 
 

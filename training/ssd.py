@@ -2,9 +2,9 @@
 
 Two forms of the same function in plain PyTorch (Mamba-2 paper, arXiv 2405.21060, sections 3 and 6):
 
-* :func:`ssd_recurrent`, one position after another: the definition, and the reference for tests;
-* :func:`ssd_chunked`, matrix products inside chunks and a short recurrence between them, which
-  training takes where the kernels of :mod:`aim_training.kernels.dual` cannot run.
+* `ssd_recurrent`, one position after another: the definition, and the reference for tests;
+* `ssd_chunked`, matrix products inside chunks and a short recurrence between them, which
+  training takes where the kernels of `aim_training.kernels.dual` cannot run.
 
 Shapes: x (B, T, H, P), dt (B, T, H) float32 and positive, a (H,) float32 and negative, b and c
 (B, T, S), one group shared by all heads; y is (B, T, H, P) in the dtype of x. The recurrence for
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Positions a chunk. Work inside a chunk grows with it and the states between chunks shrink;
-#: the two balance near sqrt(P·S) = 90 for the published sizes.
+# Positions a chunk. Work inside a chunk grows with it and the states between chunks shrink;
+# the two balance near sqrt(P·S) = 90 for the published sizes.
 CHUNK = 64
 
 
@@ -43,7 +43,7 @@ def ssd_chunked(
 ) -> Tensor:
     """The chunked form in plain PyTorch; shapes as above.
 
-    Decays are summed and exponentiated in float32 whatever the dtype of ``x``: a sum of many small
+    Decays are summed and exponentiated in float32 whatever the dtype of `x`: a sum of many small
     logarithms is what half precision does worst.
     """
     length = x.shape[1]

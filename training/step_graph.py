@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-#: Runs before recording, in which libraries set themselves up and kernels are compiled.
+# Runs before recording, in which libraries set themselves up and kernels are compiled.
 _WARM_UP = 2
 
 

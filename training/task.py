@@ -22,7 +22,7 @@ class Judge:
     """The held-out score by which weights are called better.
 
     Attributes:
-        score: its name among those of :meth:`Task.evaluate`.
+        score: its name among those of `Task.evaluate`.
         better: which way is better.
         trusted: whether it tells the better weights in this training; where it does not, the last
             weights are exported unless asked otherwise, and nothing warns of overfitting.
@@ -33,12 +33,12 @@ class Judge:
     trusted: bool = True
 
     def prefers(self, new: float, old: float) -> bool:
-        """Whether ``new`` is better than ``old``."""
+        """Whether `new` is better than `old`."""
         return new < old if self.better == "lower" else new > old
 
 
 def at(network: Network, weights: Mapping[str, Tensor] | None) -> Network:
-    """A network of the same kind on the CPU that holds ``weights``; itself without any."""
+    """A network of the same kind on the CPU that holds `weights`; itself without any."""
     if weights is None:
         return network
     other = copy.deepcopy(network).cpu()
@@ -50,7 +50,7 @@ class Task(ABC):
     """What a trainer brings to the loop.
 
     The constructor reads folders and builds networks; work that takes long is left to
-    :meth:`prepare`, which the loop calls once it knows that the run may go on.
+    `prepare`, which the loop calls once it knows that the run may go on.
 
     Attributes:
         learners: the networks under training by name; the first is the one exported.
@@ -64,19 +64,19 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Opens or encodes the images."""
+        """Open or encode the images."""
 
     @abstractmethod
     def batches(self, first: int, last: int) -> Iterator[Any]:
-        """The batches of steps ``first`` to ``last`` - 1, this process's share."""
+        """The batches of steps `first` to `last` - 1, this process's share."""
 
     @abstractmethod
     def blank(self, count: int) -> Any:
-        """A batch of ``count`` blank images, for a rehearsal."""
+        """A batch of `count` blank images, for a rehearsal."""
 
     @abstractmethod
     def train_step(self, step: int, progress: float, batch: Any) -> dict[str, Tensor]:
-        """Updates the learners; returns scalars on the device (never waits for it)."""
+        """Update the learners; return scalars on the device (never waits for it)."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -92,23 +92,23 @@ class Task(ABC):
 
     @abstractmethod
     def held_out_digest(self) -> str | None:
-        """Tells held-out data from other held-out data; None without any."""
+        """Tell held-out data from other held-out data; None without any."""
 
     @abstractmethod
     def averaged(self) -> nn.Module:
-        """The averaged network that :meth:`export` writes."""
+        """The averaged network that `export` writes."""
 
     @property
     @abstractmethod
     def path(self) -> Path:
-        """The file that :meth:`export` writes."""
+        """The file that `export` writes."""
 
     @abstractmethod
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
-        """Writes averaged weights with ``facts`` (steps, minutes, scores) beside them.
+        """Write averaged weights with `facts` (steps, minutes, scores) beside them.
 
         Args:
-            weights: an earlier state of :meth:`averaged`; None for its present one.
+            weights: an earlier state of `averaged`; None for its present one.
             facts: JSON values.
         """
 
@@ -125,4 +125,4 @@ class Task(ABC):
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Takes up what :meth:`extra_state` gave."""
+        """Take up what `extra_state` gave."""

@@ -5,7 +5,7 @@ V learned codes, and a mirrored decoder draws the image again. Codes and cells a
 L2 normalisation, so "nearest" means the largest cosine. Parameter names are those of the
 published files.
 
-Letters as in :mod:`aim_training.config`; here also E = ``codebook_dim``, (h, w) = the code grid.
+Letters as in `aim_training.config`; here also E = `codebook_dim`, (h, w) = the code grid.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from aim_training.config import TokenizerConfig
 
 Network = TypeVar("Network", bound=nn.Module)
 
-#: Rows of the code search done at once: bounds its (rows, V) table of similarities.
+# Rows of the code search done at once: bounds its (rows, V) table of similarities.
 _SEARCH_ROWS = 16384
-#: More than any tokenizer has: a file that names more is none.
+# More than any tokenizer has: a file that names more is none.
 _MOST_LEVELS, _MOST_BLOCKS, _MOST_CHANNELS = 12, 64, 1 << 16
 
 
@@ -191,7 +191,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to image: ``conv_blocks.0`` is the lowest resolution."""
+    """Features to image: `conv_blocks.0` is the lowest resolution."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -341,16 +341,16 @@ class VQTokenizer(nn.Module):
 
 
 def channels_last(network: Network) -> Network:
-    """Lays the convs' weights out channels last, which GPUs want; returns the network."""
+    """Lay the convs' weights out channels last, which GPUs want; return the network."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
     return network
 
 
 def tokenizer_config_from_state(shapes: Mapping[str, tuple[int, ...]]) -> TokenizerConfig:
-    """Reads the geometry off the shapes of a tokenizer's tensors.
+    """Read the geometry off the shapes of a tokenizer's tensors.
 
     Args:
-        shapes: shape of each tensor by its name, without any ``vqvae.`` prefix.
+        shapes: shape of each tensor by its name, without any `vqvae.` prefix.
 
     Raises:
         ValueError: a tensor that tells the geometry is missing, or the shapes contradict it.

@@ -35,21 +35,21 @@ from aim_training.step_graph import StepGraph
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import VQTokenizer, channels_last
 
-#: Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
+# Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
 _SMALL = {"d_model": 256, "num_layers": 8, "d_state": 64, "head_dim": 64, "adaln_groups": 2}
 _SMALLER = (
     "a smaller --batch-size or --size, a smaller network (--preset small, --d-model, --layers), a "
     "smaller --resident-limit-mb"
 )
-#: Codes that stay on the device at most, bytes; larger ones are read from the disk.
+# Codes that stay on the device at most, bytes; larger ones are read from the disk.
 _RESIDENT_BYTES = 8 * 2**30
 
 
 def train_model(options: ModelTrainingOptions) -> Path:
-    """Trains a model, resuming where the run folder holds a checkpoint.
+    """Train a model, resuming where the run folder holds a checkpoint.
 
     Returns:
-        ``RUN/model.safetensors``: the averaged weights and the tokenizer.
+        `RUN/model.safetensors`: the averaged weights and the tokenizer.
 
     Raises:
         CheckpointError: the tokenizer cannot be read.
@@ -156,7 +156,7 @@ class ModelTask(Task):
             self.graph = StepGraph(network, self._loss)
 
     def prepare(self) -> None:
-        """Encodes the images, or takes their codes from the cache."""
+        """Encode the images, or take their codes from the cache."""
         options = self.options
         crop = Crop(options.size, options.resize_factor, options.flip)
         at_once = min(64, max(1, options.batch_size // self.accelerator.num_processes))
@@ -185,6 +185,7 @@ class ModelTask(Task):
                 workers=self.options.workers,
                 resident_limit_mb=self.options.resident_limit_mb,
                 bad_images=self.bad_images,
+                tokenizer_sha256=self.tokenizer_sha256,
                 quiet=not self.accelerator.is_main_process,
             )
 
@@ -299,11 +300,11 @@ class ModelTask(Task):
 
     @property
     def path(self) -> Path:
-        """``RUN/model.safetensors``."""
+        """`RUN/model.safetensors`."""
         return self.options.out / "model.safetensors"
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
-        """Writes the model and its tokenizer, as the published files have them."""
+        """Write the model and its tokenizer, as the published files have them."""
         metadata = {
             "class_names": list(self.folder.class_names),
             "training": recipe(self.options) | dict(facts),

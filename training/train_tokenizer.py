@@ -35,6 +35,7 @@ from aim_training.discriminator import (
     feature_loss,
     generator_loss,
 )
+from aim_training.divergence import check_drawn
 from aim_training.errors import explained, options_that_fit
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
@@ -45,7 +46,7 @@ from aim_training.run_folder import run_folder
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import TokenizerOutput, VQTokenizer, channels_last
 
-#: What a laptop without a GPU trains in an hour or so at 64 to 128 pixels.
+# What a laptop without a GPU trains in an hour or so at 64 to 128 pixels.
 SMALL = TokenizerConfig(
     codebook_size=1024,
     channels=32,
@@ -58,18 +59,18 @@ _SMALLER = (
     "a smaller --batch-size or --size, a smaller network (--preset small, --channels), "
     "--discriminator-weight 0, a smaller --resident-limit-mb"
 )
-#: Images that an evaluation looks at, at most; and those in a sample picture.
+# Images that an evaluation looks at, at most; and those in a sample picture.
 _EVALUATED = 1024
 _SHOWN = 24
-#: Fraction of the training after which the codebook is left to settle.
+# Fraction of the training after which the codebook is left to settle.
 _REVIVED_UNTIL = 0.8
 
 
 def train_tokenizer(options: TokenizerTrainingOptions) -> Path:
-    """Trains a tokenizer, resuming where the run folder holds a checkpoint.
+    """Train a tokenizer, resuming where the run folder holds a checkpoint.
 
     Returns:
-        ``RUN/tokenizer.safetensors``, the averaged weights.
+        `RUN/tokenizer.safetensors`, the averaged weights.
 
     Raises:
         DataError: the images cannot be used.
@@ -153,7 +154,7 @@ class TokenizerTask(Task):
         self.revival_use = torch.zeros_like(self.logged_use)
 
     def prepare(self) -> None:
-        """Opens the images."""
+        """Open the images."""
         self.images = self._open(self.folder)
         if self.held_out_folder is not None:
             self.held_out_count = min(len(self.held_out_folder), _EVALUATED)
@@ -205,7 +206,7 @@ class TokenizerTask(Task):
             weight = self._balance(output.features, gradient, pull)
             values["discriminator/weight"] = weight
             gradient = gradient + weight * pull
-        # Its gradient on the image is ``gradient``: the losses above need no second backward pass.
+        # Its gradient on the image is `gradient`: the losses above need no second backward pass.
         surrogate = (image * gradient).sum()
         codebook = output.codebook_loss + options.commitment_weight * output.commitment_loss
         values["gradient_norm"] = self.tokenizer.update(surrogate + codebook)
@@ -232,7 +233,7 @@ class TokenizerTask(Task):
 
     def _balance(self, features: Tensor, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """VQGAN's adaptive weight (arXiv 2012.09841, equation 7): the adversarial gradient on the
-        decoder's last conv is held at ``discriminator_weight`` of the reconstruction's.
+        decoder's last conv is held at `discriminator_weight` of the reconstruction's.
 
         A fixed weight, LlamaGen's default, needs LPIPS to hold against it.
         """
@@ -261,7 +262,7 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def _revive(self, batch: Tensor) -> None:
-        """Puts every code that no image used since the last time on a random encoder vector."""
+        """Put every code that no image used since the last time on a random encoder vector."""
         network = self.tokenizer.network
         with autocast(self.options, self.device):
             vectors = network.encode_vectors(batch).flatten(0, 2)  # (B·T, E)
@@ -287,7 +288,7 @@ class TokenizerTask(Task):
         return {"logged_use": self.logged_use, "revival_use": self.revival_use}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up the code counts."""
+        """Take up the code counts."""
         # One process's counts were saved; every process adds to its own.
         share = 1 / self.accelerator.num_processes
         self.logged_use.copy_(state["logged_use"] * share)
@@ -331,6 +332,7 @@ class TokenizerTask(Task):
         network = self.tokenizer.averaged
         batch = torch.cat(shown)
         drawn = torch.cat([network.decode(network.encode(part)) for part in shown])
+        check_drawn("the pixels of the averaged weights", drawn)
         rows = [row for pair in zip(batch.split(8), drawn.split(8), strict=True) for row in pair]
         rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 8 - len(row)), value=1.0) for row in rows]
         names = [folder.class_names[label] for label in folder.labels[index]]
@@ -363,11 +365,11 @@ class TokenizerTask(Task):
 
     @property
     def path(self) -> Path:
-        """``RUN/tokenizer.safetensors``."""
+        """`RUN/tokenizer.safetensors`."""
         return self.options.out / "tokenizer.safetensors"
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
-        """Writes the tokenizer."""
+        """Write the tokenizer."""
         metadata = {
             "training": recipe(self.options) | dict(facts),
             "image_size": self.options.size,
@@ -377,7 +379,7 @@ class TokenizerTask(Task):
 
 
 def _count(indices: Tensor, *tallies: Tensor) -> None:
-    """Adds how often each code occurs to every tally (V,). Unlike bincount it never waits."""
+    """Add how often each code occurs to every tally (V,). Unlike bincount it never waits."""
     flat = indices.flatten()
     for tally in tallies:
         tally.index_add_(0, flat, torch.ones_like(flat, dtype=tally.dtype))

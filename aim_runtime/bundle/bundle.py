@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from aim_runtime import arguments
 from aim_runtime.bundle.files import MANIFEST_NAME, Source, find_source
 from aim_runtime.bundle.manifest import FileEntry, Manifest
 from aim_runtime.errors import BundleError
@@ -49,7 +50,7 @@ class Bundle:
         """Open the bundle at `path`, a folder or a .zip file, with cheap checks only.
 
         None opens the model that is installed with the package. Raises BundleError when there is
-        no bundle, or one that is unsafe, incomplete or too new.
+        no bundle, or one that is unsafe, incomplete or too new, ValueError when `path` is no path.
         """
         if path is None:
             path = models_dir() / "emoji"
@@ -58,7 +59,7 @@ class Bundle:
                     "this installation of aim-runtime has no model in the box; "
                     "give the path of a bundle"
                 )
-        source = find_source(Path(path))
+        source = find_source(Path(arguments.path("path", path)))
         text = source.manifest_bytes()
         try:
             manifest = Manifest.from_json(text.decode("utf-8"))

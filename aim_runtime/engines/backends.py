@@ -1,4 +1,16 @@
-"""The backends by name: which there are, which can run here, and the choice that "auto" makes."""
+"""The backends by name: which there are, which can run here, and the choice that "auto" makes.
+
+A backend is a module with two functions:
+
+    unavailable_reason(bundle=None) -> str | None
+        None if it can run here (and with this bundle), else one sentence: why not and what to do.
+        Cheap, and never raises.
+    load(bundle, *, device, threads, precision) -> Engine
+        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
+        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
+
+It is imported when it is first asked for.
+"""
 
 from __future__ import annotations
 

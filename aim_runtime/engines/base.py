@@ -1,20 +1,14 @@
-"""The one seam between the generator and whatever computes: the engine, and what brings one.
+"""The one seam between the generator and whatever computes.
 
 An engine has slots that images join and leave at any step (`slots`), draws the tokens of a batch
 (`draw`), turns tokens into pixels (`decode`) and says how many images it advances together
-(`plan`). What it must be able to do is to run the graphs of a bundle step by step (`prologue`,
-`start`, `Rows.step`); the loop over the steps, with guidance and sampler, is here for engines that
-have none of their own, and slots that serve whole batches for those without. Arguments are checked
-here, once.
+(`plan`). Arguments are checked here, once.
 
-A backend is one module in `aim_runtime.engines` with an engine and two functions:
-
-    unavailable_reason(bundle=None) -> str | None
-        None if it can run here (and with this bundle), else one sentence: why not and what to do.
-        Cheap, and never raises.
-    load(bundle, *, device, threads, precision) -> Engine
-        `device` is "auto" or one of the backend's kind, `threads` None for all cores. Raises
-        BackendError when it cannot, BundleError when it refuses the bundle's graphs.
+A subclass runs the graphs of a bundle: `_prologue`, `start`, which makes `Rows` to step, `_decode`.
+The loop over the steps, with guidance and sampler, is here. A subclass that draws on its device
+replaces it (`_draw`); one whose device has memory of its own replaces `_batching` too; one whose
+rows can be given away one by one has slots of its own (`_slots`, `continuous`), where others serve
+whole batches.
 """
 
 from __future__ import annotations
@@ -252,8 +246,3 @@ def _check_integers(
             f"{name} has values from {array.min()} to {array.max()}; "
             f"they must be from 0 to {below - 1}"
         )
-
-
-def cuda_index(device: str) -> int:
-    """The number of the GPU that a checked `device` means: 0 for "auto" and "cuda"."""
-    return int(device.partition(":")[2] or 0)

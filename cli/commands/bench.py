@@ -125,11 +125,11 @@ def bench_table(rows: list[Measurement]) -> str:
 
 def gpus(devices: set[str]) -> dict[str, str]:
     """The names of those of the devices that are GPUs."""
-    from aim_runtime.engines.base import cuda_index
-    from aim_runtime.engines.gpu import nvidia_driver
+    from aim_runtime.engines.gpu import libcuda
+    from aim_runtime.engines.gpu.probing import cuda_index
 
     found = sorted(device for device in devices if device.startswith("cuda"))
-    return {device: nvidia_driver.gpu_name(cuda_index(device)) for device in found}
+    return {device: libcuda.gpu_name(cuda_index(device)) for device in found}
 
 
 def machine() -> dict[str, Any]:

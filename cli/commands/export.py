@@ -18,6 +18,7 @@ from aim_cli.errors import Interrupted, bad_arguments, requires
 from aim_cli.export_engines import Report, add_engines, chosen_engines, late_bar
 from aim_cli.options import sampling_options
 from aim_cli.terminal import fields, table
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from aim_export import ParityReport
@@ -177,6 +178,7 @@ def _export(
     with requires("export", "aim export"):
         from aim_export import export_bundle
         from aim_export.bundle import check_sampling, default_name
+    limit_torch_threads()
     given = {name: options.pop(name) for name in _SAMPLING}
     sampling = {name: value for name, value in given.items() if value is not None}
     with bad_arguments():

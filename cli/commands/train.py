@@ -18,6 +18,7 @@ import click
 from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.lazy import LazyCommand, LazyGroup
 from aim_cli.terminal import fields
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from aim_training.options import TrainingOptions
@@ -88,6 +89,7 @@ def run(train: Callable[[Options], Path], options_class: type[Options], values: 
 def run_with(train: Callable[[Options], Path], options: Options) -> Path:
     """Likewise, the options being complete."""
     _hear_hangups()
+    limit_torch_threads()
     try:
         return train(options)
     except KeyboardInterrupt as error:
@@ -98,6 +100,18 @@ def say_outcome(weights: Path, then: str) -> None:
     """Print what there is now and the next command, once for all processes of a training."""
     if os.environ.get("RANK", "0") == "0":
         click.echo(fields([("weights", str(weights)), ("next", then)]))
+
+
+def beside(out: Path, name: str, *, after: str) -> Path:
+    """A folder beside the run folder `out` for what comes next, by default its name and ours.
+
+    Args:
+        out: the run folder, "." and ".." included.
+        name: what comes next.
+        after: where `out` is called so, `name` alone will do.
+    """
+    run = out.resolve() if out.name in ("", "..") else out
+    return run.parent / (name if run.name == after else f"{run.name}-{name}")
 
 
 def next_command(command: str, options: TrainingOptions, **more: object) -> str:

@@ -13,6 +13,7 @@ from aim_cli.commands.export import late_bar
 from aim_cli.commands.train import run_with
 from aim_cli.errors import Interrupted, requires
 from aim_cli.terminal import fields
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
     from aim_training.plan import Plan
@@ -80,6 +81,7 @@ def command(
     if not math.isfinite(minutes):
         raise click.UsageError(f"--minutes is {minutes}; it must be a finite number")
     _check_place(out)
+    limit_torch_threads()
     with explained("fewer or smaller pictures"), run_folder(out, pictures):
         plan = make_plan(pictures, out, minutes=minutes, size=size, flip=flip, seed=seed)
         click.echo(plan.describe(), err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from aim_cli.errors import requires
 from aim_cli.human import count
 from aim_cli.terminal import fields, progress_bar, table
+from aim_runtime.cores import usable_cores
 from aim_training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _ROWS = 30
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
-    default=min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 4,
+    default=min(8, usable_cores()),
     show_default=True,
     help="Threads that decode.",
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from aim_cli.commands.train import run, say_outcome
+from aim_cli.commands.train import beside, run, say_outcome
 from aim_cli.dataclass_options import options_from
 from aim_cli.errors import requires
 from aim_training.options import ModelTrainingOptions
@@ -26,7 +26,6 @@ def command(**values: Any) -> None:
     with requires("train", "aim train"):
         from aim_training.train_model import train_model
     weights = run(train_model, ModelTrainingOptions, values)
-    out = values["out"]
-    bundle = out.with_name("bundle" if out.name == "model" else f"{out.name}-bundle")
+    bundle = beside(values["out"], "bundle", after="model")
     then = f"aim export --ckpt {shlex.quote(str(weights))} --out {shlex.quote(str(bundle))}"
     say_outcome(weights, then)

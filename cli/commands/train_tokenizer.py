@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from aim_cli.commands.train import next_command, run, say_outcome
+from aim_cli.commands.train import beside, next_command, run, say_outcome
 from aim_cli.dataclass_options import options_from
 from aim_cli.errors import requires
 from aim_training.options import TokenizerTrainingOptions
@@ -27,8 +27,7 @@ def command(**values: Any) -> None:
         from aim_training.train_tokenizer import train_tokenizer
     weights = run(train_tokenizer, TokenizerTrainingOptions, values)
     options = TokenizerTrainingOptions(**values)
-    out = options.out
-    model = out.with_name("model" if out.name == "tokenizer" else f"{out.name}-model")
+    model = beside(options.out, "model", after="tokenizer")
     data, tokenizer = shlex.quote(str(options.data)), shlex.quote(str(weights))
     begun = f"aim train model {data} --tokenizer {tokenizer}"
     # A laptop's tokenizer is for a laptop's model.

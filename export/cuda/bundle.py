@@ -19,11 +19,11 @@ from aim_export.cuda.compile import (
     compiler,
 )
 from aim_export.cuda.decoder import lower_decoder
-from aim_export.cuda.decoder_network import decoder_tensors
+from aim_export.cuda.decoder_network import decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.plan import Draft
-from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.precision import FORMATS, Format
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.stored import stored_tensors
 from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
@@ -32,7 +32,9 @@ from aim_export.cuda.weights import CONSTANTS_FILE, Constants, converted, step_w
 from aim_export.errors import ExportError
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
+from aim_runtime.bundle.manifest import ModelCard
 from aim_runtime.engines.cuda.plan import Code, kernels_file, plan_file
+from aim_runtime.quoting import shortened
 
 Report = Callable[[str], None]
 
@@ -111,23 +113,34 @@ def draft_plan(bundle: Bundle, precision: str, constants: Constants) -> Draft:
 
     Raises ExportError for a network that the kernels do not know.
     """
-    formats = FORMATS[precision]
-    stored = {graph: stored_tensors(bundle, graph) for graph in ("prologue", "step")}
-    model = bundle.manifest.model
+    _check_sizes(bundle.manifest.model)
+    try:
+        return _draft_plan(bundle, FORMATS[precision], precision, constants)
+    except KeyError as error:
+        raise ExportError(
+            f"{bundle.path}: its graphs have no {shortened(str(error))}; kernels are for bundles "
+            "that 'aim export' made"
+        ) from error
+    except ValueError as error:
+        raise ExportError(f"{bundle.path}: {shortened(str(error))}") from error
+
+
+def _check_sizes(model: ModelCard) -> None:
     for name, size in (("head_dim", model.head_dim), ("d_state", model.d_state)):
         if size & (size - 1) or size < 16:
             raise ExportError(f"the kernels want a power of two from 16 for {name}, not {size}")
     if model.d_model % 64:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
-    bias = stored["prologue"].get("adaln_group.bias")
-    groups = model.num_layers if bias is None else bias.values.size // (3 * model.d_model)
-    geometry = Geometry.of(model, groups)
-    try:
-        weights = step_weights(geometry, stored, formats, constants)
-    except ValueError as error:
-        raise ExportError(f"{bundle.path}: {error}") from None
+
+
+def _draft_plan(bundle: Bundle, formats: Format, precision: str, constants: Constants) -> Draft:
+    stored = {graph: stored_tensors(bundle, graph) for graph in ("prologue", "step")}
+    model = bundle.manifest.model
+    geometry = Geometry.of(model, stored)
+    weights = step_weights(geometry, stored, formats, constants)
     storage: Storage = "float32" if formats.activation == "float32" else "float16"
-    decoder = lower_decoder(decoder_tensors(bundle), model.num_tokens, storage)
+    tensors, norms = decoder_tensors(bundle), group_norms(bundle)
+    decoder = lower_decoder(tensors, model.num_tokens, storage, norms)
     weights |= decoder.weights
     weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
     weights, conversions = converted(weights)

@@ -21,11 +21,12 @@ from triton.compiler import ASTSource
 
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 from aim_export.cuda.targets import SHARED_MEMORY
+from aim_runtime.cores import usable_cores
 
-#: The release of Triton that the published figures were measured with. Others compile kernels that
-#: compute the same at another speed.
+# The release of Triton that the published figures were measured with. Others compile kernels that
+# compute the same at another speed.
 MEASURED_TRITON = "3.6.0"
-#: The first with programmatic dependent launch.
+# The first with programmatic dependent launch.
 _OVERLAPS_FROM = 90
 
 Progress = Callable[[int, int], None]
@@ -67,7 +68,7 @@ def compile_kernels(
     Args:
         kernels: what to compile, none twice.
         capabilities: keys of `SHARED_MEMORY`.
-        workers: processes; None for one a core.
+        workers: processes; None for one a core that this one may use.
         progress: called with (done, all) after each.
 
     Returns the binaries by (kernel id, compute capability). Raises CompileError.
@@ -76,7 +77,7 @@ def compile_kernels(
     found = {}
     # Processes of their own: Triton compiles under Python's lock, and its assembler aborts the
     # process on what it cannot do. Not forked: the parent may have threads.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers or usable_cores(), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_compile_named, *_named(*job)): job for job in jobs}
         try:
             for done, future in enumerate(as_completed(futures), start=1):

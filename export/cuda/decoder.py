@@ -20,7 +20,7 @@ import numpy as np
 import triton
 from triton.runtime.jit import JITFunction
 
-from aim_export.cuda.decoder_network import blocks
+from aim_export.cuda.decoder_network import USUAL_NORMS, GroupNorms, blocks
 from aim_export.cuda.decoder_tiles import (
     LARGE_MAP,
     Storage,
@@ -44,15 +44,12 @@ from aim_runtime.engines.cuda.plan import (
     decoder_interface,
 )
 
-#: Images at once. A batch of any other size is made of these.
+# Images at once. A batch of any other size is made of these.
 IMAGES = (1, 4, 16)
-#: What half-precision maps are stored times.
+# What half-precision maps are stored times.
 HALF_SCALE = 1 / 16
-#: Groups of a norm that a program of `norm_factors` takes.
+# Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
-
-_GROUPS = 32
-_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ def lower_decoder(
     tensors: Mapping[str, StoredTensor],
     num_tokens: int,
     storage: Storage,
+    norms: GroupNorms = USUAL_NORMS,
     images: Sequence[int] = IMAGES,
 ) -> DecoderPart:
     """The decoder of `tensors` (from `decoder_tensors`) for square grids of codes.
@@ -84,6 +82,7 @@ def lower_decoder(
         tensors: parameters by their names in the tokenizer.
         num_tokens: T, a square number.
         storage: type of maps and weights on the device; sums are float32 either way.
+        norms: what all of its norms have in common.
         images: capacities of the buckets, ascending.
 
     Raises:
@@ -93,7 +92,7 @@ def lower_decoder(
     if side**2 != num_tokens:
         raise ValueError(f"{num_tokens} tokens an image fill no square")
     weights = DecoderWeights(tensors, storage)
-    buckets = tuple(_BucketLowering(weights, side, count).bucket() for count in images)
+    buckets = tuple(_BucketLowering(weights, side, count, norms).bucket() for count in images)
     return DecoderPart(weights.weights, weights.constants(), weights.setup(), buckets)
 
 
@@ -143,8 +142,8 @@ class _Moments:
 class _BucketLowering:
     """The launches for one number of images."""
 
-    def __init__(self, weights: DecoderWeights, side: int, images: int) -> None:
-        self.weights, self.side, self.images = weights, side, images
+    def __init__(self, weights: DecoderWeights, side: int, images: int, norms: GroupNorms) -> None:
+        self.weights, self.side, self.images, self.norms = weights, side, images, norms
         self.storage = weights.storage
         self.scale = HALF_SCALE if self.storage == "float16" else 1.0
         self.blocks = list(blocks(weights.tensors))
@@ -368,22 +367,23 @@ class _BucketLowering:
     def _normalise(self, x: _Map, name: str, y: _Map, *, swish: bool) -> None:
         places, part = self.moments.places, self.moments.part
         parts = places * -(-(x.cells // places) // part)
+        groups = self.norms.groups
         self._launch(
             kernels.norm_factors,
-            (_GROUPS // GROUPS_A_PROGRAM, self.images),
+            (groups // GROUPS_A_PROGRAM, self.images),
             moments="moments",
             gain=self.weights.vector(f"{name}.weight"),
             offset=self.weights.vector(f"{name}.bias"),
             factors=self._reserve("factors", "float32", self.images * 2 * x.channels),
             PIXELS=x.cells // places,
             CHANNELS=x.channels,
-            GROUPS=_GROUPS,
-            EPS=_EPS * self.scale**2,
+            GROUPS=groups,
+            EPS=self.norms.eps * self.scale**2,
             PLACES=places,
             PART=part,
             BLOCK_T=min(triton.next_power_of_2(parts), 128),
             BLOCK_G=GROUPS_A_PROGRAM,
-            BLOCK_C=triton.next_power_of_2(x.channels // _GROUPS),
+            BLOCK_C=triton.next_power_of_2(x.channels // groups),
             OVERLAPS=True,
         )
         block_c = min(power_of_two_in(x.channels), 128)

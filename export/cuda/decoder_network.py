@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-import numpy as np
 import onnx
 
-from aim_export.cuda.stored import StoredTensor, stored_tensors
-from aim_export.onnx.graph import HALF_SUFFIX
+from aim_export.cuda import unnamed
+from aim_export.cuda.stored import StoredTensor, shortest, stored_tensors
 from aim_runtime import Bundle
 from aim_runtime.onnx_graph import checked_graph
 
-#: What the graph calls the tokenizer's parameters by.
+# What the graph calls the tokenizer's parameters by.
 PREFIX = "tokenizer."
+
+_CODEBOOK, _LAST_NORM = "quantize.embedding.weight", "decoder.norm_out.weight"
+
+
+@dataclass(frozen=True)
+class GroupNorms:
+    """What all norms of a decoder have in common.
+
+    Attributes:
+        groups: groups of channels that are normalised each by itself.
+        eps: what is added to a variance before its root.
+    """
+
+    groups: int = 32
+    eps: float = 1e-6
+
+
+# Those of every tokenizer that is trained here or was published.
+USUAL_NORMS = GroupNorms()
+
+
+def group_norms(bundle: Bundle) -> GroupNorms:
+    """As the decoder's graph has them: a group is a channel of ONNX's `InstanceNormalization`.
+
+    Raises:
+        ValueError: they are not all alike.
+    """
+    graph, stored = _graph(bundle), stored_tensors(bundle, "decoder")
+    found = {
+        GroupNorms(stored[node.input[1]].values.size, shortest(attribute.f))
+        for node in graph.node
+        if node.op_type == "InstanceNormalization"
+        for attribute in node.attribute
+        if attribute.name == "epsilon"
+    }
+    if len(found) != 1:
+        raise ValueError("the decoder's norms are not all alike, as the kernels want them")
+    return found.pop()
 
 
 def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
     """The decoder's parameters in `bundle` by their names in the tokenizer.
 
-    The graph keeps the gains and offsets of its norms without names; they are found behind each
-    normalisation, which come in the order in which the network has them. A small codebook lies
-    there normalised already, under another name: it is what the tokens are looked up in.
+    A small codebook lies there normalised already.
     """
     stored = stored_tensors(bundle, "decoder")
     named = {
@@ -29,26 +65,11 @@ def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
         for name, tensor in stored.items()
         if name.startswith(PREFIX)
     }
-    graph = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"])).graph
-    if "quantize.embedding.weight" not in named:
-        (lookup,) = (node for node in graph.node if "tokens" in node.input)
-        named["quantize.embedding.weight"] = stored[lookup.input[0].removesuffix(HALF_SUFFIX)]
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for value in node.input:
-            readers.setdefault(value, []).append(node)
-    norms = (node for node in graph.node if node.op_type == "InstanceNormalization")
-    for (name, channels), node in zip(_norms(named), norms, strict=True):
-        value = node.output[0]
-        found = {"Mul": np.ones(channels, np.float32), "Add": np.zeros(channels, np.float32)}
-        while len(following := readers[value]) == 1 and following[0].op_type in ("Reshape", *found):
-            (step,) = following
-            for other in step.input:
-                if step.op_type in found and other in stored:
-                    found[step.op_type] = stored[other].values.reshape(channels)
-            value = step.output[0]
-        named[f"{name}.weight"] = StoredTensor(found["Mul"], None)
-        named[f"{name}.bias"] = StoredTensor(found["Add"], None)
+    if _CODEBOOK not in named or _LAST_NORM not in named:
+        graph = _graph(bundle)
+        if _CODEBOOK not in named:
+            named[_CODEBOOK] = unnamed.codebook(graph, stored)
+        named |= unnamed.norm_parameters(graph, stored, _norms(named))
     return named
 
 
@@ -66,6 +87,11 @@ def blocks(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str]]:
             block += 1
         if f"{prefix}.upsample.conv.weight" in tensors:
             yield "upsample", f"{prefix}.upsample.conv"
+
+
+def _graph(bundle: Bundle) -> onnx.GraphProto:
+    data = checked_graph(bundle, bundle.manifest.graphs["decoder"])
+    return onnx.load_from_string(data).graph
 
 
 def _levels(tensors: Mapping[str, StoredTensor]) -> int:

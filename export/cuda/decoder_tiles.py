@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-#: Types of maps and weights on the device.
+# Types of maps and weights on the device.
 Storage = Literal["float16", "float32"]
 
-#: Programs that a launch should have at least, where its tiles can be cut so: nearly as many as
-#: the largest GPUs have multiprocessors.
+# Programs that a launch should have at least, where its tiles can be cut so: nearly as many as
+# the largest GPUs have multiprocessors.
 PROGRAMS = 120
-#: Pixels from which on a map of one image is enough for them in tiles of 128.
+# Pixels from which on a map of one image is enough for them in tiles of 128.
 LARGE_MAP = 128 * 128
 
 

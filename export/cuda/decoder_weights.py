@@ -13,9 +13,9 @@ from aim_export.cuda.launch import KernelSpec, Launcher
 from aim_export.cuda.stored import StoredTensor
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Launch, Setup, Tensor, Weight
 
-#: Side of the blocks in which weights are repacked.
+# Side of the blocks in which weights are repacked.
 PACK_BLOCK = 64
-#: Codes, and outputs, of a program of `code_table`.
+# Codes, and outputs, of a program of `code_table`.
 _CODE_BLOCKS = (16, 32)
 _VECTORS = "decoder/vectors"
 
@@ -42,7 +42,7 @@ class DecoderWeights:
         self._launch = Launcher(self.known, num_stages=3)
 
     def setup(self) -> Setup[KernelSpec]:
-        """Repacks the weights."""
+        """Repack the weights."""
         return Setup(self._packed, tuple(self._launches))
 
     def constants(self) -> dict[str, np.ndarray]:

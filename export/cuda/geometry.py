@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aim_export.cuda.stored import StoredTensor, shortest
+from aim_export.onnx.graph import NORM_EPS
 from aim_runtime.bundle.manifest import ModelCard
 
 
@@ -12,7 +15,8 @@ class Geometry:
     """Sizes of the network, in the letters of `aim_export.cuda.kernels.step`.
 
     `groups` is the number of modulation groups, L where every layer has its own; `position_offset`
-    is the manifest's.
+    is the manifest's; `norm_eps` is what every norm adds to the mean square before its root, in
+    all bundles that do not say it 1e-5.
     """
 
     D: int
@@ -25,10 +29,14 @@ class Geometry:
     groups: int
     position_offset: int
     num_classes: int = 1000
+    norm_eps: float = 1e-5
 
     @classmethod
-    def of(cls, model: ModelCard, groups: int) -> Geometry:
-        """From a manifest."""
+    def of(cls, model: ModelCard, stored: Mapping[str, Mapping[str, StoredTensor]]) -> Geometry:
+        """From a manifest, and the tensors of the graphs "prologue" and "step"."""
+        bias, eps = stored["prologue"].get("adaln_group.bias"), stored["step"].get(NORM_EPS)
+        groups = model.num_layers if bias is None else bias.values.size // (3 * model.d_model)
+        norm_eps = cls.norm_eps if eps is None else shortest(eps.values.item())
         return cls(
             D=model.d_model,
             L=model.num_layers,
@@ -40,6 +48,7 @@ class Geometry:
             groups=groups,
             position_offset=model.position_offset,
             num_classes=model.num_classes,
+            norm_eps=norm_eps,
         )
 
     @property

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from aim_runtime.engines.cuda.plan import POINTER_ALIGNMENT, Argument, Launch, Tensor
 
-#: Triton's names of the element types, by the plan's names.
+# Triton's names of the element types, by the plan's names.
 TRITON_TYPES: Mapping[str, str] = {
     "float64": "fp64",
     "float32": "fp32",
@@ -29,8 +29,8 @@ TRITON_TYPES: Mapping[str, str] = {
     "uint8": "u8",
 }
 
-#: What a parameter gets that this form of the kernel does not use. A plan wants an address for it
-#: all the same: that of a buffer of this name, which every plan with such a launch holds.
+# What a parameter gets that this form of the kernel does not use. A plan wants an address for it
+# all the same: that of a buffer of this name, which every plan with such a launch holds.
 ABSENT = Argument("absent")
 ABSENT_BUFFER: Mapping[str, Tensor] = {ABSENT.name: Tensor("uint8", (POINTER_ALIGNMENT,))}
 

@@ -31,13 +31,55 @@ class Format:
         return self.matrix == "int8"
 
 
-#: Sums, norms, the residual and the scan's arithmetic are float32 in all of them.
+# Sums, norms, the residual and the scan's arithmetic are float32 in all of them.
 FORMATS: Mapping[str, Format] = {
-    "fp32": Format("float32", "float32", "float32", "float32", "float32"),
-    "fp16": Format("float16", "float16", "float16", "float32", "float32"),
-    "fp16-state16": Format("float16", "float16", "float16", "bfloat16", "float16"),
-    "fp16-state8": Format("float16", "float16", "float16", "int8", "float16"),
-    "int8": Format("int8", "float16", "float16", "float32", "float32"),
-    "int8-state16": Format("int8", "float16", "float16", "bfloat16", "float16"),
-    "int8-state8": Format("int8", "float16", "float16", "int8", "float16"),
+    "fp32": Format(
+        matrix="float32",
+        table="float32",
+        activation="float32",
+        state="float32",
+        history="float32",
+    ),
+    "fp16": Format(
+        matrix="float16",
+        table="float16",
+        activation="float16",
+        state="float32",
+        history="float32",
+    ),
+    "fp16-state16": Format(
+        matrix="float16",
+        table="float16",
+        activation="float16",
+        state="bfloat16",
+        history="float16",
+    ),
+    "fp16-state8": Format(
+        matrix="float16",
+        table="float16",
+        activation="float16",
+        state="int8",
+        history="float16",
+    ),
+    "int8": Format(
+        matrix="int8",
+        table="float16",
+        activation="float16",
+        state="float32",
+        history="float32",
+    ),
+    "int8-state16": Format(
+        matrix="int8",
+        table="float16",
+        activation="float16",
+        state="bfloat16",
+        history="float16",
+    ),
+    "int8-state8": Format(
+        matrix="int8",
+        table="float16",
+        activation="float16",
+        state="int8",
+        history="float16",
+    ),
 }

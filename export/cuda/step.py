@@ -14,9 +14,8 @@ from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
 from aim_export.cuda.tuning import Tile, Tuning
 from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Repeat
-from aim_training.config import EPS
 
-#: Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
+# Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
 _FOLD_PROGRAMS = 1024
 
 SpecLaunch: TypeAlias = Launch[KernelSpec]
@@ -196,7 +195,7 @@ class _StepBuilder:
             H=g.H,
             K=g.K,
             PARTS=self.norm_parts,
-            EPS=EPS,
+            EPS=g.norm_eps,
             HAS_SCALES=self.precision.quantised,
             CONVOLVES=not self.tuning.dot,
             **self._tile(tile, g.D),
@@ -259,7 +258,7 @@ class _StepBuilder:
             D=g.D,
             INNER=g.inner,
             PARTS=self.square_parts,
-            EPS=EPS,
+            EPS=g.norm_eps,
             HAS_SCALES=self.precision.quantised,
             **self._tile(tile, g.inner),
             OVERLAPS=self.overlaps,
@@ -300,7 +299,7 @@ class _StepBuilder:
             hidden="hidden",
             D=self.g.D,
             BLOCK=self.block,
-            EPS=EPS,
+            EPS=self.g.norm_eps,
             OVERLAPS=self.overlaps,
         )
 

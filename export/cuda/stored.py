@@ -31,9 +31,15 @@ class StoredTensor:
         return str(self.values.dtype)
 
     def placed(self) -> Part:
-        """The place of a tensor that is known to have one."""
-        assert self.part is not None, "a matrix lies in the weights file"
+        """Its place in the bundle; ValueError if it has none of its own."""
+        if self.part is None:
+            raise ValueError("a matrix lies inside its graph, not in the weights file")
         return self.part
+
+
+def shortest(value: float) -> float:
+    """The number of fewest digits that is `value` in float32: what was meant when it was stored."""
+    return float(str(np.float32(value)))
 
 
 def stored_tensors(bundle: Bundle, graph: str) -> Mapping[str, StoredTensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: Compute capabilities compiled for, with the shared memory in bytes that a program may take:
-#: Ampere, Ada, Hopper and Blackwell. 90 stands for 9.0.
+# Compute capabilities compiled for, with the shared memory in bytes that a program may take:
+# Ampere, Ada, Hopper and Blackwell. 90 stands for 9.0.
 SHARED_MEMORY: Mapping[int, int] = {
     80: 163 << 10,
     86: 99 << 10,
@@ -14,7 +14,7 @@ SHARED_MEMORY: Mapping[int, int] = {
     100: 227 << 10,
     120: 99 << 10,
 }
-#: Compute capabilities compiled for if none are named.
+# Compute capabilities compiled for if none are named.
 CAPABILITIES = tuple(SHARED_MEMORY)
-#: Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
+# Formats compiled if none are named. A bundle can hold several, the user chooses when loading.
 PRECISIONS = ("fp16", "fp16-state16", "fp16-state8", "fp32")

@@ -56,11 +56,11 @@ class Tuning:
         return self.in_proj.rows >= 16
 
 
-#: Scan a head a program, whatever the type of the state.
+# Scan a head a program, whatever the type of the state.
 _SINGLE_HEADS = {"float32": ScanCut(), "bfloat16": ScanCut(), "int8": ScanCut()}
 
-#: By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
-#: the tensor cores are faster with 16.
+# By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
+# the tensor cores are faster with 16.
 TUNING: Mapping[int, Tuning] = {
     1: Tuning(
         in_proj=Tile(rows=1, outputs=8, num_warps=2),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 
 from aim_export.errors import ExportError
 from aim_export.onnx.graph import OPSET, ROWS
 from aim_training.tokenizer import VQTokenizer
 
+# Where the exporter notes the modules that a node comes from, the outermost first.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# What of a norm the constant of a node is, by the node's type.
+_NORM_PARAMETERS = {"Mul": "weight", "Add": "bias"}
+
 
 class Pictures(nn.Module):
     """Codes (N, T) int64 to 8-bit pictures (N, height, width, 3), as they are written to files.
 
-    Pixels go from [-1, 1] to 0..255 by ``round((x + 1) · 127.5)``, halves to even, then clipped.
+    Pixels go from [-1, 1] to 0..255 by `round((x + 1) · 127.5)`, halves to even, then clipped.
     """
 
     def __init__(self, tokenizer: VQTokenizer) -> None:
@@ -36,13 +43,25 @@ class Pictures(nn.Module):
 
 
 def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
-    """``tokens`` (rows, T) int64 to ``image`` (rows, height, width, 3) uint8.
+    """`tokens` (rows, T) int64 to `image` (rows, height, width, 3) uint8.
 
-    The decoder is an ordinary convolutional network, so PyTorch's own exporter does it.
+    The decoder is an ordinary convolutional network, so PyTorch's own exporter does it. Its weights
+    are called what the tokenizer calls them, behind `tokenizer.`.
 
     Raises:
         ExportError: onnxscript is older than what this PyTorch exports with.
     """
+    pictures = Pictures(tokenizer).eval()
+    model = _traced(pictures, num_tokens)
+    _name_norms(model, pictures)
+    _name_codebook(model)
+    _forget_tracing(model)
+    model.producer_name = "aim-runtime"
+    return model
+
+
+def _traced(pictures: Pictures, num_tokens: int) -> ModelProto:
+    """The graph as PyTorch's exporter writes it, without the exporter's log."""
     example = torch.zeros(2, num_tokens, dtype=torch.int64)
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
@@ -51,7 +70,7 @@ def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                Pictures(tokenizer).eval(),
+                pictures,
                 (example,),
                 input_names=["tokens"],
                 output_names=["image"],
@@ -72,9 +91,48 @@ def lower_decoder(tokenizer: VQTokenizer, num_tokens: int) -> ModelProto:
         exporter_log.setLevel(level)
     assert program is not None  # nothing is returned only where a file was asked for
     model: ModelProto = program.model_proto
-    _forget_tracing(model)
-    model.producer_name = "aim-runtime"
     return model
+
+
+def _name_norms(model: ModelProto, pictures: Pictures) -> None:
+    """Give gain and offset of every norm the name that the tokenizer has for them.
+
+    The exporter folds them into constants with names of its own, one for all that are equal.
+    """
+    graph = model.graph
+    norms = {name for name, module in pictures.named_modules() if isinstance(module, nn.GroupNorm)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    uses = Counter(value for node in graph.node for value in node.input)
+    for node in graph.node:
+        norm, parameter = _module(node), _NORM_PARAMETERS.get(node.op_type)
+        if norm not in norms or parameter is None:
+            continue
+        for index, value in enumerate(node.input):
+            if value not in constants:
+                continue
+            tensor = constants[value]
+            if uses[value] > 1:
+                uses[value] -= 1
+                tensor = graph.initializer.add()
+                tensor.CopyFrom(constants[value])
+            tensor.name = node.input[index] = f"{norm}.{parameter}"
+
+
+def _name_codebook(model: ModelProto) -> None:
+    """Give a small codebook, which the exporter folds into normalised codes, its name again."""
+    (lookup,) = (node for node in model.graph.node if "tokens" in node.input)
+    for tensor in model.graph.initializer:
+        if tensor.name == lookup.input[0]:
+            tensor.name = lookup.input[0] = "tokenizer.quantize.embedding.weight"
+
+
+def _module(node: NodeProto) -> str:
+    """The module in whose `forward` a node was traced; empty where the exporter does not say."""
+    for entry in node.metadata_props:
+        if entry.key == _SCOPES:
+            *modules, _ = ast.literal_eval(entry.value)  # the last is the operation
+            return str(modules[-1]) if modules else ""
+    return ""
 
 
 def _forget_tracing(model: ModelProto) -> None:

@@ -1,6 +1,6 @@
-"""A thin builder over :mod:`onnx.helper`, and the one way graphs reach the disk.
+"""A thin builder over `onnx.helper`, and the one way graphs reach the disk.
 
-Graphs are written as two files: ``NAME.onnx`` with the nodes and ``NAME.weights`` with the raw
+Graphs are written as two files: `NAME.onnx` with the nodes and `NAME.weights` with the raw
 tensors, which a reader can map into memory and share between engines.
 """
 
@@ -14,18 +14,20 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-#: 20 is the oldest opset with everything used here; TensorRT 10.9 and later read it.
+# 20 is the oldest opset with everything used here; TensorRT 10.9 and later read it.
 OPSET = 20
-#: Name of the symbolic dimension that counts rows.
+# Name of the symbolic dimension that counts rows.
 ROWS = "rows"
-#: Weights start on this boundary, so that a mapped file can be read with vector loads.
+# Weights start on this boundary, so that a mapped file can be read with vector loads.
 _ALIGNMENT = 64
-#: Smaller tensors stay in the graph: shapes and axes must be readable there, and a page of the
-#: weights file for each scalar would be waste.
+# Smaller tensors stay in the graph: shapes and axes must be readable there, and a page of the
+# weights file for each scalar would be waste.
 _INLINE_BELOW_BYTES = 1024
-#: Marks the stored name of a matrix in half precision; its value under the plain name is cast.
+# Marks the stored name of a matrix in half precision; its value under the plain name is cast.
 HALF_SUFFIX = "/half"
-#: Below this many elements half precision saves nothing worth its rounding.
+# Name of what every RMSNorm of the step adds to the mean square before its root.
+NORM_EPS = "norm_eps"
+# Below this many elements half precision saves nothing worth its rounding.
 _HALF_FROM_ELEMENTS = 4096
 
 Precision = Literal["fp32", "fp16"]
@@ -45,7 +47,7 @@ class GraphBuilder:
         self._scope = ""
 
     def scope(self, name: str) -> None:
-        """Prefix the values and nodes that follow with ``name``."""
+        """Prefix the values and nodes that follow with `name`."""
         self._scope = f"{name}/" if name else ""
 
     def input(self, name: str, dtype: type[np.generic], shape: Shape) -> str:
@@ -54,7 +56,7 @@ class GraphBuilder:
         return name
 
     def output(self, name: str, dtype: type[np.generic], shape: Shape) -> None:
-        """Declare that the value ``name`` leaves the graph."""
+        """Declare that the value `name` leaves the graph."""
         self._outputs.append(_value_info(name, dtype, shape))
 
     def weight(self, name: str, array: np.ndarray) -> str:
@@ -69,7 +71,7 @@ class GraphBuilder:
         return self.weight(name, array)
 
     def op(self, op_type: str, *inputs: str, result: str = "", **attributes: Any) -> str:
-        """Append a node with one output, called ``result`` if given."""
+        """Append a node with one output, called `result` if given."""
         return self.ops(op_type, *inputs, results=[result], **attributes)[0]
 
     def ops(
@@ -80,7 +82,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> list[str]:
-        """Append a node; an empty string among ``results`` stands for a name made up here."""
+        """Append a node; an empty string among `results` stands for a name made up here."""
         node_name = f"{self._scope}{op_type}_{len(self._nodes)}"
         names = [result or f"{node_name}:{index}" for index, result in enumerate(results)]
         self._nodes.append(
@@ -114,13 +116,13 @@ class GraphBuilder:
 
 
 def write_graph(model: ModelProto, directory: Path, name: str, precision: Precision) -> None:
-    """Write ``name.onnx`` and ``name.weights``, then let the ONNX checker judge them.
+    """Write `name.onnx` and `name.weights`, then let the ONNX checker judge them.
 
     Args:
         model: a graph with its weights inside; it is taken apart.
         directory: existing folder.
         name: stem of both files.
-        precision: ``fp16`` stores large matrices in half precision and casts them where they are
+        precision: `fp16` stores large matrices in half precision and casts them where they are
             used. Engines fold those casts when they load, so arithmetic stays in float32.
     """
     if precision == "fp16":

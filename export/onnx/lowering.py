@@ -1,12 +1,12 @@
 """AiM's prologue and single step as ONNX graphs.
 
 Written node by node rather than traced: the graph is the product, every node of it costs time at
-each of the 256 steps, and the state scan has to be one node. :mod:`aim_export.parity` holds the
+each of the 256 steps, and the state scan has to be one node. `aim_export.parity` holds the
 graphs to the PyTorch model they were made from.
 
 What depends on the class alone is folded into the prologue: besides the class embedding it yields,
-for every layer, ``shift``, ``norm weight · (1 + scale)`` and ``gate``. The gated norm's weight is
-folded into ``out_proj``.
+for every layer, `shift`, `norm weight · (1 + scale)` and `gate`. The gated norm's weight is
+folded into `out_proj`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 from onnx import ModelProto
 from torch import Tensor
 
-from aim_export.onnx.graph import ROWS, GraphBuilder
+from aim_export.onnx.graph import NORM_EPS, ROWS, GraphBuilder
 from aim_export.onnx.state_scan import DOMAIN, NAME, PLUGIN_ATTRIBUTES, state_scan
-from aim_training.config import ModelConfig
-from aim_training.model import EPS, AiM
+from aim_training.config import EPS, ModelConfig
+from aim_training.model import AiM, Layer, Mixer
 
 CLASS_EMBEDDING, MODULATION, FINAL = "class_embedding", "modulation", "final_modulation"
 
 
 def state_shapes(config: ModelConfig) -> dict[str, list[int | str]]:
-    """The step's state inputs, layer by layer; the output that replaces one is ``next_`` + name."""
+    """The step's state inputs, layer by layer; the output that replaces one is `next_` + name."""
     shapes: dict[str, list[int | str]] = {}
     for layer in range(config.num_layers):
         conv, ssm = state_names(layer)
@@ -44,7 +44,7 @@ def next_name(state: str) -> str:
 
 
 def lower_prologue(model: AiM) -> ModelProto:
-    """``class_id`` (R,) int64 to the conditioning tensors of :func:`lower_step`."""
+    """`class_id` (R,) int64 to the conditioning tensors of `lower_step`."""
     config, net, g = model.config, model.backbone, GraphBuilder("aim_prologue")
     width = config.d_model
     class_id = g.input("class_id", np.int64, [ROWS])
@@ -113,60 +113,75 @@ def lower_prologue(model: AiM) -> ModelProto:
 def lower_step(model: AiM, position_offset: int) -> ModelProto:
     """One token of every row.
 
-    Inputs ``token`` and ``position`` (R,) int64, the prologue's outputs and the states of
-    :func:`state_shapes`; outputs ``logits`` (R, V) and the next states.
+    Inputs `token` and `position` (R,) int64, the prologue's outputs and the states of
+    `state_shapes`; outputs `logits` (R, V) and the next states.
     """
-    config, net, g = model.config, model.backbone, GraphBuilder("aim_step")
-    g.function(state_scan(config))
-    token = g.input("token", np.int64, [ROWS])
-    position = g.input("position", np.int64, [ROWS])
-    for name, shape in conditioning_shapes(config).items():
-        g.input(name, np.float32, shape)
-    for name, shape in state_shapes(config).items():
-        g.input(name, np.float32, shape)
+    return _StepGraph(model).build(position_offset)
 
-    one = g.constant([1], np.int64)
-    words = g.weight("word_table", _array(net.embeddings.word_embeddings.weight))
-    places = g.weight("position_table", _array(net.embeddings.position_embeddings.weight))
-    zero = g.constant(0, np.int64)
-    place = g.op("Add", position, g.constant(position_offset - 1, np.int64))
-    place = g.op("Max", place, zero)  # position 0 looks nothing up, but must stay in range
-    embedded = g.op(
-        "Add", g.op("Gather", words, token, axis=0), g.op("Gather", places, place, axis=0)
-    )
-    started = g.op("Unsqueeze", g.op("Greater", position, zero), one)
-    residual = g.op("Where", started, embedded, CLASS_EMBEDDING)  # (R, D)
 
-    eps = g.constant(EPS)
+class _StepGraph:
+    """The step, part by part, each from value names to value names."""
 
-    def inverse_rms(mean_square: str) -> str:
-        return g.op("Reciprocal", g.op("Sqrt", g.op("Add", mean_square, eps)))
+    def __init__(self, model: AiM) -> None:
+        self.config, self.net = model.config, model.backbone
+        self.g = g = GraphBuilder("aim_step")
+        g.function(state_scan(self.config))
+        self.token = g.input("token", np.int64, [ROWS])
+        self.position = g.input("position", np.int64, [ROWS])
+        for shapes in (conditioning_shapes(self.config), state_shapes(self.config)):
+            for name, shape in shapes.items():
+                g.input(name, np.float32, shape)
+        self.one = g.constant([1], np.int64)
+        self.words = g.weight("word_table", _array(self.net.embeddings.word_embeddings.weight))
 
-    def normalised(value: str) -> str:
-        mean_square = g.op("ReduceMean", g.op("Mul", value, value), one, keepdims=1)
-        return g.op("Mul", value, inverse_rms(mean_square))
+    def build(self, position_offset: int) -> ModelProto:
+        g, L = self.g, self.config.num_layers
+        residual = self._embedded(position_offset)
+        g.weight(NORM_EPS, np.asarray(EPS, np.float32))
+        modulations = g.ops("Split", MODULATION, results=[""] * L, axis=1, num_outputs=L)
+        for index, (layer, modulation) in enumerate(zip(self.net.layers, modulations, strict=True)):
+            g.scope(f"layer_{index}")
+            residual = self._layer(index, layer, modulation, residual)
+        g.scope("head")
+        self._head(residual)
+        g.output("logits", np.float32, [ROWS, self.config.vocab_size])
+        for name, shape in state_shapes(self.config).items():
+            g.output(next_name(name), np.float32, shape)
+        return g.build()
 
-    by_layer = g.ops(
-        "Split", MODULATION, results=[""] * config.num_layers, axis=1, num_outputs=config.num_layers
-    )
-    for index, layer in enumerate(net.layers):
-        g.scope(f"layer_{index}")
-        mixer = layer.mixer
+    def _embedded(self, position_offset: int) -> str:
+        """The first layer's input (R, D): the class at position 0, else the token and its place."""
+        g = self.g
+        table = _array(self.net.embeddings.position_embeddings.weight)
+        places = g.weight("position_table", table)
+        zero = g.constant(0, np.int64)
+        place = g.op("Add", self.position, g.constant(position_offset - 1, np.int64))
+        place = g.op("Max", place, zero)  # position 0 looks nothing up, but must stay in range
+        word = g.op("Gather", self.words, self.token, axis=0)
+        embedded = g.op("Add", word, g.op("Gather", places, place, axis=0))
+        started = g.op("Unsqueeze", g.op("Greater", self.position, zero), self.one)
+        return g.op("Where", started, embedded, CLASS_EMBEDDING)
 
-        def stored(name: str, array: np.ndarray, index: int = index) -> str:
+    def _layer(self, index: int, layer: Layer, modulation: str, residual: str) -> str:
+        """residual + gate · mixer(norm(residual) · scale + shift)."""
+        g = self.g
+        shift, scale, gate = self._modulation(modulation, parts=3, axis=2)
+        u = g.op("Add", g.op("Mul", self._normalised(residual), scale), shift)
+        return g.op("Add", residual, g.op("Mul", gate, self._mixed(index, layer.mixer, u)))
+
+    def _mixed(self, index: int, mixer: Mixer, u: str) -> str:
+        """out_proj(gated norm(scan(in_proj(u))))."""
+        g = self.g
+
+        def stored(name: str, array: np.ndarray) -> str:
             return g.weight(f"layer_{index}.{name}", array)
 
-        shift, scale, gate = (
-            g.op("Reshape", part, g.constant([-1, config.d_model], np.int64))
-            for part in g.ops("Split", by_layer[index], results=[""] * 3, axis=2, num_outputs=3)
-        )
-        u = g.op("Add", g.op("Mul", normalised(residual), scale), shift)
         projected = g.op("Gemm", u, stored("in_proj", _array(mixer.in_proj.weight)), transB=1)
         states = state_names(index)
         gated, squares, *_ = g.ops(
             NAME,
             projected,
-            position,
+            self.position,
             stored("conv_weight", _array(mixer.conv1d.weight)[:, 0].T),
             stored("conv_bias", _array(mixer.conv1d.bias)),
             stored("dt_bias", _array(mixer.dt_bias)),
@@ -180,23 +195,32 @@ def lower_step(model: AiM, position_offset: int) -> ModelProto:
         # The norm's weight is inside the matrix and its factor is one number a row, so it can wait.
         out_weight = _array(mixer.out_proj.weight) * _array(mixer.norm.weight)
         mixed = g.op("Gemm", gated, stored("out_proj", out_weight), transB=1)
-        total = g.op("ReduceSum", squares, one, keepdims=1)
-        mean_square = g.op("Mul", total, g.constant(1.0 / config.d_inner))
-        mixed = g.op("Mul", mixed, inverse_rms(mean_square))
-        residual = g.op("Add", residual, g.op("Mul", gate, mixed))
+        total = g.op("ReduceSum", squares, self.one, keepdims=1)
+        mean_square = g.op("Mul", total, g.constant(1.0 / self.config.d_inner))
+        return g.op("Mul", mixed, self._inverse_rms(mean_square))
 
-    g.scope("head")
-    hidden = g.op("Mul", normalised(residual), g.weight("norm_f", _array(net.norm_f.weight)))
-    shift, scale = (
-        g.op("Reshape", part, g.constant([-1, config.d_model], np.int64))
-        for part in g.ops("Split", FINAL, results=[""] * 2, axis=1, num_outputs=2)
-    )
-    hidden = g.op("Add", g.op("Mul", normalised(hidden), scale), shift)
-    g.op("Gemm", hidden, words, transB=1, result="logits")
-    g.output("logits", np.float32, [ROWS, config.vocab_size])
-    for name, shape in state_shapes(config).items():
-        g.output(next_name(name), np.float32, shape)
-    return g.build()
+    def _head(self, residual: str) -> None:
+        """`logits`: the words' products with norm(norm_f(residual)) · scale + shift."""
+        g, norm_f = self.g, _array(self.net.norm_f.weight)
+        hidden = g.op("Mul", self._normalised(residual), g.weight("norm_f", norm_f))
+        shift, scale = self._modulation(FINAL, parts=2, axis=1)
+        hidden = g.op("Add", g.op("Mul", self._normalised(hidden), scale), shift)
+        g.op("Gemm", hidden, self.words, transB=1, result="logits")
+
+    def _modulation(self, value: str, *, parts: int, axis: int) -> list[str]:
+        """Shift, scale and, of three parts, gate (R, D) out of `value`, side by side on `axis`."""
+        g, shape = self.g, [-1, self.config.d_model]
+        split = g.ops("Split", value, results=[""] * parts, axis=axis, num_outputs=parts)
+        return [g.op("Reshape", part, g.constant(shape, np.int64)) for part in split]
+
+    def _normalised(self, value: str) -> str:
+        """`value` over the root of its mean square."""
+        g = self.g
+        mean_square = g.op("ReduceMean", g.op("Mul", value, value), self.one, keepdims=1)
+        return g.op("Mul", value, self._inverse_rms(mean_square))
+
+    def _inverse_rms(self, mean_square: str) -> str:
+        return self.g.op("Reciprocal", self.g.op("Sqrt", self.g.op("Add", mean_square, NORM_EPS)))
 
 
 def conditioning_shapes(config: ModelConfig) -> dict[str, list[int | str]]:

@@ -1,28 +1,30 @@
-"""``aim::StateScan``: one layer's recurrent state update as an ONNX local function.
+"""`aim::StateScan`: one layer's recurrent state update as an ONNX local function.
 
 Its node carries the attributes by which TensorRT finds a plugin of that name; an engine without the
 plugin (ONNX Runtime, TensorRT for RTX) runs the body, which is plain ONNX. One file serves both.
 The mathematics is the step of the Mamba-2 block (arXiv 2405.21060, section 7), from the output of
-``in_proj`` to the gated value whose norm comes next.
+`in_proj` to the gated value whose norm comes next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from aim_export.onnx.graph import OPSET
-from aim_training.config import ModelConfig
+
+if TYPE_CHECKING:
+    from aim_training.config import ModelConfig
 
 DOMAIN = "aim"
-#: What TensorRT's parser reads off a node to find an ahead-of-time compiled plugin.
+# What TensorRT's parser reads off a node to find an ahead-of-time compiled plugin.
 PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
 NAME = "StateScan"
 
-#: The function's inputs; shapes with R rows.
+# The function's inputs; shapes with R rows.
 INPUTS = (
     "projected",  # (R, 2I + 2S + H): z | x B C | dt, as in_proj leaves them
     "position",  # (R,) int64; 0 means that the row's state counts as zero
@@ -34,10 +36,10 @@ INPUTS = (
     "conv_state",  # (R, K-1, X), oldest input first
     "ssm_state",  # (R, H, P, S)
 )
-#: Its outputs; the norm that follows is made from the sums of squares.
+# Its outputs; the norm that follows is made from the sums of squares.
 OUTPUTS = (
     "gated",  # (R, I)
-    "squares",  # (R, H), sum of the squares of ``gated`` by head
+    "squares",  # (R, H), sum of the squares of `gated` by head
     "next_conv_state",
     "next_ssm_state",
 )

@@ -1,7 +1,7 @@
 """From a bundle's ONNX graphs to engines beside them.
 
 With TensorRT installed: engines for the GPU of this machine, the scan as our kernel
-(:mod:`aim_export.tensorrt.plugin`). With TensorRT for RTX instead: engines for any GPU that it
+(`aim_export.tensorrt.plugin`). With TensorRT for RTX instead: engines for any GPU that it
 supports, made without one; it knows no plugins and takes the scan's body of standard operators.
 """
 
@@ -21,6 +21,7 @@ from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.bundle import add_engine
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
+from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.tensorrt.library import (
     Library,
     collecting_logger,
@@ -30,14 +31,14 @@ from aim_runtime.engines.tensorrt.library import (
 )
 from aim_runtime.onnx_graph import checked_graph
 
-#: Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
-#: image under guidance is two rows.
+# Numbers of rows (of images for the decoder) from, tuned for, and to, for each kind of batch. One
+# image under guidance is two rows.
 PROFILES = {
     "prologue": ((1, 2, 128),),
     "step": ((1, 2, 2), (3, 8, 8), (9, 32, 32), (33, 128, 128)),
     "decoder": ((1, 1, 1), (2, 8, 8)),
 }
-#: What TensorRT measured; makes the next build for the same GPU and version faster.
+# What TensorRT measured; makes the next build for the same GPU and version faster.
 _TIMING_CACHE = "timing.cache"
 
 Report = Callable[[str], None]
@@ -77,7 +78,7 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
     if not bundle.path.is_dir():
         raise BundleError(f"{bundle.path}: engines are added to a bundle folder; unpack it first")
     try:
-        name = engine_folder(library, (0, 0) if library.portable else library.capability(0))
+        name = engine_folder(library, (0, 0) if library.portable else libcuda.capability(0))
     except BackendError as error:
         raise EnginesUnavailable(f"no engines can be built: {error}") from error
     with tempfile.TemporaryDirectory(prefix="aim-engines-") as folder:
@@ -88,7 +89,7 @@ def add_engines(bundle_dir: Path, report: Report | None = None) -> Bundle:
 def build_engines(
     library: Library, bundle: Bundle, name: str, folder: Path, report: Report
 ) -> None:
-    """Write the engines of all three graphs, and what helps building them again, to ``folder``.
+    """Write the engines of all three graphs, and what helps building them again, to `folder`.
 
     Raises:
         ExportError: TensorRT cannot build one of them.
@@ -134,7 +135,7 @@ def prepare(model: ModelProto) -> None:
 def _build(
     library: Library, path: Path, spec: GraphSpec, graph: str, precision: str, cache: bytes
 ) -> tuple[bytes, bytes]:
-    """The engine of the graph at ``path``, and the timing cache with what was measured for it."""
+    """The engine of the graph at `path`, and the timing cache with what was measured for it."""
     trt = library.module
     if not library.portable:
         # Importing it registers the kernel; this comes first because it may lack Triton.

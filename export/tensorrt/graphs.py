@@ -9,12 +9,12 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from aim_runtime import BundleError
 
-#: Nodes whose second input is a matrix of weights.
+# Nodes whose second input is a matrix of weights.
 _WEIGHTED = ("Gemm", "MatMul", "Conv")
 
 
 def read_graph(data: bytes | memoryview, weights: str, where: str) -> ModelProto:
-    """Parse a graph whose large tensors are in the file ``weights`` and nowhere else.
+    """Parse a graph whose large tensors are in the file `weights` and nowhere else.
 
     TensorRT reads those tensors by path, so a graph could otherwise name any file of the machine.
 

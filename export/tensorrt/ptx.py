@@ -22,13 +22,13 @@ from triton.compiler import ASTSource
 from aim_export.tensorrt.scan import PARAMETERS, ScanSizes, state_scan_kernel
 
 _TARGET = GPUTarget("cuda", 80, 32)
-#: PTX 8.0 is read by every driver since CUDA 12.0. Both options are fixed here because their
-#: defaults change with Triton's version.
+# PTX 8.0 is read by every driver since CUDA 12.0. Both options are fixed here because their
+# defaults change with Triton's version.
 _OPTIONS = {"num_warps": 8, "ptx_version": 80, "enable_fp_fusion": True}
-#: What a launch may take without asking the driver for more, which TensorRT does not do.
+# What a launch may take without asking the driver for more, which TensorRT does not do.
 _MAX_SHARED_BYTES = 48 << 10
-#: Loaded and stored four numbers at a time. These two are the engine's own inputs and outputs,
-#: which TensorRT wants at multiples of 256 bytes; of the others nothing is assumed.
+# Loaded and stored four numbers at a time. These two are the engine's own inputs and outputs,
+# which TensorRT wants at multiples of 256 bytes; of the others nothing is assumed.
 _ALIGNED = ("ssm_state", "next_ssm_state")
 
 

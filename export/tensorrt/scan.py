@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from aim_export.cuda.kernels.common import silu, softplus
 from aim_export.onnx.state_scan import INPUTS, OUTPUTS
 
-#: The kernel's pointer parameters, in order.
+# The kernel's pointer parameters, in order.
 PARAMETERS = (*INPUTS, *OUTPUTS)
 
 
@@ -107,10 +107,10 @@ def state_scan_kernel(
     rows = (projected + INNER, conv_weight, conv_bias, conv_state, next_conv_state)
     channel = head * HEAD_DIM + p
     x = _convolved(channel, in_head, in_head, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
-    of_b, of_c = INNER + s, INNER + STATE + s
+    b_channels, c_channels = INNER + s, INNER + STATE + s
     first = in_state & (head == 0)
-    b = _convolved(of_b, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
-    c = _convolved(of_c, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
+    b = _convolved(b_channels, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
+    c = _convolved(c_channels, in_state, first, started, rows, CHANNELS, WIDTH, WIDTH_BLOCK)
 
     old_state = tl.load(ssm_state + first_cell + cell, in_cell & started, 0.0)
     dt = softplus(tl.load(projected + INNER + CHANNELS + head) + tl.load(dt_bias + head))

@@ -1,4 +1,4 @@
-"""A small image classifier, the judge of ``evaluate.py``: which class does a picture show?
+"""A small image classifier, the judge of `evaluate.py`: which class does a picture show?
 
 A residual network of a million parameters that sees 64 x 64 pixels. It is trained on real training
 pictures alone, in minutes on two CPU cores. Everything random comes from one seed.
@@ -90,7 +90,7 @@ class Classifier(nn.Module):
 
 
 def shrink(pictures: NDArray[np.uint8], factor: int) -> Tensor:
-    """Pictures (N, H, W, 3) averaged over squares of ``factor`` pixels: (N, 3, h, w) uint8."""
+    """Pictures (N, H, W, 3) averaged over squares of `factor` pixels: (N, 3, h, w) uint8."""
     parts = []
     for first in range(0, len(pictures), _BATCH):
         part = torch.from_numpy(pictures[first : first + _BATCH])
@@ -100,7 +100,7 @@ def shrink(pictures: NDArray[np.uint8], factor: int) -> Tensor:
 
 
 def shrink_factor(size: int) -> int:
-    """By how much pictures of ``size`` pixels are shrunk."""
+    """By how much pictures of `size` pixels are shrunk."""
     return max(1, size // SIDE)
 
 
@@ -156,7 +156,7 @@ def train_classifier(
 
 
 def save_classifier(path: Path, network: Classifier) -> None:
-    """Write the weights to ``path``, whole or not at all."""
+    """Write the weights to `path`, whole or not at all."""
     partial = path.with_name(path.name + ".part")
     state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_file(state, partial)

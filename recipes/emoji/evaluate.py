@@ -99,10 +99,10 @@ class EvaluationError(click.ClickException):
 
 
 def data_digest(root: Path) -> str:
-    """Return the sha256 of a data set's pictures, as ``make_dataset.py`` computes it.
+    """Return the sha256 of a data set's pictures, as `make_dataset.py` computes it.
 
     Raises:
-        EvaluationError: it is not what ``dataset.json`` says.
+        EvaluationError: it is not what `dataset.json` says.
     """
     paths = (path for side in ("train", "val") for path in (root / side).rglob("*.png"))
     found = tree_digest({path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
@@ -134,7 +134,7 @@ def centre_crop(pictures: Pixels, crop: Crop) -> Pixels:
 
 
 def choose(total: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return ``count`` of the numbers below ``total`` drawn at random, ascending; or all."""
+    """Return `count` of the numbers below `total` drawn at random, ascending; or all."""
     rng = np.random.default_rng(seed)
     return np.sort(rng.choice(total, min(count, total), replace=False))
 
@@ -160,9 +160,9 @@ def key(decided_by: Mapping[str, Any]) -> str:
 
 
 def psnr(pictures: Pixels, drawn: Pixels) -> dict[str, float]:
-    """Return the peak signal-to-noise ratio of ``drawn`` against ``pictures``, in dB.
+    """Return the peak signal-to-noise ratio of `drawn` against `pictures`, in dB.
 
-    ``psnr_db`` is the mean over the pictures, ``pooled_psnr_db`` that of the mean squared error
+    `psnr_db` is the mean over the pictures, `pooled_psnr_db` that of the mean squared error
     over all pixels, which the worst pictures dominate.
     """
     error = np.array(
@@ -179,7 +179,7 @@ def psnr(pictures: Pixels, drawn: Pixels) -> dict[str, float]:
 
 
 def code_use(codes: NDArray[Any], vocab_size: int) -> dict[str, float]:
-    """Return the share of the V codes that occur in ``codes``, and their perplexity.
+    """Return the share of the V codes that occur in `codes`, and their perplexity.
 
     The perplexity is the number of codes that, used equally often, would vary as much.
     """
@@ -194,7 +194,7 @@ def code_use(codes: NDArray[Any], vocab_size: int) -> dict[str, float]:
 def encode(
     tokenizer: VQTokenizer, request: CodeRequest, path: Path, device: torch.device
 ) -> NDArray[Any]:
-    """Return the codes (N, T) of a folder's pictures, kept in the file ``path``."""
+    """Return the codes (N, T) of a folder's pictures, kept in the file `path`."""
     codes = cached_codes(
         path,
         request,
@@ -270,7 +270,7 @@ def frequency_bits(codes: NDArray[Any], train_codes: NDArray[Any], vocab_size: i
 def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:
     """Return how often the best class, and one of the best five, is the right one.
 
-    ``class_mean`` is top-1 averaged over the classes that occur: comparable between sets that hold
+    `class_mean` is top-1 averaged over the classes that occur: comparable between sets that hold
     a class in different proportions.
     """
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -292,9 +292,9 @@ def get_classifier(
     work: Path,
     device: torch.device,
 ) -> Classifier:
-    """Return the classifier of ``folder``, whose pictures are given, trained now or before.
+    """Return the classifier of `folder`, whose pictures are given, trained now or before.
 
-    It is kept in ``work``, under a name that stands for all that decides it.
+    It is kept in `work`, under a name that stands for all that decides it.
     """
     decided = {"options": asdict(options), "size": size, "data_sha256": data_sha256}
     path = work / f"classifier-{key(decided)}.safetensors"
@@ -312,10 +312,10 @@ def get_classifier(
 
 
 def generate_pictures(generator: Generator, per_class: int, seed: int, work: Path) -> Pixels:
-    """Draw ``per_class`` pictures of every class, in the order of the classes.
+    """Draw `per_class` pictures of every class, in the order of the classes.
 
-    Picture i has seed ``seed + i`` and the bundle's own sampling settings. One file a class is kept
-    in ``work``, under a name that stands for all that decides the pictures.
+    Picture i has seed `seed + i` and the bundle's own sampling settings. One file a class is kept
+    in `work`, under a name that stands for all that decides the pictures.
 
     Returns:
         (C * per_class, height, width, 3).
@@ -374,7 +374,7 @@ class Neighbours:
 
 
 def thumbnails(pictures: Pixels, factor: int, stride: int) -> Tensor:
-    """Means over squares of ``factor`` pixels, one every ``stride``: (N, 3, h, w), 0 is white."""
+    """Means over squares of `factor` pixels, one every `stride`: (N, 3, h, w), 0 is white."""
     parts = [
         F.avg_pool2d(1 - torch.from_numpy(part).permute(0, 3, 1, 2).float() / 255, factor, stride)
         for part in np.array_split(pictures, -(-len(pictures) // 256))
@@ -429,7 +429,7 @@ def copies(distance: NDArray[np.float64], threshold: float) -> dict[str, float]:
 
 
 def label(text: str, size: int) -> Image.Image:
-    """Return a white square that says ``text``, broken after hyphens."""
+    """Return a white square that says `text`, broken after hyphens."""
     image = Image.new("RGB", (size, size), "white")
     ImageDraw.Draw(image).multiline_text(
         (size - 4, size / 2),
@@ -456,12 +456,12 @@ def pairs(first: Pixels, second: Pixels, indices: Iterable[int]) -> list[Pixels]
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return at most ``most`` numbers spread evenly over 0 .. count - 1."""
+    """Return at most `most` numbers spread evenly over 0 .. count - 1."""
     return [round(value) for value in np.linspace(0, count - 1, min(count, most))]
 
 
 def rows_of(indices: Sequence[int], length: int) -> list[Sequence[int]]:
-    """Cut into rows of ``length``, or into one shorter row; what does not fill a row is left."""
+    """Cut into rows of `length`, or into one shorter row; what does not fill a row is left."""
     whole = max(1, len(indices) // length)
     return [indices[row * length : (row + 1) * length] for row in range(whole)]
 
@@ -475,14 +475,14 @@ def write_sheets(
     held_out: Pixels,
     reconstructed: Pixels,
 ) -> None:
-    """Write four contact sheets to the folder ``out``.
+    """Write four contact sheets to the folder `out`.
 
     Args:
-        out: gets ``generated.png``, ``neighbours.png``, ``closest.png``, ``reconstructions.png``.
+        out: gets `generated.png`, `neighbours.png`, `closest.png`, `reconstructions.png`.
         class_names: C names.
         generated: the pictures, those of one class together.
         neighbours: of the generated pictures among the training pictures.
-        windows: the training windows that ``neighbours`` found.
+        windows: the training windows that `neighbours` found.
         held_out: real pictures.
         reconstructed: the same after the tokenizer.
     """
@@ -587,7 +587,7 @@ def open_subject(
 def evaluate(
     subject: Subject, settings: Settings, work: Path, device: torch.device
 ) -> dict[str, Any]:
-    """Measure everything, write the contact sheets to ``work`` and return the figures."""
+    """Measure everything, write the contact sheets to `work` and return the figures."""
     crop, tokenizer, vocab_size = subject.crop, subject.tokenizer, subject.model.config.vocab_size
     classes = len(subject.train.class_names)
     click.echo("Reading the pictures", err=True)
@@ -768,7 +768,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the PyTorch device for ``auto``, ``cpu`` or ``cuda``."""
+    """Return the PyTorch device for `auto`, `cpu` or `cuda`."""
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise EvaluationError("--device cuda: PyTorch sees no GPU here; use --device cpu")

@@ -1,9 +1,9 @@
 """Build the emoji data set: four drawings of every emoji, in one folder a kind of emoji.
 
-The archives come through the package clients (``npm``, ``apt-get``) at pinned versions and are
+The archives come through the package clients (`npm`, `apt-get`) at pinned versions and are
 checked against the hashes below, so two builds read the same artwork. Everything after the
 download is a pure function of those bytes; the pictures' exact bytes also depend on the versions
-of Pillow and of the renderers in ``requirements.txt``.
+of Pillow and of the renderers in `requirements.txt`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picture:
-    """One finished picture: a PNG file of ``CANVAS`` x ``CANVAS`` RGB pixels."""
+    """One finished picture: a PNG file of `CANVAS` x `CANVAS` RGB pixels."""
 
     emoji: Emoji
     style: str
@@ -204,7 +204,7 @@ class Picture:
 def assign_classes(records: Iterable[dict[str, Any]], subgroups: dict[str, str]) -> list[Emoji]:
     """Return the emoji of an emojibase list, each with its subgroup's key as its class.
 
-    ``records`` are the entries of ``data.json`` and ``subgroups`` maps a subgroup's number (as
+    `records` are the entries of `data.json` and `subgroups` maps a subgroup's number (as
     text) to its key. Skin tones are nested inside their base entry and so never listed. Parts of
     emoji are left out: entries without a subgroup (the letters that flags are spelled with), and
     the component group (skin-tone swatches and hair).
@@ -223,7 +223,7 @@ def code_points(hexcode: str) -> tuple[int, ...]:
 
 
 def svg_name(emoji: Emoji) -> str:
-    """Return the stem under which the SVG archive files an emoji, less any ``-default``."""
+    """Return the stem under which the SVG archive files an emoji, less any `-default`."""
     if emoji.hexcode in SVG_NAMES:
         return SVG_NAMES[emoji.hexcode]
     plain = unicodedata.normalize("NFKD", emoji.label.lower()).encode("ascii", "ignore").decode()
@@ -236,7 +236,7 @@ def svg_name(emoji: Emoji) -> str:
 def held_out(hexcodes: Iterable[str]) -> set[str]:
     """Choose the emoji of one class that are held out, from nothing but their hexcodes.
 
-    An emoji's hash puts it at a fixed point between 0 and 1; those below ``HELD_OUT_SHARE`` are
+    An emoji's hash puts it at a fixed point between 0 and 1; those below `HELD_OUT_SHARE` are
     held out. A class of four or more gives at least one, and no class more than a quarter, in
     the order of the hashes, so that the choice depends neither on the order of the input nor on
     how many styles an emoji has.
@@ -253,7 +253,7 @@ def held_out(hexcodes: Iterable[str]) -> set[str]:
 
 
 def renderer(module: str) -> Any:
-    """Import one of ``RENDERERS``: only a build needs them, so the project does not list them."""
+    """Import one of `RENDERERS`: only a build needs them, so the project does not list them."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -266,8 +266,8 @@ def renderer(module: str) -> Any:
 def place(art: Image.Image) -> Image.Image:
     """Put a drawing on the white canvas.
 
-    ``art`` is an image with alpha, of any size. Returns ``CANVAS`` x ``CANVAS`` RGB, the drawn
-    part centred and its longer side ``CONTENT`` pixels. Raises ``ValueError`` if nothing is drawn.
+    `art` is an image with alpha, of any size. Returns `CANVAS` x `CANVAS` RGB, the drawn
+    part centred and its longer side `CONTENT` pixels. Raises `ValueError` if nothing is drawn.
     """
     art = art.convert("RGBA")
     box = art.getchannel("A").point([255 * (a >= ALPHA_FLOOR) for a in range(256)]).getbbox()
@@ -325,7 +325,7 @@ def without_repeats(pictures: Iterable[Picture]) -> tuple[list[Picture], list[st
 
 
 def tree_digest(files: dict[str, bytes]) -> str:
-    """Return one sha256 over the lines ``PATH SHA256`` of ``files``, sorted by path."""
+    """Return one sha256 over the lines `PATH SHA256` of `files`, sorted by path."""
     lines = (f"{path} {hashlib.sha256(files[path]).hexdigest()}\n" for path in sorted(files))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -334,7 +334,7 @@ def tree_digest(files: dict[str, bytes]) -> str:
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """Return the path of a source's archive in ``folder``, downloading it if it is not there."""
+    """Return the path of a source's archive in `folder`, downloading it if it is not there."""
     path = folder / source.file
     if not path.exists():
         if source.client == "npm":
@@ -357,7 +357,7 @@ def fetch(source: Source, folder: Path) -> Path:
 
 
 def deb_payload(path: Path) -> bytes:
-    """Return the ``data.tar.*`` member of a Debian package (an ``ar`` archive)."""
+    """Return the `data.tar.*` member of a Debian package (an `ar` archive)."""
     with path.open("rb") as file:
         file.seek(8)  # the magic line "!<arch>\n"
         while header := file.read(60):
@@ -369,7 +369,7 @@ def deb_payload(path: Path) -> bytes:
 
 
 def read_members(archive: tarfile.TarFile, pattern: str) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Yield (match, bytes) for the files of a tar archive whose whole name matches ``pattern``."""
+    """Yield (match, bytes) for the files of a tar archive whose whole name matches `pattern`."""
     for member in archive:
         match = re.fullmatch(pattern, member.name)
         file = archive.extractfile(member) if match else None
@@ -446,7 +446,7 @@ def read_noto(path: Path, emoji: Iterable[Emoji]) -> Iterator[Drawing]:
 
 
 def split(pictures: Iterable[Picture]) -> dict[str, bytes]:
-    """Return the PNG files by path, ``train/CLASS/NAME`` or ``val/CLASS/NAME``."""
+    """Return the PNG files by path, `train/CLASS/NAME` or `val/CLASS/NAME`."""
     pictures = list(pictures)
     members: dict[str, set[str]] = {}
     for picture in pictures:
@@ -459,7 +459,7 @@ def split(pictures: Iterable[Picture]) -> dict[str, bytes]:
 
 
 def describe(files: dict[str, bytes]) -> dict[str, Any]:
-    """Return the counts and the digest of a build's files, for ``dataset.json``."""
+    """Return the counts and the digest of a build's files, for `dataset.json`."""
     classes: dict[str, dict[str, int]] = {}
     emoji: dict[str, set[str]] = {"train": set(), "val": set()}
     for path in sorted(files):
@@ -491,7 +491,7 @@ def read_drawings(archives: dict[str, Path], emoji: Sequence[Emoji]) -> list[Dra
 
 
 def write_folder(out: Path, files: dict[str, bytes], report: dict[str, Any]) -> None:
-    """Write the files and ``dataset.json`` to ``out``, which appears only when it is complete."""
+    """Write the files and `dataset.json` to `out`, which appears only when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         whole = Path(scratch) / "whole"

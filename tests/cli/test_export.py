@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -448,3 +450,75 @@ def test_kernels_for_a_bundle_take_no_pytorch(spawn: Spawn, folder: Path) -> Non
         "print(len(draft_plan(Bundle.open(), 'fp16', Constants()).kernels()) > 10)"
     )
     assert spawn(python=("-c", program)).communicate(timeout=120) == ("True\n", "")
+
+
+# Runs the command with PyTorch barred, over and over in one process; prints how each run ended.
+WITHOUT_PYTORCH = """
+import json, sys
+sys.modules["torch"] = None
+from click.testing import CliRunner
+from aim_cli.main import aim
+from aim_export.cuda import bundle, compile
+
+def fails(kernels, *args, **options):
+    raise compile.CompileError("scan does not compile for compute capability 9.0: no registers")
+
+bundle.compile_kernels = fails
+found = []
+for run in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(aim, ["export", *run], prog_name="aim")
+    found.append((result.exit_code, result.stderr))
+print(json.dumps(found))
+"""
+
+
+def test_kernels_for_a_bundle_fail_without_pytorch_as_with_it(
+    spawn: Spawn, bundle: Path, wide_bundle: Path, folder: Path
+) -> None:
+    """Every way in which adding kernels can end early, in a process that has no PyTorch."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    shutil.copytree(bundle, "narrow")
+    for name in ("damaged", "renamed"):
+        shutil.copytree(wide_bundle, name)
+    Path("damaged", "step.weights").write_bytes(b"short")
+    rename_tensor(Path("renamed"), b"word_table", b"word_tabla")
+    Path("text").write_text("no bundle")
+    with zipfile.ZipFile("packed.zip", "w") as archive:
+        for file in wide_bundle.iterdir():
+            archive.write(file, file.name)
+    one = ("--cuda-precision", "fp16", "--cuda-arch", "9.0")
+    cases = [
+        (["--bundle", "nowhere", "--cuda"], "nowhere"),
+        (["--bundle", "text", "--cuda"], "text"),
+        (["--bundle", "packed.zip", "--cuda", *one], "unpack it first"),
+        (["--bundle", "damaged", "--cuda", *one], "step.weights"),
+        (["--bundle", "narrow", "--cuda", *one], "the kernels want"),
+        (["--bundle", "renamed", "--cuda", *one], "have no 'word_table'"),
+        (["--bundle", str(wide_bundle), "--cuda", *one], "no registers"),
+        (["--bundle", str(wide_bundle), "--cuda", "--cuda-precision", "fp7"], "fp7"),
+        (["--bundle", str(wide_bundle), "--cuda", "--cuda-arch", "1.0"], "1.0"),
+        (["--bundle", str(wide_bundle), "--cuda", "--name", "new"], "makes a new bundle"),
+        (["--bundle", str(wide_bundle)], "what to add"),
+        (["--cuda"], "--ckpt is missing"),
+        (["--ckpt", "model.pt", "--cuda"], "needs torch, which is not installed"),
+    ]
+    before = tree(wide_bundle)
+    process = spawn(json.dumps([args for args, _ in cases]), python=("-c", WITHOUT_PYTORCH))
+    stdout, stderr = process.communicate(timeout=240)
+    assert stderr == ""
+    for (args, words), (code, said) in zip(cases, json.loads(stdout), strict=True):
+        *_, sentence = said.strip().splitlines()
+        assert code == 2, (args, said)
+        assert sentence.startswith("Error: "), (args, said)
+        assert words in sentence, (args, said)
+        assert "bug in aim" not in said
+    assert tree(wide_bundle) == before
+
+
+def rename_tensor(bundle: Path, old: bytes, new: bytes) -> None:
+    """Give a tensor of the step another name, of the same length, as if another tool wrote it."""
+    file, manifest = bundle / "step.onnx", bundle / "manifest.json"
+    data = file.read_bytes()
+    file.write_bytes(data.replace(old, new))
+    digests = [hashlib.sha256(some).hexdigest() for some in (data, file.read_bytes())]
+    manifest.write_text(manifest.read_text().replace(*digests))

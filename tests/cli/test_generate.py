@@ -123,6 +123,7 @@ def test_files_that_are_not_ours_are_kept(cli: Cli, bundle: Path, folder: Path) 
         (["--seed", str(2**64 - 2)], ["seed is", "for 3 images"]),
         (["--threads", "0"], ["--threads"]),
         (["--memory-limit", "0"], ["--memory-limit"]),
+        (["--memory-limit", str(2**41)], ["memory_limit_mb is", "up to 2**40"]),
         (["--backend", "abacus"], ["backend is 'abacus'", "'cpu'"]),
         (["--backend", "cpu", "--device", "cuda:1"], ["device is 'cuda:1'", "'cpu'"]),
         (["--backend", "cpu", "--precision", "fp16"], ["precision is 'fp16'", "'fp32'"]),

@@ -109,6 +109,21 @@ def test_the_next_command_trains_on_the_same_images(
     assert "aim export --ckpt 'a b/model/model.safetensors' --out 'a b/bundle'" in done.stdout
 
 
+@pytest.mark.parametrize("out", [".", "..", ""])
+@pytest.mark.parametrize(("trained", "follows"), [("tokenizer", "model"), ("model", "bundle")])
+def test_the_next_command_after_a_run_in_the_folder_one_is_in(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, trained: str, follows: str, out: str
+) -> None:
+    monkeypatch.setattr(
+        f"aim_training.train_{trained}.train_{trained}", lambda options: options.out / "weights"
+    )
+    tokenizer = ["--tokenizer", "t"] if trained == "model" else []
+    done = cli("train", trained, "data", *tokenizer, "--out", out)
+    run = folder.resolve().parent if out == ".." else folder.resolve()
+    assert done.exit_code == 0
+    assert f"--out {shlex.quote(f'{run}-{follows}')}" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [("tokenizer", TokenizerTrainingOptions), ("model", ModelTrainingOptions)],
@@ -183,6 +198,28 @@ def test_from_pictures_to_pictures(cli: Cli, data: Path, folder: Path) -> None:
         assert done.exit_code == 0, done.stderr
     with Image.open(folder / "aim-images" / "red_seed0.png") as image:
         assert image.size == (16, 16)
+
+
+@pytest.mark.parametrize(("before", "granted", "then"), [(3, 1, 1), (3, 2, 2), (1, 2, 1)])
+def test_threads_stay_within_what_a_container_grants(
+    monkeypatch: pytest.MonkeyPatch, before: int, granted: int, then: int
+) -> None:
+    """PyTorch alone would start one for each core of the host."""
+    from aim_cli.commands.train import run_with
+
+    monkeypatch.setattr("aim_cli.torch_threads.usable_cores", lambda: granted)
+    threads: list[int] = []
+
+    def train(options: None) -> Path:
+        threads.append(torch.get_num_threads())
+        return Path()
+
+    torch.set_num_threads(before)
+    try:
+        run_with(train, None)
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [then]
 
 
 def test_everything_at_once(cli: Cli, data: Path, folder: Path) -> None:

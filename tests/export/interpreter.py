@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Memory = dict[str, Tensor]
 
-#: Elements behind each tensor that a kernel must leave alone, and their bytes.
+# Elements behind each tensor that a kernel must leave alone, and their bytes.
 _GUARD, _GUARD_BYTE = 64, 0x5A
 
 

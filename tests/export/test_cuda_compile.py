@@ -38,7 +38,7 @@ from aim_export.cuda.tuning import TUNING
 GOLDEN = Geometry(
     D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1, num_classes=10
 )
-#: AiM-B, L and XL (arXiv 2408.12245, table 1).
+# AiM-B, L and XL (arXiv 2408.12245, table 1).
 PUBLISHED = {
     name: Geometry(D=D, L=L, S=128, P=64, K=4, V=16384, T=256, groups=4, position_offset=1)
     for name, D, L in (("B", 768, 24), ("L", 1024, 48), ("XL", 1536, 48))

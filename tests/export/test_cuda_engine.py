@@ -28,8 +28,8 @@ from aim_export.cuda import bundle as engines
 from aim_export.cuda.decoder import DecoderPart, lower_decoder
 from aim_export.cuda.tuning import ScanCut, Tile, Tuning
 
-#: The largest error of a row's scores at a step, relative to their norm. Each is a few times what
-#: the format costs these models: 5e-7, 7e-4 in half precision, 5e-3 with bytes.
+# The largest error of a row's scores at a step, relative to their norm. Each is a few times what
+# the format costs these models: 5e-7, 7e-4 in half precision, 5e-3 with bytes.
 TOLERANCE = {"fp32": 2e-6, "fp16": 3e-3, "fp16-state16": 5e-3, "fp16-state8": 5e-3, "int8": 1e-2}
 CHUNK, STEPS = 4, 7
 

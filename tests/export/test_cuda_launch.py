@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from aim_export.onnx.graph import NORM_EPS
+from aim_runtime import Bundle, models_dir
 from aim_runtime.engines.cuda.plan import Argument, Tensor, flat
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
@@ -15,6 +18,7 @@ from aim_export.cuda.kernels import convert, scan
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
+from aim_export.cuda.stored import StoredTensor
 from aim_export.cuda.tuning import TUNING
 
 TENSORS = {
@@ -79,3 +83,13 @@ def test_a_layers_tensors_advance_and_what_a_format_lacks_is_absent(precision: s
 
 def constants(kernel: KernelSpec) -> dict[str, Any]:
     return dict(kernel.constants)
+
+
+def test_epsilon_is_what_the_bundle_says_and_else_what_all_were_made_with() -> None:
+    card = Bundle.open(models_dir() / "emoji").manifest.model
+    said = StoredTensor(np.array([1e-3], np.float32), None)
+    for tensors, eps in (({NORM_EPS: said}, 1e-3), ({}, 1e-5)):
+        geometry = Geometry.of(card, {"prologue": {}, "step": tensors})
+        bucket = step_bucket(geometry, FORMATS["fp16"], 2, TUNING[2])
+        found = [dict(item.kernel.constants).get("EPS") for item in flat(bucket.step)]
+        assert {value for value in found if value is not None} == {eps}

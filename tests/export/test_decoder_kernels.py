@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from triton.compiler import ASTSource
 
 from aim_export.cuda import decoder, decoder_tiles, decoder_weights
 from aim_export.cuda.decoder import HALF_SCALE, DecoderPart, lower_decoder
-from aim_export.cuda.decoder_network import decoder_tensors
+from aim_export.cuda.decoder_network import GroupNorms, decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage, Tile
 from aim_export.cuda.kernels import convolution as convolutions
 from aim_export.cuda.kernels import decoder as kernels
@@ -47,9 +48,9 @@ Memory = dict[str, np.ndarray]
 
 IMAGES, HEIGHT, WIDTH = 2, 6, 5
 PIXELS = HEIGHT * WIDTH
-#: Tiles that fill neither the pixels nor, below, the keys of the attention.
+# Tiles that fill neither the pixels nor, below, the keys of the attention.
 TILE = 16
-#: Pixels whose statistics are taken together; they do not fill the last part.
+# Pixels whose statistics are taken together; they do not fill the last part.
 PART = 16
 
 
@@ -491,8 +492,22 @@ class DecoderOnly:
         return (self.folder / name).read_bytes()
 
 
+def forget_names(graph: onnx.GraphProto) -> None:
+    """Call norms' parameters what PyTorch's exporter calls them, as older bundles do."""
+    others = {}
+    for index, tensor in enumerate(graph.initializer):
+        if "norm" in tensor.name:
+            others[tensor.name] = f"unnamed_{index}"
+            tensor.name = f"unnamed_{index}"
+    assert others
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            node.input[index] = others.get(value, value)
+
+
+@pytest.mark.parametrize("named", [True, False])
 def test_tensors_of_a_bundle(
-    golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: bool, golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A decoder alone has no manifest that its graph could be judged by.
     for module in ("decoder_network", "stored"):
@@ -502,22 +517,65 @@ def test_tensors_of_a_bundle(
         )
     golden, _ = read(golden_dir / "vq_f2.safetensors")
     state = weights(golden, "")
+    # Equal values, which the exporter keeps once, and those that change nothing.
+    for name, value in (("mid.0.norm1.weight", 0.5), ("mid.0.norm1.bias", 0.5)):
+        state[f"decoder.{name}"] = torch.full_like(state[f"decoder.{name}"], value)
+    for name, value in (("norm_out.weight", 1.0), ("norm_out.bias", 0.0)):
+        state[f"decoder.{name}"] = torch.full_like(state[f"decoder.{name}"], value)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     tokenizer = VQTokenizer(tokenizer_config_from_state(shapes)).eval()
     tokenizer.load_state_dict(state)
-    write_graph(lower_graph(tokenizer, 4), tmp_path, "decoder", "fp32")
-    found = decoder_tensors(cast(Bundle, DecoderOnly(tmp_path)))
+    graph = lower_graph(tokenizer, 4)
     wanted = {
         name: value
         for name, value in state.items()
         if not name.startswith(("encoder.", "quant_conv."))
     }
+    if named:
+        names = [tensor.name for tensor in graph.graph.initializer]
+        assert {name for name in names if "." in name} == {f"tokenizer.{n}" for n in wanted}
+        assert len(names) == len(set(names))
+    else:
+        forget_names(graph.graph)
+    write_graph(graph, tmp_path, "decoder", "fp32")
+    found = decoder_tensors(cast(Bundle, DecoderOnly(tmp_path)))
     codes = F.normalize(wanted.pop("quantize.embedding.weight").float())
     close(
         F.normalize(torch.tensor(found["quantize.embedding.weight"].values)).numpy(), codes.numpy()
     )
     for name, value in wanted.items():
-        assert np.array_equal(found[name].values, value.float().numpy()), name
+        assert np.array_equal(found[name].values.reshape(value.shape), value.float().numpy()), name
+
+
+def test_norms_are_what_the_graph_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert group_norms(Bundle.open(models_dir() / "emoji")) == GroupNorms(32, 1e-6)
+    for module in ("decoder_network", "stored"):
+        monkeypatch.setattr(
+            f"aim_export.cuda.{module}.checked_graph",
+            lambda bundle, spec: bytes(bundle.read(spec.file)),
+        )
+    tensors = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
+    stored = [onnx.numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    nodes = [
+        onnx.helper.make_node(
+            "InstanceNormalization", [f"x{index}", *tensors], [f"x{index + 1}"], epsilon=epsilon
+        )
+        for index, epsilon in enumerate((1e-3, 1e-3, 1e-5))
+    ]
+    (tmp_path / "decoder.weights").touch()
+    alone = cast(Bundle, DecoderOnly(tmp_path))
+    for chosen in (nodes[:2], nodes):
+        graph = onnx.helper.make_graph(chosen, "decoder", [], [], stored)
+        (tmp_path / "decoder.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+        if len(chosen) == 2:
+            assert group_norms(alone) == GroupNorms(16, 1e-3)
+        else:
+            with pytest.raises(ValueError, match="not all alike"):
+                group_norms(alone)
+    tokenizer = random_tokenizer(TokenizerConfig(channels=64, channel_multipliers=(1, 1)))
+    part = lower_decoder(tensors_of(tokenizer), 4, "float32", GroupNorms(16, 1e-3), (1,))
+    found = [dict(item.kernel.constants) for item in flat(part.buckets[0].launches)]
+    assert {(sizes["GROUPS"], sizes["EPS"]) for sizes in found if "GROUPS" in sizes} == {(16, 1e-3)}
 
 
 def test_bundle_in_the_box_lends_its_weights() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from aim_export import ExportError, export_bundle
 from aim_export.bundle import PUBLISHED_SAMPLING, default_name, imagenet_class_names
+from aim_export.manifest import Wishes, draft_manifest
 from aim_export.onnx.decoder import lower_decoder
 from aim_runtime import BundleError, Generator
 from aim_training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -271,12 +272,8 @@ def test_so_are_the_users_own_words(
 
 def test_the_draft_is_the_bundle(each_golden: Golden, exported: Exported) -> None:
     """What is checked beforehand is what the graphs turn out to be."""
-    from aim_export.manifest import _graph_specs
-
     source = load_checkpoint(each_golden.checkpoint)
-    assert source.model is not None
-    assert source.tokenizer is not None
-    specs = _graph_specs(source.model.config, source.tokenizer)
+    specs = draft_manifest(source, source, Wishes("draft"), 1, "fp32", lambda line: None).graphs
     for name, found in exported.bundle.manifest.graphs.items():
         assert set(found.inputs) == set(specs[name].inputs)
         assert set(found.outputs) == set(specs[name].outputs)

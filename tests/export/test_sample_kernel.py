@@ -20,9 +20,9 @@ from aim_export.cuda.launch import KernelSpec
 
 TOKENS = 3
 AT = 1
-#: Sums in float32 may decide differently where u or top_p lie this close to the edge.
+# Sums in float32 may decide differently where u or top_p lie this close to the edge.
 MARGIN = 2e-6
-#: All that a draw depends on but scores and u.
+# All that a draw depends on but scores and u.
 OPTIONS = [
     SamplingOptions(cfg_scale, temperature, top_k, top_p)
     for cfg_scale in (1.0, 2.5)

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton, which the kernel is written in, is
 from aim_export.onnx.state_scan import INPUTS, OUTPUTS
 from aim_export.tensorrt.ptx import CompiledScan, compile_scan
 from aim_export.tensorrt.scan import PARAMETERS, ScanSizes, state_scan_reference
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda
 
 driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ GEOMETRIES = [
     ScanSizes(heads=12, head_dim=64, d_state=64, conv_width=4),
     ScanSizes(heads=3, head_dim=20, d_state=12, conv_width=3),
 ]
-#: Bytes before and after each output that nothing may write to.
+# Bytes before and after each output that nothing may write to.
 GUARD = 256
 
 
@@ -41,7 +41,7 @@ def call(function: Any, *arguments: Any) -> Any:
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[int]:
     """A current context on GPU 0."""
-    reason = nvidia_driver.unavailable_reason()
+    reason = libcuda.unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     call(driver.cuInit, 0)

@@ -27,7 +27,7 @@ X = INNER + 2 * S
 E = INNER + X + H
 NAN = math.nan
 
-#: Relative to the norm of what is expected.
+# Relative to the norm of what is expected.
 FULL, HALF = 1e-6, 1e-3
 
 

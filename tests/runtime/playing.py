@@ -12,7 +12,7 @@ import pytest
 
 from aim_runtime import Bundle
 from aim_runtime.engines.base import Engine
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.onnxruntime import cuda as onnxruntime_cuda
 from aim_runtime.engines.onnxruntime.cuda import OnnxRuntimeCuda
 
@@ -46,9 +46,9 @@ def onnxruntime_cuda_on_the_host(bundle: Bundle, free: int = 2**30) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime_cuda, "_PROVIDER", "CPUExecutionProvider")
         patch.setattr(onnxruntime_cuda, "_MEMORY", "cpu")
-        patch.setattr(nvidia_driver, "gpu_count", lambda: 1)
-        patch.setattr(nvidia_driver, "free_bytes", lambda gpu: free)
-        patch.setattr(nvidia_driver, "fill_zero", fill_zero)
+        patch.setattr(libcuda, "gpu_count", lambda: 1)
+        patch.setattr(libcuda, "free_bytes", lambda gpu: free)
+        patch.setattr(libcuda, "fill_zero", fill_zero)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Duplicate provider", UserWarning)
             engine = onnxruntime_cuda.load(bundle)

@@ -46,6 +46,9 @@ class Rude:
     __index__ = __float__ = __len__ = __fspath__ = __array__ = __bool__ = __eq__ = _refuse  # type: ignore[assignment]
     __hash__ = object.__hash__
 
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
 
 class Long:
     def __repr__(self) -> str:
@@ -197,6 +200,7 @@ def calls(gen: Generator, tiny: Path, out: Path) -> dict[str, tuple[str | tuple[
         "plan_batches n": ("n", lambda v: plan_batches(gen.manifest, v)),
         "plan_batches cfg_scale": ("cfg_scale", lambda v: plan_batches(gen.manifest, 1, v)),
         "plan_batches limit": ("memory_limit_mb", lambda v: plan_batches(gen.manifest, 1, None, v)),
+        "Bundle path": ("path", Bundle.open),
         "load path": ("path", lambda v: Generator.load(v, backend="cpu", threads=1)),
         "Generator bundle": ("bundle", lambda v: Generator(v, gen._engine)),  # type: ignore[arg-type]
         "Generator engine": ("engine", lambda v: Generator(bundle, v)),
@@ -229,7 +233,7 @@ def _loading(name: str, value: Any) -> dict[str, Any]:
 
 
 # What cannot be wrong about a value but about the world: a name that is not known here.
-WORLD = {"load path", "load backend", "load device", "load precision"}
+WORLD = {"Bundle path", "load path", "load backend", "load device", "load precision"}
 
 
 @pytest.fixture
@@ -263,8 +267,7 @@ def test_every_argument_works_or_names_itself(
             )
             if not expected or not (said.startswith(name) or what in WORLD):
                 wrong.append(f"{case}: {type(error).__name__}: {said[:120]}")
-            quoted = what == "load path" and isinstance(value, str)  # as it is, to find it
-            if not quoted and (len(said) > 300 or not said.isprintable()):
+            if len(said) > 300 or not said.isprintable():
                 wrong.append(f"{case}: {len(said)} characters: {said[:200]!r}")
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]

@@ -19,7 +19,7 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.engines import cuda
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.gpu.device import DeviceLaunch, OutOfDeviceMemory
 
 from .toy_cuda import toy_plan, write_toy_bundle
@@ -43,10 +43,10 @@ class TestUnavailable:
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A machine with two GPUs of compute capability 9.0."""
-        monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: None)
-        monkeypatch.setattr(nvidia_driver, "cuda_version", lambda: (12, 8))
-        monkeypatch.setattr(nvidia_driver, "gpu_count", lambda: 2)
-        monkeypatch.setattr(module, "capability", lambda gpu: (9, 0))
+        monkeypatch.setattr(libcuda, "unavailable_reason", lambda: None)
+        monkeypatch.setattr(libcuda, "cuda_version", lambda: (12, 8))
+        monkeypatch.setattr(libcuda, "gpu_count", lambda: 2)
+        monkeypatch.setattr(libcuda, "capability", lambda gpu: (9, 0))
 
     def test_nothing_is_in_the_way(self, bundle: Bundle) -> None:
         assert cuda.unavailable_reason() is None
@@ -63,11 +63,11 @@ class TestUnavailable:
         )
 
     def test_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: "there is none")
+        monkeypatch.setattr(libcuda, "unavailable_reason", lambda: "there is none")
         assert cuda.unavailable_reason() == "there is none"
 
     def test_an_old_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(nvidia_driver, "cuda_version", lambda: (12, 3))
+        monkeypatch.setattr(libcuda, "cuda_version", lambda: (12, 3))
         assert cuda.unavailable_reason() == (
             "the NVIDIA driver runs CUDA 12.3 at most, 12.4 is needed; update the driver"
         )
@@ -80,7 +80,7 @@ class TestUnavailable:
     def test_a_gpu_of_another_architecture(
         self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "capability", lambda gpu: (12, 0))
+        monkeypatch.setattr(libcuda, "capability", lambda gpu: (12, 0))
         assert cuda.unavailable_reason(bundle) == (
             "the bundle's CUDA kernels are for compute capability 8.0, 9.0, this GPU has 12.0; "
             "export it again with 'aim export --cuda'"
@@ -90,7 +90,7 @@ class TestUnavailable:
     def test_one_gpu_of_several_is_enough(
         self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "capability", lambda gpu: [(7, 5), (8, 6)][gpu])
+        monkeypatch.setattr(libcuda, "capability", lambda gpu: [(7, 5), (8, 6)][gpu])
         assert cuda.unavailable_reason(bundle) is None
         opened = []
 
@@ -108,7 +108,7 @@ class TestUnavailable:
         def broken() -> Any:
             raise RuntimeError("half installed")
 
-        monkeypatch.setattr(nvidia_driver, "cuda_version", broken)
+        monkeypatch.setattr(libcuda, "cuda_version", broken)
         assert cuda.unavailable_reason() == "the NVIDIA driver does not work (half installed)"
 
     def test_devices_and_precisions_that_are_not_there(self, bundle: Bundle) -> None:
@@ -118,9 +118,7 @@ class TestUnavailable:
             cuda.load(bundle, precision="fp16")
 
 
-@pytest.mark.skipif(
-    nvidia_driver.unavailable_reason() is None, reason="needs a machine without a GPU"
-)
+@pytest.mark.skipif(libcuda.unavailable_reason() is None, reason="needs a machine without a GPU")
 def test_without_a_driver_it_says_so() -> None:
     reason = cuda.unavailable_reason()
     assert reason is not None
@@ -138,6 +136,14 @@ def test_every_name_of_the_bindings_exists() -> None:
     }
     assert len(names) > 30
     assert [name for name in sorted(names) if not hasattr(real, name)] == []
+
+
+def test_numbers_that_ctypes_needs_are_those_of_the_bindings() -> None:
+    attributes = real.CUdevice_attribute
+    assert [attributes(number).name for number in libcuda._CAPABILITY] == [
+        f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}" for part in ("MAJOR", "MINOR")
+    ]
+    assert RESULT(libcuda._NO_DEVICE).name == "CUDA_ERROR_NO_DEVICE"
 
 
 # -- with a driver that answers as told ---------------------------------------------------------
@@ -175,11 +181,8 @@ def ok(*values: Any) -> tuple[Any, ...]:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToldDriver]:
     driver = ToldDriver()
-    attributes = {"MAJOR": 9, "MINOR": 0, "COUNT": 132}
     driver.answers |= {
         "cuDeviceGet": ok(0),
-        "cuDeviceGetName": ok(b"H100\0\0\0"),
-        "cuDeviceGetAttribute": lambda name, device: ok(attributes[name.name.split("_")[-1]]),
         "cuDevicePrimaryCtxRetain": ok("context"),
         "cuCtxPopCurrent": ok("context"),
         "cuMemGetInfo": ok(3 << 30, 80 << 30),
@@ -194,6 +197,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToldDriver]:
         "cuGetErrorString": ok(b"what it means"),
     }
     monkeypatch.setattr(module, "driver", driver)
+    monkeypatch.setattr(libcuda, "gpu_name", lambda gpu: "H100")
+    monkeypatch.setattr(libcuda, "capability", lambda gpu: (9, 0))
     finalizers = []
 
     def finalize(*arguments: Any) -> weakref.finalize:
@@ -330,9 +335,11 @@ class TestLaunches:
         device.stream().launch(self.launch(device, overlaps=False))
         assert found["attributes"] == []
 
-    def test_older_gpus_do_not_overlap(self, told: ToldDriver) -> None:
+    def test_older_gpus_do_not_overlap(
+        self, told: ToldDriver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         configs = []
-        told.answers["cuDeviceGetAttribute"] = ok(8)
+        monkeypatch.setattr(libcuda, "capability", lambda gpu: (8, 8))
         told.answers["cuLaunchKernelEx"] = lambda config, *rest: configs.append(config) or ok()
         device = module.CudaDevice(0)
         device.stream().launch(self.launch(device, overlaps=True))

@@ -540,7 +540,7 @@ class TestFaults:
         bomb = zlib.compress(bytes(program._MAX_BINARY_BYTES + 1))
         engine = CudaEngine(Bundle.open(bundle), simulated(), "fp32")
         engine._kernels._files["90"] = memoryview(bomb)
-        code = engine._plan.kernels["begin"].code["90"]
+        code = engine._launch_plan.kernels["begin"].code["90"]
         object.__setattr__(code, "offset", 0)
         object.__setattr__(code, "size", len(bomb))
         with pytest.raises(BundleError, match="holds no kernel"):

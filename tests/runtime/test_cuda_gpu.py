@@ -24,7 +24,7 @@ from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOp
 from aim_runtime.bundle import add_engine
 from aim_runtime.engines import cuda
 from aim_runtime.engines.cuda import CudaEngine, step
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.gpu.device import Device
 from aim_runtime.noise import uniforms
 
@@ -162,7 +162,7 @@ def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- the devices ----------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(
-    nvidia_driver.unavailable_reason() is not None, reason="needs an NVIDIA GPU"
+    libcuda.unavailable_reason() is not None, reason="needs an NVIDIA GPU"
 )
 
 

@@ -18,7 +18,8 @@ from onnx.reference import ReferenceEvaluator
 
 from aim_runtime import AimError, BackendError, Bundle, BundleError, available_backends
 from aim_runtime.engines.backends import _Backend, load_engine
-from aim_runtime.engines.base import Engine, cuda_index
+from aim_runtime.engines.base import Engine
+from aim_runtime.engines.gpu.probing import cuda_index
 from aim_runtime.engines.onnxruntime import cpu as onnxruntime_cpu
 from aim_runtime.engines.onnxruntime.cpu import usable_cores
 

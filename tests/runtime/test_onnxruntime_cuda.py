@@ -15,7 +15,7 @@ import pytest
 
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.engines.backends import load_engine
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.onnxruntime import cuda as onnxruntime_cuda
 from aim_runtime.engines.onnxruntime.engine import make_session
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
@@ -29,9 +29,9 @@ NO_GPU = "there is no GPU"
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver for CUDA 12.4 with two GPUs, and an ONNX Runtime with the CUDA provider."""
-    monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(nvidia_driver, "gpu_count", lambda: 2)
-    monkeypatch.setattr(nvidia_driver, "cuda_version", lambda: (12, 4))
+    monkeypatch.setattr(libcuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(libcuda, "gpu_count", lambda: 2)
+    monkeypatch.setattr(libcuda, "cuda_version", lambda: (12, 4))
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPU"]
     )
@@ -53,7 +53,7 @@ def test_it_can_run(gpu: None) -> None:
 def test_without_a_gpu_nobody_is_told_to_install_anything(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: NO_GPU)
+    monkeypatch.setattr(libcuda, "unavailable_reason", lambda: NO_GPU)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPU"])
     assert onnxruntime_cuda.unavailable_reason() == NO_GPU
 

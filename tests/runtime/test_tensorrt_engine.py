@@ -14,7 +14,7 @@ from aim_runtime.bundle import add_engine
 from aim_runtime.engines import tensorrt
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda, probing
 from aim_runtime.engines.tensorrt import TensorRTEngine, engine_reason, unavailable_reason
 from aim_runtime.engines.tensorrt import library as tensorrt_library
 from aim_runtime.engines.tensorrt.library import Library, describe_folder, find_library
@@ -143,6 +143,9 @@ def test_plan_knows_the_engines_and_the_memory(tmp_path: Path) -> None:
     # State is there twice: as the step's inputs and as its outputs.
     assert step.size(2) > 2 * 2 * setup.bundle.manifest.state_bytes_per_row
     assert engine.plan(1, 2.0).total == step.size(2) + engine._graphs["decoder"].size(1)
+    # Batches are even, and what they take is counted for 14 images, not for the 16 that would fit.
+    assert plan.total == step.size(28) + engine._graphs["decoder"].size(1)
+    assert plan.bytes_per_image == step.size(28) // 14
     least = -(-engine.plan(1, 2.0).total // 2**20)
     with pytest.raises(ValueError, match=f"give memory_limit_mb={least} or more"):
         engine.plan(1, 2.0, memory_limit_mb=0.001)
@@ -154,6 +157,8 @@ def test_too_little_memory(tmp_path: Path) -> None:
     engine = Setup(tmp_path, memory=4000).load()
     with pytest.raises(BackendError, match=r"one image needs 1 MiB of GPU memory; cuda:0"):
         engine.plan(1)
+    with pytest.raises(ValueError, match=r"memory_limit_mb is 0\.0001; .* needs 1: give"):
+        engine.plan(1, memory_limit_mb=0.0001)  # what the caller can change comes first
     with pytest.raises(BackendError, match="the prologue for 8 rows needs 1 MiB"):
         engine.prologue(np.zeros(8, np.int64))
 
@@ -259,12 +264,38 @@ def test_which_library_is_found(modules: dict[str, Any]) -> None:
         find_library()
 
 
+@pytest.mark.skipif(probing.bindings_reason("cuda") is not None, reason="needs cuda-bindings")
+def test_which_gpu_is_taken(
+    tmp_path: Path, modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aim_runtime.engines.gpu import driver
+
+    setup = Setup(tmp_path)
+    modules["tensorrt"] = SimpleNamespace(__version__=VERSION)
+    monkeypatch.setattr(libcuda, "gpu_count", lambda: 3)
+    monkeypatch.setattr(libcuda, "capability", lambda gpu: [(8, 0), (9, 0), (9, 0)][gpu])
+
+    def open_device(gpu: int) -> Any:
+        raise BackendError(f"opened {gpu}")
+
+    monkeypatch.setattr(driver, "CudaDevice", open_device)
+    for device, gpu in (("auto", 1), ("cuda:2", 2)):
+        with pytest.raises(BackendError, match=f"^opened {gpu}$"):
+            tensorrt.load(setup.bundle, device=device)
+    with pytest.raises(BackendError, match="'cuda:3'; the GPUs here are 'cuda:0' to 'cuda:2'"):
+        tensorrt.load(setup.bundle, device="cuda:3")
+    with pytest.raises(BackendError, match=r"cannot run on 'cuda:0': .* capability 8\.0; run"):
+        tensorrt.load(setup.bundle, device="cuda")
+    with pytest.raises(BackendError, match=r"precision is 'fp16'; .* compute in 'fp32'$"):
+        tensorrt.load(setup.bundle, precision="fp16")
+
+
 def test_unavailable_reason_never_raises(
     tmp_path: Path, modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr(libcuda, "unavailable_reason", lambda: "there is no NVIDIA driver")
     assert unavailable_reason() == "there is no NVIDIA driver"
-    monkeypatch.setattr(nvidia_driver, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(libcuda, "unavailable_reason", lambda: None)
     assert "TensorRT is not installed" in (unavailable_reason() or "")
     setup = Setup(tmp_path)
     plain = Bundle.open(write_tiny_bundle(tmp_path / "plain"))
@@ -273,10 +304,10 @@ def test_unavailable_reason_never_raises(
     )
     modules["tensorrt"] = SimpleNamespace(__version__=VERSION)
     specs: list[Any] = [object()]
-    monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: specs[0])
-    monkeypatch.setattr(nvidia_driver, "gpu_count", lambda: 2)
+    monkeypatch.setattr(probing.importlib.util, "find_spec", lambda name: specs[0])
+    monkeypatch.setattr(libcuda, "gpu_count", lambda: 2)
     capabilities = [(8, 0), (9, 0)]
-    monkeypatch.setattr(Library, "capability", lambda self, gpu: capabilities[gpu])
+    monkeypatch.setattr(libcuda, "capability", lambda gpu: capabilities[gpu])
     assert unavailable_reason() is None
     assert unavailable_reason(setup.bundle) is None  # the second GPU can
     capabilities[1] = (8, 9)

@@ -36,7 +36,7 @@ from aim_training.config import ModelConfig, TokenizerConfig
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
 
-#: A case may take this long, and this much memory beyond what the process has.
+# A case may take this long, and this much memory beyond what the process has.
 SECONDS, MEBIBYTES = 10, 256
 _PER_CHILD = 100
 

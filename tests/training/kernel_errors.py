@@ -20,7 +20,7 @@ from aim_training.kernels.decays import decays_plain
 from aim_training.kernels.dual import dual_plain
 from aim_training.kernels.mixer import MixerSizes, MixerWeights, mix, mix_plain
 
-#: Images, positions, width, heads, head dimension, state size, codes.
+# Images, positions, width, heads, head dimension, state size, codes.
 SMALL = {"B": 2, "T": 35, "D": 24, "H": 2, "P": 16, "S": 16, "V": 37}
 
 Form = Callable[..., "Tensor | Sequence[Tensor]"]

@@ -71,6 +71,26 @@ def test_codes_are_those_of_the_tokenizer(
         assert np.array_equal(centre[0], tokenizer.encode(batch).numpy())
 
 
+def test_the_tokenizer_is_hashed_once_at_most(
+    tmp_path: Path,
+    request_: CodeRequest,
+    tokenizer: VQTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest, hashed = weights_digest(tokenizer), []
+    monkeypatch.setattr("aim_training.codes.weights_digest", lambda t: hashed.append(t) or digest)
+    codes(tmp_path / "train.npy", request_, tokenizer)
+    assert len(hashed) == 1
+    sizes = {"workers": 1, "resident_limit_mb": 100}
+    for name in ("train", "val"):  # used, and made
+        cached_codes(
+            tmp_path / f"{name}.npy", request_, tokenizer, CPU, tokenizer_sha256=digest, **sizes
+        )
+    assert len(hashed) == 1
+    written = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert [entry["tokenizer_sha256"] for entry in written] == [digest] * 2
+
+
 def test_a_fitting_cache_is_used_and_any_other_is_not(
     tmp_path: Path,
     request_: CodeRequest,
@@ -117,7 +137,7 @@ def test_a_failed_encoding_leaves_no_cache_that_looks_whole(
     assert not list(path.parent.glob("*.part"))
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "pickle", "other", "folder"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "pickle", "other", "folder", "pipes"])
 def test_a_damaged_or_foreign_file_is_made_anew(
     tmp_path: Path,
     request_: CodeRequest,
@@ -133,6 +153,10 @@ def test_a_damaged_or_foreign_file_is_made_anew(
         path.write_bytes(whole)
     elif damage == "folder":
         path.with_suffix(".json").write_text("[" * 100_000)
+    elif damage == "pipes":  # opening any of them waits for ever
+        path.with_suffix(".json").unlink()
+        for pipe in (path.with_suffix(".json"), tmp_path / "train.npy.part"):
+            os.mkfifo(pipe)
     elif damage == "pickle":
         np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     elif damage == "other":
@@ -143,7 +167,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(
     assert np.array_equal(codes(path, request_, tokenizer), expected)
     said = capsys.readouterr().err
     assert "encoding into" in said
-    assert ("train.npy is damaged" in said) == (damage != "folder")
+    assert ("train.npy is damaged" in said) == (damage not in ("folder", "pipes"))
 
 
 def test_an_old_cache_stays_until_its_successor_is_whole(

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 
 from aim_training.data import ImageError, load_image, read_header
 from aim_training.data import decode as module
+from aim_training.data.colour import Coding
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP.T], -1)
@@ -71,8 +72,8 @@ def test_samples_of_any_width_are_read_by_their_meaning(
 def test_a_mode_that_opened_as_wide_is_16_bit_in_formats_of_16_bits(tmp_path: Path) -> None:
     """Older versions of Pillow open a 16-bit PNG as 32 bits; a dark one is no 8-bit picture."""
     wide = Image.fromarray(np.full((16, 16), 255, np.int32))
-    assert np.asarray(module.eight_bit(wide, "PNG")).max() == 0
-    assert np.asarray(module.eight_bit(wide, "TIFF")).max() == 255
+    assert np.asarray(module.eight_bit(wide, Coding("PNG"))).max() == 0
+    assert np.asarray(module.eight_bit(wide, Coding("TIFF"))).max() == 255
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,43 @@ def test_samples_that_are_no_picture_are_refused(
     path = saved(tmp_path, Image.fromarray(samples.astype(dtype)), "odd.tiff")
     with pytest.raises(ImageError, match=message):
         load_image(path, 1)
+
+
+def tiff(path: Path, data: bytes, bits: int, sample: int, meaning: int) -> Path:
+    """A grey TIFF of 16 x 16 samples: unsigned (1), signed (2), floating (3).
+
+    With `meaning` 0 zero is white, with 1 black.
+    """
+    facts = {256: 16, 257: 16, 258: bits, 259: 1, 262: meaning, 273: 0, 277: 1, 278: 16}
+    facts |= {279: len(data), 339: sample}
+    facts[273] = 8 + 2 + 12 * len(facts) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in facts.items())
+    start = b"II*\0" + struct.pack("<IH", 8, len(facts))
+    path.write_bytes(start + entries + bytes(4) + data)
+    return path
+
+
+@pytest.mark.parametrize(("bits", "meaning"), [(8, 0), (12, 1), (16, 0), (16, 1), (32, 0), (32, 1)])
+def test_grey_of_a_tiff_is_read_as_its_tags_say(tmp_path: Path, bits: int, meaning: int) -> None:
+    """Zero may be white, as in negatives, and cameras write 12 bits."""
+    levels = RAMP if meaning else 255 - RAMP
+    if bits == 12:
+        wide = (levels.astype(np.uint32) * 4095 // 255).reshape(-1, 2).T
+        data = np.stack([wide[0] >> 4, wide[0] << 4 & 0xF0 | wide[1] >> 8, wide[1] & 0xFF], -1)
+        samples = data.astype(np.uint8)
+    else:
+        samples = {8: levels, 16: levels.astype("<u2") * 257, 32: levels.astype("<f4") / 255}[bits]
+    path = tiff(tmp_path / "a.tiff", samples.tobytes(), bits, 3 if bits == 32 else 1, meaning)
+    assert np.abs(grey(path).astype(int) - RAMP).max() <= 1
+
+
+def test_signed_samples_have_the_largest_as_white(tmp_path: Path) -> None:
+    levels = (RAMP.astype(np.int32) * 32767 // 255).astype("<i2")
+    path = tiff(tmp_path / "a.tiff", levels.tobytes(), 16, 2, 1)
+    assert np.abs(grey(path).astype(int) - RAMP).max() <= 1
+    below = tiff(tmp_path / "b.tiff", (levels - 1000).tobytes(), 16, 2, 1)
+    with pytest.raises(ImageError, match="samples go down to -1000; none may be negative"):
+        load_image(below, 16)
 
 
 @pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "P", "1", "L", "RGB", "I;16"])

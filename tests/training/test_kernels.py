@@ -17,7 +17,7 @@ from aim_training.kernels.language import launchable
 
 triton = pytest.importorskip("triton", reason="Triton, which the kernels are written in")
 
-#: float32 in the interpreter, whose products are exact.
+# float32 in the interpreter, whose products are exact.
 TOLERANCE = 3e-6
 
 

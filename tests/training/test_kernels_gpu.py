@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-#: Relative error of outputs and gradients by the precision of products and the dtype of x, b and c.
+# Relative error of outputs and gradients by the precision of products and the dtype of x, b and c.
 TOLERANCES = {
     ("highest", torch.float32): 2e-5,
     ("high", torch.float32): 3e-3,  # products in TF32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -77,4 +78,16 @@ def test_runs_and_images_lie_apart(tmp_path: Path, out: str, data: str, words: s
 def test_a_neighbour_is_not_inside(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with run_folder(tmp_path / "data-run", tmp_path / "data"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock", "codes/train.npy.part"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    pipe = tmp_path / "run" / name
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    with (
+        pytest.raises(TrainingError, match=r"is neither a file nor a folder; remove it"),
+        run_folder(tmp_path / "run"),
+    ):
         pass

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-#: Relative error of outputs and gradients by dtype of x, b and c.
+# Relative error of outputs and gradients by dtype of x, b and c.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}  # float32 products may run as TF32
 
 

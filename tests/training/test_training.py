@@ -231,6 +231,20 @@ def test_a_loss_that_is_no_number_stops_training(
         train(tmp_path, steps=4)
 
 
+def test_weights_that_draw_no_numbers_stop_training(
+    trainer: tuple[Train, type], tmp_path: Path
+) -> None:
+    """They are finite themselves, and so they are saved, after a last step that was too long."""
+    train, _ = trainer
+    run = tmp_path / "run"
+    huge: dict[str, Any] = {"learning_rate": 1e25, "warmup_steps": 0}
+    with pytest.raises(TrainingError) as caught:
+        train(run, steps=1, **huge)
+    assert "of the averaged weights are not finite after step 1; " in str(caught.value)
+    assert "a lower --learning-rate (now 1e+25) starts anew" in str(caught.value)
+    train(run, steps=1)
+
+
 def test_the_tokenizer_learns_its_images(squares: Path, held_out: Path, tmp_path: Path) -> None:
     path = train_tokenizer(
         TokenizerTrainingOptions(
@@ -402,3 +416,25 @@ def test_processes_that_do_not_find_each_other_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="2 processes were started, and 1 found each other"):
         train_tokenizer(options)
+
+
+@pytest.mark.parametrize("found", [{"WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"}])
+def test_one_of_several_processes_without_the_others_is_one_sentence(
+    squares: Path, tmp_path: Path, found: dict[str, str]
+) -> None:
+    """As job schedulers leave it in the environment of a command that they started once."""
+    command = [sys.executable, "-m", "aim_cli", "train", "tokenizer", str(squares)]
+    environment = {name: value for name, value in os.environ.items() if "MASTER" not in name}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")],
+        env=environment | found,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"several processes ({next(iter(found))}), which do not find each other" in line
+    assert len(line) <= 320
+    assert not (tmp_path / "run").exists()

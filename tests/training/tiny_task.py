@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from aim_training.checkpoint import _save_file
+from aim_training.checkpoint import save_tensors
 from aim_training.learner import Learner
 from aim_training.loop import train
 from aim_training.options import TrainingOptions
@@ -107,7 +107,7 @@ class TinyTask(Task):
 
     def export(self, weights: Mapping[str, Tensor] | None, facts: Mapping[str, Any]) -> None:
         self.exported = dict(facts)
-        _save_file(dict(at(self.averaged(), weights).state_dict()), self.path)
+        save_tensors(dict(at(self.averaged(), weights).state_dict()), self.path)
 
 
 def run(out: Path, task: Mapping[str, Any] | None = None, **options: Any) -> TinyTask:

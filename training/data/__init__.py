@@ -2,7 +2,7 @@
 
 From files to batches: a `folder` is scanned, a `survey` looks through it, an `order` of draws says
 which image a step sees and where a `crop` cuts it, and a source (`sources`) decodes it. What
-image data may look like, and what happens to each oddity, is told in ``docs/data.md``.
+image data may look like, and what happens to each oddity, is told in `docs/data.md`.
 
 PyTorch, which takes seconds, is imported with the sources only.
 """

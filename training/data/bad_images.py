@@ -9,15 +9,15 @@ from typing import Literal
 
 from aim_training.data.errors import ImageError, shown
 
-#: Bad images that are said one by one; after them only the list grows.
+# Bad images that are said one by one; after them only the list grows.
 _SAID = 3
 
 
 class BadImages:
-    """Either an error, or counted, said and listed in a file, one ``path<TAB>reason`` a line.
+    """Either an error, or counted, said and listed in a file, one `path<TAB>reason` a line.
 
     Args:
-        policy: ``stop`` makes the first bad image an error, ``skip`` goes on with another image of
+        policy: `stop` makes the first bad image an error, `skip` goes on with another image of
             its class in its place.
         listing: file that bad images are added to, each once however often a run is resumed.
             Control characters in a name stand there as escapes.
@@ -51,7 +51,7 @@ class BadImages:
         return cls(policy, run / "bad-images.txt", quiet=quiet)
 
     def note(self, fault: ImageError) -> None:
-        """Takes up a bad image.
+        """Take up a bad image.
 
         Raises:
             ImageError: the policy is to stop.
@@ -71,7 +71,7 @@ class BadImages:
         self._list(fault)
 
     def say(self, line: str) -> None:
-        """Says a line about the images, in the main process."""
+        """Say a line about the images, in the main process."""
         if not self.quiet:
             self._say(line)
 

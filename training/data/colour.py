@@ -1,7 +1,7 @@
 """Pixels of any of Pillow's modes as 8-bit RGB, each mode by its meaning.
 
-Two steps, between which an image is cut and resized: :func:`eight_bit` keeps transparency and
-colour space and only brings samples to bytes; :func:`on_white` makes sRGB of what is left.
+Two steps, between which an image is cut and resized: `eight_bit` keeps transparency and
+colour space and only brings samples to bytes; `on_white` makes sRGB of what is left.
 """
 
 from __future__ import annotations
@@ -9,43 +9,52 @@ from __future__ import annotations
 import functools
 import io
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
-#: 16-bit grey as bytes, as Pillow itself reads 16-bit colour: 65535 is white.
-_SIXTEEN_BITS = [value >> 8 for value in range(65536)]
-#: Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
+# Whole numbers of 32 bits have no agreed white: the first of these that nothing exceeds.
 _INTEGER_WHITES = (255.0, 65535.0, 2.0**31 - 1)
-#: The largest value up to which floating-point samples have which white. Filters overshoot: a
-#: picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
+# The largest value up to which floating-point samples have which white. Filters overshoot: a
+# picture made for 0 to 1 may well hold 1.2, one made for 0 to 255 is never that dark.
 _FLOAT_WHITES = ((2.0, 1.0), (256.0, 255.0), (65536.0, 65535.0))
-#: What lies below black may have this share of white; more than an overshoot is no picture.
+# What lies below black may have this share of white; more than an overshoot is no picture.
 _UNDERSHOOT = 0.1
-#: Modes whose colours a profile of this space describes.
+# Modes whose colours a profile of this space describes.
 _PROFILED = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 
-def eight_bit(image: Image.Image, format: str | None) -> Image.Image:
+@dataclass(frozen=True)
+class Coding:
+    """What a file says of grey samples wider than a byte, and Pillow's mode does not.
+
+    Attributes:
+        format: Pillow's name of the file's format.
+        bits: of a sample above zero, if 9 to 16: modes I;16 and I have room for more.
+        zero_is_white: as in negatives and many X-rays.
+    """
+
+    format: str | None = None
+    bits: int | None = None
+    zero_is_white: bool = False
+
+
+def eight_bit(image: Image.Image, coding: Coding) -> Image.Image:
     """A loaded image in mode L, LA, RGB, RGBA or CMYK with its content unchanged.
 
     Args:
         image: any mode.
-        format: Pillow's name of the file's format.
+        coding: what its file says.
 
     Raises:
         ValueError: its samples are no picture, such as floats that are not finite.
     """
     mode = image.mode
-    if mode.startswith("I;16"):
-        return _sixteen_bit(image)
-    if mode == "I":
-        if format in ("PNG", "PPM"):  # where 32 bits are only room for 16
-            return _sixteen_bit(image)
-        return _scaled(image, _integer_white(image))
-    if mode == "F":
-        return _scaled(image, _float_white(image))
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        grey = _wide_grey(image, coding)
+        return ImageChops.invert(grey) if coding.zero_is_white else grey
     if mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
         return image
     if mode == "La":  # Pillow has no shorter way from premultiplied grey
@@ -56,7 +65,7 @@ def eight_bit(image: Image.Image, format: str | None) -> Image.Image:
 
 
 def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """What :func:`eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
+    """What `eight_bit` gave, as RGB: transparency laid on white, colours as sRGB.
 
     Args:
         image: mode L, LA, RGB, RGBA or CMYK.
@@ -74,10 +83,20 @@ def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _sixteen_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey as bytes; the value that a PNG calls transparent becomes so."""
+def _wide_grey(image: Image.Image, coding: Coding) -> Image.Image:
+    """Grey of mode I;16, I or F in mode L, or LA where a value is transparent."""
+    if image.mode == "F":
+        return _scaled(image, _float_white(image))
+    # In a PNG or PPM 32 bits are only room for 16.
+    if image.mode == "I" and coding.format not in ("PNG", "PPM"):
+        return _scaled(image, _integer_white(image, coding.bits))
+    return _sixteen_bit(image, coding.bits or 16)
+
+
+def _sixteen_bit(image: Image.Image, bits: int) -> Image.Image:
+    """Grey of 9 to 16 bits as bytes; the value that a PNG calls transparent becomes so."""
     wide = image.convert("I")
-    grey = wide.point(_SIXTEEN_BITS, "L")
+    grey = wide.point([min(value << 16 - bits, 65535) >> 8 for value in range(65536)], "L")
     clear = image.info.get("transparency")
     if not isinstance(clear, int) or not 0 <= clear < 65536:
         return grey
@@ -86,11 +105,12 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, wide.point(opacity, "L")))
 
 
-def _integer_white(image: Image.Image) -> float:
+def _integer_white(image: Image.Image, bits: int | None) -> float:
     low, high = _extrema(image)
     if low < 0:
-        raise ValueError(f"its 32-bit samples go down to {low:.4g}; none may be negative")
-    return next(white for white in _INTEGER_WHITES if high <= white)
+        raise ValueError(f"its samples go down to {low:.4g}; none may be negative")
+    whites = _INTEGER_WHITES if bits is None else (2.0**bits - 1,)
+    return next(white for white in whites if high <= white)
 
 
 def _float_white(image: Image.Image) -> float:
@@ -114,7 +134,7 @@ def _extrema(image: Image.Image) -> tuple[float, float]:
 
 
 def _scaled(image: Image.Image, white: float) -> Image.Image:
-    """One channel of wide samples as bytes, ``white`` as 255."""
+    """One channel of wide samples as bytes, `white` as 255."""
     grey = Image.new("L", image.size)
     rows = max(
         1, 2**20 // image.width

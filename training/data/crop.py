@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Memory grows with the square.
+# Memory grows with the square.
 MAX_RESIZE_FACTOR = 16
 
 
@@ -17,7 +17,7 @@ class Crop:
 
     Attributes:
         size: side of the square crop, pixels.
-        resize_factor: the shorter side is resized to this times ``size`` before cropping; 1 leaves
+        resize_factor: the shorter side is resized to this times `size` before cropping; 1 leaves
             no room to move.
         flip: mirror half of the images.
     """

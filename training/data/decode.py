@@ -18,22 +18,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 
-from aim_training.data.colour import eight_bit, on_white
+from aim_training.data.colour import Coding, eight_bit, on_white
 from aim_training.data.errors import ImageError, one_line
 from aim_training.data.formats import readable_formats
 
-#: Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
+# Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
 MAX_PIXELS = 2**26
-#: Images of more pixels are decoded one at a time; a 4K screen has fewer.
+# Images of more pixels are decoded one at a time; a 4K screen has fewer.
 _MANY_PIXELS = 2**23
-#: Of an image longer than this many times its width only a part of that shape is enlarged.
+# Of an image longer than this many times its width only a part of that shape is enlarged.
 LONGEST = 8
-#: A JPEG may be decoded at a fraction of its size that is at least so many times what is wanted.
+# A JPEG may be decoded at a fraction of its size that is at least so many times what is wanted.
 _DRAFT_MARGIN = 2
 _NO_FAULT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ORIENTATION = 0x0112
+_SIGNED = 2  # a TIFF's sample format
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +52,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: Held while an image of many pixels is decoded in this process.
+# Held while an image of many pixels is decoded in this process.
 _one_large_image = threading.Lock()
 
 
@@ -53,8 +61,8 @@ class Header:
     """What a file says about its image before its pixels are decoded.
 
     Attributes:
-        format: Pillow's name of the format, such as ``PNG``.
-        mode: Pillow's mode, such as ``RGB`` or ``I;16``.
+        format: Pillow's name of the format, such as `PNG`.
+        mode: Pillow's mode, such as `RGB` or `I;16`.
         width: pixels, as the image is to be seen.
         height: likewise.
     """
@@ -73,15 +81,15 @@ class Header:
         return max(self.width, self.height) > LONGEST * min(self.width, self.height)
 
     def is_small(self, size: int) -> bool:
-        """Whether it is enlarged to squares of ``size`` pixels."""
+        """Whether it is enlarged to squares of `size` pixels."""
         return min(self.width, self.height) < size
 
 
 def read_header(path: Path, shorter_side: int) -> Header:
-    """Reads what kind of image a file holds and how large.
+    """Read what kind of image a file holds and how large.
 
     Raises:
-        ImageError: it is no image, or has too many pixels to be decoded for ``shorter_side``.
+        ImageError: it is no image, or has too many pixels to be decoded for `shorter_side`.
     """
     with _opened(path, shorter_side) as (image, stored):
         size = _turned(stored, _early_orientation(image))
@@ -95,10 +103,10 @@ def load_image(
     at: tuple[float, float] = (0.5, 0.5),
     one_large_image: AbstractContextManager[object] = _one_large_image,
 ) -> NDArray[np.uint8]:
-    """Reads one image as (height, width, 3) bytes, its shorter side resized.
+    """Read one image as (height, width, 3) bytes, its shorter side resized.
 
     The first frame, upright, in sRGB, transparent pixels on white; an opaque 8-bit image of the
-    right size is left as it is. See :func:`fitted` for the shape.
+    right size is left as it is. See `fitted` for the shape.
 
     Args:
         path: the file.
@@ -130,7 +138,7 @@ def _resized(
     orientation = _orientation(image)
     method = _UPRIGHT.get(orientation)
     upright = image if method is None else image.transpose(method)
-    pixels = _without_length(eight_bit(upright, image.format), at)
+    pixels = _without_length(eight_bit(upright, _coding(image)), at)
     whole = _turned(stored, orientation) if drafted else upright.size
     target = fitted(*whole, shorter_side)
     if pixels.size == target:
@@ -140,7 +148,7 @@ def _resized(
 
 
 def fitted(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    """Width and height of what :func:`load_image` makes of an image."""
+    """Width and height of what `load_image` makes of an image."""
     longest = LONGEST * min(width, height)
     width, height = min(width, longest), min(height, longest)
     scale = shorter_side / min(width, height)
@@ -193,6 +201,17 @@ def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     return (size[1], size[0]) if orientation >= 5 else size
 
 
+def _coding(image: Image.Image) -> Coding:
+    """What the file says of wide grey samples, which Pillow leaves as they are stored."""
+    if not isinstance(image, TiffImageFile):
+        return Coding(image.format)
+    bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]
+    if image.tag_v2.get(SAMPLEFORMAT, (1,))[0] == _SIGNED:
+        bits -= 1
+    negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    return Coding(image.format, bits if 8 < bits <= 16 else None, negative)
+
+
 def _early_orientation(image: Image.Image) -> int:
     """The orientation as far as the header says."""
     if isinstance(image, TiffImageFile):  # newer Pillows have turned its size already
@@ -237,7 +256,7 @@ def _too_large(size: tuple[int, int]) -> str:
     )
 
 
-#: How files begin that often lie under an image's name, and what they are.
+# How files begin that often lie under an image's name, and what they are.
 _NO_IMAGES = (
     (b"version https://git-lfs", "it is a Git LFS pointer; 'git lfs pull' fetches the image"),
     (b"%!PS", "it is PostScript, a program, which is not run"),

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from aim_training.data.parallel import ordered_map
 
-#: Sets of at most so many bytes are hashed whole; of each file of a larger one only samples.
+# Sets of at most so many bytes are hashed whole; of each file of a larger one only samples.
 _WHOLE_BYTES = 2 * 2**30
-#: Equally spaced samples of a file, its first and last bytes among them, and bytes in each.
+# Equally spaced samples of a file, its first and last bytes among them, and bytes in each.
 _SAMPLES, _SAMPLE_BYTES = 4, 4096
 _READ_BYTES = 2**20
 _THREADS = 8

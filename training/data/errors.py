@@ -17,7 +17,7 @@ class ImageError(DataError):
     Attributes:
         path: the file.
         reason: what is wrong with it, one line without its name.
-        kind: ``damaged`` cannot be decoded, ``oversized`` has more pixels than are decoded.
+        kind: `damaged` cannot be decoded, `oversized` has more pixels than are decoded.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class ImageError(DataError):
 def shown(name: str | os.PathLike[str], limit: int = 120) -> str:
     r"""A name from the disk as it may stand in a line of text.
 
-    Control characters, line breaks and bytes that are not UTF-8 become escapes (``\n``,
-    ``\xe9``); a name longer than ``limit`` characters loses its middle.
+    Control characters, line breaks and bytes that are not UTF-8 become escapes (`\n`,
+    `\xe9`); a name longer than `limit` characters loses its middle.
     """
     text = "".join(_escaped(character) for character in os.fspath(name))
     if len(text) <= limit:

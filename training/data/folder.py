@@ -1,7 +1,7 @@
 """The images of a data set: one folder a class, and everything below it.
 
 Scanning reads names only. Every file that is not taken is counted with the reason, and contents
-are looked at later: by :func:`aim_training.data.survey` or where they are decoded.
+are looked at later: by `aim_training.data.survey` or where they are decoded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from aim_training.data.digest import contents_digest
 from aim_training.data.errors import DataError, one_line, shown
 from aim_training.data.formats import readable_suffixes
 
-#: What operating systems leave beside people's files; names in lower case.
+# What operating systems leave beside people's files; names in lower case.
 _SYSTEM_FILES = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"})
-#: Reasons that a summary names; the others it counts together.
+# Reasons that a summary names; the others it counts together.
 _REASONS_NAMED = 6
 
 
@@ -33,7 +33,7 @@ class LeftOut:
     """Files that a scan did not take.
 
     Attributes:
-        counts: how many for each reason, such as ``hidden`` or ``.txt``. A folder that was not
+        counts: how many for each reason, such as `hidden` or `.txt`. A folder that was not
             entered counts as one.
     """
 
@@ -43,7 +43,7 @@ class LeftOut:
         return sum(self.counts.values())
 
     def describe(self) -> str:
-        """``left out 3 files: 2 hidden, 1 .txt``, or that none was."""
+        """`left out 3 files: 2 hidden, 1 .txt`, or that none was."""
         if not self.counts:
             return "left out no file"
         ranked = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
@@ -75,7 +75,7 @@ class ImageFolder:
 
     @classmethod
     def scan(cls, root: Path, class_names: Sequence[str] | None = None) -> ImageFolder:
-        """Lists the images under ``root``, as deep as the folders go. No file is opened.
+        """List the images under `root`, as deep as the folders go. No file is opened.
 
         Args:
             root: folder that holds one folder a class.
@@ -83,7 +83,7 @@ class ImageFolder:
 
         Raises:
             DataError: no folder, no images, a class without images, a name that no class can
-                have, or a class not in ``class_names``.
+                have, or a class not in `class_names`.
         """
         if not root.is_dir():
             raise DataError(
@@ -125,7 +125,7 @@ class ImageFolder:
         return len(self.paths)
 
     def describe(self) -> str:
-        """``took 242 images of 2 classes; left out 3 files: 2 hidden, 1 .txt``."""
+        """`took 242 images of 2 classes; left out 3 files: 2 hidden, 1 .txt`."""
         classes = len(np.unique(self.labels))
         taken = f"took {_counted(len(self), 'image')} of {_counted(classes, 'class')}"
         return f"{taken}; {self.left_out.describe()}"

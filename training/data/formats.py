@@ -8,8 +8,8 @@ import importlib
 
 from PIL import Image
 
-#: Not read, whatever a file is called. EPS is a program that Pillow hands to Ghostscript; WMF is
-#: drawn by Windows alone; the others are data for other programs, which Pillow only recognises.
+# Not read, whatever a file is called. EPS is a program that Pillow hands to Ghostscript; WMF is
+# drawn by Windows alone; the others are data for other programs, which Pillow only recognises.
 EXCLUDED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG"})
 
 

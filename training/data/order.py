@@ -53,7 +53,7 @@ class BatchOrder:
 
     Attributes:
         count: images in the data set.
-        batch_size: images of a step over all processes; may exceed ``count``.
+        batch_size: images of a step over all processes; may exceed `count`.
         seed: decides everything.
         rank: this process.
         world: number of processes.
@@ -73,7 +73,7 @@ class BatchOrder:
             )
 
     def batch(self, step: int) -> Draws:
-        """This process's draws of step ``step``, which counts from 0."""
+        """This process's draws of step `step`, which counts from 0."""
         share = self.batch_size // self.world
         first = step * self.batch_size + self.rank * share
         parts = []

@@ -11,16 +11,16 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Calls that wait for each thread.
+# Calls that wait for each thread.
 _AHEAD = 4
 
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """``map`` in threads, its results in order.
+    """`map` in threads, its results in order.
 
-    Unlike :meth:`concurrent.futures.Executor.map` it takes items only as results are taken, so a
+    Unlike `concurrent.futures.Executor.map` it takes items only as results are taken, so a
     million of them cost no million of futures. When the caller stops, so does the work.
     """
     workers = max(1, workers)

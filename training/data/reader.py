@@ -22,7 +22,7 @@ class Reader:
     Args:
         folder: the images.
         shorter_side: of the resized images, pixels.
-        one_large_image: as in :func:`aim_training.data.load_image`.
+        one_large_image: as in `aim_training.data.load_image`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Reader:
         Args:
             index: its place in the data set.
             faults: takes up the bad images met for the first time.
-            at: which part of a very long image is taken, see :func:`load_image`.
+            at: which part of a very long image is taken, see `load_image`.
 
         Raises:
             DataError: no image of the class can be read.

@@ -1,8 +1,8 @@
 """Batches of images: from the device's memory, or read by worker processes.
 
-A small data set is decoded once and kept on the device as bytes (:class:`ResidentImages`); a large
-one, or one of many shapes, is read just before it is needed (:class:`StreamedImages`). Both read
-through a :class:`Reader`, so both put the same image in a damaged one's place.
+A small data set is decoded once and kept on the device as bytes (`ResidentImages`); a large
+one, or one of many shapes, is read just before it is needed (`StreamedImages`). Both read
+through a `Reader`, so both put the same image in a damaged one's place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from aim_training.data.parallel import ordered_map
 from aim_training.data.reader import Reader
 from aim_training.data.survey import Survey, survey
 
-#: Larger sets are not looked through before they are streamed: that may take minutes.
+# Larger sets are not looked through before they are streamed: that may take minutes.
 _SURVEYED = 50_000
 
 
@@ -45,7 +45,7 @@ class ResidentImages:
         self.crop = crop
 
     def batches(self, draws: Iterable[Draws]) -> Iterator[Tensor]:
-        """Images (B, 3, size, size) float32 in [-1, 1] of each of ``draws``."""
+        """Images (B, 3, size, size) float32 in [-1, 1] of each of `draws`."""
         height, width = self.pixels.shape[1:3]
         for draw in draws:
             windows = self.crop.windows(draw.uniform, height, width)
@@ -75,7 +75,7 @@ class StreamedImages:
         self.bad_images = BadImages() if bad_images is None else bad_images
 
     def batches(self, draws: Iterable[Draws]) -> Iterator[Tensor]:
-        """Images (B, 3, size, size) float32 in [-1, 1] of each of ``draws``.
+        """Images (B, 3, size, size) float32 in [-1, 1] of each of `draws`.
 
         Raises:
             DataError: an image cannot be read and is not to be skipped, nothing can take its
@@ -171,9 +171,9 @@ def open_images(
     resident_limit_mb: int,
     bad_images: BadImages | None = None,
 ) -> ImageSource:
-    """Keeps the data set on the device if all images have one shape and fit, else streams it.
+    """Keep the data set on the device if all images have one shape and fit, else stream it.
 
-    With ``bad_images``, and unless the set is very large, every file's header is read first, and
+    With `bad_images`, and unless the set is very large, every file's header is read first, and
     what is odd is said.
 
     Args:

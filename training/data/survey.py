@@ -13,7 +13,7 @@ from aim_training.data.errors import DataError, ImageError, shown
 from aim_training.data.folder import ImageFolder
 from aim_training.data.parallel import ordered_map
 
-#: Modes that need no remark: grey or colour of 8 bits, with transparency or a palette.
+# Modes that need no remark: grey or colour of 8 bits, with transparency or a palette.
 _USUAL_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 
@@ -53,7 +53,7 @@ class Survey:
         return [found for found in self.found if isinstance(found, Header)]
 
     def require_every_class(self) -> None:
-        """Checks that every class has an image left.
+        """Check that every class has an image left.
 
         Raises:
             DataError: one has none.
@@ -68,7 +68,7 @@ class Survey:
                 raise DataError(f"{found}; nor can any other image of its class")
 
     def remarks(self, size: int) -> Iterator[str]:
-        """What a person may want to know before training on squares of ``size`` pixels."""
+        """What a person may want to know before training on squares of `size` pixels."""
         for what, chosen in (
             (f"smaller than {size} pixels and will be enlarged", lambda h: h.is_small(size)),
             (f"more than {LONGEST} times as long as wide", lambda h: h.is_long),
@@ -111,7 +111,7 @@ def survey(
     decode: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Survey:
-    """Reads every image's header, or with ``decode`` all of it.
+    """Read every image's header, or with `decode` all of it.
 
     Only decoding finds images that were cut short.
 

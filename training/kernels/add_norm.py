@@ -4,11 +4,11 @@
     hidden    = norm(residual') * weight * (1 + scale) + shift
 
 with the root-mean-square norm. One pass over memory each way, where separate operators take five.
-Letters as in :mod:`aim_training.config`; ``gate``, ``scale`` and ``shift`` are (B, D), one row an
+Letters as in `aim_training.config`; `gate`, `scale` and `shift` are (B, D), one row an
 image, with any stride between rows.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from aim_training.config import EPS
 from aim_training.kernels.language import blocks, jit, launchable, power_of_2, tl
 
-#: Rows a program of the backward kernel sums gradients over.
+# Rows a program of the backward kernel sums gradients over.
 _ROWS = 32
 
 
@@ -213,7 +213,7 @@ def _add_norm(
     UPDATES: tl.constexpr,
     MODULATES: tl.constexpr,
 ):
-    """One row of :func:`add_norm_plain`. Grid: (B·T,)."""
+    """One row of `add_norm_plain`. Grid: (B·T,)."""
     row = tl.program_id(0).to(tl.int64)
     image = row // length
     column = tl.arange(0, BLOCK)

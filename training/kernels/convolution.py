@@ -2,11 +2,11 @@
 
     out[t] = silu(bias + sum_k weight[:, k] * xbc[t - (K - 1) + k])
 
-Letters as in :mod:`aim_training.config`. xbc is a part of wider rows (what the input projection
+Letters as in `aim_training.config`. xbc is a part of wider rows (what the input projection
 made), and its gradient is written into rows of the same kind.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aim_training.kernels.language import blocks, jit, tl
 
-#: K, the width that kernels are written for.
+# K, the width that kernels are written for.
 WIDTH = 4
 _FORWARD = {"BLOCK_T": 32, "BLOCK_X": 128}
 _BACKWARD = {"SPAN": 64, "BLOCK_X": 64}
@@ -49,7 +49,7 @@ def convolution_forward(xbc: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def convolution_backward(
     xbc: Tensor, weight: Tensor, bias: Tensor, d_out: Tensor, d_xbc: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias; that of xbc is written to ``d_xbc``, of any row stride."""
+    """Gradients of weight and bias; that of xbc is written to `d_xbc`, of any row stride."""
     batch, length, channels = xbc.shape
     spans = blocks(length, _BACKWARD["SPAN"])
     sums = torch.empty((batch * spans, WIDTH + 1, channels), dtype=torch.float32, device=xbc.device)
@@ -84,7 +84,7 @@ def _convolve(
     BLOCK_T: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """One tile of :func:`convolution_plain`. Grid: (X / BLOCK_X, T / BLOCK_T, B), rounded up."""
+    """One tile of `convolution_plain`. Grid: (X / BLOCK_X, T / BLOCK_T, B), rounded up."""
     channel = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     time = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     image = tl.program_id(2).to(tl.int64)
@@ -105,10 +105,35 @@ def _convolve(
 
 
 @jit
-def _row(base, time, length, channel, known):
+def _row(rows, stride, time, length, channel, known):
     """Channels of one position, zeros outside the image."""
     there = known & (time >= 0) & (time < length)
-    return tl.load(base + channel, mask=there, other=0.0)
+    return tl.load(rows + time * stride + channel, mask=there, other=0.0)
+
+
+@jit
+def _taps(weight, bias, channel, known):
+    """The four taps, oldest first, and the bias, in float32."""
+    tap0 = tl.load(weight + channel * 4, mask=known, other=0.0).to(tl.float32)
+    tap1 = tl.load(weight + channel * 4 + 1, mask=known, other=0.0).to(tl.float32)
+    tap2 = tl.load(weight + channel * 4 + 2, mask=known, other=0.0).to(tl.float32)
+    tap3 = tl.load(weight + channel * 4 + 3, mask=known, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    return tap0, tap1, tap2, tap3, offset
+
+
+@jit
+def _silu_backward(value, pulled):
+    """The gradient of silu's input `value` where that of its output is `pulled`."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-value))
+    return pulled * sigmoid * (1.0 + value * (1.0 - sigmoid))
+
+
+@jit
+def _store_sums(sums, gradients, known, CHANNELS: tl.constexpr):
+    """Gradients of the four taps and the bias, one row each from the pointers `sums` on."""
+    for index in tl.static_range(5):
+        tl.store(sums + index * CHANNELS, gradients[index], mask=known)
 
 
 @jit
@@ -140,17 +165,10 @@ def _convolve_backward(
     xbc += image * length * stride
     d_out += image * length * CHANNELS
     d_xbc += image * length * d_stride
-    tap0 = tl.load(weight + channel * 4, mask=known, other=0.0).to(tl.float32)
-    tap1 = tl.load(weight + channel * 4 + 1, mask=known, other=0.0).to(tl.float32)
-    tap2 = tl.load(weight + channel * 4 + 2, mask=known, other=0.0).to(tl.float32)
-    tap3 = tl.load(weight + channel * 4 + 3, mask=known, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    x1 = _row(xbc + (first - 3) * stride, first - 3, length, channel, known)
-    x1 = x1.to(tl.float32)
-    x2 = _row(xbc + (first - 2) * stride, first - 2, length, channel, known)
-    x2 = x2.to(tl.float32)
-    x3 = _row(xbc + (first - 1) * stride, first - 1, length, channel, known)
-    x3 = x3.to(tl.float32)
+    tap0, tap1, tap2, tap3, offset = _taps(weight, bias, channel, known)
+    x1 = _row(xbc, stride, first - 3, length, channel, known).to(tl.float32)
+    x2 = _row(xbc, stride, first - 2, length, channel, known).to(tl.float32)
+    x3 = _row(xbc, stride, first - 1, length, channel, known).to(tl.float32)
     slope1 = tl.zeros((BLOCK_X,), tl.float32)
     slope2 = tl.zeros((BLOCK_X,), tl.float32)
     slope3 = tl.zeros((BLOCK_X,), tl.float32)
@@ -160,23 +178,22 @@ def _convolve_backward(
     d_tap3 = tl.zeros((BLOCK_X,), tl.float32)
     d_offset = tl.zeros((BLOCK_X,), tl.float32)
     # Loads cannot pass the stores before them, so rows are asked for three positions early.
-    next_x0 = _row(xbc + first * stride, first, length, channel, known)
-    next_x1 = _row(xbc + (first + 1) * stride, first + 1, length, channel, known)
-    next_x2 = _row(xbc + (first + 2) * stride, first + 2, length, channel, known)
-    pull0 = _row(d_out + first * CHANNELS, first, length, channel, known)
-    pull1 = _row(d_out + (first + 1) * CHANNELS, first + 1, length, channel, known)
-    pull2 = _row(d_out + (first + 2) * CHANNELS, first + 2, length, channel, known)
+    next_x0 = _row(xbc, stride, first, length, channel, known)
+    next_x1 = _row(xbc, stride, first + 1, length, channel, known)
+    next_x2 = _row(xbc, stride, first + 2, length, channel, known)
+    pull0 = _row(d_out, CHANNELS, first, length, channel, known)
+    pull1 = _row(d_out, CHANNELS, first + 1, length, channel, known)
+    pull2 = _row(d_out, CHANNELS, first + 2, length, channel, known)
     for ahead in tl.range(0, SPAN + 3, loop_unroll_factor=4):
         time = first + ahead
         x0, x1, x2, x3 = x1, x2, x3, next_x0.to(tl.float32)
         pulled = pull0.to(tl.float32)
         next_x0, next_x1, pull0, pull1 = next_x1, next_x2, pull1, pull2
-        next_x2 = _row(xbc + (time + 3) * stride, time + 3, length, channel, known)
-        pull2 = _row(d_out + (time + 3) * CHANNELS, time + 3, length, channel, known)
+        next_x2 = _row(xbc, stride, time + 3, length, channel, known)
+        pull2 = _row(d_out, CHANNELS, time + 3, length, channel, known)
         value = offset + tap0 * x0 + tap1 * x1 + tap2 * x2 + tap3 * x3
-        sigmoid = 1.0 / (1.0 + tl.exp(-value))
         slope0, slope1, slope2 = slope1, slope2, slope3
-        slope3 = pulled * sigmoid * (1.0 + value * (1.0 - sigmoid))
+        slope3 = _silu_backward(value, pulled)
         own = tl.where(ahead < SPAN, slope3, 0.0)  # what lies after is the next span's
         d_tap0 += own * x0
         d_tap1 += own * x1
@@ -188,9 +205,5 @@ def _convolve_backward(
         done = known & (ahead >= 3) & (time - 3 < length)
         tl.store(place, d_x0.to(d_xbc.dtype.element_ty), mask=done)
     part = image * tl.num_programs(1) + tl.program_id(1)
-    place = sums + part * 5 * CHANNELS + channel
-    tl.store(place, d_tap0, mask=known)
-    tl.store(place + CHANNELS, d_tap1, mask=known)
-    tl.store(place + 2 * CHANNELS, d_tap2, mask=known)
-    tl.store(place + 3 * CHANNELS, d_tap3, mask=known)
-    tl.store(place + 4 * CHANNELS, d_offset, mask=known)
+    gradients = d_tap0, d_tap1, d_tap2, d_tap3, d_offset
+    _store_sums(sums + part * 5 * CHANNELS + channel, gradients, known, CHANNELS)

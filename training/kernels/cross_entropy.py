@@ -5,7 +5,7 @@ their softmax and its gradient, they take eight times what they do in bf16; here
 twice and then overwritten by their gradient.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
     dt[t]    = softplus(raw[t] + dt_bias)
     total[t] = -exp(a_log) * (dt[0] + … + dt[t])
 
-for each head. Letters as in :mod:`aim_training.config`. raw is a part of wider rows (what the input
+for each head. Letters as in `aim_training.config`. raw is a part of wider rows (what the input
 projection made), and its gradient is written into rows of the same kind.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from aim_training.kernels.language import INTERPRETED, blocks, jit, tl
 
-#: Positions a tile of the sums, by which their gradients arrive. The interpreter, which tests run
-#: with short sequences, needs several tiles too.
+# Positions a tile of the sums, by which their gradients arrive. The interpreter, which tests run
+# with short sequences, needs several tiles too.
 TILE = 16 if INTERPRETED else 64
-#: Positions and heads a program of the forward kernel.
+# Positions and heads a program of the forward kernel.
 _BLOCK_T = 64
 _BLOCK_H = 8
 
@@ -38,7 +38,7 @@ class DecayGradients(NamedTuple):
     """Gradients by way of the step sizes and the decays, float32.
 
     Attributes:
-        by_row: (B, H, tiles, T), of the logarithm of M (:mod:`.dual`) summed over the columns of
+        by_row: (B, H, tiles, T), of the logarithm of M (`dual`) summed over the columns of
             each tile, by the tile's column and the row; not written above the diagonal.
         by_column: (B, H, tiles, T), summed over the rows of each tile, by the tile's row and the
             column; not written above the diagonal.
@@ -57,7 +57,7 @@ def decays_plain(raw: Tensor, dt_bias: Tensor, a_log: Tensor) -> Decays:
 
 
 def decays_forward(raw: Tensor, dt_bias: Tensor, a_log: Tensor) -> Decays:
-    """Step sizes ``softplus(raw + dt_bias)`` and the running sums of ``-exp(a_log) * dt``.
+    """Step sizes `softplus(raw + dt_bias)` and the running sums of `-exp(a_log) * dt`.
 
     Args:
         raw: (B, T, H), a part of wider rows.
@@ -90,7 +90,7 @@ def decays_backward(
     gradients: DecayGradients,
     d_raw: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``dt_bias`` and ``a_log``; that of raw is written to ``d_raw``."""
+    """Gradients of `dt_bias` and `a_log`; that of raw is written to `d_raw`."""
     batch, length, heads = raw.shape
     sums = torch.empty((batch, 2, heads), dtype=torch.float32, device=raw.device)
     _decays_backward[(blocks(heads, _BLOCK_H), batch)](

@@ -1,7 +1,7 @@
 """The state-space sums in their dual form: attention without softmax, over the whole sequence.
 
-With ``total[t]``, the logarithm of the decay up to position t (:mod:`.decays`), the recurrence of
-:mod:`aim_training.ssd` and the skip after it are, for each head,
+With `total[t]`, the logarithm of the decay up to position t (`decays`), the recurrence of
+`aim_training.ssd` and the skip after it are, for each head,
 
     M[i, j] = (c_i · b_j) * exp(total[i] - total[j]) * dt[j]      for j <= i, else 0
     y       = M x + d x
@@ -15,11 +15,11 @@ are a product of a factor for the row and one for the column, for j <= m <= i bo
 
     exp(total[i] - total[j]) = exp(total[i] - total[m]) * exp(total[m] - total[j])
 
-Letters as in :mod:`aim_training.config`. Logarithms, decays and sums are float32; factors of matrix
+Letters as in `aim_training.config`. Logarithms, decays and sums are float32; factors of matrix
 products have the dtype of x. Every sum has one order, so results are the same bit for bit.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from torch import Tensor
 from aim_training.kernels.decays import TILE, DecayGradients, Decays
 from aim_training.kernels.language import blocks, jit, tl
 
-#: How the kernels are compiled: the fastest on an H100. Fewer registers let more programs run at a
-#: time, which hides what they wait for better than loading ahead does.
+# How the kernels are compiled: the fastest on an H100. Fewer registers let more programs run at a
+# time, which hides what they wait for better than loading ahead does.
 _FORWARD = {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
 _BACKWARD_SCORES = {"num_warps": 4, "num_stages": 2, "maxnreg": 168}
 _BACKWARD_X = {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
 
 
 def dual_plain(x: Tensor, b: Tensor, c: Tensor, decays: Decays, skip: Tensor) -> Tensor:
-    """The twin of :func:`dual_forward` in plain PyTorch: y (B, T, H, P)."""
+    """The twin of `dual_forward` in plain PyTorch: y (B, T, H, P)."""
     length = x.shape[1]
     distance = decays.total[..., :, None] - decays.total[..., None, :]  # (B, H, T, T)
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
@@ -84,7 +84,7 @@ def dual_forward(xbc: Tensor, sizes: tuple[int, int, int], decays: Decays, skip:
 def dual_backward(
     xbc: Tensor, sizes: tuple[int, int, int], decays: Decays, skip: Tensor, d_y: Tensor
 ) -> tuple[Tensor, DecayGradients, Tensor]:
-    """Gradients of what :func:`dual_forward` read, which had the same arguments.
+    """Gradients of what `dual_forward` read, which had the same arguments.
 
     Args:
         d_y: (B, T, H·P) contiguous.

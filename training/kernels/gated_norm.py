@@ -1,10 +1,10 @@
-"""The mixer's last step before its output projection: ``norm(y * silu(z)) * weight``.
+"""The mixer's last step before its output projection: `norm(y * silu(z)) * weight`.
 
-Letters as in :mod:`aim_training.config`. z is a part of wider rows (what the input projection
+Letters as in `aim_training.config`. z is a part of wider rows (what the input projection
 made), and its gradient is written into rows of the same kind.
 """
 
-# Triton reads the kernels' sources: their parameters carry no annotations but ``constexpr``.
+# Triton reads the kernels' sources: their parameters carry no annotations but `constexpr`.
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from aim_training.config import EPS
 from aim_training.kernels.language import blocks, jit, power_of_2, tl
 
-#: Rows a program of the backward kernel sums the weight's gradient over, and columns a warp.
+# Rows a program of the backward kernel sums the weight's gradient over, and columns a warp.
 _ROWS = 64
 _COLUMNS = 256
 
@@ -47,7 +47,7 @@ def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 def gated_norm_backward(
     y: Tensor, z: Tensor, weight: Tensor, d_out: Tensor, d_z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the weight; that of z is written to ``d_z``, of any row stride."""
+    """Gradients of y and of the weight; that of z is written to `d_z`, of any row stride."""
     rows, width = y.shape
     parts = blocks(rows, _ROWS)
     d_y = torch.empty_like(y)
@@ -78,7 +78,7 @@ def _warps(width: int) -> int:
 
 @jit
 def _gated_norm(y, z, weight, out, z_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of :func:`gated_norm_plain`. Grid: (rows,)."""
+    """One row of `gated_norm_plain`. Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH

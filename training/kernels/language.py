@@ -20,14 +20,14 @@ except ImportError:
 if torch.version.hip is not None:  # the kernels' options are those of NVIDIA's compiler
     triton = None
 
-#: Whether kernels run in Triton's interpreter, on the tensors of a CPU.
+# Whether kernels run in Triton's interpreter, on the tensors of a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def jit(function: Any) -> Any:
-    """``triton.jit``, or the function as it is where there is no Triton."""
+    """`triton.jit`, or the function as it is where there is no Triton."""
     return function if triton is None else triton.jit(function)
 
 
@@ -39,10 +39,10 @@ def launchable(*tensors: Tensor) -> bool:
 
 
 def power_of_2(size: int) -> int:
-    """The smallest power of two that is at least ``size``: how long Triton's ranges must be."""
+    """The smallest power of two that is at least `size`: how long Triton's ranges must be."""
     return 1 << (size - 1).bit_length()
 
 
 def blocks(size: int, block: int) -> int:
-    """How many blocks cover ``size``."""
+    """How many blocks cover `size`."""
     return -(-size // block)

@@ -18,7 +18,7 @@ from aim_training.ssd import ssd_chunked
 
 
 class MixerSizes(NamedTuple):
-    """H, P and S of :mod:`aim_training.config`."""
+    """H, P and S of `aim_training.config`."""
 
     heads: int
     head_dim: int

@@ -1,7 +1,7 @@
 """Weights in strangers' files: found, told apart, and read without running anything in them.
 
-:func:`open_weights` reads names, types, shapes and places of a file's tensors; bytes are read a
-tensor at a time, when :meth:`StoredTensor.read` is called. All of it is Python over plain reads:
+`open_weights` reads names, types, shapes and places of a file's tensors; bytes are read a
+tensor at a time, when `StoredTensor.read` is called. All of it is Python over plain reads:
 no file is mapped into memory, so one that is overwritten meanwhile cannot stop the process, and no
 unpickler ever builds an object of the file's choosing.
 """

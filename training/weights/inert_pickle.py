@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-#: Instructions of the longest pickle that is read: some 16,000 tensors, a second or two.
+# Instructions of the longest pickle that is read: some 16,000 tensors, a second or two.
 MAX_INSTRUCTIONS = 400_000
 _MAX_ARGUMENTS = 16
 _MAX_AXES = 8
 _MAX_SIZE = 1 << 48
 
-#: Stands for every value that is no weights.
+# Stands for every value that is no weights.
 OPAQUE = type("Opaque", (), {"__repr__": lambda self: "OPAQUE"})()
 _MARK = object()
 
@@ -44,7 +44,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of numbers that tensors lie in, under the ``key`` that the file keeps it by."""
+    """A run of numbers that tensors lie in, under the `key` that the file keeps it by."""
 
     key: str
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor as the pickle describes it; ``fault`` as in :class:`StoredTensor`."""
+    """A tensor as the pickle describes it; `fault` as in `StoredTensor`."""
 
     storage: Storage | None
     dtype: torch.dtype = torch.float32
@@ -96,7 +96,7 @@ _PLAIN = (
 )
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 _DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict")
-#: Data that trainers leave beside their weights, by module.
+# Data that trainers leave beside their weights, by module.
 _INERT = {
     "argparse": ("Namespace",),
     "types": ("SimpleNamespace",),
@@ -123,13 +123,13 @@ _INERT = {
     "torch.nn.parameter": ("Parameter", "Buffer"),
     "torch.serialization": ("_get_layout",),
 }
-#: Packages of configuration values: plain nested data, whatever the class is called.
+# Packages of configuration values: plain nested data, whatever the class is called.
 _INERT_PACKAGES = ("numpy.dtypes.", "omegaconf.", "easydict.", "ml_collections.", "yacs.")
 
 
 def read_pickle(file: BinaryIO) -> Any:
-    """The next pickle of ``file`` as dictionaries with text keys, lists, tuples, plain values,
-    :class:`PickledTensor` and `OPAQUE`.
+    """The next pickle of `file` as dictionaries with text keys, lists, tuples, plain values,
+    `PickledTensor` and `OPAQUE`.
 
     Entries of dictionaries whose key is not a text are left out.
 
@@ -273,7 +273,7 @@ class _Machine:
         pass
 
 
-#: Instructions that push the value they carry.
+# Instructions that push the value they carry.
 _VALUES = {
     *("NONE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
     *("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"),

@@ -13,7 +13,7 @@ from aim_training.weights.stored import CheckpointError, StoredTensor, listed, s
 from aim_training.weights.torch_file import read_old_torch_file, read_torch_zip
 from aim_training.weights.torch_zip import MAGIC as ZIP_MAGIC
 
-#: What a folder's weights are called, in the order of preference: whole models, then a tokenizer.
+# What a folder's weights are called, in the order of preference: whole models, then a tokenizer.
 _MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,14 +26,14 @@ _INDEX_END = ".index.json"
 MAX_INDEX_BYTES = 16 << 20
 _MAX_CONTAINERS = 64
 
-#: What trainers keep tensors under, in the order of preference. LlamaGen's and others' write the
-#: plain weights and their moving average, and evaluate the average: so it comes first.
+# What trainers keep tensors under, in the order of preference. LlamaGen's and others' write the
+# plain weights and their moving average, and evaluate the average: so it comes first.
 _CONTAINERS = (
     *("ema", "model_ema", "state_dict_ema"),
     *("model", "state_dict", "model_state_dict", "module"),
 )
 
-#: How other files begin, and what to tell whoever named one.
+# How other files begin, and what to tell whoever named one.
 _OTHERS = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -80,9 +80,9 @@ class OpenedWeights:
 
 
 def find_weights(path: Path) -> Path:
-    """The file of weights that ``path`` is or, where it is a folder, holds.
+    """The file of weights that `path` is or, where it is a folder, holds.
 
-    A folder may be a published one, with ``model.safetensors`` or ``pytorch_model.bin``, whole or
+    A folder may be a published one, with `model.safetensors` or `pytorch_model.bin`, whole or
     in shards; the run folder of a training, which keeps its best model so far; or any folder with
     exactly one file of weights.
 
@@ -101,7 +101,7 @@ def find_weights(path: Path) -> Path:
 
 
 def open_weights(path: Path) -> OpenedWeights:
-    """Names, types, shapes and places of the tensors that ``path`` holds (see `find_weights`).
+    """Names, types, shapes and places of the tensors that `path` holds (see `find_weights`).
 
     Raises:
         CheckpointError: no file is found, it cannot be read, or it holds no named tensors.
@@ -206,7 +206,7 @@ def _named(tree: dict[str, Any], path: Path) -> tuple[dict[str, StoredTensor], s
 
 
 def _contained(tree: Any, seen: set[int]) -> tuple[dict[str, StoredTensor], str] | None:
-    """The first container with tensors, or else ``tree`` itself; it may hold itself."""
+    """The first container with tensors, or else `tree` itself; it may hold itself."""
     if not isinstance(tree, dict) or id(tree) in seen or len(seen) > _MAX_CONTAINERS:
         return None
     seen.add(id(tree))

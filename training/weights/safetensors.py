@@ -15,7 +15,7 @@ import torch
 
 from aim_training.weights.stored import CheckpointError, StoredTensor, contiguous, shown
 
-#: Many times what the largest published models need.
+# Many times what the largest published models need.
 MAX_HEADER_BYTES = 16 << 20
 MAX_AXES = 8
 MAX_SIZE = 1 << 48
@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 def looks_like_safetensors(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is meant to be one."""
+    """Whether a file that begins with `head` is meant to be one."""
     return head[_PREFIX : _PREFIX + 1] == b"{"
 
 

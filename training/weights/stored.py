@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aim_training.finite import first_not_finite
 
-#: What weights may be stored as; everything becomes float32.
+# What weights may be stored as; everything becomes float32.
 FLOATS = (
     torch.float32,
     torch.float16,
@@ -36,7 +36,7 @@ class CheckpointError(Exception):
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value from a file, fit for an error message: one printable line, cut to ``most``."""
+    """A value from a file, fit for an error message: one printable line, cut to `most`."""
     text = str(value)
     # What lies behind the cut need not be looked at; spaces may be folded away before it.
     printable = "".join(c if c.isprintable() else " " for c in text[: 2 * most])

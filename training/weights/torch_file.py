@@ -1,4 +1,4 @@
-"""The tensors of a file that ``torch.save`` wrote, in today's form (a zip) and that before 1.6."""
+"""The tensors of a file that `torch.save` wrote, in today's form (a zip) and that before 1.6."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from aim_training.weights.inert_pickle import (
 from aim_training.weights.stored import CheckpointError, StoredTensor, listed, shown, span
 from aim_training.weights.torch_zip import BadZip, Member, data_offset, zip_members
 
-#: Bytes of the longest pickle that is read.
+# Bytes of the longest pickle that is read.
 MAX_PICKLE_BYTES = 16 << 20
-#: What the form before 1.6 begins with, pickled.
+# What the form before 1.6 begins with, pickled.
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
-#: Where in the file a storage's bytes lie: the first, how many, and their CRC-32 if it is kept.
+# Where in the file a storage's bytes lie: the first, how many, and their CRC-32 if it is kept.
 Place = tuple[int, int, int | None]
 Locate = Callable[[Storage], Place]
 
-#: What a dictionary that :func:`read_torch_file` returns may hold, dictionaries aside.
+# What a dictionary that `read_torch_file` returns may hold, dictionaries aside.
 Tree = dict[str, Any]
 
 
 def read_torch_zip(path: Path) -> Tree:
-    """What a zip of PyTorch's holds; its tensors as :class:`StoredTensor`, the rest inert.
+    """What a zip of PyTorch's holds; its tensors as `StoredTensor`, the rest inert.
 
     Raises:
         CheckpointError: it is another kind of zip, is damaged, or holds code.

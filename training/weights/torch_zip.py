@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from aim_training.weights.stored import CheckpointError, shown
 
-#: Many times what the largest published models need.
+# Many times what the largest published models need.
 MAX_DIRECTORY_BYTES = 8 << 20
 MAGIC = b"PK\x03\x04"
 

@@ -1,4 +1,4 @@
-"""`CudaEngine`: a bundle's plan on one GPU."""
+"""`CudaEngine`: a bundle's launch plan on one GPU."""
 
 from __future__ import annotations
 
@@ -9,82 +9,45 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.arguments import shown
-from aim_runtime.batching import BatchPlan
 from aim_runtime.bundle import Bundle
-from aim_runtime.engines.base import Conditioning, Engine
+from aim_runtime.engines.base import Conditioning
 from aim_runtime.engines.cuda import step, weights, workspace
 from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket
 from aim_runtime.engines.cuda.plan_reader import read_plan
 from aim_runtime.engines.cuda.program import Kernels
+from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.architecture import describe
 from aim_runtime.engines.gpu.device import Device, OutOfDeviceMemory
+from aim_runtime.engines.gpu.engine import GpuEngine
 from aim_runtime.errors import BackendError
 from aim_runtime.sampling import SamplingOptions
 
 _AnyBucket = TypeVar("_AnyBucket", Bucket[str], DecoderBucket[str])
 
-# Of the device memory that is free, what a request may plan with: the rest is for captured graphs
-# and for whoever else uses the GPU.
-_SHARE_OF_FREE_MEMORY = 0.9
 
+class CudaEngine(GpuEngine[ProgramWorkspace]):
+    """The launch plan for `precision` in `bundle` on `device`. Thread-safe.
 
-class CudaEngine(Engine):
-    """The plan for `precision` in `bundle` on `device`. Thread-safe.
-
-    Each request has its own buffers; those of the last few are kept, captured graphs and all.
     Raises BackendError when the device cannot run the plan, BundleError when the plan is not one.
     """
 
     backend = "cuda"
+    _even_batches = False
 
     def __init__(self, bundle: Bundle, device: Device, precision: str) -> None:
-        super().__init__(bundle.manifest)
-        self.device = device.label
+        super().__init__(bundle.manifest, device)
         self.precision = precision
-        self._device = device
-        self._plan = read_plan(bundle, precision)
+        self._launch_plan = read_plan(bundle, precision)
         self._buckets = self._runnable_buckets()
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
-        self._pool: workspace.Pool[workspace.Workspace] = workspace.Pool()
         with device.current():
-            self._kernels = Kernels(device, bundle, self._plan)
+            self._kernels = Kernels(device, bundle, self._launch_plan)
             try:
-                self._weights = weights.Weights(device, bundle, self._plan, self._kernels)
+                self._weights = weights.Weights(device, bundle, self._launch_plan, self._kernels)
             except OutOfDeviceMemory:
-                raise self._too_little("the model", weights.allocated_size(self._plan)) from None
-
-    def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
-        """As many images at a time as the plan has buffers for and the device has memory for.
-
-        An image's bytes are those of the batch over the batch; the total includes the decoder's
-        for one call of the smallest size.
-        """
-        decoder = workspace.allocated_size(self._decoder[0].buffers)
-        needs: dict[int, int] = {}
-        for bucket in self._buckets:
-            size = step.capacity(bucket.rows, rows_per_image)
-            needs.setdefault(size, workspace.allocated_size(bucket.buffers) + decoder)
-        needs.pop(0, None)
-        if not needs:
-            raise BackendError("the bundle's CUDA plan has no batch for images with guidance")
-        sizes = list(needs)
-        if memory_limit_mb is not None:
-            sizes = [size for size in sizes if needs[size] <= memory_limit_mb * 2**20]
-            if not sizes:
-                least = -(-min(needs.values()) // 2**20)
-                raise ValueError(
-                    f"memory_limit_mb is {shown(memory_limit_mb)}; one image of this model "
-                    f"needs {least}: give memory_limit_mb={least} or more"
-                )
-        free = self._device.free_memory() * _SHARE_OF_FREE_MEMORY + self._pool.idle_bytes()
-        sizes = [size for size in sizes if needs[size] <= free]
-        if not sizes:
-            raise self._too_little("one image", min(needs.values()))
-        batch = min(n, sizes[-1])
-        need = next(needs[size] for size in sizes if size >= batch)
-        return BatchPlan(batch, -(-n // batch), (need - decoder) // batch, need)
+                needed = weights.allocated_size(self._launch_plan)
+                raise self._too_little("the model", needed) from None
 
     def start(self, rows: int, conditioning: Conditioning) -> step.CudaRows:
         """Rows of their own; `conditioning` is what `prologue` returned."""
@@ -127,8 +90,8 @@ class CudaEngine(Engine):
     ) -> None:
         """Decode `tokens` (n, T), n up to the bucket's, into `images` (n, height, width, 3)."""
 
-        def make() -> workspace.Workspace:
-            return workspace.Workspace(
+        def make() -> ProgramWorkspace:
+            return ProgramWorkspace(
                 self._device,
                 self._kernels,
                 bucket.buffers,
@@ -137,7 +100,7 @@ class CudaEngine(Engine):
                 {"tokens": "tokens", "image": "image"},
             )
 
-        with self._pool.lease(self._device, ("decoder", bucket.images), make) as leased:
+        with self._pool.lease(("decoder", bucket.images), make) as leased:
             leased.host["tokens"][: len(tokens)] = tokens
             leased.host["tokens"][len(tokens) :] = tokens[0]
             with self._device.current():
@@ -148,15 +111,13 @@ class CudaEngine(Engine):
             images[:] = leased.host["image"][: len(images)]
 
     @contextmanager
-    def _step_lease(
-        self, bucket: Bucket[str], rows_per_image: int
-    ) -> Iterator[workspace.Workspace]:
-        def make() -> workspace.Workspace:
+    def _step_lease(self, bucket: Bucket[str], rows_per_image: int) -> Iterator[ProgramWorkspace]:
+        def make() -> ProgramWorkspace:
             shared = self._weights.addresses
             return step.make_workspace(self._device, self._kernels, bucket, shared)
 
         try:
-            with self._pool.lease(self._device, ("step", bucket.rows), make) as leased:
+            with self._pool.lease(("step", bucket.rows), make) as leased:
                 yield leased
         except OutOfDeviceMemory:
             size = step.capacity(bucket.rows, rows_per_image)
@@ -169,6 +130,18 @@ class CudaEngine(Engine):
             ]
             hint = f"; {fits[-1]} at a time fit" if fits and fits[-1] else ""
             raise self._too_little(f"a batch of {size} images", needed, hint) from None
+
+    def _batch_sizes(self, rows_per_image: int) -> Sequence[int]:
+        sizes = {step.capacity(bucket.rows, rows_per_image) for bucket in self._buckets} - {0}
+        if not sizes:
+            raise BackendError("the bundle's CUDA plan has no batch for images with guidance")
+        return sorted(sizes)
+
+    def _step_bytes(self, images: int, rows_per_image: int) -> int:
+        return workspace.allocated_size(self._bucket(images, rows_per_image).buffers)
+
+    def _decoder_bytes(self) -> int:
+        return workspace.allocated_size(self._decoder[0].buffers)
 
     def _bucket(self, images: int, rows_per_image: int) -> Bucket[str]:
         """The smallest bucket for so many images."""
@@ -184,35 +157,28 @@ class CudaEngine(Engine):
         """One bucket a size: the first whose kernels are there for this device."""
         found: dict[int, Bucket[str]] = {}
         capability = self._device.capability
-        for bucket in self._plan.buckets:
-            if self._plan.runs(bucket.begin + bucket.step, capability):
+        for bucket in self._launch_plan.buckets:
+            if self._launch_plan.runs(bucket.begin + bucket.step, capability):
                 found.setdefault(bucket.rows, bucket)
         return self._or_no_kernels(list(found.values()))
 
     def _runnable_decoder(self) -> list[DecoderBucket[str]]:
         found: dict[int, DecoderBucket[str]] = {}
-        for bucket in self._plan.decoder:
-            if self._plan.runs(bucket.launches, self._device.capability):
+        for bucket in self._launch_plan.decoder:
+            if self._launch_plan.runs(bucket.launches, self._device.capability):
                 found.setdefault(bucket.images, bucket)
         return self._or_no_kernels(list(found.values()))
 
     def _or_no_kernels(self, buckets: list[_AnyBucket]) -> list[_AnyBucket]:
         if not buckets:
             major, minor = self._device.capability
-            compiled = describe(self._plan.architectures())
+            compiled = describe(self._launch_plan.architectures())
             raise BackendError(
                 f"the bundle's {self.precision} CUDA kernels are not for {self._device.name} "
                 f"(compute capability {major}.{minor}, it has {compiled}); "
                 "export it again with 'aim export --cuda'"
             )
         return buckets
-
-    def _too_little(self, what: str, needed: int, hint: str = "") -> BackendError:
-        free = self._device.free_memory()
-        return BackendError(
-            f"{what} needs {-(-needed // 2**20)} MiB of GPU memory; {self._device.label} "
-            f"({self._device.name}) has {free // 2**20} MiB free{hint}"
-        )
 
 
 def _decoder_bucket(buckets: Sequence[DecoderBucket[str]], images: int) -> DecoderBucket[str]:

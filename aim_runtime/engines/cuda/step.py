@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
-from aim_runtime.engines.base import Rows
 from aim_runtime.engines.cuda.plan import Bucket
 from aim_runtime.engines.cuda.program import Kernels
-from aim_runtime.engines.cuda.workspace import Workspace
+from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.device import Device, Event
+from aim_runtime.engines.gpu.rows import LeasedRows
 from aim_runtime.errors import BackendError
 from aim_runtime.sampling import SamplingOptions, row_classes
 
@@ -37,14 +37,14 @@ _FROM_HOST = ("class_id", "token", "position", "pairs", "settings", "noise", "fo
 
 def make_workspace(
     device: Device, kernels: Kernels, bucket: Bucket[str], shared: Mapping[str, int]
-) -> Workspace:
+) -> ProgramWorkspace:
     """A workspace for `bucket`."""
     staged = {name: name for name in (*_FROM_HOST, "logits")}
     staged |= {
         name: source for turn in _TURNS for name, source in zip(turn, _TURNS[0], strict=True)
     }
     programs = {"begin": bucket.begin, "step": bucket.step}
-    return Workspace(device, kernels, bucket.buffers, shared, programs, staged)
+    return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged)
 
 
 def capacity(rows: int, rows_per_image: int) -> int:
@@ -54,7 +54,7 @@ def capacity(rows: int, rows_per_image: int) -> int:
 
 def draw(
     device: Device,
-    workspace: Workspace,
+    workspace: ProgramWorkspace,
     class_ids: NDArray[np.int64],
     noise: NDArray[np.float64],
     options: SamplingOptions,
@@ -86,7 +86,7 @@ def draw(
 
 
 def _begin(
-    workspace: Workspace,
+    workspace: ProgramWorkspace,
     class_ids: NDArray[np.int64],
     noise: NDArray[np.float64],
     options: SamplingOptions,
@@ -129,20 +129,17 @@ def _check_status(status: NDArray[np.int32]) -> None:
         raise BackendError(_FAULTS.get(fault, f"the bundle's kernels report fault {fault}"))
 
 
-class CudaRows(Rows):
+class CudaRows(LeasedRows[ProgramWorkspace]):
     """Rows that the host advances: their tokens and positions come from it, scores go to it."""
 
     def __init__(
         self,
         manifest: Manifest,
         device: Device,
-        lease: contextlib.AbstractContextManager[Workspace],
+        lease: contextlib.AbstractContextManager[ProgramWorkspace],
         classes: NDArray[np.int64],
     ) -> None:
-        super().__init__(manifest, len(classes))
-        self._device = device
-        self._lease = contextlib.ExitStack()
-        self._workspace = self._lease.enter_context(lease)
+        super().__init__(manifest, len(classes), device, lease)
         host = self._workspace.host
         _pad(host["class_id"], classes)
         host["pairs"][:] = 0
@@ -152,10 +149,6 @@ class CudaRows(Rows):
         with device.current():
             self._workspace.upload("class_id", "pairs", "settings", "noise", "forced")
             self._workspace.run("begin")
-
-    def close(self) -> None:
-        """Let another request have the buffers."""
-        self._lease.close()
 
     def _step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:
         host = self._workspace.host

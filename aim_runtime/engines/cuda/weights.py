@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.cuda.plan import CAST_BLOCK, DTYPE_BYTES, Plan, Weight, flat
 from aim_runtime.engines.cuda.program import Kernels
-from aim_runtime.engines.gpu.device import ALIGNMENT, Allocation, Device, Event, Stream
+from aim_runtime.engines.gpu.device import Allocation, Device, Event, Stream, aligned
 
 # Bytes of each of the two buffers; at least _QUANTISED_ROWS of the longest row there may be.
 _CHUNK_BYTES = 16 << 20
@@ -99,7 +99,7 @@ def allocated_size(plan: Plan) -> int:
     sizes = [_CHUNK_BYTES] * 2
     sizes += [_allocated_size(weight) for weight in plan.weights.values()]
     sizes += [tensor.size for tensor in plan.setup.buffers.values()]
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(map(aligned, sizes))
 
 
 def _allocated_size(weight: Weight) -> int:

@@ -1,4 +1,4 @@
-"""What the engine asks of a GPU: memory, streams, launches and graphs, nothing more.
+"""What engines ask of a GPU: memory, streams, launches and graphs, nothing more.
 
 `aim_runtime.engines.gpu.driver` fulfils it with NVIDIA's driver. Addresses are plain integers. All
 calls are made inside `Device.current`; whatever a device hands out is freed when it is dropped.
@@ -18,6 +18,11 @@ from aim_runtime.errors import BackendError
 
 ALIGNMENT = 256
 """Every allocation starts at a multiple of this many bytes."""
+
+
+def aligned(size: int) -> int:
+    """`size` bytes up to the next multiple of ALIGNMENT: what they take of the memory."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class OutOfDeviceMemory(BackendError):

@@ -21,7 +21,8 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from aim_runtime.engines.gpu.device import ALIGNMENT, DeviceLaunch, OutOfDeviceMemory
+from aim_runtime.engines.gpu import libcuda
+from aim_runtime.engines.gpu.device import DeviceLaunch, OutOfDeviceMemory, aligned
 from aim_runtime.errors import BackendError, BundleError
 
 # More dynamic shared memory a block than this has to be asked for.
@@ -85,22 +86,6 @@ def _call(function: Any, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
-def _attribute(device: Any, name: str) -> int:
-    attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-    value: int = _call(driver.cuDeviceGetAttribute, attribute, device)
-    return value
-
-
-def capability(gpu: int) -> tuple[int, int]:
-    """The compute capability of GPU number `gpu`. Raises BackendError."""
-    _call(driver.cuInit, 0)
-    device = _call(driver.cuDeviceGet, gpu)
-    return (
-        _attribute(device, "COMPUTE_CAPABILITY_MAJOR"),
-        _attribute(device, "COMPUTE_CAPABILITY_MINOR"),
-    )
-
-
 class _Context:
     """A device's primary context, retained as long as anything refers to this object.
 
@@ -146,13 +131,11 @@ class CudaDevice:
     """
 
     def __init__(self, gpu: int, *, one_block: bool = True) -> None:
-        self.capability = capability(gpu)
-        device = _call(driver.cuDeviceGet, gpu)
-        name = _call(driver.cuDeviceGetName, 256, device)
-        self.name = name.rstrip(b"\0").decode(errors="replace")
+        self.name = libcuda.gpu_name(gpu)
         self.label = f"cuda:{gpu}"
+        self.capability = libcuda.capability(gpu)
         try:
-            self._context = _Context(device)
+            self._context = _Context(_call(driver.cuDeviceGet, gpu))
         except OutOfDeviceMemory:
             raise BackendError(
                 f"{self.label} ({self.name}) has too little free memory to start with; "
@@ -172,7 +155,7 @@ class CudaDevice:
 
     def allocate(self, sizes: Sequence[int]) -> _CudaAllocation:
         """See `Device`."""
-        rounded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        rounded = [aligned(size) for size in sizes]
         if not self._one_block or not sizes:
             return _CudaAllocation(self._context, rounded)
         block = _CudaAllocation(self._context, [sum(rounded)])

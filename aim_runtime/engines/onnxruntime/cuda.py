@@ -23,36 +23,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aim_runtime.arguments import shown
 from aim_runtime.batching import BatchPlan, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import TensorSpec
-from aim_runtime.engines.base import cuda_index
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda, probing
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
-    first_line,
     import_failure,
     make_session,
 )
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
 from aim_runtime.onnx_graph import CheckedGraph
+from aim_runtime.quoting import shortened, shown
 
 if TYPE_CHECKING:
     import onnxruntime
 
 _PROVIDER = "CUDAExecutionProvider"
 _MEMORY = "cuda"  # what ONNX Runtime calls the device's memory
-# Of the memory that is free once the model is loaded, what one request may plan with: the rest is
+# Of the memory that is free once the model is loaded, what one request may take: the rest is
 # for what the estimate misses and for whoever else uses the GPU.
 _SHARE_OF_FREE_MEMORY = 0.7
 
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
     """None if there is a GPU and ONNX Runtime has its CUDA provider, otherwise what to do."""
-    reason = nvidia_driver.unavailable_reason() or import_failure()
+    reason = libcuda.unavailable_reason() or import_failure()
     if reason is not None:
         return reason
     import onnxruntime
@@ -65,7 +63,7 @@ def unavailable_reason(bundle: Bundle | None = None) -> str | None:
             "pip install --force-reinstall --no-deps onnxruntime-gpu"
         )
     built = str(getattr(onnxruntime, "cuda_version", ""))
-    major, minor = nvidia_driver.cuda_version()
+    major, minor = libcuda.cuda_version()
     if built.partition(".")[0].isdecimal() and int(built.partition(".")[0]) > major:
         return (
             f"this onnxruntime is built for CUDA {built}, the NVIDIA driver here runs CUDA "
@@ -82,12 +80,7 @@ def load(
         raise BackendError(
             f"precision is {shown(precision)}; the onnxruntime-cuda backend computes in 'fp32' only"
         )
-    gpu = cuda_index(device)
-    count = nvidia_driver.gpu_count()
-    if gpu >= count:
-        raise BackendError(
-            f"device is {shown(device)}; the GPUs here are 'cuda:0' to 'cuda:{count - 1}'"
-        )
+    gpu = probing.chosen_gpu(device)
     said = _preload_libraries()
     try:
         return OnnxRuntimeCuda(bundle, gpu, threads or 1)
@@ -107,7 +100,7 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
         # A GPU that this build has no kernels for fails here, where another backend can still be
         # chosen, and not in the first request.
         self.prologue(np.zeros(1, np.int64))
-        self._free_bytes = nvidia_driver.free_bytes(gpu)
+        self._free_bytes = libcuda.free_bytes(gpu)
 
     def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
         """As on the CPU, within what was free on the GPU when the model was loaded."""
@@ -132,7 +125,7 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
         value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
             shape, np.dtype(spec.dtype).type, *self.memory
         )
-        nvidia_driver.fill_zero(self.memory[1], value.data_ptr(), value.tensor_size_in_bytes())
+        libcuda.fill_zero(self.memory[1], value.data_ptr(), value.tensor_size_in_bytes())
         return value
 
 
@@ -156,11 +149,13 @@ def _provider_failure() -> str:
     name = "onnxruntime_providers_cuda.dll"
     if sys.platform != "win32":
         name = "libonnxruntime_providers_cuda.so"
+    library = Path(onnxruntime.__file__).parent / "capi" / name
     try:
-        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+        ctypes.CDLL(str(library))
     except OSError as error:
+        says = str(error).replace(str(library), name)  # which may be all that fits a sentence
         return (
-            f"{first_line(error)}; CUDA's libraries come with "
+            f"{shortened(says, 160)}; CUDA's libraries come with "
             "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     return ""

@@ -29,7 +29,7 @@ from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptibl
 from aim_runtime.engines.onnxruntime.library import import_quietly, log_level
 from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.onnx_graph import CheckedGraph, checked_graphs
-from aim_runtime.quoting import shortened
+from aim_runtime.quoting import first_line, shortened
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -220,8 +220,7 @@ def import_failure() -> str | None:
         version = str(onnxruntime.__version__)
         numbers = tuple(int(part) for part in version.split(".")[:2])
     except Exception as error:  # a broken installation can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"onnxruntime does not import ({reason}); pip install onnxruntime"
+        return f"onnxruntime does not import ({first_line(error)}); pip install onnxruntime"
     if numbers < _MINIMUM_VERSION:
         least = ".".join(map(str, _MINIMUM_VERSION))
         return (
@@ -294,14 +293,6 @@ def make_session(
             f"{session.get_providers()[0]}"
         )
     return session
-
-
-def first_line(error: Exception) -> str:
-    """What `error` says, on one short line that can be printed."""
-    lines = str(error).splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
-    # It may quote names out of a stranger's graph.
-    return shortened(text, 160)
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], rows: int) -> None:

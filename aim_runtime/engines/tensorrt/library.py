@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from aim_runtime.bundle.manifest import ENGINES_FOLDER
 from aim_runtime.errors import BackendError
+from aim_runtime.quoting import first_line
 
 ENGINES_PREFIX = "tensorrt-"
 _MINIMUM_VERSION = (10, 9)
@@ -33,16 +35,6 @@ class Library:
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
-
-    def capability(self, gpu: int) -> tuple[int, int]:
-        """The compute capability of GPU number `gpu`, (9, 0). Raises BackendError."""
-        try:
-            from aim_runtime.engines.gpu.driver import capability
-        except ImportError as error:
-            raise BackendError(
-                "cuda-bindings does not import; pip install 'aim-runtime[tensorrt]'"
-            ) from error
-        return capability(gpu)
 
     def dtype_name(self, dtype: Any) -> str:
         """What NumPy and the manifest call one of the library's element types."""
@@ -99,6 +91,11 @@ def engine_file(graph: str) -> str:
     return f"{graph}.engine"
 
 
+def engine_path(folder: str, graph: str) -> str:
+    """The name of a graph's engine in a bundle."""
+    return f"{ENGINES_FOLDER}/{folder}/{engine_file(graph)}"
+
+
 def collecting_logger(library: Library, keep: Callable[[str], object]) -> Any:
     """A logger for the library's objects that prints nothing and hands errors to `keep`."""
     base = library.module.ILogger
@@ -113,8 +110,3 @@ def collecting_logger(library: Library, keep: Callable[[str], object]) -> Any:
                 keep(message)
 
     return Logger()
-
-
-def first_line(error: Exception) -> str:
-    """What `error` says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

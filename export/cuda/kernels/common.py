@@ -7,10 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: The largest finite half; products and residuals are clamped to it before they are rounded.
+# The largest finite half; products and residuals are clamped to it before they are rounded.
 HALF_LIMIT = tl.constexpr(65504.0)
-#: 1.5 * 2**23: a number of up to 22 bits and its sign, added to it, becomes an integer in the sum's
-#: low bits. The GPU's converters between floats and integers are four times slower than its adders.
+# 1.5 * 2**23: a number of up to 22 bits and its sign, added to it, becomes an integer in the sum's
+# low bits. The GPU's converters between floats and integers are four times slower than its adders.
 _INTEGERS = tl.constexpr(12582912.0)
 _INTEGERS_BITS = tl.constexpr(0x4B400000)
 

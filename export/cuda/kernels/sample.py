@@ -17,11 +17,11 @@ import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents
 
-#: Tokens in doubt that are compared each with each: squared work against passes over all tokens.
+# Tokens in doubt that are compared each with each: squared work against passes over all tokens.
 CANDIDATES = 128
-#: Passes that halve the scores' range; later ones halve the count of floats in it, 32 at most.
+# Passes that halve the scores' range; later ones halve the count of floats in it, 32 at most.
 _BY_VALUE = tl.constexpr(16)
-#: Tokens this many temperatures below the best together weigh less than any top-p drops.
+# Tokens this many temperatures below the best together weigh less than any top-p drops.
 _NEGLIGIBLE = tl.constexpr(30.0)
 _MOST = tl.constexpr(3.4e38)
 
@@ -97,10 +97,10 @@ def cut(score, weight, limit, low, high, under, scratch, CAPACITY: tl.constexpr)
         doubt = (score >= threshold) & (score < unordered(last))
         # Lane by lane, for only which tokens these are matters, not their order.
         one = tl.where(doubt, 1, 0)
-        of_row = tl.sum(one, axis=2)
-        of_lane = tl.sum(of_row, axis=1)
-        lane = tl.cumsum(of_lane, axis=0) - of_lane
-        row = tl.cumsum(of_row, axis=1) - of_row
+        row_sums = tl.sum(one, axis=2)
+        lane_sums = tl.sum(row_sums, axis=1)
+        lane = tl.cumsum(lane_sums, axis=0) - lane_sums
+        row = tl.cumsum(row_sums, axis=1) - row_sums
         place = lane[:, None, None] + row[:, :, None] + tl.cumsum(one, axis=2) - one
         tl.debug_barrier()  # what an earlier cut put there has been read
         tl.store(scratch + place, score, mask=doubt)
@@ -120,19 +120,19 @@ def cut(score, weight, limit, low, high, under, scratch, CAPACITY: tl.constexpr)
 def draw(weight, words, u):
     """The first token at which the weights' running sum exceeds `u` of the whole."""
     ROWS: tl.constexpr = weight.shape[1]
-    of_row = tl.sum(tl.sum(weight, axis=2), axis=0)  # (ROWS,)
+    row_sums = tl.sum(tl.sum(weight, axis=2), axis=0)  # (ROWS,)
     rows = tl.arange(0, ROWS)
-    reached = tl.cumsum(of_row, axis=0)
+    reached = tl.cumsum(row_sums, axis=0)
     target = u * tl.max(reached, axis=0)
     # Only what has weight counts: between sums, rounding may move the target a little.
-    first = tl.min(tl.where((of_row > 0.0) & (reached > target), rows, ROWS), axis=0)
-    chosen = tl.minimum(first, tl.max(tl.where(of_row > 0.0, rows, 0), axis=0))
+    first = tl.min(tl.where((row_sums > 0.0) & (reached > target), rows, ROWS), axis=0)
+    chosen = tl.minimum(first, tl.max(tl.where(row_sums > 0.0, rows, 0), axis=0))
     before = tl.max(tl.where(rows < chosen, reached, 0.0), axis=0)
     here = (rows == chosen)[None, :, None]
     weight = tl.sum(tl.where(here, weight, 0.0), axis=1)  # (LANES, 4)
     words = tl.sum(tl.where(here, words, 0), axis=1)
-    of_lane = tl.sum(weight, axis=1)
-    passed = before + (tl.cumsum(of_lane, axis=0) - of_lane)
+    lane_sums = tl.sum(weight, axis=1)
+    passed = before + (tl.cumsum(lane_sums, axis=0) - lane_sums)
     reached = passed[:, None] + tl.cumsum(weight, axis=1)
     enough = tl.min(tl.where((weight > 0.0) & (reached > target), words, 0x7FFFFFFF), axis=1)
     there = tl.max(tl.where(weight > 0.0, words, 0), axis=1)

@@ -159,7 +159,7 @@ def in_columns(value, like: tl.constexpr):
 
 
 @triton.jit
-def ask(state, query, factors, DOT: tl.constexpr):
+def times_c(state, query, factors, DOT: tl.constexpr):
     """state (P, S) times C, float32 (P,); with DOT C comes `in_columns`."""
     if DOT:
         return tl.sum(tl.dot(state, query).to(tl.float32) * factors[None, :], axis=1)
@@ -172,7 +172,7 @@ def read_states(
     source,  # one row of `projected`
     cells,  # the program's first head's state
     newest,  # a row's slot of the ring
-    of_c,  # from `load_convolution`, if it convolves
+    c_memory,  # from `load_convolution`, if it convolves
     heads,
     inner,
     old,  # whether there are states yet
@@ -213,12 +213,12 @@ def read_states(
             if CONVOLVES:
                 if tl.program_id(0) == 0:
                     tl.store(newest + INNER + S + states, c)
-                c = convolved(c, of_c)
+                c = convolved(c, c_memory)
             if DOT:
                 query, factors = in_columns(c, dtype)
             else:
                 query = c
-        head_output = ask(kept, query, factors, DOT)
+        head_output = times_c(kept, query, factors, DOT)
         y = tl.where(column == index, head_output[:, None], y)
     return tl.trans(y), c, b, x, z, dt
 
@@ -232,7 +232,7 @@ def attend(y, x, z, b, c, dt, rate, skip, x_then, b_then, decay_then, slot, CHUN
     """
     slots = tl.arange(0, CHUNK)
     past = slots < slot
-    # How much each token is asked for, whatever the head.
+    # Each token's key times the query, whatever the head.
     scores = tl.sum(b_then * c[None, :], axis=1)
     own_score = tl.sum(b * c, axis=0)
     decay = dt * rate + tl.sum(tl.where((slots == slot - 1)[None, :], decay_then, 0.0), axis=1)
@@ -315,7 +315,7 @@ def scan(
     rate, skip = tl.load(a + heads), tl.load(d + heads)
     ring += row * (K * X)
     newest = ring + at % K * X
-    of_x, of_b, of_c, bias = load_convolution(
+    x_memory, b_memory, c_memory, bias = load_convolution(
         ring, conv_weight, conv_bias, dt_bias, heads, inner, at, INNER, X, S, K, CONVOLVES
     )
     if state.dtype.element_ty == tl.int8:
@@ -323,7 +323,7 @@ def scan(
         scale = tl.load(state_scale + row * (H * P) + inner, mask=written, other=0.0)
     source = projected + row * (INNER + X + H)
     y, c, b, x, z, dt = read_states(
-        source, cells, newest, of_c, heads, inner, old, INNER, X, S, CONVOLVES, STAGES, OVERLAPS
+        source, cells, newest, c_memory, heads, inner, old, INNER, X, S, CONVOLVES, STAGES, OVERLAPS
     )
     if state.dtype.element_ty == tl.int8:
         y *= scale
@@ -331,7 +331,7 @@ def scan(
         tl.store(newest + inner, x)
         if group == 0:
             tl.store(newest + INNER + states, b)
-        x, b = convolved(x, of_x), convolved(b, of_b)
+        x, b = convolved(x, x_memory), convolved(b, b_memory)
         z, dt = silu(z), softplus(dt + bias)
     y, decay = attend(y, x, z, b, c, dt, rate, skip, x_then, b_then, decay_then, slot, CHUNK)
     store_rounded(gated + row * INNER + inner, y, inner >= 0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aim_runtime import BackendError
-from aim_runtime.engines.gpu import nvidia_driver
+from aim_runtime.engines.gpu import libcuda
 
 
 class Driver:
@@ -44,6 +44,9 @@ class Driver:
         assert size.value == len(out)
         out.value = f"GPU {device.value - 40}".encode()
 
+    def attribute(self, out: Any, attribute: ctypes.c_int, device: ctypes.c_int) -> None:
+        out._obj.value = {75: 9, 76: device.value - 40}[attribute.value]
+
     def retain(self, out: Any, device: ctypes.c_int) -> None:
         self.held.append(device.value)
         out._obj.value = 1000 + device.value
@@ -74,6 +77,7 @@ DRIVER_CALLS: dict[str, Any] = {
     "cuDriverGetVersion": Driver.version,
     "cuDeviceGet": Driver.device,
     "cuDeviceGetName": Driver.name,
+    "cuDeviceGetAttribute": Driver.attribute,
     "cuDevicePrimaryCtxRetain": Driver.retain,
     "cuDevicePrimaryCtxRelease_v2": Driver.release,
     "cuCtxPushCurrent_v2": Driver.push,
@@ -88,25 +92,25 @@ DRIVER_CALLS: dict[str, Any] = {
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(driver: Driver) -> Driver:
-        monkeypatch.setattr(nvidia_driver, "_load", lambda: driver)
+        monkeypatch.setattr(libcuda, "_load", lambda: driver)
         return driver
 
     return install
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia_driver, "_LIBRARY", "libno-such-driver.so.1")
-    reason = nvidia_driver.unavailable_reason()
+    monkeypatch.setattr(libcuda, "_LIBRARY", "libno-such-driver.so.1")
+    reason = libcuda.unavailable_reason()
     assert reason == "there is no NVIDIA driver here (libno-such-driver.so.1 is missing)"
     with pytest.raises(BackendError, match="no NVIDIA driver here"):
-        nvidia_driver.gpu_count()
+        libcuda.gpu_count()
 
 
 def test_a_driver_without_a_gpu(install: Any) -> None:
     install(Driver(cuInit=100))
-    assert "finds no GPU" in (nvidia_driver.unavailable_reason() or "")
+    assert "finds no GPU" in (libcuda.unavailable_reason() or "")
     install(Driver()).gpus = 0  # all hidden by CUDA_VISIBLE_DEVICES
-    assert "finds no GPU" in (nvidia_driver.unavailable_reason() or "")
+    assert "finds no GPU" in (libcuda.unavailable_reason() or "")
 
 
 @pytest.mark.parametrize(
@@ -114,16 +118,17 @@ def test_a_driver_without_a_gpu(install: Any) -> None:
 )
 def test_a_driver_that_does_not_start(install: Any, code: int, name: str) -> None:
     install(Driver(cuInit=code))
-    assert f"does not start ({name})" in (nvidia_driver.unavailable_reason() or "")
+    assert f"does not start ({name})" in (libcuda.unavailable_reason() or "")
 
 
 def test_what_it_tells(install: Any) -> None:
     driver = install(Driver())
-    assert nvidia_driver.unavailable_reason() is None
-    assert nvidia_driver.gpu_count() == 2
-    assert nvidia_driver.cuda_version() == (12, 4)
-    assert nvidia_driver.gpu_name(1) == "GPU 1"
-    assert [nvidia_driver.free_bytes(gpu) for gpu in (0, 1)] == [10**9, 2 * 10**9]
+    assert libcuda.unavailable_reason() is None
+    assert libcuda.gpu_count() == 2
+    assert libcuda.cuda_version() == (12, 4)
+    assert libcuda.gpu_name(1) == "GPU 1"
+    assert [libcuda.capability(gpu) for gpu in (0, 1)] == [(9, 0), (9, 1)]
+    assert [libcuda.free_bytes(gpu) for gpu in (0, 1)] == [10**9, 2 * 10**9]
     assert not driver.held
     assert not driver.current
 
@@ -131,7 +136,7 @@ def test_what_it_tells(install: Any) -> None:
 def test_memory_is_filled_with_zeros(install: Any) -> None:
     driver = install(Driver())
     buffer = (ctypes.c_ubyte * 64).from_buffer(driver.memory)
-    nvidia_driver.fill_zero(1, ctypes.addressof(buffer) + 8, 40)
+    libcuda.fill_zero(1, ctypes.addressof(buffer) + 8, 40)
     assert bytes(driver.memory) == b"\xff" * 8 + b"\0" * 40 + b"\xff" * 16
     assert not driver.held
     assert not driver.current
@@ -141,6 +146,6 @@ def test_memory_is_filled_with_zeros(install: Any) -> None:
 def test_a_call_that_fails_holds_nothing(install: Any, function: str) -> None:
     driver = install(Driver(**{function: 2}))
     with pytest.raises(BackendError, match=f"failed in {function} .CUDA_ERROR_SOMETHING, 2"):
-        nvidia_driver.free_bytes(0)
+        libcuda.free_bytes(0)
     assert not driver.held
     assert not driver.current

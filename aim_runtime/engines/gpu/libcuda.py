@@ -1,7 +1,9 @@
-"""The few things ONNX Runtime has no call for, asked of NVIDIA's driver through ctypes.
+"""What NVIDIA's driver tells of the GPUs here, asked through ctypes.
 
-Needs no package: the library comes with the driver. The driver counts GPUs as
-`CUDA_VISIBLE_DEVICES` says, as all of CUDA does.
+Needs no package: the library comes with the driver. So every backend can ask before it loads, and
+ONNX Runtime's for the two things that it has no call for; whoever launches work on a GPU does it
+through `aim_runtime.engines.gpu.driver`. The driver counts GPUs as `CUDA_VISIBLE_DEVICES` says, as
+all of CUDA does.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from aim_runtime.errors import BackendError
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and MINOR
+_CAPABILITY = (75, 76)
 
 
 def unavailable_reason() -> str | None:
@@ -40,10 +44,18 @@ def gpu_count() -> int:
 
 def gpu_name(gpu: int) -> str:
     """What GPU number `gpu` is, "NVIDIA H100 80GB HBM3"."""
-    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(gpu))
-    _call("cuDeviceGetName", name, ctypes.c_int(len(name)), device)
+    name = ctypes.create_string_buffer(256)
+    _call("cuDeviceGetName", name, ctypes.c_int(len(name)), _device(gpu))
     return name.value.decode(errors="replace")
+
+
+def capability(gpu: int) -> tuple[int, int]:
+    """The compute capability of GPU number `gpu`, (9, 0)."""
+    device = _device(gpu)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    for value, attribute in zip((major, minor), _CAPABILITY, strict=True):
+        _call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
+    return major.value, minor.value
 
 
 def cuda_version() -> tuple[int, int]:
@@ -56,23 +68,22 @@ def cuda_version() -> tuple[int, int]:
 def free_bytes(gpu: int) -> int:
     """Memory of GPU number `gpu` that nobody has taken."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    with _current(gpu):
+    with current(gpu):
         _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     return free.value
 
 
 def fill_zero(gpu: int, address: int, size: int) -> None:
     """Set `size` bytes at `address` of GPU number `gpu` to 0; done when it returns."""
-    with _current(gpu):
+    with current(gpu):
         _call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
         _call("cuStreamSynchronize", ctypes.c_void_p(None))  # of the stream that fills
 
 
 @contextmanager
-def _current(gpu: int) -> Iterator[None]:
-    """Make the context that CUDA's libraries share on this GPU the calling thread's."""
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(gpu))
+def current(gpu: int) -> Iterator[None]:
+    """Make the context that CUDA's libraries share on GPU number `gpu` the calling thread's."""
+    device, context = _device(gpu), ctypes.c_void_p()
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     try:
         _call("cuCtxPushCurrent_v2", context)
@@ -82,6 +93,13 @@ def _current(gpu: int) -> Iterator[None]:
             _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
     finally:
         _call("cuDevicePrimaryCtxRelease_v2", device)
+
+
+def _device(gpu: int) -> ctypes.c_int:
+    """The driver's handle of GPU number `gpu`."""
+    device = ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(gpu))
+    return device
 
 
 def _call(function: str, *arguments: object) -> None:

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/gpu.py`: its sections, and what runs and reports them."""
