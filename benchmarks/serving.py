@@ -1,4 +1,4 @@
-"""Many callers at once on this machine's CPU: ``python benchmarks/serving.py``.
+"""Many callers at once on this machine's CPU: `python benchmarks/serving.py`.
 
 Clients of one event loop submit requests of mixed classes, sizes and settings to a `Batcher`, one
 after another; some cancel theirs at a random moment. Requests come from a small pool, each of whose
