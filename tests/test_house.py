@@ -30,9 +30,10 @@ ENGINES = {
     "gpu": set[str](),
     "cuda": {"gpu"},
     "tensorrt": {"gpu"},
-    "onnxruntime": {"gpu"},
+    "onnxruntime": {"gpu", "slots"},
     "backends": set[str](),
-    "base": set[str](),
+    "slots": set[str](),
+    "base": {"slots"},
 }
 
 

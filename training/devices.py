@@ -11,7 +11,7 @@ from aim_training.data.errors import one_line
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions
 
-#: What torchrun sets, and job schedulers leave in the environment.
+# What torchrun sets, and job schedulers leave in the environment.
 _OF_SEVERAL = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
