@@ -14,9 +14,10 @@ from aim_runtime.bundle import Bundle, models_dir, write_bundle
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.backends import BackendStatus, available_backends
 from aim_runtime.errors import AimError, BackendError, BundleError, RequestCancelled
-from aim_runtime.generator import Generator, Preview, Result
+from aim_runtime.generator import Generator
 from aim_runtime.images import contact_sheet, save_png
 from aim_runtime.request import Request
+from aim_runtime.result import Preview, Result
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from aim_runtime.arguments import shown
 from aim_runtime.bundle import Bundle
 from aim_runtime.cores import usable_cores
 from aim_runtime.engines.onnxruntime.engine import (
@@ -25,6 +24,7 @@ from aim_runtime.engines.onnxruntime.engine import (
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
 from aim_runtime.onnx_graph import CheckedGraph
+from aim_runtime.quoting import shown
 
 if TYPE_CHECKING:
     import onnxruntime
