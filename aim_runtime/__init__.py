@@ -25,9 +25,10 @@ from aim_runtime.errors import (
     QueueFull,
     RequestCancelled,
 )
-from aim_runtime.generator import Generator, Preview, Result
+from aim_runtime.generator import Generator
 from aim_runtime.images import contact_sheet, save_png
 from aim_runtime.request import Request
+from aim_runtime.result import Preview, Result
 from aim_runtime.sampling import SamplingOptions
 from aim_runtime.version import __version__
 

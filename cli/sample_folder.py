@@ -70,32 +70,40 @@ class Sample:
         model = self.generator.manifest.model
         return self.count, model.image_height, model.image_width, 3
 
-    def open(self, preset: str) -> None:
+    @contextlib.contextmanager
+    def open(self, preset: str) -> Iterator[None]:
         """Start a folder, or go on in one with these settings and as many images or fewer.
 
+        It is held for the length of the block.
+
         Raises:
-            ClickException: the folder holds a sample with other settings, or something else.
+            ClickException: the folder holds a sample with other settings, or something else, or
+                another process fills it.
             OSError: it cannot be written.
         """
         path = self.out / sample_record.NAME
         record = self.record(preset)
-        if os.path.lexists(path):
-            if sample_record.check_count(path, record) < self.count:
-                sample_record.write(path, record)
-        elif self.out.is_dir() and any(self.out.iterdir()):
-            raise click.ClickException(
-                f"{self.out} holds other things and no {sample_record.NAME}; choose another --out"
-            )
-        else:
+        if not os.path.lexists(path):
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise click.ClickException(
+                    f"{self.out} holds other things and no {sample_record.NAME}; choose another "
+                    "--out"
+                )
             with staged(self.out) as folder:
                 sample_record.write(folder / sample_record.NAME, record)
-        images = self.out / "images"
-        with staged(images):
-            pass  # an older run's folder may have become read-only, its disk full
-        for stale in (*leftovers(self.out, "sample*"), *leftovers(images, "*")):
-            with contextlib.suppress(IsADirectoryError, PermissionError):  # nothing of ours
-                stale.unlink()
-        require_no_folder(self.archive)
+        with _held(self.out):
+            there = sample_record.check_count(path, record)
+            images = self.out / "images"
+            for folder in (self.out, images):
+                with staged(folder):
+                    pass  # an older run's folder may have become read-only, its disk full
+            if there < self.count:
+                sample_record.write(path, record)
+            for stale in (*leftovers(self.out, "sample*"), *leftovers(images, "*")):
+                with contextlib.suppress(IsADirectoryError, PermissionError):  # nothing of ours
+                    stale.unlink()
+            require_no_folder(self.archive)
+            yield
 
     def record(self, preset: str) -> dict[str, Any]:
         """What the images are: whoever reads the figures can draw the same ones again."""
@@ -230,6 +238,37 @@ class Sample:
             found = pattern.fullmatch(path.name)
             if found and int(found[1]) < self.count and stat.S_ISREG(path.lstat().st_mode):
                 path.unlink()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes, which would take our unfinished files for leftovers.
+
+    The lock is on the folder itself: nothing of it stays, however the process ends. Where locks
+    cannot be had (Windows, some network file systems) the folder is used without.
+
+    Raises:
+        ClickException: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise click.ClickException(
+                f"{folder} is in use: another process fills it; wait for it, stop it or choose "
+                "another --out"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def contiguous(indices: Iterable[int], most: int) -> Iterator[range]:

@@ -36,7 +36,7 @@ def write_bundle(
     """
     source, out = Path(source_dir), Path(os.path.abspath(out_dir))
     check_target(out, overwrite)
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
+    staging = _beside(out, "tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -56,16 +56,20 @@ def check_target(out: Path, overwrite: bool) -> None:
     """Refuse a place that `write_bundle` would not write to, before work is spent on it.
 
     Raises BundleError when `out` is no folder, lies under a file or in a folder that cannot be
-    written, holds other things, or holds a bundle and `overwrite` is not set.
+    written, has a name that no file can have, holds other things, or holds a bundle and `overwrite`
+    is not set.
     """
     out = Path(os.path.abspath(out))
-    # Bundles are made beside the target and renamed.
-    existing = next(parent for parent in out.parents if os.path.lexists(parent))
+    # Bundles are made beside the target and renamed. The root has no parent: it holds other things.
+    existing = next((parent for parent in out.parents if os.path.lexists(parent)), out)
     if not existing.is_dir():
         raise BundleError(f"cannot write the bundle {out}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise BundleError(f"cannot write the bundle {out}: no permission to write to {existing}")
     try:
+        for part in out.relative_to(existing).parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(existing / part)  # a name that is too long fails here, not after the work
         if not os.path.lexists(out):
             return
         if not out.is_dir():
@@ -181,7 +185,7 @@ def _replace(staging: Path, out: Path) -> None:
     if not out.exists():
         staging.rename(out)
         return
-    old = out.with_name(f".{out.name}.{secrets.token_hex(6)}.old")
+    old = _beside(out, "old")
     out.rename(old)
     try:
         staging.rename(out)
@@ -190,3 +194,8 @@ def _replace(staging: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(out: Path, ending: str) -> Path:
+    """A hidden name for the time being; of a long name only the start, so that all of it fits."""
+    return out.with_name(f".{out.name[:40]}.{secrets.token_hex(6)}.{ending}")

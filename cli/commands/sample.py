@@ -93,14 +93,14 @@ def command(
             options = preset_options(generator.sampling, preset).replace(**asked)
             batch_size = generator.plan(count, options.cfg_scale).batch_size
         sample = Sample(out, count, seed, options, generator)
-        sample.open(preset)
-        try:
-            summary = sample.run(batch_size, quiet=quiet)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped with {sample.finished:,} of {human.count(count, 'image')} drawn; "
-                "the same command goes on from there"
-            ) from None
+        with sample.open(preset):
+            try:
+                summary = sample.run(batch_size, quiet=quiet)
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"stopped with {sample.finished:,} of {human.count(count, 'image')} drawn; "
+                    "the same command goes on from there"
+                ) from None
     if not quiet:
         finish(summary, f"the sample is in {out}")
 

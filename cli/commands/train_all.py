@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aim_cli.commands.export import late_bar
 from aim_cli.commands.train import run_with
 from aim_cli.errors import Interrupted, requires
+from aim_cli.export_engines import late_bar
 from aim_cli.terminal import fields
 from aim_cli.torch_threads import limit_torch_threads
 

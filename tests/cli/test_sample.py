@@ -153,6 +153,25 @@ def test_killed_and_started_again(
     assert not list((folder / "x").glob(".*"))
 
 
+def test_a_folder_that_another_process_fills_is_left_to_it(
+    spawn: Spawn, cli: Cli, bundle: Path, folder: Path
+) -> None:
+    pytest.importorskip("fcntl")
+    args = ("sample", "-n", 400, "--bundle", bundle, "--memory-limit", 1, "--out", "x")
+    process = spawn(*args)
+    while process.poll() is None and len(list((folder / "x").glob("images/*.png"))) < 5:
+        pass
+    process.send_signal(signal.SIGSTOP)
+    unfinished = folder / "x" / "images" / ".000399.png.0123456789ab.tmp"
+    unfinished.write_bytes(b"half")
+    refused(cli(*args), "x is in use: another process fills it")
+    assert unfinished.exists()
+    process.kill()
+    process.communicate(timeout=20)
+    assert cli(*args).exit_code == 0
+    assert not list((folder / "x").rglob(".*"))
+
+
 def test_a_folder_with_other_things_is_left_alone(cli: Cli, bundle: Path, folder: Path) -> None:
     (folder / "x").mkdir()
     (folder / "x" / "thesis.tex").write_text("important")

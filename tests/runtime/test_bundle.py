@@ -654,6 +654,21 @@ def test_a_place_without_permission_is_refused_at_once(
     assert listing(tmp_path) == []
 
 
+def test_the_root_and_names_that_are_too_long_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"other things in it|no permission"):
+        check_target(Path(tmp_path.anchor), False)
+    for out in (tmp_path / ("a" * 300), tmp_path / "new" / ("a" * 300)):
+        with pytest.raises(BundleError, match=r"cannot write the bundle .*: File name too long"):
+            check_target(out, False)
+
+
+def test_the_longest_name(source: Path, tmp_path: Path) -> None:
+    for name in ("a" * 255, "ä" * 127):
+        for overwrite in (False, True):
+            write_bundle(tiny_manifest(), source, tmp_path / name, overwrite=overwrite).verify()
+    assert listing(tmp_path) == sorted(["a" * 255, "ä" * 127])
+
+
 def test_files_that_cannot_go_into_a_bundle(source: Path, tmp_path: Path) -> None:
     odd = copy_bundle(source, tmp_path / "odd")
     (odd / "a b.txt").write_text("x")
