@@ -655,10 +655,10 @@ def test_a_place_without_permission_is_refused_at_once(
 
 
 def test_the_root_and_names_that_are_too_long_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="other things in it|no permission"):
+    with pytest.raises(BundleError, match=r"other things in it|no permission"):
         check_target(Path(tmp_path.anchor), False)
     for out in (tmp_path / ("a" * 300), tmp_path / "new" / ("a" * 300)):
-        with pytest.raises(BundleError, match="cannot write the bundle .*: File name too long"):
+        with pytest.raises(BundleError, match=r"cannot write the bundle .*: File name too long"):
             check_target(out, False)
 
 
