@@ -127,6 +127,8 @@ def describe_os_error(error: OSError) -> str:
             return f"{full} {where}; free some space or write somewhere else"
         case errno.EACCES | errno.EPERM:
             return f"there is no permission to use {what}"
+        case errno.EFBIG:
+            return f"{what} would be larger than the file system, or 'ulimit -f', allows"
         case errno.EROFS:
             return f"{what} is on a read-only file system"
         case errno.ENOTDIR:

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from aim_cli import human
 from aim_cli.options import EngineOptions, load_generator
 
 
@@ -108,8 +109,13 @@ def measure(workload: Workload) -> Measurement:
     finished = subprocess.run(
         command, capture_output=True, encoding="utf-8", env=environment, check=False
     )
+    if finished.returncode < 0:
+        raise click.ClickException(
+            f"the process that measured {human.count(workload.batch, 'image')} was ended by signal "
+            f"{-finished.returncode}; without another cause the memory was full"
+        )
     if finished.returncode:
-        said = finished.stderr.strip().splitlines() or ["it said nothing"]
+        said = finished.stderr.strip().splitlines() or ["the process that measured said nothing"]
         raise click.ClickException(said[-1].removeprefix("Error: "))
     found = json.loads(finished.stdout)
     found["process_seconds"] = found.pop("first_image_time") - started

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from aim_runtime.cores import usable_cores
-
 
 def limit_torch_threads() -> None:
     """Lower PyTorch's threads to the cores that this process may use.
@@ -12,5 +10,7 @@ def limit_torch_threads() -> None:
     torchrun does, stays if it is lower.
     """
     import torch
+
+    from aim_runtime.cores import usable_cores
 
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))

@@ -17,7 +17,7 @@ from aim_cli import human
 from aim_cli.errors import Interrupted, bad_arguments, requires
 from aim_cli.export_engines import Report, add_engines, chosen_engines, late_bar
 from aim_cli.options import sampling_options
-from aim_cli.terminal import fields, table
+from aim_cli.terminal import fields, finish, table
 from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def command(
         _check_only_engines(context)
         add_engines(bundle_dir, engines, useful=False, report=report, quiet=quiet)
         if not quiet:
-            click.echo(_outcome(bundle_dir, started))
+            finish(_outcome(bundle_dir, started), f"the engines are in {bundle_dir}")
         return
     if ckpt is None:
         raise click.UsageError(
@@ -164,11 +164,8 @@ def command(
         )
     out, parity = _export(ckpt, out, options, report=report, quiet=quiet)
     add_engines(out, engines, useful=True, report=report, quiet=quiet)
-    if quiet:
-        return
-    click.echo(parity_table(parity))
-    click.echo()
-    click.echo(_outcome(out, started))
+    if not quiet:
+        finish(f"{parity_table(parity)}\n\n{_outcome(out, started)}", f"the bundle is {out}")
 
 
 def _export(

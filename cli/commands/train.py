@@ -17,7 +17,7 @@ import click
 
 from aim_cli.errors import Interrupted, bad_arguments
 from aim_cli.lazy import LazyCommand, LazyGroup
-from aim_cli.terminal import fields
+from aim_cli.terminal import fields, finish
 from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def run_with(train: Callable[[Options], Path], options: Options) -> Path:
 def say_outcome(weights: Path, then: str) -> None:
     """Print what there is now and the next command, once for all processes of a training."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(fields([("weights", str(weights)), ("next", then)]))
+        summary = fields([("weights", str(weights)), ("next", then)])
+        finish(summary, f"the weights are {weights}")
 
 
 def beside(out: Path, name: str, *, after: str) -> Path:

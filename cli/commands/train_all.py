@@ -12,7 +12,7 @@ import click
 from aim_cli.commands.train import run_with
 from aim_cli.errors import Interrupted, requires
 from aim_cli.export_engines import late_bar
-from aim_cli.terminal import fields
+from aim_cli.terminal import fields, finish
 from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def command(
         bundle = export(weights, out / "bundle")
         sheet = draw_sheet(bundle, out / "sheet.png")
     then = f"aim generate --bundle {bundle}"
-    click.echo(fields([("bundle", str(bundle)), ("sheet", str(sheet)), ("next", then)]))
+    summary = fields([("bundle", str(bundle)), ("sheet", str(sheet)), ("next", then)])
+    finish(summary, f"the bundle is {bundle}")
 
 
 def train(plan: Plan, pictures: Path, out: Path) -> Path:

@@ -12,7 +12,6 @@ import click
 from aim_cli.errors import requires
 from aim_cli.human import count
 from aim_cli.terminal import fields, progress_bar, table
-from aim_runtime.cores import usable_cores
 from aim_training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -39,11 +38,10 @@ _ROWS = 30
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
-    default=min(8, usable_cores()),
-    show_default=True,
+    show_default="one a core, 8 at most",
     help="Threads that decode.",
 )
-def command(data: Path, val_data: Path | None, size: int, workers: int) -> None:
+def command(data: Path, val_data: Path | None, size: int, workers: int | None) -> None:
     """Look through the images under DATA before training on them.
 
     Decodes every one and names what is damaged, too large to decode, smaller than the size, in an
@@ -53,6 +51,9 @@ def command(data: Path, val_data: Path | None, size: int, workers: int) -> None:
     """
     with requires("train", "aim train"):
         from aim_training.data import ImageFolder, same_contents, shown, survey
+    from aim_runtime.cores import usable_cores
+
+    threads = workers or min(8, usable_cores())
     folders = [ImageFolder.scan(data)]
     if val_data is not None:
         folders.append(ImageFolder.scan(val_data, folders[0].class_names))
@@ -61,7 +62,7 @@ def command(data: Path, val_data: Path | None, size: int, workers: int) -> None:
         root = shown(folder.root)
         click.echo(f"{root}: {folder.describe()}")
         with progress_bar(f"Decoding {root}", len(folder)) as show:
-            surveys.append(survey(folder, size, workers=workers, decode=True, progress=show))
+            surveys.append(survey(folder, size, workers=threads, decode=True, progress=show))
     for found in surveys:
         click.echo(f"\n{_overview(found, size)}")
     notes = [note for found in surveys for note in found.remarks(size)]

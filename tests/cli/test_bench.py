@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,14 @@ def test_memory_is_the_childs_own(bundle: Path) -> None:
     assert measured is not None
     assert ours is not None
     assert measured < 300 << 20 < ours
+
+
+def test_a_process_that_was_killed_is_called_that(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.CompletedProcess[str]([], -9, "", "")
+    monkeypatch.setattr("aim_cli.measure.subprocess.run", lambda *args, **options: killed)
+    refused(cli("bench", "--bundle", bundle, "--batch", "4"), "measured 4 images", "by signal 9")
 
 
 def test_the_median_of_the_repeats_counts() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -178,6 +179,20 @@ def test_interrupted(
     assert stopped.exit_code == 130
     assert stopped.stderr.endswith("Error: interrupted; nothing was written\n")
     assert tree(folder) == set()
+
+
+def test_a_summary_that_nobody_reads(
+    cli: Cli, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[OSError] = [BrokenPipeError(errno.EPIPE, "Broken pipe")]
+
+    def echo(message: object = None, err: bool = False, **options: object) -> None:
+        if not err and failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("click.echo", echo)
+    assert cli("export", "--ckpt", checkpoint, "--out", "made").exit_code == 0
+    Bundle.open(folder / "made").verify()
 
 
 def test_engines_are_added_to_a_bundle_that_exists(

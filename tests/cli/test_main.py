@@ -143,6 +143,7 @@ def test_exit_codes(error: Exception, sentence: str, code: int) -> None:
         (errno.EDQUOT, "quota"),
         (errno.EACCES, "no permission to use 'out'"),
         (errno.EPERM, "no permission"),
+        (errno.EFBIG, "'out' would be larger than the file system, or 'ulimit -f', allows"),
         (errno.EROFS, "read-only"),
         (errno.ENOTDIR, "part of that path is a file"),
         (errno.EISDIR, "'out' is a folder, a file was expected"),

@@ -207,7 +207,7 @@ def test_threads_stay_within_what_a_container_grants(
     """PyTorch alone would start one for each core of the host."""
     from aim_cli.commands.train import run_with
 
-    monkeypatch.setattr("aim_cli.torch_threads.usable_cores", lambda: granted)
+    monkeypatch.setattr("aim_runtime.cores.usable_cores", lambda: granted)
     threads: list[int] = []
 
     def train(options: None) -> Path:

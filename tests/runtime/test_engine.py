@@ -246,6 +246,17 @@ def test_every_backend_that_cannot_run_here_says_so_in_a_sentence(bundle: Bundle
 # -- the CPU engine -------------------------------------------------------------------------------
 
 
+def test_memory_that_is_not_there_is_not_the_graphs_fault(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : Exception: std::bad_alloc")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", full)
+    with pytest.raises(BackendError, match=r"could not load .*bad_alloc"):
+        load_engine(bundle, backend="cpu")
+
+
 def test_usable_cores_is_a_count() -> None:
     assert usable_cores() >= 1
 

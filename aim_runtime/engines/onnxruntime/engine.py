@@ -34,9 +34,13 @@ from aim_runtime.quoting import first_line, shortened
 if TYPE_CHECKING:
     import onnxruntime
 
-# In a message, these are the GPU's fault and not the graph's.
-_DEVICE_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS) (failure|error)|allocate memory", re.IGNORECASE)
-_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|unable to allocate", re.IGNORECASE)
+# In a message, these are the machine's fault and not the graph's.
+_OUT_OF_MEMORY = re.compile(
+    r"allocate memory|out of memory|unable to allocate|bad_alloc", re.IGNORECASE
+)
+_DEVICE_FAILURE = re.compile(
+    rf"(CUDA|CUDNN|CUBLAS) (failure|error)|{_OUT_OF_MEMORY.pattern}", re.IGNORECASE
+)
 _MINIMUM_VERSION = (1, 24)
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when onnxruntime is imported
