@@ -36,6 +36,16 @@ def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
+def check_noise(noise: NDArray[np.float64], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `noise` is float64 of `shape` with values 0 <= u < 1."""
+    if noise.dtype != np.float64 or noise.shape != shape:
+        raise ValueError(
+            f"noise is {noise.dtype} of shape {noise.shape}; it must be float64 of {shape}"
+        )
+    if not (noise.min() >= 0 and noise.max() < 1):  # a NaN is neither
+        raise ValueError("noise has values outside of 0 <= u < 1")
+
+
 def uniforms(seeds: Sequence[int], steps: int) -> NDArray[np.float64]:
     """The number u(seed, step) in (0, 1) for every seed and every step below `steps`.
 

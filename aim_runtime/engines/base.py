@@ -34,6 +34,7 @@ from aim_runtime.batching import (
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.slots import Slots, StaticSlots
 from aim_runtime.forks import abandon_in_children, check_process
+from aim_runtime.noise import check_noise
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 
 Conditioning = Mapping[str, Any]
@@ -143,13 +144,7 @@ class Engine(ABC):
         _check_integers("class_ids", class_ids, None, model.num_classes)
         if not len(class_ids):
             raise ValueError("class_ids is empty; it must hold the class of at least one image")
-        shape = (len(class_ids), model.num_tokens)
-        if noise.dtype != np.float64 or noise.shape != shape:
-            raise ValueError(
-                f"noise is {noise.dtype} of shape {noise.shape}; it must be float64 of {shape}"
-            )
-        if not (noise.min() >= 0 and noise.max() < 1):  # a NaN is neither
-            raise ValueError("noise has values outside of 0 <= u < 1")
+        check_noise(noise, (len(class_ids), model.num_tokens))
         return self._draw(class_ids, noise, options)
 
     def slots(self, rows: int) -> Slots:

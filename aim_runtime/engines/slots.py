@@ -23,6 +23,7 @@ from aim_runtime.arguments import whole_number
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.errors import BackendError
 from aim_runtime.forks import check_process
+from aim_runtime.noise import check_noise
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 
 if TYPE_CHECKING:
@@ -52,13 +53,7 @@ class Slots(ABC):
         """
         check_process(self._process)
         class_id = whole_number("class_id", class_id, 0, self._model.num_classes - 1)
-        shape = (self._model.num_tokens,)
-        if noise.dtype != np.float64 or noise.shape != shape:
-            raise ValueError(
-                f"noise is {noise.dtype} of shape {noise.shape}; it must be float64 of {shape}"
-            )
-        if not (noise.min() >= 0 and noise.max() < 1):  # a NaN is neither
-            raise ValueError("noise has values outside of 0 <= u < 1")
+        check_noise(noise, (self._model.num_tokens,))
         if not self.fits(options):
             raise ValueError("no slot is free for an image with these options")
         return self._begin(class_id, noise, options)
