@@ -33,7 +33,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-SECTIONS = ("rate", "errors", "kernels", "tune", "speed", "eager", "published", "curves", "profile")
+SECTIONS = (
+    "rate",
+    "errors",
+    "kernels",
+    "tune",
+    "speed",
+    "eager",
+    "memory",
+    "scaling",
+    "published",
+    "curves",
+    "profile",
+)
 # Steps before those that are timed, the first of which compiles.
 WARM_UP = 4
 # One small geometry for curves in float32.
@@ -98,6 +110,12 @@ def main(
             add("speed", measure_ours, size, images, steps, True)
         if "eager" in sections:
             add("eager", measure_ours, size, images, steps, False)
+        if "memory" in sections:
+            for at_once, again in ((None, False), (None, True), (images // 4, False)):
+                add("memory", measure_less_memory, size, images, steps, at_once, again)
+        if "scaling" in sections:
+            for processes, share in ((1, images), (gpus(), images), (gpus(), images // gpus())):
+                add("scaling", measure_several, size, share, steps, processes)
         if "published" in sections and checkouts:
             add("published", measure_published_step, *checkouts, size, images, steps)
         if "profile" in sections:
@@ -117,7 +135,8 @@ class Step:
         network: to be trained.
         loss: of codes (B, T) and classes (B,), by the network.
         bf16: under autocast.
-        graph: loss and gradients as one CUDA graph.
+        graph: loss and gradients as `aim train model` has them, as a CUDA graph.
+        at_once: images at once, where it is one.
     """
 
     def __init__(
@@ -126,18 +145,24 @@ class Step:
         loss: Callable[[Tensor, Tensor], Tensor],
         bf16: bool = True,
         graph: bool = False,
+        at_once: int | None = None,
     ) -> None:
         import torch
 
+        from aim_training.batch_gradients import BatchGradients
         from aim_training.ema import Ema
-        from aim_training.step_graph import StepGraph
 
         def cast(codes: Tensor, classes: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                 return loss(codes, classes)
 
         self.network, self.loss = network, cast
-        self.graph = StepGraph(network, cast) if graph else None
+        moments = 2 * sum(p.nbytes for p in network.parameters())
+        self.gradients = (
+            BatchGradients(network, cast, at_once=at_once, reserve=lambda: moments, say=click.echo)
+            if graph
+            else None
+        )
         self.ema = Ema(network, 0.9999)
         parameters = list(network.parameters())
         groups: list[dict[str, Any]] = [
@@ -150,8 +175,8 @@ class Step:
         """The loss before the step."""
         import torch
 
-        if self.graph is not None:
-            loss = self.graph(codes, classes)
+        if self.gradients is not None:
+            loss = self.gradients(codes, classes)
         else:
             loss = self.loss(codes, classes)
             self.optimizer.zero_grad(set_to_none=True)
@@ -162,14 +187,16 @@ class Step:
         return loss.detach()
 
 
-def our_step(network: Any, bf16: bool = True, graph: bool = True) -> Step:
-    """As `aim train model` takes it; on several GPUs, without the graph."""
+def our_step(
+    network: Any, bf16: bool = True, graph: bool = True, at_once: int | None = None
+) -> Step:
+    """As `aim train model` takes it."""
     from aim_training.kernels.cross_entropy import cross_entropy
 
     def loss(codes: Tensor, classes: Tensor) -> Tensor:
         return cross_entropy(network(codes, classes), codes)
 
-    return Step(network, loss, bf16, graph)
+    return Step(network, loss, bf16, graph, at_once)
 
 
 def published_step(network: Any, bf16: bool = True) -> Step:
@@ -183,7 +210,7 @@ def published_step(network: Any, bf16: bool = True) -> Step:
     return Step(network, loss, bf16)
 
 
-def our_network(size: str) -> Any:
+def our_network(size: str, **options: Any) -> Any:
     """A published size whose layers all take part, on the GPU."""
     import torch
 
@@ -191,7 +218,7 @@ def our_network(size: str) -> Any:
     from aim_training.model import AiM
 
     torch.manual_seed(0)
-    return open_gates(AiM(PRESETS[size]).cuda().initialise())
+    return open_gates(AiM(PRESETS[size], **options).cuda().initialise())
 
 
 def open_gates(network: Any) -> Any:
@@ -236,6 +263,73 @@ def measure_ours(keep: Keep, size: str, images: int, steps: int, graph: bool) ->
     keep(what="ours" if graph else "ours, kernels started one by one", model=size, images=images)
     network = our_network(size)
     measure_step(keep, our_step(network, graph=graph), images, steps)
+
+
+def measure_less_memory(
+    keep: Keep, size: str, images: int, steps: int, at_once: int | None, again: bool
+) -> None:
+    """Our network in parts, or with its activations computed again."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    keep(model=size, images=images, asked_at_once=at_once, checkpoint_activations=again)
+    step = our_step(our_network(size, checkpoint_activations=again), at_once=at_once)
+    measure_step(keep, step, images, steps)
+    assert step.gradients is not None
+    keep(at_once=step.gradients.at_once)
+
+
+def gpus() -> int:
+    """How many there are, asked of another process: this one is to hold none."""
+    return int(in_process(count_gpus)["gpus"])
+
+
+def count_gpus(keep: Keep) -> None:
+    """How many GPUs PyTorch sees."""
+    import torch
+
+    keep(gpus=torch.cuda.device_count())
+
+
+def measure_several(keep: Keep, size: str, share: int, steps: int, processes: int) -> None:
+    """Our network in so many processes, one a GPU, each with `share` images a step."""
+    import torch.multiprocessing
+
+    keep(model=size, processes=processes, images=share * processes)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "rank0.json"
+        meeting = f"file://{folder}/meeting"
+        arguments = (processes, meeting, str(result), size, share, steps)
+        torch.multiprocessing.spawn(one_of_several, arguments, nprocs=processes)
+        found = json.loads(result.read_text(encoding="utf-8"))
+    found["images_per_second"] *= processes
+    found["tflops"] *= processes
+    keep(**found)
+
+
+def one_of_several(
+    rank: int, processes: int, meeting: str, result: str, size: str, share: int, steps: int
+) -> None:
+    """One process of `measure_several`; the first writes what it measured."""
+    import torch
+    import torch.distributed as distributed
+
+    torch.cuda.set_device(rank)
+    torch.set_float32_matmul_precision("high")
+    if processes > 1:
+        distributed.init_process_group(
+            "nccl",
+            init_method=meeting,
+            rank=rank,
+            world_size=processes,
+            device_id=torch.device("cuda", rank),
+        )
+    found: dict[str, Any] = {}
+    measure_step(found.update, our_step(our_network(size)), share, steps)
+    if rank == 0:
+        Path(result).write_text(json.dumps(found), encoding="utf-8")
+    if processes > 1:
+        distributed.destroy_process_group()
 
 
 def measure_published_step(

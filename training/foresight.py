@@ -56,20 +56,29 @@ def rehearse(
         for name, tensor in before.items():
             extra[name].copy_(tensor)
 
-    needs = memory.measure(step, share)
+    at_once = task.at_once(share)
+    needs = memory.measure(step, at_once)
     moments = sum(learner.moments_bytes() for learner in task.learners.values())
-    takes, most = needs.bytes(share) + moments, memory.ceiling(processes_here())
+    takes, most = needs.bytes(at_once) + moments, memory.ceiling(processes_here())
+    in_parts = ""
     if takes > most:
-        fits = needs.most_images(most - moments) * processes
-        advice = f"--batch-size {fits} would fit; or " if fits else "not even one image fits; "
-        raise TrainingError(
-            f"a batch of {options.batch_size} needs about {memory.gib(takes)} of memory, and "
-            f"{memory.gib(most)} are to be had: {advice}{task.smaller}"
-        )
+        fits = needs.most_images(most - moments)
+        sums = sum(bytes_of(learner.network) for learner in task.learners.values())
+        in_turn = needs.most_images(most - moments - sums)
+        part = task.compute_in_parts(in_turn) if in_turn else None
+        if part is None:
+            advice = f"--batch-size {fits * processes} would fit; or " if fits else ""
+            raise TrainingError(
+                f"a batch of {options.batch_size} needs about {memory.gib(takes)} of memory, and "
+                f"{memory.gib(most)} are to be had: "
+                f"{advice or 'not even one image fits; '}{task.smaller}"
+            )
+        takes = needs.bytes(part) + moments + sums
+        in_parts = f", {part} images at once"
     per_step = needs.seconds_per_image * share
     total = min(per_step * steps, seconds)
     line = (
-        f"Expected: {memory.gib(takes)} of memory (of {memory.gib(most)}), about "
+        f"Expected: {memory.gib(takes)} of memory (of {memory.gib(most)}){in_parts}, about "
         f"{_short(per_step)} a step, {duration(total)} for what is left to train"
     )
     if total > _LONG_S:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
@@ -26,7 +27,6 @@ class Learner(Generic[Network]):
 
     Attributes:
         network: the plain network.
-        wrapped: the same, as several devices must call it.
         ema: its average, or None.
         rehearsing: gradients are computed but not followed (`rehearsal`).
     """
@@ -44,12 +44,17 @@ class Learner(Generic[Network]):
         if options.compile:
             # Shapes never change in training, and kernels for any shape are slower.
             network.compile(dynamic=False)
-        self.wrapped = accelerator.prepare_model(network)
         self.optimizer = make_optimizer(network, options)
         self.peak_rate = options.learning_rate
         self.grad_clip = options.grad_clip
         self.rehearsing = False
         self._accelerator = accelerator
+
+    @functools.cached_property
+    def wrapped(self) -> nn.Module:
+        """The network as several processes must call it for a loss that they `update` by."""
+        wrapped: nn.Module = self._accelerator.prepare_model(self.network)
+        return wrapped
 
     @property
     def averaged(self) -> Network:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aim_training.config import EPS, ModelConfig
 from aim_training.kernels.add_norm import GatedUpdate, add_norm
@@ -53,12 +54,18 @@ class AiM(nn.Module):
     Args:
         config: geometry.
         dropout: probability of dropping an element of a layer's output while training.
+        checkpoint_activations: keep of each layer what it gives to the next only, and compute the
+            rest again for the gradient: less memory, a third more work.
     """
 
-    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, dropout: float = 0.0, *, checkpoint_activations: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.backbone = Backbone(config, dropout)
+        for layer in self.backbone.layers:
+            layer.checkpoint_activations = checkpoint_activations
 
     def forward(self, tokens: Tensor, classes: Tensor, position_offset: int = 0) -> Tensor:
         """Teacher-forced logits of every token of every image.
@@ -293,6 +300,7 @@ class Layer(nn.Module):
         self.norm = RMSNorm(width)
         self.mixer = Mixer(config)
         self.dropout = dropout
+        self.checkpoint_activations = False
         if config.adaln_groups:
             self.scale_shift_table = nn.Parameter(torch.zeros(1, 3, width))
         else:
@@ -309,9 +317,28 @@ class Layer(nn.Module):
             modulation: (B, 3, D).
         """
         shift, scale, gate = modulation.unbind(1)  # each (B, D)
-        residual, hidden = add_norm(residual, update, self.norm.weight, (shift, scale))
-        mixed = F.dropout(self.mixer(hidden), self.dropout, self.training)
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            # Nothing random is inside: what dropout drops need not be drawn again.
+            residual, mixed = checkpoint(
+                self._mixed,
+                residual,
+                update,
+                shift,
+                scale,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            residual, mixed = self._mixed(residual, update, shift, scale)
+        mixed = F.dropout(mixed, self.dropout, self.training)
         return residual, GatedUpdate(mixed, gate)
+
+    def _mixed(
+        self, residual: Tensor, update: GatedUpdate | None, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual with the update, and the mixer's output over it, both (B, T, D)."""
+        residual, hidden = add_norm(residual, update, self.norm.weight, (shift, scale))
+        return residual, self.mixer(hidden)
 
     def step(
         self, residual: Tensor, modulation: Tensor, state: LayerState, started: Tensor

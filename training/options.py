@@ -255,6 +255,18 @@ class ModelTrainingOptions(TrainingOptions):
         0.1, "Fraction of images trained without their class, for guidance.", least=0, below=1
     )
     dropout: float = _option(0.0, "Dropout of each layer's output.", least=0, below=1)
+    micro_batch: int | None = _option(
+        None,
+        "Images that a process computes at once, its part of the batch in several turns with the "
+        "same gradient. [default: what fits]",
+        least=1,
+        most=1_000_000,
+    )
+    checkpoint_activations: bool = _option(
+        False,
+        "Compute each layer once more for the gradient instead of keeping what it computed: less "
+        "memory, slower.",
+    )
     variants: int = _option(
         8, "Augmented versions of every image that are encoded and cached.", least=1, most=100_000
     )

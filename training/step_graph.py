@@ -26,10 +26,11 @@ class StepGraph:
         network: whose parameters get gradients; they must stay where they are in memory.
         loss: of tensors on the GPU, reading only them and the network. It must not wait for the
             device, and enters autocast by itself.
+        scale: of the gradients.
     """
 
-    def __init__(self, network: nn.Module, loss: Callable[..., Tensor]) -> None:
-        self._network, self._loss = network, loss
+    def __init__(self, network: nn.Module, loss: Callable[..., Tensor], scale: float = 1.0) -> None:
+        self._network, self._loss, self._scale = network, loss, scale
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
@@ -42,7 +43,7 @@ class StepGraph:
             ValueError: other shapes.
         """
         if self._graph is None:
-            self._record(inputs)
+            self.record(*inputs)
             assert self._graph is not None
         for kept, given in zip(self._inputs, inputs, strict=True):
             if kept.shape != given.shape:
@@ -54,7 +55,8 @@ class StepGraph:
             parameter.grad = gradient
         return self._value.clone()
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+    def record(self, *inputs: Tensor) -> None:
+        """Record the kernels for tensors like these; the first call does so by itself."""
         self._inputs = [tensor.clone() for tensor in inputs]
         device = self._inputs[0].device
         # Recording draws no random numbers: what dropout draws in the first step is its own.
@@ -72,8 +74,14 @@ class StepGraph:
         self._gradients = [(p, p.grad) for p in self._network.parameters()]
         self._graph = graph
 
+    def forget(self) -> None:
+        """Give the memory of a recording back, also of one that failed."""
+        self._graph, self._inputs, self._gradients = None, [], []
+        self._value = torch.empty(0)
+        self._network.zero_grad(set_to_none=True)
+
     def _gradients_of_loss(self) -> Tensor:
         self._network.zero_grad(set_to_none=True)
         loss = self._loss(*self._inputs)
-        loss.backward()
+        loss.backward(torch.full_like(loss, self._scale))
         return loss.detach()

@@ -74,6 +74,14 @@ class Task(ABC):
     def blank(self, count: int) -> Any:
         """A batch of `count` blank images, for a rehearsal."""
 
+    def at_once(self, images: int) -> int:
+        """How many of a process's images of a step are computed at once."""
+        return images
+
+    def compute_in_parts(self, most: int) -> int | None:
+        """Compute at most so many images at once; returns how many, None where it cannot."""
+        return None
+
     @abstractmethod
     def train_step(self, step: int, progress: float, batch: Any) -> dict[str, Tensor]:
         """Update the learners; return scalars on the device (never waits for it)."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from aim_training.batch_gradients import BatchGradients
 from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.codes import CodeRequest, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
@@ -31,15 +32,14 @@ from aim_training.options import ModelTrainingOptions, recipe
 from aim_training.pictures import contact_sheet
 from aim_training.run_folder import run_folder
 from aim_training.sampling import sample
-from aim_training.step_graph import StepGraph
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import VQTokenizer, channels_last
 
 # Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
 _SMALL = {"d_model": 256, "num_layers": 8, "d_state": 64, "head_dim": 64, "adaln_groups": 2}
 _SMALLER = (
-    "a smaller --batch-size or --size, a smaller network (--preset small, --d-model, --layers), a "
-    "smaller --resident-limit-mb"
+    "--checkpoint-activations, a smaller --micro-batch, --batch-size or --size, a smaller network "
+    "(--preset small, --d-model, --layers), a smaller --resident-limit-mb"
 )
 # Codes that stay on the device at most, bytes; larger ones are read from the disk.
 _RESIDENT_BYTES = 8 * 2**30
@@ -148,18 +148,32 @@ class ModelTask(Task):
         self.held_out: CodeBatch | None = None
         self.resident: Tensor | None = None
         self.labels = torch.from_numpy(self.folder.labels).to(self.device)
-        network = AiM(config, dropout=options.dropout).initialise()
+        network = AiM(
+            config,
+            dropout=options.dropout,
+            checkpoint_activations=options.checkpoint_activations,
+        ).initialise()
         self.model = Learner(network, accelerator, options, average=True)
         self.learners = {"model": self.model}
-        self.graph: StepGraph | None = None
-        if self.device.type == "cuda" and accelerator.num_processes == 1:
-            self.graph = StepGraph(network, self._loss)
+        self.share = max(1, options.batch_size // accelerator.num_processes)
+        if options.micro_batch and self.share % options.micro_batch:
+            raise TrainingError(
+                f"micro_batch is {options.micro_batch}; it must divide the {self.share} images of "
+                "a step that a process computes"
+            )
+        self.gradients = BatchGradients(
+            network,
+            self._loss,
+            at_once=options.micro_batch,
+            reserve=self.model.moments_bytes,
+            say=self.bad_images.say,
+        )
 
     def prepare(self) -> None:
         """Encode the images, or take their codes from the cache."""
         options = self.options
         crop = Crop(options.size, options.resize_factor, options.flip)
-        at_once = min(64, max(1, options.batch_size // self.accelerator.num_processes))
+        at_once = min(64, self.at_once(self.share))
         request = CodeRequest(self.folder, crop, options.variants, options.seed, at_once)
         self.codes = self._codes("train", request)
         if self.held_out_folder is not None:
@@ -206,6 +220,18 @@ class ModelTask(Task):
             classes = torch.where(chosen[2].bool(), unknown, self.labels[chosen[1]])
             yield CodeBatch(codes, classes)
 
+    def at_once(self, images: int) -> int:
+        """Those of a part, see `BatchGradients`."""
+        return min(self.gradients.at_once or images, images)
+
+    def compute_in_parts(self, most: int) -> int | None:
+        """The largest part that is no larger and divides a process's images."""
+        if self.options.micro_batch is not None:
+            return None
+        divides = (size for size in range(most, 0, -1) if self.share % size == 0)
+        self.gradients.at_once = next(divides)
+        return self.gradients.at_once
+
     def blank(self, count: int) -> CodeBatch:
         """The first code everywhere, of the first class."""
         codes = torch.zeros(
@@ -221,22 +247,17 @@ class ModelTask(Task):
 
     def train_step(self, step: int, progress: float, batch: CodeBatch) -> dict[str, Tensor]:
         """Cross-entropy over all T tokens."""
-        if self.graph is not None:
-            loss = self.graph(batch.codes, batch.classes)
-            norm = self.model.apply_gradients()
-        else:
-            loss = self._loss(batch.codes, batch.classes)
-            norm = self.model.update(loss)
-        detached = loss.detach()
+        loss = self.gradients(batch.codes, batch.classes)
+        norm = self.model.apply_gradients()
         return {
-            "loss": detached,
-            "bits_per_token": detached / math.log(2),
+            "loss": loss,
+            "bits_per_token": loss / math.log(2),
             "gradient_norm": norm.detach(),
         }
 
     def _loss(self, codes: Tensor, classes: Tensor) -> Tensor:
         with autocast(self.options, self.device):
-            logits = self.model.wrapped(codes, classes)  # (B, T, V)
+            logits = self.model.network(codes, classes)  # (B, T, V)
         return cross_entropy(logits, codes)
 
     @torch.no_grad()
@@ -245,7 +266,7 @@ class ModelTask(Task):
         if self.held_out is None:
             return {}
         model = self.model.averaged
-        share = max(1, self.options.batch_size // self.accelerator.num_processes)
+        share = self.at_once(self.share)
         known = unknown = 0.0
         parts = zip(*(part.split(share) for part in self.held_out), strict=True)
         for codes, classes in parts:
@@ -266,7 +287,7 @@ class ModelTask(Task):
     def picture(self) -> Image.Image:
         """Images of classes spread over all, drawn with guidance."""
         model, count = self.model.averaged, self.options.sample_count
-        share = max(1, self.options.batch_size // self.accelerator.num_processes)
+        share = self.at_once(self.share)
         spread = torch.linspace(0, model.config.num_classes - 1, count, device=self.device)
         classes = spread.round().long()
         names = [self.folder.class_names[index] for index in classes.tolist()]

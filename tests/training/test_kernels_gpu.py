@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from aim_training.batch_gradients import BatchGradients
 from aim_training.config import ModelConfig
 from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.model import AiM
@@ -53,10 +54,10 @@ def test_outputs_and_gradients_are_those_of_float64(
         assert error <= TOLERANCES[setting], name
 
 
-def network() -> AiM:
+def network(dropout: float = 0.1, **options: bool) -> AiM:
     torch.manual_seed(0)
     config = ModelConfig(64, 4, 64, 64, 2, d_state=16, head_dim=16, adaln_groups=2)
-    return AiM(config, dropout=0.1).cuda().initialise()
+    return AiM(config, dropout, **options).cuda().initialise()
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +91,60 @@ def test_a_recorded_step_computes_what_a_plain_one_does() -> None:
             assert torch.equal(mine, other)
     with pytest.raises(ValueError, match="recorded for shape"):
         graph(*(tensor[:2] for tensor in batch(0)))
+
+
+def mean_loss(model: AiM) -> Callable[..., Tensor]:
+    def loss(codes: Tensor, classes: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return cross_entropy(model(codes, classes), codes)
+
+    return loss
+
+
+def test_parts_that_are_recorded_have_the_gradient_of_the_whole() -> None:
+    whole, parts = network(dropout=0.0), network(dropout=0.0)
+    first = BatchGradients(whole, mean_loss(whole))
+    second = BatchGradients(parts, mean_loss(parts), at_once=1)
+    for seed in range(3):
+        torch.testing.assert_close(first(*batch(seed)), second(*batch(seed)))
+        for ours, theirs in zip(gradients(parts), gradients(whole), strict=True):
+            assert (ours - theirs).norm() <= 2e-2 * theirs.norm()  # products in bf16
+
+
+def test_activations_computed_again_in_a_recorded_step_change_nothing() -> None:
+    found = []
+    for again in (False, True):
+        model = network(checkpoint_activations=again)
+        compute = BatchGradients(model, mean_loss(model))
+        torch.manual_seed(1)  # of the dropout
+        found.append([compute(*batch(0)), *gradients(model)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_fits_is_found_by_trying() -> None:
+    said: list[str] = []
+    config = ModelConfig(16384, 8, 256, 1024, 8)
+    torch.manual_seed(0)
+    model = AiM(config).cuda().initialise()
+    draw = torch.Generator("cuda").manual_seed(0)
+    codes = torch.randint(16384, (48, 256), generator=draw, device="cuda")
+    classes = torch.zeros(48, dtype=torch.int64, device="cuda")
+    torch.cuda.empty_cache()
+    free, card = torch.cuda.mem_get_info()
+    # A sixteenth of the card is left alone, and of the rest 1.25 GiB are to be had.
+    compute = BatchGradients(
+        model, mean_loss(model), reserve=lambda: free - card // 16 - 5 * 2**28, say=said.append
+    )
+    loss = compute(codes, classes)
+    assert compute.at_once is not None
+    assert compute.at_once in (24, 16, 12, 8, 6, 4, 3, 2, 1)
+    assert f"{48 // compute.at_once} parts of {compute.at_once}" in said[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loss, mean_loss(model)(codes, classes), rtol=1e-2, atol=1e-2)
+    none = BatchGradients(model, mean_loss(model), reserve=lambda: card)
+    with pytest.raises(torch.OutOfMemoryError, match="1 images at once"):
+        none(codes, classes)
 
 
 def test_gradients_are_the_same_bit_for_bit_each_time() -> None:

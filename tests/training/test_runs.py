@@ -513,6 +513,24 @@ def test_a_batch_that_cannot_fit_is_refused(
     run(tmp_path, batch_size=16)
 
 
+def test_a_task_that_can_computes_such_a_batch_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def compute_in_parts(self: TinyTask, most: int) -> int:
+        asked.append(most)
+        return 10
+
+    needs = memory.Needs(fixed=2e9, per_image=3e8, seconds_per_image=1.0)
+    monkeypatch.setattr(memory, "measure", lambda step, batch: needs)
+    monkeypatch.setattr(memory, "ceiling", lambda processes: 8e9)
+    monkeypatch.setattr(TinyTask, "compute_in_parts", compute_in_parts)
+    run(tmp_path, batch_size=64, steps=1)
+    assert asked == [16]
+    assert "4.7 GiB of memory (of 7.5 GiB), 10 images at once" in capsys.readouterr().err
+
+
 def test_memory_is_measured_by_the_image() -> None:
     def step(count: int) -> None:
         # 40 MB an image: more than the C library's allocator ever keeps for the next time.

@@ -371,18 +371,20 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 def test_two_processes_train_what_one_trains(
     squares: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """As README starts them, on a machine without a GPU; a resumed run, too."""
+    """As README starts them, on a machine without a GPU; a resumed run, too, which
+    computes its images one by one, and their activations twice."""
     flags = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in (TINY_MODEL | {"tokenizer": tokenizer, "save_every": 2}).items()
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    less_memory = ["--micro-batch=1", "--checkpoint-activations"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for count, steps in ((1, 4), (2, 2), (2, 4)):
+    for count, steps, more in ((1, 4, []), (2, 2, []), (2, 4, less_memory)):
         run = tmp_path / f"run{count}"
         command = [*launcher, f"--nproc-per-node={count}", "-m", "aim_cli", "train", "model"]
         done = subprocess.run(
-            [*command, squares, "--out", run, "--steps", str(steps), *flags],
+            [*command, squares, "--out", run, "--steps", str(steps), *flags, *more],
             env=environment,
             capture_output=True,
             text=True,
