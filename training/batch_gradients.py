@@ -128,7 +128,7 @@ class BatchGradients:
         else:
             raise torch.OutOfMemoryError(f"{size} images at once do not fit the GPU")
         self._graph, self.at_once = graph, size
-        if parts > 1:
+        if parts > 1 and len(sizes) > 1:
             self._say(
                 f"A step's {images} images do not fit this GPU at once: they are computed in "
                 f"{parts} parts of {size}."
@@ -138,16 +138,17 @@ class BatchGradients:
         self, graph: StepGraph, part: tuple[Tensor, ...], held: int, device: torch.device
     ) -> bool:
         """Record a part while `held` bytes are taken; whether all processes could."""
-        fits = True
+        fits, place = True, None
         try:
             _, card = torch.cuda.mem_get_info(device)
             place = torch.empty(int(held + _SPARE * card), dtype=torch.uint8, device=device)
             graph.record(*part)
-            del place
         except Exception as error:
             if not _out_of_memory(error):
                 raise
             fits = False
+        finally:
+            del place
         if self._processes > 1:
             agreed = torch.tensor(float(fits), device=device)
             distributed.all_reduce(agreed, distributed.ReduceOp.MIN)

@@ -33,4 +33,5 @@ def test_compiling_keeps_the_tokenizers_gradients() -> None:
         if ours.dim() >= 2:  # biases before a norm have no gradient but rounding
             likeness = torch.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), 0)
             assert likeness > 0.8, name
-            assert theirs.grad.norm() == pytest.approx(ours.grad.norm().item(), rel=0.3), name
+            ratio = theirs.grad.norm() / ours.grad.norm()
+            assert ratio.item() == pytest.approx(1, rel=0.3), name
