@@ -60,7 +60,7 @@ class TrainingOptions:
         64, "Images a step, over all devices together.", least=1, most=1_000_000
     )
     learning_rate: float = _option(
-        None, "Peak learning rate. [default: 1e-4; 2e-5 with --init]", above=0, most=math.inf
+        None, "Peak learning rate. [default: 0.0001; 0.00002 with --init]", above=0, most=math.inf
     )
     schedule: Literal["constant", "cosine"] = _option(
         "constant",
@@ -177,7 +177,7 @@ def _check(option: Field[Any], hint: Any, value: Any) -> None:
 def _check_words(name: str, value: Any, words: tuple[str, ...]) -> None:
     for word in value if isinstance(value, tuple) else (value,):
         if word not in words:
-            raise ValueError(f"{name} has {repr(word)[:60]}; it may hold {', '.join(words)}")
+            raise ValueError(f"{name} is {repr(value)[:60]}; it may hold {', '.join(words)}")
 
 
 def _check_number(option: Field[Any], kind: type, value: Any) -> None:
@@ -320,7 +320,9 @@ class ModelTrainingOptions(TrainingOptions):
         super().__post_init__()
         _check_start(self.init, self.freeze, self.preset)
         if self.tokenizer is None and self.init is None:
-            raise ValueError("tokenizer is missing; give one that was trained before (or init)")
+            raise ValueError(
+                "tokenizer is missing: give a trained one (--tokenizer), or weights with one (--init)"
+            )
         if self.relearn_codes and (self.tokenizer is None or self.init is None):
             raise ValueError("relearn_codes is True; it takes init and another tokenizer")
 

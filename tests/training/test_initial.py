@@ -232,7 +232,10 @@ def test_the_learning_rate_is_lower_from_weights() -> None:
     [
         ({"tokenizer": None}, "tokenizer is missing"),
         ({"freeze": ("tables",)}, "freeze is tables; it takes init"),
-        ({"init": Path("w"), "freeze": ("encoder",)}, "freeze has 'encoder'; it may hold tables"),
+        (
+            {"init": Path("w"), "freeze": ("encoder",)},
+            "it may hold tables, mixers, classes",
+        ),
         ({"init": Path("w"), "preset": "L"}, "preset is L; with init the sizes are those"),
         ({"init": Path("w"), "tokenizer": None, "relearn_codes": True}, "it takes init and anot"),
     ],
