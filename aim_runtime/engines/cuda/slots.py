@@ -146,7 +146,7 @@ class CudaSlots(Slots):
     def _step(self) -> Decided:
         while self._images:
             with self._device.current():
-                while len(self._flying) < len(TURNS) and self._queue():
+                while self._ahead < len(TURNS) and self._queue():
                     pass
                 if not self._landed:
                     self._land()
@@ -154,6 +154,11 @@ class CudaSlots(Slots):
             if decided:
                 return decided
         return {}
+
+    @property
+    def _ahead(self) -> int:
+        """Slices that are queued and not reported."""
+        return len(self._flying) + len(self._landed)
 
     def _advancing(self) -> list[_Image]:
         return [image for image in self._images.values() if image.advances]
