@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aim_export.cuda.launch import KernelSpec
 from aim_runtime.engines.cuda.plan import (
@@ -61,7 +61,7 @@ class Draft:
             weights=self.weights,
             setup=Setup(self.setup.buffers, _by_id(self.setup.launches)),
             buckets=tuple(
-                Bucket(bucket.rows, bucket.buffers, _by_id(bucket.begin), _by_id(bucket.step))
+                replace(bucket, begin=_by_id(bucket.begin), step=_by_id(bucket.step))
                 for bucket in self.buckets
             ),
             decoder=tuple(
