@@ -321,7 +321,8 @@ class ModelTrainingOptions(TrainingOptions):
         _check_start(self.init, self.freeze, self.preset)
         if self.tokenizer is None and self.init is None:
             raise ValueError(
-                "tokenizer is missing: give a trained one (--tokenizer), or weights with one (--init)"
+                "tokenizer is missing: give a trained one (--tokenizer), or weights that have one "
+                "(--init)"
             )
         if self.relearn_codes and (self.tokenizer is None or self.init is None):
             raise ValueError("relearn_codes is True; it takes init and another tokenizer")
