@@ -89,6 +89,9 @@ class TrainingOptions:
         above=0,
     )
     log_every: int = _option(50, "Steps between log lines.", least=1)
+    log_with: Literal["wandb", "mlflow", "comet_ml", "clearml"] | None = _option(
+        None, "A service to log to as well, besides RUN/metrics.jsonl and TensorBoard."
+    )
     eval_every: int = _option(1000, "Steps between evaluations on the held-out images.", least=1)
     sample_every: int = _option(1000, "Steps between pictures under RUN/samples.", least=1)
     save_every: int = _option(

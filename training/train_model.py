@@ -255,6 +255,11 @@ class ModelTask(Task):
         self.gradients.at_once = next(divides)
         return self.gradients.at_once
 
+    def flops_per_image(self) -> float:
+        """Six a parameter and token, as for any network of matrix products."""
+        weights = sum(parameter.numel() for parameter in self.model.network.parameters())
+        return 6.0 * weights * self.model.network.config.num_tokens
+
     def blank(self, count: int) -> CodeBatch:
         """The first code everywhere, of the first class."""
         codes = torch.zeros(
