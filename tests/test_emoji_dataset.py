@@ -1,8 +1,10 @@
 """The emoji data set's pure parts: classes, split, placement. No network, no renderer."""
 
-import importlib.util
+import importlib
 import io
+import json
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -12,28 +14,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-SCRIPT = Path(__file__).parents[1] / "recipes" / "emoji" / "make_dataset.py"
+RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
 
 
-def load_script() -> ModuleType:
-    """Import the recipe, which is a script and belongs to no package."""
-    spec = importlib.util.spec_from_file_location("emoji_make_dataset", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+def load_script(name: str) -> ModuleType:
+    """Import a recipe, which is a script and finds its siblings beside it."""
+    sys.path.insert(0, str(RECIPE))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(RECIPE))
 
 
-emoji_data = load_script()
+artwork = load_script("artwork")
+emoji_data = load_script("make_dataset")
 
 HEXCODES = st.sets(st.integers(0x1F000, 0x1FFFF).map("{:X}".format), max_size=200)
 
 
-def picture(hexcode: str, style: str = "noto", class_name: str = "animal-mammal", png: bytes = b""):
-    emoji = emoji_data.Emoji(hexcode, hexcode, class_name)
-    return emoji_data.Picture(emoji, style, png or f"{hexcode}{style}".encode())
+def emoji(hexcode: str, class_name: str = "animal-mammal", tone: int = 0, label: str = ""):
+    points = artwork.code_points(hexcode) + ((0x1F3FA + tone,) if tone else ())
+    return artwork.Emoji(hexcode, label or hexcode, class_name, points, tone)
+
+
+def picture(one, style: str = "noto", pixels: np.ndarray | None = None):
+    """A finished picture of noise of its own, or of the pixels given."""
+    if pixels is None:
+        seed = [*one.points, *style.encode()]
+        pixels = np.random.default_rng(seed).integers(0, 256, (144, 144, 3), dtype=np.uint8)
+        pixels[36:108, 36:108] = pixels[0, 0]  # else means of noise are all the same grey
+        pixels[72:84] = pixels[0, 1]
+    return emoji_data.Picture(one, style, pixels.tobytes(), emoji_data.cells(pixels))
 
 
 def content_box(image: Image.Image) -> tuple[int, int, int, int]:
@@ -45,38 +56,86 @@ def content_box(image: Image.Image) -> tuple[int, int, int, int]:
 # ---- classes ------------------------------------------------------------------------------------
 
 
+def record(hexcode: str, label: str, group: int, subgroup: int, **more):
+    return {"hexcode": hexcode, "label": label, "group": group, "subgroup": subgroup, **more}
+
+
 def test_emoji_get_their_subgroups_key_and_parts_of_emoji_are_left_out():
     records = [
-        {"hexcode": "1F98D", "label": "gorilla", "group": 3, "subgroup": 34},
-        {"hexcode": "1F44B", "label": "waving hand", "group": 1, "subgroup": 16, "skins": [{}]},
+        record("1F98D", "gorilla", 3, 34),
         {"hexcode": "1F1E6", "label": "regional indicator A"},
-        {"hexcode": "1F3FB", "label": "light skin tone", "group": 2, "subgroup": 32},
+        record("1F3FB", "light skin tone", 2, 32),
     ]
-    subgroups = {"16": "hand-fingers-open", "32": "skin-tone", "34": "animal-mammal"}
-    found = emoji_data.assign_classes(records, subgroups)
-    assert [(one.hexcode, one.class_name) for one in found] == [
-        ("1F98D", "animal-mammal"),
-        ("1F44B", "hand-fingers-open"),
+    (found,) = artwork.assign_classes(records, {"32": "skin-tone", "34": "animal-mammal"})
+    assert (found.hexcode, found.class_name, found.tone) == ("1F98D", "animal-mammal", 0)
+
+
+def test_tones_follow_their_emoji_but_not_pairs_of_tones():
+    skins = [
+        {"hexcode": "1F491-1F3FD", "label": "couple: medium skin tone", "tone": 3},
+        {"hexcode": "1F9D1-1F3FB-200D-1F9D1-1F3FF", "label": "couple: two", "tone": [1, 5]},
+    ]
+    found = artwork.assign_classes(
+        [record("1F491", "couple", 1, 30, skins=skins)], {"30": "family"}
+    )
+    assert [(one.hexcode, one.points, one.tone) for one in found] == [
+        ("1F491", (0x1F491,), 0),
+        ("1F491", (0x1F491, 0x1F3FD), 3),
     ]
 
 
 def test_sequences_match_with_and_without_variation_selector():
-    assert emoji_data.code_points("0031-FE0F-20E3") == emoji_data.code_points("31-20e3")
-    assert emoji_data.code_points("1F441-FE0F") != emoji_data.code_points("1F442-FE0F")
+    assert artwork.code_points("0031-FE0F-20E3") == artwork.code_points("31-20e3")
+    assert artwork.code_points("1F441-FE0F") != artwork.code_points("1F442-FE0F")
 
 
 @pytest.mark.parametrize(
-    ("hexcode", "label", "name"),
+    ("name", "hexcode"),
     [
-        ("1F98D", "gorilla", "gorilla"),
-        ("1FA85", "piñata", "pinata"),
-        ("1F6B9", "men\N{RIGHT SINGLE QUOTATION MARK}s room", "mens-room"),
-        ("0031-FE0F-20E3", "keycap: 1", "keycap-1"),
-        ("0023-FE0F-20E3", "keycap: #", "keycap-hashtag"),
+        ("pinata", "1FA85"),  # the label, in ASCII
+        ("mens-room", "1F6B9"),  # without the apostrophe
+        ("pinata-2", "1FA85"),  # the second drawing of one
+        ("men-symbol", "1F6B9"),  # what another set calls it
+        ("flag-for-brazil", "1F1E7-1F1F7"),  # as flags were called once
+        ("flag-for-flag-brazil", "1F1E7-1F1F7"),
+        ("admissiontickets", "1F39F"),  # its Unicode name, letters only
+        ("no-such-emoji", None),
+        ("2", None),
     ],
 )
-def test_svg_names_come_from_labels_or_from_the_table(hexcode, label, name):
-    assert emoji_data.svg_name(emoji_data.Emoji(hexcode, label, "any")) == name
+def test_names_of_any_year_find_their_emoji(name, hexcode):
+    known = [
+        emoji("1FA85", label="pi\N{LATIN SMALL LETTER N WITH TILDE}ata"),
+        emoji("1F6B9", label="men\N{RIGHT SINGLE QUOTATION MARK}s room"),
+        emoji("1F1E7-1F1F7", label="flag: Brazil"),
+        emoji("1F39F", label="tickets"),
+    ]
+    names = artwork.Names(known, [{"men-symbol": (0x1F6B9,), "of-no-emoji": (0x2A,)}])
+    found = names.find(name)
+    assert found == (hexcode and artwork.code_points(hexcode))
+
+
+def test_an_icon_becomes_a_whole_svg_in_its_sets_view_box():
+    names = artwork.Names([emoji("1F98D", label="gorilla"), emoji("1F436", label="dog face")])
+    icons = {
+        "width": 36,
+        "height": 36,
+        "icons": {
+            "gorilla-1": {"body": "<wrong/>"},
+            "gorilla": {"body": "<path/>", "width": 40, "left": -2},
+            "unknown": {"body": ""},
+        },
+    }
+    (found,) = artwork.read_icons("noto", icons, names, [emoji("1F98D", label="gorilla")])
+    assert found.is_svg
+    assert b'viewBox="-2 0 40 36"' in found.data
+    assert b"<path/>" in found.data
+
+
+def test_no_set_is_share_alike_and_every_style_is_one_sets():
+    assert {source.licence for source in artwork.SOURCES} == {"MIT", "Apache-2.0", "CC-BY-4.0"}
+    assert len(set(artwork.STYLES)) == len(artwork.SOURCES) - 1 == 9
+    assert all(len(source.sha256) == 64 for source in artwork.SOURCES)
 
 
 # ---- the split ----------------------------------------------------------------------------------
@@ -108,22 +167,61 @@ def test_the_split_is_fixed():
     )
 
 
-def test_all_styles_of_an_emoji_go_to_one_side():
+def test_all_styles_and_tones_of_an_emoji_go_to_one_side():
     codes = [f"{code:X}" for code in range(0x1F400, 0x1F440)]
-    files = emoji_data.split([picture(c, s) for c in codes for s in emoji_data.STYLES])
+    pictures = [
+        picture(emoji(code, tone=tone), style)
+        for code in codes
+        for style in emoji_data.STYLES
+        for tone in range(6)
+    ]
+    files = emoji_data.split(pictures)
     sides: dict[str, set[str]] = {}
     for path in files:
         side, class_name, name = path.split("/")
         assert class_name == "animal-mammal"
         sides.setdefault(name.split("_")[0], set()).add(side)
-    assert len(files) == len(codes) * len(emoji_data.STYLES)
+    assert len(files) == len(pictures)
     assert sides.keys() == set(codes)
     assert all(len(both) == 1 for both in sides.values())
+    assert set().union(*sides.values()) == {"train", "val"}
 
 
-def test_a_repeated_picture_is_kept_once():
-    first, same, other = picture("A", png=b"x"), picture("B", png=b"x"), picture("C", png=b"y")
-    assert emoji_data.without_repeats([first, same, other]) == ([first, other], [same.path])
+def test_tones_do_not_move_the_split():
+    codes = [f"{code:X}" for code in range(0x1F400, 0x1F440)]
+    plain = emoji_data.split([picture(emoji(code)) for code in codes])
+    toned = emoji_data.split([picture(emoji(code, tone=t)) for code in codes for t in range(6)])
+    assert plain.keys() <= toned.keys()
+
+
+# ---- near-equal pictures ------------------------------------------------------------------------
+
+
+def pixels_with(change: int, where: slice) -> np.ndarray:
+    """Grey, but for one square of 12 pixels that is `change` lighter."""
+    pixels = np.full((144, 144, 3), 100, np.uint8)
+    pixels[where, where] += change
+    return pixels
+
+
+@pytest.mark.parametrize("where", [slice(0, 12), slice(72, 84), slice(132, 144)])
+@pytest.mark.parametrize(("change", "kept"), [(0, 1), (emoji_data.NEAR, 1), (13, 2), (90, 2)])
+def test_one_differing_square_decides_whether_pictures_are_near_equal(where, change, kept):
+    first = picture(emoji("1F550"), pixels=pixels_with(0, where))
+    second = picture(emoji("1F551"), "twemoji", pixels_with(change, where))
+    found, dropped = emoji_data.without_repeats([first, second])
+    assert found == [first, second][:kept]
+    assert dropped == [(second.path, first.path)][: 2 - kept]
+
+
+def test_of_near_equal_pictures_the_first_is_kept_and_chains_do_not_grow():
+    steps = [
+        picture(emoji(f"1F55{i}"), pixels=np.full((144, 144, 3), 100 + 8 * i, np.uint8))
+        for i in range(4)
+    ]
+    found, dropped = emoji_data.without_repeats(steps)
+    assert found == [steps[0], steps[2]]  # 8 apart: each second is near the kept one before it
+    assert dropped == [(steps[1].path, steps[0].path), (steps[3].path, steps[2].path)]
 
 
 # ---- placement ----------------------------------------------------------------------------------
@@ -174,8 +272,7 @@ def test_invisible_dust_does_not_count_as_content():
 def test_an_empty_drawing_is_an_error_that_names_it():
     png = io.BytesIO()
     Image.new("RGBA", (8, 8)).save(png, "PNG")
-    emoji = emoji_data.Emoji("1F98D", "gorilla", "animal-mammal")
-    drawing = emoji_data.Drawing(emoji, "noto", png.getvalue(), is_svg=False)
+    drawing = artwork.Drawing(emoji("1F98D", label="gorilla"), "noto", png.getvalue(), is_svg=False)
     with pytest.raises(emoji_data.BuildError, match="gorilla"):
         emoji_data.render(drawing)
 
@@ -193,26 +290,57 @@ def test_the_digest_sees_paths_and_bytes_and_no_order():
 
 def test_counts_add_up():
     report = emoji_data.describe(
-        {"train/a/1_noto.png": b"", "train/a/1_fluent3d.png": b"", "val/b/2_noto.png": b""}
+        {
+            "train/a/1_noto.png": b"",
+            "train/a/1_noto_tone5.png": b"",
+            "train/a/1_fluent3d.png": b"",
+            "val/b/2_noto.png": b"",
+        }
     )
-    assert report["images"] == {"train": 2, "val": 1}
+    assert report["images"] == {"train": 3, "val": 1}
     assert report["emoji"] == {"train": 1, "val": 1}
-    assert report["styles"] == {"fluent3d": 1, "fluentcolor": 0, "fluentflat": 0, "noto": 2}
-    assert report["classes"]["a"]["train"] == 2
+    styles = {style: count for style, count in report["styles"].items() if count}
+    assert styles == {"fluent3d": 1, "noto": 3}
+    assert report["classes"]["a"]["train"] == 3
 
 
 def test_an_archive_with_other_bytes_is_refused(tmp_path):
-    source = emoji_data.SOURCES[0]
+    source = artwork.FLUENT_3D
+    assert source.file == "lobehub-fluent-emoji-3d-1.1.0.tgz"
     (tmp_path / source.file).write_bytes(b"not the archive")
-    with pytest.raises(emoji_data.BuildError, match=r"has sha256 [0-9a-f]{64}, not"):
-        emoji_data.fetch(source, tmp_path)
+    with pytest.raises(artwork.BuildError, match=r"has sha256 [0-9a-f]{64}, not"):
+        artwork.fetch(source, tmp_path)
 
 
-def test_the_payload_of_a_debian_package_is_found(tmp_path):
-    def member(name: str, data: bytes) -> bytes:
-        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode()
-        return header + data + b"\n" * (len(data) % 2)
+def pack(path: Path, **files: object) -> Path:
+    """Write an npm package with JSON files, or with the bytes given."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, value in files.items():
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
 
-    deb = tmp_path / "font.deb"
-    deb.write_bytes(b"!<arch>\n" + member("debian-binary", b"2.0") + member("data.tar.xz", b"font"))
-    assert emoji_data.deb_payload(deb) == b"font"
+
+def test_drawings_come_by_emoji_then_style_in_every_tone(tmp_path):
+    hand = [emoji("1F44B", "hand", tone, f"wave{tone or ''}") for tone in (0, 3)]
+    flag = emoji("1F1E7-1F1F7", "country-flag", label="flag: Brazil")
+    bitmap = {f"assets/{code}.webp": code.encode() for code in ("1f44b-1f3fd", "1f1e7-1f1f7")}
+    archives = {artwork.FLUENT_3D.package: pack(tmp_path / "3d.tgz", **bitmap)}
+    for source in artwork.ICON_SETS:
+        icons = {"icons": {"flag-for-brazil": {"body": source.style}}}
+        chars = {}
+        if source.style == "twemoji":
+            icons["icons"] |= {"waving": {"body": "w"}, "waving-medium": {"body": "m"}}
+            chars = {"1f44b": "waving", "1f44b-1f3fd": "waving-medium"}
+        files = {"icons.json": icons, "chars.json": chars}
+        archives[source.package] = pack(tmp_path / f"{source.style}.tgz", **files)
+    found = artwork.read_drawings(archives, [*hand, flag])
+    assert [(one.emoji.tone, one.style) for one in found[:3]] == [
+        (0, "twemoji"),
+        (3, "fluent3d"),
+        (3, "twemoji"),
+    ]
+    # The 3D set's flags are another's; all other sets have one.
+    assert [one.style for one in found[3:]] == list(artwork.STYLES[1:])
