@@ -84,6 +84,11 @@ def of_status(status: int, detail: str) -> ApiError:
     return ApiError(status, detail, _CODES.get(status, "bad_request"))
 
 
+def body_timeout(seconds: float) -> ApiError:
+    """The answer to a client that does not send what it has announced."""
+    return ApiError(408, f"the body has not come in {seconds:g} s", "body_timeout", close=True)
+
+
 def draining() -> ApiError:
     """The answer to new requests once the server is on its way out."""
     return ApiError(

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aim_runtime.quoting import shown
-from aim_serve.errors import ApiError
+from aim_serve.errors import ApiError, body_timeout
 from aim_serve.metrics import Metrics
 
 _OTHER = "other"
@@ -145,12 +145,7 @@ class Bodies(_Guard):
             async with asyncio.timeout(self._seconds):
                 messages = await self._received(receive)
         except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body has not come in {self._seconds:g} s",
-                "body_timeout",
-                close=True,
-            ) from None
+            raise body_timeout(self._seconds) from None
 
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()

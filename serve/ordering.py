@@ -47,7 +47,7 @@ async def order(
             "invalid_value",
             "top_k",
         )
-    seed = random.randrange(_RANDOM_SEEDS) if body.seed is None else body.seed
+    seed = random_seed() if body.seed is None else body.seed
     return await service.submit(
         classes,
         class_param=class_param,
@@ -58,6 +58,11 @@ async def order(
         top_k=body.top_k,
         top_p=body.top_p,
     )
+
+
+def random_seed() -> int:
+    """The seed of a request that names none."""
+    return random.randrange(_RANDOM_SEEDS)
 
 
 def check_model(service: Service, model: str | None) -> None:
