@@ -357,6 +357,19 @@ def test_slow_heads_and_bodies_are_ended(live: Callable[..., Live], left_clean: 
         assert time.monotonic() < began + 10
 
 
+def test_bodies_that_end_early(
+    live: Callable[..., Live], left_clean: list[Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = live()
+    left_clean.append(server)
+    head = b"POST /v1/draw HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), LONG) as client:
+        client.sendall(head + b'{"classes"')
+    eventually(lambda: server.service.metrics.errors.labels("body_incomplete")._value.get() == 1)
+    assert not caplog.records
+    draws(Client(server.service))
+
+
 def test_a_second_head_may_be_slow_no_longer(live: Callable[..., Live]) -> None:
     server = live(body_s=0.5)
     with socket.create_connection(("127.0.0.1", server.port), LONG) as client:
