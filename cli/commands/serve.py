@@ -9,8 +9,9 @@ import math
 import os
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +23,11 @@ from aim_cli.options import (
     engine_options,
     load_generator,
 )
+from aim_cli.serve_fleet import FleetOptions, fleet_options, serve_fleet
 from aim_serve.settings import Access, Limits
+
+if TYPE_CHECKING:
+    from aim_runtime import Batcher, Generator
 
 _KEY_VARIABLE = "AIM_API_KEY"
 _LONGEST_KEY = 4096
@@ -130,6 +135,7 @@ class _Seconds(click.FloatRange):
     help="What requests have to end after SIGTERM or Ctrl-C.",
 )
 @click.option("--access-log", is_flag=True, help="Print a line for each request.")
+@fleet_options
 @backend_option
 @engine_options
 def command(
@@ -148,6 +154,7 @@ def command(
     access_log: bool,
     backend: str,
     engine: EngineOptions,
+    fleet: FleetOptions,
 ) -> None:
     """Serve a bundle over HTTP, to many at once.
 
@@ -155,45 +162,67 @@ def command(
     aim serve                                     the model in the box; open http://127.0.0.1:8000
     aim serve --bundle aim-l --port 9000          another model and port
     AIM_API_KEY=... aim serve --host 0.0.0.0      to the network, for those with the key
+    aim serve --ray auto --max-replicas 8         from the machines of a Ray cluster
 
     Speaks OpenAI's images API under /v1, with a class for the prompt, and shows a page to try it at
     /. Images of all requests are drawn together. SIGTERM and Ctrl-C let requests end first, a
     second one ends it at once.
     """
     with requires("serve", "aim serve"):
-        from aim_serve.app import create_app
-        from aim_serve.server import Server, listening
-        from aim_serve.service import Service
+        from aim_serve.server import listening
     from aim_runtime import Batcher
 
     key = api_key(api_key_file)
     origins = tuple(map(checked_origin, cors_origins))
     limits = Limits(images=max_images, deadline_s=deadline, body_bytes=max_body << 10)
-    # Before the model, which takes time to load.
-    with listening(host, port) as sock, load_generator(bundle, backend, engine) as generator:
-        with bad_arguments():
-            batcher = Batcher(generator, images=images, queue=queue)
-        with batcher:
-            service = Service(generator, batcher, limits)
-            access = Access(key, origins, hosts(sock, host, allowed_hosts))
-            if not is_loopback(sock) and key is None:
-                click.echo(
-                    f"Warning: anybody who reaches {url(sock)} can use it; {_KEY_VARIABLE} or "
-                    "--api-key-file sets a key.",
-                    err=True,
-                )
-            about = f"{service.model_id} ({generator.backend}, {generator.precision})"
-            server = Server(
-                create_app(service, access),
-                service,
-                drain_s=drain_s,
-                access_log=access_log,
-                started=lambda: click.echo(
-                    f"Serving {about} at {url(sock)} (Ctrl-C ends it)", err=True
-                ),
+    with listening(host, port) as sock:  # before the model, which takes time to load
+        access = Access(key, origins, hosts(sock, host, allowed_hosts))
+        if not is_loopback(sock) and key is None:
+            click.echo(
+                f"Warning: anybody who reaches {url(sock)} can use it; {_KEY_VARIABLE} or "
+                "--api-key-file sets a key.",
+                err=True,
             )
-            logs(access=access_log)
-            asyncio.run(server.serve([sock]))
+        if fleet.address is not None:
+            if access_log:
+                raise click.UsageError("--access-log is not for --ray: Ray's machines have no log")
+            more = {"images": images, "queue": queue, "drain_s": drain_s, "backend": backend}
+            more |= asdict(engine)
+            serve_fleet(fleet, sock, url(sock), limits, access, bundle, more)
+            return
+        with load_generator(bundle, backend, engine) as generator:
+            with bad_arguments():
+                batcher = Batcher(generator, images=images, queue=queue)
+            with batcher:
+                _serve(sock, batcher, generator, limits, access, drain_s, access_log=access_log)
+
+
+def _serve(
+    sock: socket.socket,
+    batcher: Batcher,
+    generator: Generator,
+    limits: Limits,
+    access: Access,
+    drain_s: float,
+    *,
+    access_log: bool,
+) -> None:
+    """Serve on `sock` until a signal comes."""
+    from aim_serve.app import create_app
+    from aim_serve.server import Server
+    from aim_serve.service import Service
+
+    service = Service(generator, batcher, limits)
+    about = f"{service.model_id} ({generator.backend}, {generator.precision})"
+    server = Server(
+        create_app(service, access),
+        service,
+        drain_s=drain_s,
+        access_log=access_log,
+        started=lambda: click.echo(f"Serving {about} at {url(sock)} (Ctrl-C ends it)", err=True),
+    )
+    logs(access=access_log)
+    asyncio.run(server.serve([sock]))
 
 
 def logs(*, access: bool) -> None:

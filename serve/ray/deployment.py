@@ -20,6 +20,7 @@ _IMAGES_ON_GPU = 64
 # The front only hands on: far more than that draws.
 _FRONT_REQUESTS = 10_000
 _HEALTH_PERIOD_S = 5
+_MAX_STARTS = 3
 
 
 def application(options: Options) -> Application:
@@ -32,7 +33,7 @@ def application(options: Options) -> Application:
         options = options.model_copy(update={"threads": max(1, int(cpus))})
     images = options.images or (_IMAGES_ON_GPU if gpus else _IMAGES)
     logs = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    drawers = serve.deployment(
+    drawers: Any = serve.deployment(
         Drawer,
         name="drawer",
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
@@ -41,10 +42,11 @@ def application(options: Options) -> Application:
         max_queued_requests=options.most_replicas * max(1, options.queue),
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=options.drain_s,
+        max_constructor_retry_count=_MAX_STARTS,
         logging_config=logs,
         **_replicas(options, images),
     )
-    front = serve.deployment(
+    front: Any = serve.deployment(
         Front,
         name="front",
         ray_actor_options={"num_cpus": 0},
@@ -53,7 +55,8 @@ def application(options: Options) -> Application:
         graceful_shutdown_timeout_s=options.drain_s,
         logging_config=logs,
     )
-    return front.bind(drawers.bind(options), options.limits)
+    found: Application = front.bind(drawers.bind(options), options.limits)
+    return found
 
 
 def _replicas(options: Options, images: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,8 +25,8 @@ class Options(BaseModel):
 
     Attributes:
         bundle: Path of the bundle on every machine; None for the model in the box.
-        backend: As for `Generator.load`, as are `precision`, `threads` and `memory_limit_mb`;
-            `threads` are by default as many as `num_cpus`.
+        backend: As for `Generator.load`, as are `device`, `precision`, `threads` and
+            `memory_limit_mb`; `threads` are by default as many as `num_cpus`.
         images: Images that a replica draws at a time; None for 16 on a CPU and 64 on a GPU.
         queue: Images that may wait in a replica.
         max_images: Images of one request.
@@ -37,6 +37,7 @@ class Options(BaseModel):
             cluster's.
         num_gpus: GPUs of a replica; None for one where the cluster has any and `backend` is not
             "cpu". A part of one, such as 0.5, lets replicas share it.
+        max_body_kib: Size of a request.
         drain_s: Seconds that a replica's requests have to end when it is told to go.
         api_key: The bearer key that clients must send; None for what AIM_API_KEY says, or none.
         cors_origins: Whose pages may use it, parted by commas.
@@ -47,7 +48,7 @@ class Options(BaseModel):
 
     bundle: str | None = None
     backend: str = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     precision: str = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     memory_limit_mb: Count | None = None
@@ -100,7 +101,11 @@ class Options(BaseModel):
     @property
     def limits(self) -> Limits:
         """What a request may take."""
-        return Limits(self.max_images, self.deadline_s, self.max_body_kib << 10)
+        return Limits(
+            images=self.max_images,
+            deadline_s=self.deadline_s,
+            body_bytes=self.max_body_kib << 10,
+        )
 
     @property
     def access(self) -> Access:
