@@ -1,0 +1,122 @@
+"""`aim sample --ray`: on a cluster of this machine, stopped, gone on with, and losing a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .conftest import Cli, Spawn, refused, tree
+
+psutil = pytest.importorskip("psutil")
+LONG = 120
+COUNT = 1500
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def drawn(folder: Path) -> int:
+    return len(list((folder / "x" / "images").glob("0*.png")))
+
+
+def workers(process: Any) -> list[Any]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in children if "SampleWorker" in " ".join(one.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_stopped_and_started_again_with_a_worker_killed(
+    spawn: Spawn, cli: Cli, bundle: Path, folder: Path
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    args = ("sample", "-n", COUNT, "--bundle", bundle, "--backend", "cpu", "--threads", 1)
+    fleet = (*args, "--out", "x", "--ray", "local")
+
+    process = spawn(*fleet)
+    while process.poll() is None and drawn(folder) < 20:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=LONG)
+    assert process.returncode == 130, said
+    assert "the same command goes on from there" in said
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "x" / "images").iterdir()}
+    assert 20 <= len(kept) < COUNT
+    assert all(path.name[0] == "0" for path in kept)
+
+    process = spawn(*fleet)
+    while process.poll() is None and drawn(folder) < len(kept) + 40:
+        time.sleep(0.01)
+    busy = workers(process)
+    assert busy
+    os.kill(busy[0].pid, signal.SIGKILL)
+    out, said = process.communicate(timeout=LONG)
+    assert process.returncode == 0, said
+    assert f"{len(kept)} were there already" in out.replace(",", "")
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert not [one for one in busy if one.is_running()]
+
+    assert cli(*args, "--out", "alone").exit_code == 0
+    assert tree(folder / "x") == tree(folder / "alone")
+    for name in (f"images/{COUNT - 1:06d}.png", "sample.json"):
+        assert (folder / "x" / name).read_bytes() == (folder / "alone" / name).read_bytes()
+    found, alone = (
+        np.load(folder / name / f"samples_{COUNT}x6x6x3.npz")["arr_0"] for name in ("x", "alone")
+    )
+    assert np.array_equal(found, alone)
+    assert json.loads((folder / "x" / "sample.json").read_text())["settings"]["backend"] == "cpu"
+
+
+def test_a_missing_ray_is_one_sentence(
+    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    done = cli("sample", "-n", 4, "--bundle", bundle, "--ray", "local")
+    refused(done, "'aim sample --ray' needs ray", "pip install 'aim-runtime[ray]'")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:1", "no cluster at"), ("nonsense", "HOST:PORT"), ("h:x", "HOST:PORT")],
+)
+def test_clusters_that_are_none(
+    cli: Cli, bundle: Path, folder: Path, address: str, words: str
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    refused(cli("sample", "-n", 4, "--bundle", bundle, "--ray", address), words)
+    assert tree(folder) == set()
+
+
+def test_a_bundle_is_sent_where_it_is_not(bundle: Path, tmp_path: Path) -> None:
+    """A worker takes the files at the path if they are the same, and otherwise what it is sent."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from aim_cli.sample_ray import _files
+    from aim_cli.sample_worker import SampleWorker
+    from aim_runtime import Bundle, BundleError
+
+    from ..runtime.tiny_bundle import zip_bundle
+
+    engine = {"backend": "cpu", "threads": 1}
+    for source in (bundle, zip_bundle(bundle, tmp_path / "tiny.zip")):
+        opened = Bundle.open(source)
+        worker, sha256 = SampleWorker(), opened.manifest_sha256
+        assert worker.load(str(tmp_path / "none"), sha256, None, engine) is None
+        assert worker.load(None, sha256, None, engine) is None  # another model is in the box
+        loaded = worker.load(str(tmp_path / "none"), sha256, _files(opened), engine)
+        assert loaded is not None
+        assert loaded.backend == "cpu"
+        assert len(worker.draw(5, {"classes": [0, 1], "seed": 5})) == 2
+        assert worker.progress() == (5, 2.0)
+    files = _files(Bundle.open(bundle))
+    files["step.weights"] = files["step.weights"][:-1] + b"?"
+    with pytest.raises(BundleError, match="altered"):
+        SampleWorker().load(None, sha256, files, engine)
