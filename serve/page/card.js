@@ -1,0 +1,77 @@
+/** One picture in the gallery: a placeholder, then its previews, then itself. */
+
+import { element, icon, iconButton } from "./dom.js";
+import { fileName } from "./references.js";
+
+/** @import { Order, Picture } from "./types.js" */
+
+/**
+ * @typedef {object} CardActions
+ * @property {(card: Card) => void} open
+ * @property {(picture: Picture) => void} more
+ * @property {(card: Card) => void} remove
+ */
+
+export class Card {
+  /** @type {Picture | null} */
+  picture = null;
+  #image = element("img", { alt: "" });
+  #press = element("button", { type: "button", class: "picture", disabled: true });
+
+  /**
+   * @param {Order} order
+   * @param {number} index
+   * @param {CardActions} actions
+   */
+  constructor(order, index, actions) {
+    this.actions = actions;
+    const one = order.classes[index];
+    if (!one) throw new RangeError("no such picture");
+    this.class = one;
+    this.seed = order.seed + BigInt(index);
+    this.settings = order.settings;
+    const several = new Set(order.classes).size > 1;
+    this.caption = element("p", { class: "caption" }, ...(several ? [element("span", { class: "name" }, one.name)] : []), element("span", { class: "seed" }, `seed ${this.seed}`));
+    this.root = element("li", { class: "card" }, this.#press, this.caption);
+    this.#press.setAttribute("aria-label", `${one.name}, seed ${this.seed}, not drawn yet`);
+    this.#press.addEventListener("click", () => actions.open(this));
+  }
+
+  focus() {
+    this.#press.focus();
+  }
+
+  /** @param {string} source */
+  preview(source) {
+    this.#image.src = source;
+    if (!this.#image.isConnected) this.#press.append(this.#image);
+  }
+
+  /** @param {Blob} file */
+  finish(file) {
+    const picture = { class: this.class, seed: this.seed, settings: this.settings, file, url: URL.createObjectURL(file) };
+    this.picture = picture;
+    this.preview(picture.url);
+    this.#press.disabled = false;
+    this.#press.setAttribute("aria-label", `${this.class.name}, seed ${this.seed}: details`);
+    const about = `${this.class.name}, seed ${this.seed}`;
+    const download = element("a", { class: "icon", href: picture.url, download: fileName(picture), "aria-label": `Download ${about}`, title: "Download" }, icon("download"));
+    this.caption.after(
+      element(
+        "div",
+        { class: "quick" },
+        download,
+        iconButton("more", `More like ${about}`, () => this.actions.more(picture)),
+        iconButton("remove", `Remove ${about}`, () => this.actions.remove(this)),
+      ),
+    );
+    this.root.classList.add("done");
+  }
+
+  /** Take it off the page and give its memory back. */
+  drop() {
+    this.root.remove();
+    this.#image.removeAttribute("src");
+    if (this.picture) URL.revokeObjectURL(this.picture.url);
+  }
+}
