@@ -39,7 +39,7 @@ def model(service: Service) -> Model:
             width=card.image_width,
             height=card.image_height,
             num_tokens=card.num_tokens,
-            grid=(card.token_side, card.token_side),
+            grid=card.grid,
             num_classes=card.num_classes,
             defaults=Defaults(**asdict(service.generator.sampling)),
             limits=limits,

@@ -66,12 +66,11 @@ export class Api {
    * @returns {AsyncGenerator<DrawEvent>}
    */
   async *draw(order, reference, every, signal) {
-    const body = JSON.stringify({ classes: order.classes.map(reference), ...order.settings, every });
+    const { classes, seed, settings } = order;
     const response = await this.#request("v1/draw", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      // JSON.stringify knows no whole numbers beyond 2^53; seeds go up to 2^64.
-      body: body.replace(/\}$/, `,"seed":${order.seed}}`),
+      body: JSON.stringify({ classes: classes.map(reference), seed, ...settings, every }),
       signal,
     });
     if (!response.body) throw new ApiError(CUT_OFF, 0);

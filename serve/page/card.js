@@ -28,7 +28,7 @@ export class Card {
     const one = order.classes[index];
     if (!one) throw new RangeError("no such picture");
     this.class = one;
-    this.seed = order.seed + BigInt(index);
+    this.seed = order.seed + index;
     this.settings = order.settings;
     const several = new Set(order.classes).size > 1;
     this.caption = element("p", { class: "caption" }, ...(several ? [element("span", { class: "name" }, one.name)] : []), element("span", { class: "seed" }, `seed ${this.seed}`));

@@ -12,12 +12,10 @@ const LONGEST_STEM = 60;
 export class Names {
   /** @type {Map<string, PictureClass[]>} */
   #byName = new Map();
-  #allNumbers;
 
   /** @param {PictureClass[]} classes */
   constructor(classes) {
     this.classes = classes;
-    this.#allNumbers = classes.every(({ name }) => NUMBER.test(name.trim()));
     for (const one of classes) {
       const name = folded(one.name);
       this.#byName.set(name, [...(this.#byName.get(name) ?? []), one]);
@@ -25,15 +23,15 @@ export class Names {
   }
 
   /**
-   * What means this class and no other: its name if that can be, else its number.
+   * What means this class and no other: its name if that can be, else its number. (A name that is a
+   * number could be another class's number.)
    *
    * @param {PictureClass} chosen
    * @returns {string | number}
    */
   reference(chosen) {
-    const numeric = NUMBER.test(chosen.name.trim());
     const unique = this.#byName.get(folded(chosen.name))?.length === 1;
-    return unique && numeric === this.#allNumbers ? chosen.name : chosen.id;
+    return unique && !NUMBER.test(chosen.name.trim()) ? chosen.name : chosen.id;
   }
 
   /**
@@ -42,10 +40,8 @@ export class Names {
    */
   find(text) {
     const wanted = folded(text);
-    if (NUMBER.test(wanted) && !this.#allNumbers) {
-      const found = this.classes.find(({ id }) => id === Number(wanted));
-      if (found) return found;
-    }
+    const numbered = NUMBER.test(wanted) && this.classes.find(({ id }) => id === Number(wanted));
+    if (numbered) return numbered;
     const named = this.#byName.get(wanted) ?? this.classes.filter(({ name }) => folded(name).split(/\s*,\s*/).includes(wanted));
     return named.length === 1 ? named[0] : undefined;
   }

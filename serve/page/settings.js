@@ -5,8 +5,7 @@ import { SETTINGS } from "./references.js";
 
 /** @import { Model, Settings } from "./types.js" */
 
-const LABELS = { cfg_scale: "Guidance", temperature: "Temperature", top_k: "Top-k", top_p: "Top-p", seed: "The seed" };
-const WHOLE = /^[0-9]{1,20}$/;
+const LABELS = { cfg_scale: "Guidance", temperature: "Temperature", top_k: "Top-k", top_p: "Top-p" };
 
 /** One setting: a number to type, for some a slider beside it, a place for what is wrong with it. */
 class Field {
@@ -115,7 +114,7 @@ export class SettingsForm {
    * What is set; null if something is wrong, which is then shown and has the focus.
    *
    * @param {number} images That are asked for.
-   * @returns {{ settings: Settings, seed: bigint } | null}
+   * @returns {{ settings: Settings, seed: number } | null}
    */
   read(images) {
     const values = this.fields.map((field) => field.read());
@@ -132,14 +131,14 @@ export class SettingsForm {
 
   /**
    * @param {number} images
-   * @returns {bigint | null}
+   * @returns {number | null}
    */
   #readSeed(images) {
     const text = this.#seed.value.trim();
-    const highest = wholeLimit(this.limits.seed[1]) - BigInt(images - 1);
-    const seed = text === "" ? randomSeed() : WHOLE.test(text) ? BigInt(text) : null;
-    const right = seed !== null && seed <= highest;
-    say(this.#seedError, right ? "" : `${LABELS.seed} must be a whole number from 0 to ${highest}, or empty.`);
+    const highest = this.limits.seed[1] - (images - 1);
+    const seed = text === "" ? randomSeed() : /^[0-9]+$/.test(text) ? Number(text) : NaN;
+    const right = seed <= highest;
+    say(this.#seedError, right ? "" : `The seed must be a whole number from 0 to ${highest}, or empty.`);
     this.#seed.setAttribute("aria-invalid", String(!right));
     return right ? seed : null;
   }
@@ -152,14 +151,5 @@ export class SettingsForm {
 
 /** A seed short enough to read out. */
 export function randomSeed() {
-  return BigInt(crypto.getRandomValues(new Uint32Array(1))[0] ?? 0) >> 8n;
-}
-
-/**
- * A limit as it was meant: beyond 2^53 JSON.parse rounds 2^64 - 1 up to 2^64.
- *
- * @param {number} limit
- */
-function wholeLimit(limit) {
-  return Number.isSafeInteger(limit) ? BigInt(limit) : BigInt(limit) - 1n;
+  return (crypto.getRandomValues(new Uint32Array(1))[0] ?? 0) >>> 8;
 }

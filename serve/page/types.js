@@ -2,7 +2,7 @@
  * What the modules pass to each other. The names of settings and fields are the interface's own.
  *
  * @typedef {object} PictureClass
- * @property {number} id
+ * @property {number} id The number that means it.
  * @property {string} name
  *
  * @typedef {object} Settings
@@ -22,12 +22,12 @@
  *
  * @typedef {object} Order What a person asked for: one class an image; image i has seed + i.
  * @property {PictureClass[]} classes
- * @property {bigint} seed Up to 2^64, more than a number holds.
+ * @property {number} seed A whole number, up to 2^53 - 1.
  * @property {Settings} settings
  *
  * @typedef {object} Picture A finished one.
  * @property {PictureClass} class
- * @property {bigint} seed
+ * @property {number} seed
  * @property {Settings} settings
  * @property {Blob} file
  * @property {string} url Of `file`; whoever drops the picture revokes it.

@@ -48,10 +48,10 @@ DEFAULTS = {"cfg_scale": 3.0, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 LIMITS = {
     "n": 10,
     "cfg_scale": [0, 1000],
-    "temperature": [0, 1.7e308],
-    "top_k": [0, 2**63 - 1],
+    "temperature": [0, 100],
+    "top_k": [0, 2048],
     "top_p": [0, 1],
-    "seed": [0, 2**64 - 1],
+    "seed": [0, 2**53 - 1],
 }
 MODEL = {
     "id": "tiny",
