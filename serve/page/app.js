@@ -18,6 +18,9 @@ import { Turns } from "./turns.js";
 /** Browsers open six connections to a server; two are left for everything else. */
 const MOST_STREAMS = 4;
 const MOST_PREVIEWS = 16;
+/** Pixels of a picture's width, beyond which it has a larger place, and below which its pixels are shown as squares. */
+const LARGE = 200;
+const TINY = 64;
 const NARROW = matchMedia("(max-width: 56rem)");
 
 const notice = byId("notice", HTMLElement);
@@ -46,8 +49,10 @@ class Page {
     this.health = new Health(api, notice, () => turns.active > 0, () => this.#compare());
     document.title = `aim · ${id}`;
     byId("model", HTMLElement).textContent = `${id} · ${aim.width} × ${aim.height} · ${counted(aim.num_classes, "class").replace("classs", "classes")}`;
-    document.documentElement.style.setProperty("--ratio", `${aim.width} / ${aim.height}`);
-    document.documentElement.style.setProperty("--width", `${aim.width}px`);
+    const root = document.documentElement;
+    root.style.setProperty("--ratio", `${aim.width} / ${aim.height}`);
+    root.classList.toggle("large", aim.width > LARGE);
+    root.classList.toggle("tiny", aim.width < TINY);
     byId("class-hint", HTMLElement).textContent = "By name or number";
     byId("form", HTMLFormElement).addEventListener("submit", (event) => {
       event.preventDefault();

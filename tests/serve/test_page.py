@@ -5,19 +5,27 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from aim_runtime.images import read_settings
+
 from .page_server import LIMITS, PAGE, Behaviour, page_server
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
+# For machines that do much else; what waits for nothing ends at once.
+PATIENCE_MS = 30_000
+expect.set_options(timeout=PATIENCE_MS)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 if CHROMIUM is None:
@@ -53,7 +61,7 @@ class Watched:
     def open(self, url: str, *, ready: bool = True, **options: Any) -> Any:
         context = self.browser.new_context(**options)
         self.contexts.append(context)
-        context.set_default_timeout(8000)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         origin = "/".join(url.split("/")[:3])
 
@@ -397,6 +405,46 @@ def test_on_a_phone(watched: Watched, server: Behaviour, scheme: str) -> None:
     page.tap("#details-close")
 
 
+def test_with_the_model_in_the_box(watched: Watched, tmp_path: Path) -> None:
+    """A link draws; the command that the page shows draws the same; a cancel frees the slot."""
+    aim = [sys.executable, "-m", "aim_cli"]
+    with served([*aim, "serve", "--port", "0"]) as url:
+        page = watched.open(f"{url}?class=heart&seed=3&top_k=50&draw=1")
+        group(page).locator(".picture").click()
+        command = shlex.split(page.locator("#details-command").inner_text())
+        with page.expect_download() as download:
+            page.click("#details-download")
+        drawn = Path(download.value.path())
+        page.click("#details-more")
+        wait_until(page, lambda: slots_in_use(page) == 1)
+        page.get_by_role("button", name="Cancel heart").click()
+        wait_until(page, lambda: slots_in_use(page) == 0)
+    assert command[0] == "aim"
+    subprocess.run([*aim, *command[1:], "--out", tmp_path, "--quiet"], check=True, timeout=120)
+    same = tmp_path / download.value.suggested_filename
+    assert same.name == "heart_seed3.png"
+    with Image.open(drawn) as one, Image.open(same) as other:
+        assert one.tobytes() == other.tobytes()
+    assert read_settings(drawn) == read_settings(same)
+
+
+@contextmanager
+def served(command: list[str]) -> Iterator[str]:
+    """A server of its own process, at the address that it says."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = next(line for line in process.stderr or () if "http://" in line)
+            yield re.findall(r"http://[^ ]+", said)[0] + "/"
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+
+def slots_in_use(page: Any) -> float:
+    text = page.evaluate("fetch('metrics').then(answer => answer.text())")
+    return float(re.findall(r"^aim_slots_in_use (\S+)", text, re.M)[0])
+
+
 @pytest.fixture(scope="session")
 def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which npm has installed what checks the page."""
@@ -459,7 +507,7 @@ def in_memory(page: Any, url: str) -> bool:
 
 
 def wait_until(page: Any, holds: Any) -> None:
-    for _ in range(160):
+    for _ in range(PATIENCE_MS // 50):
         if holds():
             return
         page.wait_for_timeout(50)
