@@ -1,4 +1,4 @@
-/** The server's interface, with the key that it may ask for. Addresses are relative to the page's. */
+/** The server's interface, and the key that it may ask for. Addresses are relative to the page's. */
 
 import { serverEvents, withinSilence } from "./events.js";
 
@@ -27,8 +27,8 @@ export class Api {
   #asking = null;
 
   /**
-   * @param {(rejected: boolean) => Promise<string | null>} askKey Asks a person for the key; null if
-   *   there is none to be had.
+   * @param {(rejected: boolean) => Promise<string | null>} askKey Asks a person for the key; null
+   *   if there is none to be had.
    */
   constructor(askKey) {
     this.askKey = askKey;
@@ -52,7 +52,10 @@ export class Api {
    * @returns {Promise<string>}
    */
   async notReady() {
-    const response = await reach("readyz", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+    const response = await reach("readyz", {
+      cache: "no-store",
+      signal: AbortSignal.timeout(5000),
+    });
     return response.ok ? "" : (await errorOf(response)).message;
   }
 
@@ -77,7 +80,11 @@ export class Api {
     try {
       for await (const { event, data } of serverEvents(response.body)) {
         const found = JSON.parse(data);
-        if (event === "error") throw new ApiError(sentence(found.error.message), found.error.code === "draining" ? 503 : 500);
+        if (event === "error")
+          throw new ApiError(
+            sentence(found.error.message),
+            found.error.code === "draining" ? 503 : 500,
+          );
         yield { type: event, ...found };
         if (event === "done") return;
       }
@@ -140,7 +147,9 @@ async function errorOf(response) {
   const found = await response.json().catch(() => null);
   const message = found?.error?.message;
   return new ApiError(
-    typeof message === "string" ? sentence(message) : `The server answers ${response.status} ${response.statusText}.`,
+    typeof message === "string"
+      ? sentence(message)
+      : `The server answers ${response.status} ${response.statusText}.`,
     response.status,
     Number.isFinite(wait) ? wait : undefined,
   );

@@ -2,7 +2,7 @@
 
 import { Api, ApiError } from "./api.js";
 import { Details } from "./details.js";
-import { announce, byId, counted, say } from "./dom.js";
+import { announce, byId, counted, say, shortened } from "./dom.js";
 import { Drawing } from "./drawing.js";
 import { Gallery } from "./gallery.js";
 import { Group } from "./group.js";
@@ -18,7 +18,7 @@ import { Turns } from "./turns.js";
 /** Browsers open six connections to a server; two are left for everything else. */
 const MOST_STREAMS = 4;
 const MOST_PREVIEWS = 16;
-/** Pixels of a picture's width, beyond which it has a larger place, and below which its pixels are shown as squares. */
+/** Wider pictures (in pixels) have more room; of narrower ones each pixel is a square. */
 const LARGE = 200;
 const TINY = 64;
 const NARROW = matchMedia("(max-width: 56rem)");
@@ -46,11 +46,19 @@ class Page {
       more: (picture) => this.#moreLike(picture),
       use: (picture) => this.#use(picture),
     });
-    this.health = new Health(api, notice, () => turns.active > 0, () => this.#compare());
+    this.health = new Health(
+      api,
+      notice,
+      () => turns.active > 0,
+      () => this.#compare(),
+    );
     document.title = `aim · ${id}`;
-    byId("model", HTMLElement).textContent = `${id} · ${aim.width} × ${aim.height} · ${counted(aim.num_classes, "class").replace("classs", "classes")}`;
+    byId("model", HTMLElement).textContent =
+      `${id} · ${aim.width} × ${aim.height} · ${counted(aim.num_classes, "class", "classes")}`;
     const root = document.documentElement;
     root.style.setProperty("--ratio", `${aim.width} / ${aim.height}`);
+    root.style.setProperty("--rows", String(aim.grid[0]));
+    root.style.setProperty("--columns", String(aim.grid[1]));
     root.classList.toggle("large", aim.width > LARGE);
     root.classList.toggle("tiny", aim.width < TINY);
     byId("class-hint", HTMLElement).textContent = "By name or number";
@@ -76,11 +84,16 @@ class Page {
     const found = wanted.map((text) => this.names.find(text));
     const unknown = wanted.find((_, index) => !found[index]);
     this.picker.choose(found.filter((one) => one !== undefined));
-    const settings = Object.fromEntries(SETTINGS.flatMap((name) => (query.has(name) ? [[name, query.get(name) ?? ""]] : [])));
+    const settings = Object.fromEntries(
+      SETTINGS.flatMap((name) => (query.has(name) ? [[name, query.get(name) ?? ""]] : [])),
+    );
     this.settings.fill(settings, query.get("seed") ?? "");
     if (wanted.length) count.value = "1";
     this.#formChanged();
-    if (unknown !== undefined) this.picker.refuse(`The link asks for the class “${unknown.slice(0, 40)}”, which this model does not have.`);
+    if (unknown !== undefined)
+      this.picker.refuse(
+        `The link asks for the class “${shortened(unknown)}”, which this model does not have.`,
+      );
     else if (query.get("draw") === "1") this.#submit({ keepAddress: true });
   }
 
@@ -89,7 +102,9 @@ class Page {
     const each = this.#count();
     if (each === null) return count.focus();
     const { chosen } = this.picker;
-    const classes = chosen.length ? chosen.flatMap((one) => Array(each).fill(one)) : this.#random(each);
+    const classes = chosen.length
+      ? chosen.flatMap((one) => Array(each).fill(one))
+      : this.#random(each);
     const read = this.settings.read(classes.length);
     if (!read) return;
     this.picker.close();
@@ -107,6 +122,7 @@ class Page {
     const drawing = new Drawing(source, turns, (error) => this.health.trouble(error.message));
     const group = new Group(
       order,
+      { rows: aim.grid[0], columns: aim.grid[1] },
       this.#unusual(order.settings),
       {
         cancel: () => drawing.cancel(),
@@ -147,7 +163,12 @@ class Page {
   /** @param {Settings} settings */
   #unusual(settings) {
     const { defaults } = this.model.aim;
-    return Object.fromEntries(SETTINGS.filter((name) => settings[name] !== defaults[name]).map((name) => [name, settings[name]]));
+    return Object.fromEntries(
+      SETTINGS.filter((name) => settings[name] !== defaults[name]).map((name) => [
+        name,
+        settings[name],
+      ]),
+    );
   }
 
   /**
@@ -158,7 +179,9 @@ class Page {
   #random(images) {
     const { classes } = this.names;
     const order = classes.map((one) => ({ one, at: Math.random() })).sort((a, b) => a.at - b.at);
-    return Array.from({ length: images }, (_, index) => order[index % order.length]?.one).filter((one) => one !== undefined);
+    return Array.from({ length: images }, (_, index) => order[index % order.length]?.one).filter(
+      (one) => one !== undefined,
+    );
   }
 
   /** Pictures of each class; null, and a sentence, if that is no number that may be asked for. */
@@ -166,8 +189,14 @@ class Page {
     const most = this.#most();
     const value = Number(count.value);
     const right = Number.isInteger(value) && value >= 1 && value <= most;
-    const each = this.picker.chosen.length > 1 ? `${this.picker.chosen.length} classes leave` : "There may be";
-    say(byId("count-error", HTMLElement), right ? "" : `${each} 1 to ${most} pictures${this.picker.chosen.length > 1 ? " of each" : ""}.`);
+    const each =
+      this.picker.chosen.length > 1 ? `${this.picker.chosen.length} classes leave` : "There may be";
+    say(
+      byId("count-error", HTMLElement),
+      right
+        ? ""
+        : `${each} 1 to ${most} pictures${this.picker.chosen.length > 1 ? " of each" : ""}.`,
+    );
     count.setAttribute("aria-invalid", String(!right));
     return right ? value : null;
   }
@@ -197,7 +226,12 @@ class Page {
   /** After the server was away: is it the one that this page was made for? */
   async #compare() {
     const { id, aim } = await api.model();
-    if (id === this.model.id && aim.num_classes === this.model.aim.num_classes && aim.version === this.model.aim.version) return;
+    if (
+      id === this.model.id &&
+      aim.num_classes === this.model.aim.num_classes &&
+      aim.version === this.model.aim.version
+    )
+      return;
     this.health.trouble(`The server is another one now (${id}). Reload the page to draw with it.`);
     drawButton.disabled = true;
   }
@@ -213,7 +247,12 @@ async function start() {
       return;
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      say(notice, error.status === 401 ? "Without its key this server draws nothing. Reload the page to enter it." : error.message);
+      say(
+        notice,
+        error.status === 401
+          ? "Without its key this server draws nothing. Reload the page to enter it."
+          : error.message,
+      );
       if (error.status === 401) return;
       await new Promise((resolve) => setTimeout(resolve, 2000));
     }

@@ -8,7 +8,12 @@ import { SETTINGS, commandFor, fileName, linkTo } from "./references.js";
 /** @import { Names } from "./references.js" */
 /** @import { Model, Picture } from "./types.js" */
 
-const LABELS = { cfg_scale: "Guidance", temperature: "Temperature", top_k: "Top-k", top_p: "Top-p" };
+const LABELS = {
+  cfg_scale: "Guidance",
+  temperature: "Temperature",
+  top_k: "Top-k",
+  top_p: "Top-p",
+};
 const COPIED_FOR = 2000;
 
 export class Details {
@@ -39,7 +44,10 @@ export class Details {
       if (key === "ArrowRight") this.#step(1);
     });
     // A press on the backdrop is one on the dialog itself: its content covers all of it.
-    this.#dialog.addEventListener("click", ({ target }) => target === this.#dialog && this.#dialog.close());
+    this.#dialog.addEventListener(
+      "click",
+      ({ target }) => target === this.#dialog && this.#dialog.close(),
+    );
     this.#dialog.addEventListener("close", () => {
       this.#card?.focus();
       this.#card = null;
@@ -74,12 +82,17 @@ export class Details {
     this.#image.alt = `${picture.class.name}, seed ${picture.seed}`;
     const facts = [
       ["Seed", picture.seed],
-      ...SETTINGS.map((name) => [LABELS[name], name === "top_k" && !picture.settings.top_k ? "all" : picture.settings[name]]),
+      ...SETTINGS.map((name) => [
+        LABELS[name],
+        name === "top_k" && !picture.settings.top_k ? "all" : picture.settings[name],
+      ]),
       ["Class", picture.class.id],
       ["Model", `${id}, ${aim.width} × ${aim.height}`],
     ];
     byId("details-facts", HTMLElement).replaceChildren(
-      ...facts.map(([name, value]) => element("div", {}, element("dt", {}, String(name)), element("dd", {}, String(value)))),
+      ...facts.map(([name, value]) =>
+        element("div", {}, element("dt", {}, String(name)), element("dd", {}, String(value))),
+      ),
     );
     const download = byId("details-download", HTMLAnchorElement);
     download.href = picture.url;
@@ -87,7 +100,9 @@ export class Details {
     this.#link.textContent = linkTo(picture, reference);
     const command = commandFor(picture, reference, id === "emoji" ? "" : id);
     // Lines break between options, never inside one.
-    this.#command.replaceChildren(...command.split(/(?= --)/).map((part) => element("span", {}, part)));
+    this.#command.replaceChildren(
+      ...command.split(/(?= --)/).map((part) => element("span", {}, part)),
+    );
     const { cards } = this.gallery;
     this.#previous.disabled = cards[0] === card;
     this.#next.disabled = cards.at(-1) === card;

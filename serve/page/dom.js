@@ -26,7 +26,8 @@ export function byId(id, kind) {
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : String(value));
+    if (value !== undefined && value !== false)
+      made.setAttribute(name, value === true ? "" : String(value));
   }
   made.append(...children);
   return made;
@@ -54,7 +55,11 @@ export function icon(name) {
  * @param {() => void} press
  */
 export function iconButton(symbol, label, press) {
-  const made = element("button", { type: "button", class: "icon", "aria-label": label, title: label }, icon(symbol));
+  const made = element(
+    "button",
+    { type: "button", class: "icon", "aria-label": label, title: label },
+    icon(symbol),
+  );
   made.addEventListener("click", press);
   return made;
 }
@@ -82,7 +87,17 @@ export function announce(sentence) {
 /**
  * @param {number} count
  * @param {string} thing
+ * @param {string} [things]
  */
-export function counted(count, thing) {
-  return `${count} ${thing}${count === 1 ? "" : "s"}`;
+export function counted(count, thing, things = `${thing}s`) {
+  return `${count} ${count === 1 ? thing : things}`;
+}
+
+/**
+ * What somebody typed, short enough for a sentence.
+ *
+ * @param {string} text
+ */
+export function shortened(text) {
+  return text.length > 40 ? `${text.slice(0, 40)}…` : text;
 }

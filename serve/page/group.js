@@ -4,7 +4,7 @@ import { Card } from "./card.js";
 import { announce, counted, element, iconButton } from "./dom.js";
 
 /** @import { CardActions } from "./card.js" */
-/** @import { DrawnImage, Order, Settings } from "./types.js" */
+/** @import { DrawnImage, Grid, Order, PartialImage, Settings } from "./types.js" */
 
 /**
  * @typedef {object} GroupActions
@@ -26,19 +26,27 @@ export class Group {
 
   /**
    * @param {Order} order
+   * @param {Grid} grid
    * @param {Partial<Settings>} unusual The settings worth a word.
    * @param {GroupActions} actions
    * @param {CardActions} cardActions
    */
-  constructor(order, unusual, actions, cardActions) {
+  constructor(order, grid, unusual, actions, cardActions) {
     this.actions = actions;
     this.title = titleOf(order);
     this.count = order.classes.length;
-    this.cards = order.classes.map((_, index) => new Card(order, index, cardActions));
+    this.cards = order.classes.map((_, index) => new Card(order, index, grid, cardActions));
     this.#pictures.append(...this.cards.map(({ root }) => root));
     this.#bar.setAttribute("aria-label", `Progress of ${this.title}`);
-    const heading = element("div", { class: "heading" }, element("h2", { title: this.title }, this.title), this.#state);
-    const words = Object.entries(unusual).map(([name, value]) => `${name.replace("cfg_scale", "guidance").replace("_", "-")} ${value}`);
+    const heading = element(
+      "div",
+      { class: "heading" },
+      element("h2", { title: this.title }, this.title),
+      this.#state,
+    );
+    const words = Object.entries(unusual).map(
+      ([name, value]) => `${name.replace("cfg_scale", "guidance").replace("_", "-")} ${value}`,
+    );
     if (words.length) heading.append(element("p", { class: "hint" }, words.join(" · ")));
     this.root = element(
       "article",
@@ -56,6 +64,7 @@ export class Group {
     this.#enter("waiting", "Waiting");
     this.#bar.removeAttribute("value");
     this.#buttons.replaceChildren(iconButton("close", `Cancel ${this.title}`, this.actions.cancel));
+    for (const card of this.cards) card.begin();
     this.#started = performance.now();
     const tick = () => (this.#time.textContent = duration(performance.now() - this.#started));
     tick();
@@ -74,12 +83,14 @@ export class Group {
     this.root.dataset["state"] = "drawing";
     this.#bar.max = total;
     this.#bar.value = done;
+    // What is done of all images together; they draw side by side, and decoding comes last.
+    for (const card of this.cards) card.decided(Math.floor(done / this.count));
   }
 
-  /** @param {DrawnImage[]} images */
+  /** @param {PartialImage[]} images */
   preview(images) {
-    for (const { index, b64_json, output_format } of images) {
-      this.cards[index]?.preview(`data:image/${output_format};base64,${b64_json}`);
+    for (const { index, done_tokens, b64_json, output_format } of images) {
+      this.cards[index]?.preview(`data:image/${output_format};base64,${b64_json}`, done_tokens);
     }
   }
 
@@ -92,7 +103,11 @@ export class Group {
     this.#enter("done", duration(performance.now() - this.#started));
     this.#buttons.append(
       iconButton("more", `More like ${this.title}`, this.actions.again),
-      iconButton("remove", `Remove ${counted(this.count, "picture")} of ${this.title}`, this.actions.remove),
+      iconButton(
+        "remove",
+        `Remove ${counted(this.count, "picture")} of ${this.title}`,
+        this.actions.remove,
+      ),
     );
     announce(`${counted(this.count, "picture")} of ${this.title} done.`);
   }
@@ -132,7 +147,10 @@ export class Group {
     this.#state.textContent = text;
     this.#message.hidden = true;
     // A button that has the focus and goes would leave it nowhere.
-    if (this.#buttons.contains(document.activeElement) || this.#message.contains(document.activeElement)) {
+    if (
+      this.#buttons.contains(document.activeElement) ||
+      this.#message.contains(document.activeElement)
+    ) {
       this.root.tabIndex = -1;
       this.root.focus({ preventScroll: true });
     }

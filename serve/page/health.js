@@ -54,7 +54,10 @@ export class Health {
     if (this.#well) return;
     this.#well = true;
     say(this.notice, "The server is back.");
-    window.setTimeout(() => this.#well && this.notice.textContent === "The server is back." && say(this.notice, ""), WELCOME);
+    window.setTimeout(
+      () => this.#well && this.notice.textContent === "The server is back." && say(this.notice, ""),
+      WELCOME,
+    );
     this.back();
   }
 

@@ -1,6 +1,6 @@
 /** The field that classes are picked in: an editable combobox with a list that takes several. */
 
-import { byId, element, icon, say } from "./dom.js";
+import { byId, element, icon, say, shortened } from "./dom.js";
 import { folded } from "./references.js";
 
 /** @import { Names } from "./references.js" */
@@ -59,7 +59,8 @@ export class Picker {
       if (event.target instanceof Node && !this.#box.contains(event.target)) this.close();
     });
     this.#box.addEventListener("focusout", (event) => {
-      if (event.relatedTarget instanceof Node && !this.#box.contains(event.relatedTarget)) this.close();
+      if (event.relatedTarget instanceof Node && !this.#box.contains(event.relatedTarget))
+        this.close();
     });
   }
 
@@ -125,7 +126,9 @@ export class Picker {
       else this.#show(event.altKey ? -1 : key === "ArrowDown" ? 0 : Infinity);
     } else if ((key === "PageDown" || key === "PageUp") && this.#open) {
       event.preventDefault();
-      this.#activate(Math.min(Math.max(this.#active + (key === "PageDown" ? 8 : -8), 0), this.#shown.length - 1));
+      this.#activate(
+        Math.min(Math.max(this.#active + (key === "PageDown" ? 8 : -8), 0), this.#shown.length - 1),
+      );
     } else if (key === "Enter" && this.#open && active) {
       event.preventDefault();
       this.#take(active);
@@ -142,7 +145,8 @@ export class Picker {
   /** @param {number} by */
   #move(by) {
     const count = this.#shown.length;
-    if (count) this.#activate(this.#active < 0 && by < 0 ? count - 1 : (this.#active + by + count) % count);
+    if (count)
+      this.#activate(this.#active < 0 && by < 0 ? count - 1 : (this.#active + by + count) % count);
   }
 
   /**
@@ -159,7 +163,11 @@ export class Picker {
     const hidden = found.length - this.#shown.length;
     say(
       byId("class-more", HTMLElement),
-      hidden ? `${hidden} more: type to narrow the list.` : found.length ? "" : `No class has “${shortened(text)}” in its name.`,
+      hidden
+        ? `${hidden} more: type to narrow the list.`
+        : found.length
+          ? ""
+          : `No class has “${shortened(text)}” in its name.`,
     );
     this.#open = true;
     this.#popup.hidden = false;
@@ -192,13 +200,23 @@ export class Picker {
     const selected = this.chosen.some(({ id }) => id === one.id);
     const name = element("span", { class: "name" }, ...marked(one.name, text));
     const number = element("span", { class: "number" }, selected ? icon("check") : String(one.id));
-    return element("li", { id: `class-option-${index}`, role: "option", "aria-selected": String(selected) }, name, number);
+    return element(
+      "li",
+      { id: `class-option-${index}`, role: "option", "aria-selected": String(selected) },
+      name,
+      number,
+    );
   }
 
   #drawChips() {
     const chips = this.chosen.map((one) => {
       const label = `Remove ${one.name}`;
-      const button = element("button", { type: "button", "aria-label": label, title: label }, element("span", {}, one.name), icon("close"));
+      const button = element(
+        "button",
+        { type: "button", "aria-label": label, title: label },
+        element("span", {}, one.name),
+        icon("close"),
+      );
       button.addEventListener("click", () => {
         this.choose(this.chosen.filter((other) => other !== one));
         this.#input.focus();
@@ -224,9 +242,4 @@ function marked(name, text) {
   if (start < 0) return [name];
   const end = start + word.length;
   return [name.slice(0, start), element("mark", {}, name.slice(start, end)), name.slice(end)];
-}
-
-/** @param {string} text */
-function shortened(text) {
-  return text.length > 40 ? `${text.slice(0, 40)}…` : text;
 }

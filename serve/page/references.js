@@ -1,4 +1,4 @@
-/** How a class, and a whole picture, is told to others: in a link, on the command line, as a file. */
+/** How a class or a whole picture is told to others: in a link, on the command line, as a file. */
 
 /** @import { Picture, PictureClass, Settings } from "./types.js" */
 
@@ -42,7 +42,13 @@ export class Names {
     const wanted = folded(text);
     const numbered = NUMBER.test(wanted) && this.classes.find(({ id }) => id === Number(wanted));
     if (numbered) return numbered;
-    const named = this.#byName.get(wanted) ?? this.classes.filter(({ name }) => folded(name).split(/\s*,\s*/).includes(wanted));
+    const named =
+      this.#byName.get(wanted) ??
+      this.classes.filter(({ name }) =>
+        folded(name)
+          .split(/\s*,\s*/)
+          .includes(wanted),
+      );
     return named.length === 1 ? named[0] : undefined;
   }
 
@@ -59,12 +65,18 @@ export class Names {
     const found = [];
     for (const one of this.classes) {
       const name = folded(one.name);
-      if (words.join(" ") === name || words.join(" ") === String(one.id)) found.push({ one, rank: 0 });
+      if (words.join(" ") === name || words.join(" ") === String(one.id))
+        found.push({ one, rank: 0 });
       else if (words.every((word) => name.includes(word))) {
         const word = words[0] ?? "";
-        const begins = name.startsWith(word) ? 1 : name.split(/[^\p{L}\p{N}]+/u).some((part) => part.startsWith(word)) ? 2 : 3;
+        const begins = name.startsWith(word)
+          ? 1
+          : name.split(/[^\p{L}\p{N}]+/u).some((part) => part.startsWith(word))
+            ? 2
+            : 3;
         found.push({ one, rank: begins });
-      } else if (words.length === 1 && String(one.id).startsWith(words[0] ?? "")) found.push({ one, rank: 4 });
+      } else if (words.length === 1 && String(one.id).startsWith(words[0] ?? ""))
+        found.push({ one, rank: 4 });
     }
     return found.sort((a, b) => a.rank - b.rank || a.one.id - b.one.id).map(({ one }) => one);
   }
@@ -102,7 +114,12 @@ export function linkTo(picture, reference) {
 export function commandFor(picture, reference, bundle) {
   const options = SETTINGS.map((name) => `--${name.replace("_", "-")} ${picture.settings[name]}`);
   const chosen = `--class ${quoted(String(reference))} --seed ${picture.seed}`;
-  return ["aim generate", ...(bundle ? [`--bundle ${quoted(bundle)}`] : []), chosen, ...options].join(" ");
+  return [
+    "aim generate",
+    ...(bundle ? [`--bundle ${quoted(bundle)}`] : []),
+    chosen,
+    ...options,
+  ].join(" ");
 }
 
 /**
@@ -112,7 +129,10 @@ export function commandFor(picture, reference, bundle) {
  */
 export function fileName(picture) {
   const first = picture.class.name.split(",")[0] ?? "";
-  const stem = folded(first).replace(/[^\p{L}\p{N}_]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, LONGEST_STEM);
+  const stem = folded(first)
+    .replace(/[^\p{L}\p{N}_]+/gu, "-")
+    .replace(/^-+|-+$/g, "")
+    .slice(0, LONGEST_STEM);
   return `${stem || "class"}_seed${picture.seed}.png`;
 }
 

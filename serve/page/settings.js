@@ -5,9 +5,14 @@ import { SETTINGS } from "./references.js";
 
 /** @import { Model, Settings } from "./types.js" */
 
-const LABELS = { cfg_scale: "Guidance", temperature: "Temperature", top_k: "Top-k", top_p: "Top-p" };
+const LABELS = {
+  cfg_scale: "Guidance",
+  temperature: "Temperature",
+  top_k: "Top-k",
+  top_p: "Top-p",
+};
 
-/** One setting: a number to type, for some a slider beside it, a place for what is wrong with it. */
+/** One setting: a number to type, for some a slider too, and a place for what is wrong with it. */
 class Field {
   /**
    * @param {keyof Settings} name
@@ -29,7 +34,17 @@ class Field {
     if (this.slider) {
       const slider = this.slider;
       // The limits are those of numbers; a slider covers where settings differ to the eye.
-      slider.max = String(Math.min(high, { cfg_scale: Math.max(10, 2 * preset), temperature: Math.max(2, preset), top_p: 1, top_k: high }[name]));
+      slider.max = String(
+        Math.min(
+          high,
+          {
+            cfg_scale: Math.max(10, 2 * preset),
+            temperature: Math.max(2, preset),
+            top_p: 1,
+            top_k: high,
+          }[name],
+        ),
+      );
       slider.min = String(name === "top_p" ? 0.01 : low);
       slider.addEventListener("input", () => {
         this.input.value = String(Number(slider.value));
@@ -55,7 +70,10 @@ class Field {
     // Nothing at all has probability 0.
     const enough = this.name === "top_p" ? value > this.low : value >= this.low;
     const right = whole && enough && value <= this.high;
-    const from = this.name === "top_p" ? `above ${this.low}, up to ${this.high}` : `from ${this.low} to ${this.high}`;
+    const from =
+      this.name === "top_p"
+        ? `above ${this.low}, up to ${this.high}`
+        : `from ${this.low} to ${this.high}`;
     const kind = this.name === "top_k" ? "a whole number" : "a number";
     say(this.error, right ? "" : `${LABELS[this.name]} must be ${kind} ${from}.`);
     this.input.setAttribute("aria-invalid", String(!right));
@@ -73,7 +91,10 @@ class Field {
     if (!this.slider) return;
     this.slider.value = this.input.value;
     const { min, max, value } = this.slider;
-    this.slider.style.setProperty("--at", `${(100 * (Number(value) - Number(min))) / (Number(max) - Number(min))}%`);
+    this.slider.style.setProperty(
+      "--at",
+      `${(100 * (Number(value) - Number(min))) / (Number(max) - Number(min))}%`,
+    );
   }
 }
 
@@ -87,7 +108,9 @@ export class SettingsForm {
   constructor({ aim }) {
     this.limits = aim.limits;
     const changed = () => this.#summarise();
-    this.fields = SETTINGS.map((name) => new Field(name, aim.limits[name], aim.defaults[name], changed));
+    this.fields = SETTINGS.map(
+      (name) => new Field(name, aim.limits[name], aim.defaults[name], changed),
+    );
     this.#seed.addEventListener("input", () => {
       if (!this.#seedError.hidden) this.#readSeed(1);
       changed();
@@ -119,13 +142,17 @@ export class SettingsForm {
   read(images) {
     const values = this.fields.map((field) => field.read());
     const seed = this.#readSeed(images);
-    const wrong = this.fields.find((_, index) => values[index] === null)?.input ?? (seed === null ? this.#seed : null);
+    const wrong =
+      this.fields.find((_, index) => values[index] === null)?.input ??
+      (seed === null ? this.#seed : null);
     if (wrong || seed === null) {
       this.#box.open = true;
       wrong?.focus();
       return null;
     }
-    const settings = /** @type {Settings} */ (Object.fromEntries(this.fields.map(({ name }, index) => [name, values[index]])));
+    const settings = /** @type {Settings} */ (
+      Object.fromEntries(this.fields.map(({ name }, index) => [name, values[index]]))
+    );
     return { settings, seed };
   }
 
@@ -138,13 +165,18 @@ export class SettingsForm {
     const highest = this.limits.seed[1] - (images - 1);
     const seed = text === "" ? randomSeed() : /^[0-9]+$/.test(text) ? Number(text) : NaN;
     const right = seed <= highest;
-    say(this.#seedError, right ? "" : `The seed must be a whole number from 0 to ${highest}, or empty.`);
+    say(
+      this.#seedError,
+      right ? "" : `The seed must be a whole number from 0 to ${highest}, or empty.`,
+    );
     this.#seed.setAttribute("aria-invalid", String(!right));
     return right ? seed : null;
   }
 
   #summarise() {
-    const changed = this.fields.filter(({ input, preset }) => Number(input.value) !== preset).length + (this.#seed.value.trim() ? 1 : 0);
+    const changed =
+      this.fields.filter(({ input, preset }) => Number(input.value) !== preset).length +
+      (this.#seed.value.trim() ? 1 : 0);
     this.#state.textContent = changed ? `${changed} changed` : "defaults";
   }
 }

@@ -20,6 +20,8 @@
  *   num_classes: number, defaults: Settings, limits: Limits, version: string,
  * }} aim
  *
+ * @typedef {{ columns: number, rows: number }} Grid Of tokens, which are drawn row by row.
+ *
  * @typedef {object} Order What a person asked for: one class an image; image i has seed + i.
  * @property {PictureClass[]} classes
  * @property {number} seed A whole number, up to 2^53 - 1.
@@ -34,9 +36,11 @@
  *
  * @typedef {{ index: number, b64_json: string, output_format: string }} DrawnImage
  *
+ * @typedef {DrawnImage & { done_tokens: number }} PartialImage
+ *
  * @typedef {{ type: "accepted" }
  *   | { type: "progress", done: number, total: number }
- *   | { type: "preview", images: DrawnImage[] }
+ *   | { type: "preview", images: PartialImage[] }
  *   | { type: "done", seconds: number, images: DrawnImage[] }} DrawEvent
  */
 

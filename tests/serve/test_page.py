@@ -151,12 +151,19 @@ def test_drawn_by_keyboard_alone(watched: Watched, server: Behaviour) -> None:
 
     forming = group(page, "drawing")
     expect(forming.locator("img")).to_have_count(4)
-    previews = sources(forming)
-    assert all(source.startswith("data:image/png") for source in previews)
+    assert all(source.startswith("data:image/png") for source in sources(forming))
+    # One row of four tokens is in the preview; the next one is marked until it is, too.
+    rows = re.compile(re.escape("polygon(0% 25%, 100% 25%, 100% 50%, 0% 50%"))
+    expect(forming.locator(".picture .tokens").first).to_have_attribute("style", rows)
+    page.evaluate("""() => {
+        const image = document.querySelector('.picture img'), seen = window.seen = new Set();
+        new MutationObserver(() => seen.add(image.src)).observe(image, {attributes: true});
+    }""")
     server.hold.set()
     done = sources(group(page))
     assert len(done) == 4
     assert all(source.startswith("blob:") for source in done)
+    assert page.evaluate("seen.size") >= 2
     order = server.orders[0]
     assert order["classes"] == ["heart"] * 4
     assert {name: order[name] for name in ("cfg_scale", "temperature", "top_k", "top_p")} == {
