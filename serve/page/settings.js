@@ -148,6 +148,7 @@ export class SettingsForm {
     if (wrong || seed === null) {
       this.#box.open = true;
       wrong?.focus();
+      wrong?.parentElement?.scrollIntoView({ block: "nearest" });
       return null;
     }
     const settings = /** @type {Settings} */ (

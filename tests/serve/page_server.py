@@ -189,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
                 if self.behaviour.cuts_off:
                     return
             if done % order["every"] == 0 and done < TOKENS:
-                shown = [self.drawn(one, done, None) for one in images]
+                shown = [{"done_tokens": done, **self.drawn(one, done, None)} for one in images]
                 yield "preview", {"done_tokens": done, "total_tokens": TOKENS, "images": shown}
         shown = [one | self.drawn(one, TOKENS, settings) for one in images]
         yield "done", {"seconds": 1.0, "images": shown}
