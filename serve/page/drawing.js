@@ -42,7 +42,7 @@ export class Drawing {
       } catch (error) {
         if (signal.aborted) group.fail("Cancelled.", "Draw it after all");
         else if (!(error instanceof ApiError)) throw error;
-        else if (error.status === 429) wait = error.retryAfter ?? 5;
+        else if (error.status === 429) wait = Math.max(1, error.retryAfter ?? 5);
         else {
           group.fail(error.message, "Try again");
           if (error.status === 0 || error.status === 503) this.trouble(error);

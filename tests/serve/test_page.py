@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from aim_runtime.class_names import ClassNames
 from aim_runtime.images import read_settings
 
 from .page_server import LIMITS, PAGE, Behaviour, page_server
@@ -379,6 +380,40 @@ def test_wrong_settings_are_told_where_they_are(watched: Watched, server: Behavi
     page.goto(f"{server.url}?class=<b>&draw=1")
     expect(page.locator("#class-error")).to_contain_text("“<b>”, which this model does not have")
     assert not server.orders
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cat, feline", "Dog", "dog", "red panda", "3", "1984", "it's", "-v"],
+        ["10", "0", "2", "1"],
+        ["É", "tench, Tinca tinca", "Tinca tinca", " heart "],
+    ],
+)
+def test_classes_are_named_so_that_the_runtime_finds_them(
+    watched: Watched, server: Behaviour, names: list[str]
+) -> None:
+    known = ClassNames(names)
+    classes = [{"id": known.number(index), "name": name} for index, name in enumerate(names)]
+    page = watched.open(server.url)
+    told = page.evaluate(
+        """async classes => {
+            const { Names, commandFor } = await import(`${location.origin}/page/references.js`);
+            const names = new Names(classes);
+            return classes.map(one => {
+                const reference = names.reference(one);
+                const settings = {cfg_scale: 1, temperature: 1, top_k: 0, top_p: 1};
+                const command = commandFor({class: one, seed: 1, settings}, reference, "");
+                return [reference, command, names.find(String(reference)).id];
+            });
+        }""",
+        classes,
+    )
+    for index, (reference, command, found) in enumerate(told):
+        assert known.index(reference) == index
+        assert found == classes[index]["id"]
+        words = shlex.split(command)
+        assert known.index(words[words.index("--class") + 1]) == index
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
