@@ -10,17 +10,29 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Match
 
+from aim_runtime import AimError
 from aim_runtime.version import __version__
-from aim_serve import catalogue, draw, guards
+from aim_serve import catalogue, draw, guards, openai_images
+from aim_serve.bodies import described
 from aim_serve.errors import ApiError, of_status
 from aim_serve.ordering import check_model
 from aim_serve.page_files import Page
-from aim_serve.schemas import ClassList, Error, Model, ModelList, Status
+from aim_serve.schemas import (
+    ClassList,
+    DrawBody,
+    Error,
+    Images,
+    ImagesBody,
+    Model,
+    ModelList,
+    Status,
+)
 from aim_serve.service import Service
 from aim_serve.settings import Access
+from aim_serve.stream import EventStream
 
 
 def create_app(service: Service, access: Access | None = None, page: Page | None = None) -> FastAPI:
@@ -55,6 +67,9 @@ ENDPOINTS = (
     "/v1/images/generations",
     "/v1/models",
 )
+
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _middleware(service: Service, access: Access) -> list[Middleware]:
@@ -101,57 +116,86 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         response.headers["Allow"] = allow
         return response
 
-    app.add_exception_handler(ApiError, failed)
+    for expected in (ApiError, AimError, MemoryError):
+        app.add_exception_handler(expected, failed)
     app.add_exception_handler(HTTPException, not_routed)
     app.add_exception_handler(Exception, failed)
 
 
 def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors that an endpoint may answer with, for the description."""
-    return {status: {"model": Error} for status in statuses}
+    return {status: {"content": _ERROR} for status in statuses}
 
 
 def _add_catalogue(app: FastAPI, service: Service) -> None:
-    described = catalogue.model(service)
-    listed = catalogue.classes(service)
+    the_model = catalogue.model(service)
+    the_classes = catalogue.classes(service)
 
     @app.get("/v1/models", responses=_answers(401, 421))
     async def models() -> ModelList:
         """The model that is served."""
-        return ModelList(data=[described])
+        return ModelList(data=[the_model])
 
-    @app.get("/v1/models/{model:path}", responses=_answers(401, 404, 421))
-    async def model(model: str) -> Model:
+    # The name is no parameter of the function: FastAPI would describe errors in a form of its own.
+    @app.get(
+        "/v1/models/{model:path}",
+        responses=_answers(401, 404, 421),
+        openapi_extra={"parameters": [_MODEL]},
+    )
+    async def model(request: Request) -> Model:
         """What a model is, its defaults and limits."""
-        check_model(service, model)
-        return described
+        check_model(service, request.path_params["model"])
+        return the_model
 
     @app.get("/v1/classes", responses=_answers(401, 421))
     async def classes() -> ClassList:
         """What can be drawn."""
-        return listed
+        return the_classes
 
 
 def _add_drawing(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/draw")
+    refusals = (400, 401, 404, 408, 413, 415, 421, 429, 500, 503)
+    images = service.limits.images
+    top_k = {"maximum": service.generator.manifest.model.vocab_size}
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+
+    @app.post(
+        "/v1/draw",
+        status_code=200,
+        response_class=EventStream,
+        responses=_answers(*refusals),
+        openapi_extra=described(DrawBody, classes={"maxItems": images}, top_k=top_k),
+    )
     async def draw_pictures(request: Request) -> Response:
-        """Draw pictures and tell how it goes, as server-sent events."""
+        """Draw pictures and tell how it goes, as server-sent events.
+
+        `accepted`, `progress` and `preview`, then `done` with the pictures, or `error`.
+        """
         return await draw.draw(service, request)
+
+    @app.post(
+        "/v1/images/generations",
+        responses={200: {"model": Images, "content": events}, **_answers(*refusals, 504)},
+        openapi_extra=described(ImagesBody, n={"maximum": images}, top_k=top_k),
+    )
+    async def generate_images(request: Request) -> Response:
+        """Draw pictures of a class, as OpenAI's clients ask for them."""
+        return await openai_images.generate(service, request)
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", responses=_answers(421))
     async def alive() -> Status:
         """Whether the process lives."""
         return Status()
 
-    @app.get("/readyz", responses=_answers(503))
+    @app.get("/readyz", responses={**_answers(421), 503: {"model": Error}})
     async def ready() -> Status:
         """Whether requests are taken."""
         service.check_open()
         return Status()
 
-    @app.get("/metrics", response_class=Response, responses=_answers(401, 421))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_answers(401, 421))
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
@@ -37,14 +36,14 @@ async def draw(service: Service, request: Request) -> EventStream:
 
 async def _events(service: Service, job: Job, every: int, format: Format) -> AsyncGenerator[bytes]:
     yield event("accepted", _accepted(service, job))
-    waiting_for_preview = True
+    previewed = False
     async for news in follow(job, service.previews, every=every, format=format):
         if isinstance(news, Progress):
             yield event("progress", asdict(news))
             continue
-        if waiting_for_preview:
-            service.metrics.first_preview_seconds.observe(time.perf_counter() - job.submitted)
-            waiting_for_preview = False
+        if not previewed:
+            service.previewed(job)
+            previewed = True
         yield event("preview", _preview(news, format))
     result = await job
     pictures = await service.in_thread(lambda: _pictures(result, format))

@@ -12,6 +12,9 @@ from starlette.responses import JSONResponse
 from aim_runtime import AimError, DeadlineExceeded, QueueFull, RequestCancelled
 from aim_runtime.quoting import sentence, shown
 
+INTERNAL = "internal_error"
+"""The code of a bug of ours."""
+
 _RETRY_S = 5
 """When to try again where nothing says how long it takes."""
 _TYPES = {429: "rate_limit_error"}
@@ -108,6 +111,11 @@ def of_drawing(error: AimError) -> ApiError:
     if isinstance(error, RequestCancelled):
         return draining()  # whoever asked has gone, or we are going
     return ApiError(500, str(error), "engine_failed")
+
+
+def internal() -> ApiError:
+    """What clients hear of a bug of ours."""
+    return ApiError(500, "the server has failed; its log says how", INTERNAL)
 
 
 def of_value(error: ValueError, params: Iterable[str], class_param: str) -> ApiError:

@@ -51,6 +51,72 @@ class DrawBody(Sampling):
     )
 
 
+class ImagesBody(Sampling):
+    """OpenAI's fields, and how to draw."""
+
+    prompt: ClassId = Field(description="A class by name or number; GET /v1/classes lists them.")
+    n: int | None = Field(None, ge=1, description="Images of it.")
+    size: str | None = Field(None, description="The model's, or 'auto'.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="'url' answers with data: URLs, since no pictures are kept here."
+    )
+    output_format: Format | None = None
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of webp and jpeg; 100 by default."
+    )
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3, description="Previews of a stream.")
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        None, description="There are opaque pictures only."
+    )
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = (
+        Field(None, description="Of no consequence, as all that follow.")
+    )
+    style: Literal["vivid", "natural"] | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+
+class Picture(BaseModel):
+    """One picture, in `b64_json` or `url`, and what draws it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    class_id: int
+    class_name: str
+
+
+class TokenDetails(BaseModel):
+    """Tokens of a request by kind."""
+
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of a request and its pictures."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class Images(BaseModel):
+    """The answer that is no stream."""
+
+    created: int
+    data: list[Picture]
+    size: str
+    quality: str
+    background: str
+    output_format: Format
+    usage: Usage
+
+
 class ErrorDetail(BaseModel):
     """What went wrong."""
 

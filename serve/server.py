@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -21,10 +22,11 @@ from aim_serve.service import Service
 # In which answers that are ready must have been taken, once all jobs have ended.
 _FLUSH_S = 5
 _BACKLOG = 1024
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port`; it listens once `run` has it. Raises AimError."""
+    """A socket bound to `host` and `port`; it listens once a `Server` has it. Raises AimError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -47,60 +49,40 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def run(
-    app: FastAPI,
-    service: Service,
-    sock: socket.socket,
-    *,
-    drain_s: float,
-    access_log: bool = False,
-    started: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let the requests end, for `drain_s` seconds at most.
+class Server(uvicorn.Server):
+    """Serves an application until it is told to end, then drains: what is new hears so meanwhile.
 
-    A second signal ends the process at once.
+    In the main thread the first SIGTERM or Ctrl-C tells it, the second ends the process at once.
     """
-    asyncio.run(_serve(app, service, sock, drain_s, access_log, started))
-
-
-async def _serve(
-    app: FastAPI,
-    service: Service,
-    sock: socket.socket,
-    drain_s: float,
-    access_log: bool,
-    started: Callable[[], None],
-) -> None:
-    config = uvicorn.Config(
-        app,
-        http=_protocol(service.limits.body_s, service.limits.stall_s),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=access_log,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_graceful_shutdown=_FLUSH_S,
-    )
-    server = _Server(config, service, drain_s, started)
-    await server.serve([sock])
-
-
-class _Server(uvicorn.Server):
-    """Answers while it drains; then uvicorn's own end."""
 
     def __init__(
         self,
-        config: uvicorn.Config,
+        app: FastAPI,
         service: Service,
-        drain_s: float,
-        started: Callable[[], None],
+        *,
+        drain_s: float = 30.0,
+        access_log: bool = False,
+        started: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(config)
+        """`started` is called once it listens; requests have `drain_s` seconds to end."""
+        limits = service.limits
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_protocol(limits.body_s, limits.stall_s),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=access_log,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=_FLUSH_S,
+            )
+        )
         self._service = service
         self._drain_s = drain_s
         self._tell_started = started
-        self._draining: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -109,25 +91,29 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drain at the first signal, leave at the second."""
+        """End well at the first signal, at once at the second."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         loop = asyncio.get_running_loop()
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self._service.draining:
                 os._exit(128 + number)
-            self._service.drain()
-            loop.call_soon_threadsafe(self._begin_to_end)
+            self._service.drain()  # the loop may be busy
+            loop.call_soon_threadsafe(self.end)
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [(number, signal.signal(number, handle)) for number in numbers]
+        before = [(number, signal.signal(number, handle)) for number in _SIGNALS]
         try:
             yield
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
 
-    def _begin_to_end(self) -> None:
-        self._draining = asyncio.ensure_future(self._end())
+    def end(self) -> None:
+        """Begin to drain; for the event loop's thread."""
+        self._service.drain()
+        self._ending = self._ending or asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
         await self._service.close(self._drain_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 Value = TypeVar("Value")
-
-_log = logging.getLogger("aim_serve")
 
 _PARAMS = ("seed", "cfg_scale", "temperature", "top_k", "top_p", "classes")
 # Encoding a picture takes a few milliseconds; more threads would take the steps' cores.
@@ -130,6 +127,10 @@ class Service:
         self.metrics.images.inc(len(result.seeds))
         self.metrics.image_seconds.observe(result.seconds)
 
+    def previewed(self, job: Job) -> None:
+        """Note that the client of `job` gets its first preview."""
+        self.metrics.first_preview_seconds.observe(time.perf_counter() - job.submitted)
+
     def failure(self, error: Exception) -> ApiError:
         """What the API says of what ended a drawing. Counts it."""
         failure = self._failure(error)
@@ -142,8 +143,7 @@ class Service:
         if isinstance(error, MemoryError):
             return errors.no_memory("there is no memory for the pictures")
         if not isinstance(error, AimError):
-            _log.error("a request failed", exc_info=error)
-            return ApiError(500, "the server has failed; its log says how", "internal_error")
+            return errors.internal()
         refusal = self.batcher.status().refusal
         if isinstance(error, BackendError) and refusal is not None and not self._draining:
             return errors.stopped(refusal)

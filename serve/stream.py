@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -17,9 +18,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from aim_runtime import Job
+from aim_serve.errors import INTERNAL
 from aim_serve.service import Service
 
 Answer = TypeVar("Answer")
+
+_log = logging.getLogger("aim_serve")
 
 KEEP_ALIVE_S = 15.0
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -84,7 +88,10 @@ class EventStream(Response):
                 async for data in events:
                     yield data
         except Exception as error:
-            yield event("error", self._service.failure(error).body)
+            failure = self._service.failure(error)
+            if failure.code == INTERNAL:
+                _log.error("a stream has failed", exc_info=error)
+            yield event("error", failure.body)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Answer]) -> Answer:

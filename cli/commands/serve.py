@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import os
 import socket
+import sys
 from pathlib import Path
 
 import click
@@ -143,8 +146,8 @@ def command(
     second one ends it at once.
     """
     with requires("serve", "aim serve"):
-        from aim_serve import server
         from aim_serve.app import create_app
+        from aim_serve.server import Server, listening
         from aim_serve.service import Service
     from aim_runtime import Batcher
 
@@ -152,7 +155,7 @@ def command(
     origins = tuple(map(checked_origin, cors_origins))
     limits = Limits(images=max_images, deadline_s=deadline, body_bytes=max_body << 10)
     # Before the model, which takes time to load.
-    with server.listening(host, port) as sock, load_generator(bundle, backend, engine) as generator:
+    with listening(host, port) as sock, load_generator(bundle, backend, engine) as generator:
         with bad_arguments():
             batcher = Batcher(generator, images=images, queue=queue)
         with batcher:
@@ -165,16 +168,25 @@ def command(
                     err=True,
                 )
             about = f"{service.model_id} ({generator.backend}, {generator.precision})"
-            server.run(
+            server = Server(
                 create_app(service, access),
                 service,
-                sock,
                 drain_s=drain_s,
                 access_log=access_log,
                 started=lambda: click.echo(
                     f"Serving {about} at {url(sock)} (Ctrl-C ends it)", err=True
                 ),
             )
+            logs(access=access_log)
+            asyncio.run(server.serve([sock]))
+
+
+def logs(*, access: bool) -> None:
+    """Say on stderr what goes wrong and, with `access`, what is asked."""
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    # Not what strangers send: scanners would fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO if access else logging.ERROR)
 
 
 def api_key(file: Path | None) -> str | None:
