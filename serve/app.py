@@ -32,7 +32,6 @@ from aim_serve.schemas import (
 )
 from aim_serve.service import Service
 from aim_serve.settings import Access
-from aim_serve.stream import EventStream
 
 
 def create_app(service: Service, access: Access | None = None, page: Page | None = None) -> FastAPI:
@@ -157,13 +156,14 @@ def _add_drawing(app: FastAPI, service: Service) -> None:
     refusals = (400, 401, 404, 408, 413, 415, 421, 429, 500, 503)
     images = service.limits.images
     top_k = {"maximum": service.generator.manifest.model.vocab_size}
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    text = {"type": "string"}
+    event = {"type": "object", "properties": {"event": text, "data": text}}
+    events = {"text/event-stream": {"itemSchema": event}}
 
     @app.post(
         "/v1/draw",
-        status_code=200,
-        response_class=EventStream,
-        responses=_answers(*refusals),
+        response_class=Response,
+        responses={200: {"content": events}, **_answers(*refusals)},
         openapi_extra=described(DrawBody, classes={"maxItems": images}, top_k=top_k),
     )
     async def draw_pictures(request: Request) -> Response:

@@ -162,7 +162,7 @@ class Bodies(_Guard):
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return [message]
+                raise ApiError(400, "the body ends early", "body_incomplete", close=True)
             body += message.get("body", b"")
             if len(body) > self._most:
                 raise self._too_large()

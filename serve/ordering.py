@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 from collections.abc import Sequence
 
 from aim_runtime import Job
@@ -47,7 +47,7 @@ async def order(
             "invalid_value",
             "top_k",
         )
-    seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
+    seed = random.randrange(_RANDOM_SEEDS) if body.seed is None else body.seed
     return await service.submit(
         classes,
         class_param=class_param,

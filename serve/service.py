@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,9 @@ class Service:
         """`batcher` is of `generator`; the service closes it, the caller the generator."""
         self.generator = generator
         self.batcher = batcher
-        self.limits = limits or Limits()
+        limits = limits or Limits()
+        most = batcher.images + batcher.queue
+        self.limits = dataclasses.replace(limits, images=min(limits.images, most))
         self.created = int(time.time())
         self.metrics = Metrics(generator, batcher.status)
         self._draining = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +27,19 @@ from aim_serve.settings import Access, Limits
 _KEY_VARIABLE = "AIM_API_KEY"
 _LONGEST_KEY = 4096
 _LIMITS = Limits()
+
+
+class _Seconds(click.FloatRange):
+    """A number of seconds; NaN is none, though it is outside no range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number, or click's error."""
+        found: float = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return found
 
 
 @click.command("serve")
@@ -69,7 +84,7 @@ _LIMITS = Limits()
 )
 @click.option(
     "--deadline",
-    type=click.FloatRange(min=0, min_open=True, max=86400),
+    type=_Seconds(min=0, min_open=True, max=86400),
     default=_LIMITS.deadline_s,
     show_default=True,
     metavar="SECONDS",
@@ -108,7 +123,7 @@ _LIMITS = Limits()
 @click.option(
     "--drain-seconds",
     "drain_s",
-    type=click.FloatRange(0, 86400),
+    type=_Seconds(0, 86400),
     default=30,
     show_default=True,
     metavar="SECONDS",

@@ -1,4 +1,4 @@
-"""A service over the tiny bundle: in process, behind a real uvicorn, and with its steps held back."""
+"""A service over the tiny bundle: in process, behind a real uvicorn, with its steps held back."""
 
 from __future__ import annotations
 
@@ -174,9 +174,7 @@ def live(serving: Callable[..., Service]) -> Iterator[Callable[..., Live]]:
             sock = stack.enter_context(listening("127.0.0.1", 0))
             up: threading.Event = threading.Event()
             loops: list[asyncio.AbstractEventLoop] = []
-            server = Server(
-                create_app(service, access), service, drain_s=drain_s, started=up.set
-            )
+            server = Server(create_app(service, access), service, drain_s=drain_s, started=up.set)
 
             async def main() -> None:
                 loops.append(asyncio.get_running_loop())

@@ -153,6 +153,13 @@ def test_limits_that_are_told_hold(ask: Client) -> None:
     assert drawn(ask, **beyond)["accepted"][0]["images"][1]["seed"] == limits["seed"][1] + 1
 
 
+def test_a_request_is_no_larger_than_slots_and_queue(serving: Callable[..., Service]) -> None:
+    ask = Client(serving(images=2, queue=1))
+    assert ask("GET", "/v1/models").json()["data"][0]["aim"]["limits"]["n"] == 3
+    assert drawn(ask, classes=[0] * 3)["done"]
+    error(ask("POST", "/v1/draw", json={"classes": [0] * 4}), 400, "draws 3 a request at most")
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 

@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the packages of aim serve are not installed")
 pytest.importorskip("httpx", reason="the clients of the tests are not installed")
-openai = pytest.importorskip("openai", reason="the clients of the tests are not installed")
+pytest.importorskip("openai", reason="the clients of the tests are not installed")
 
+import openai
 from PIL import Image
 
 from aim_runtime import BackendError, Generator
@@ -58,9 +59,7 @@ def test_generate(client: openai.OpenAI, gen: Generator) -> None:
         size="6x6",
         extra_body={"seed": 7, "cfg_scale": 2.5, "temperature": 0.9, "top_k": 5, "top_p": 0.8},
     )
-    expected = gen.generate(
-        ["dog"] * 2, seed=7, cfg_scale=2.5, temperature=0.9, top_k=5, top_p=0.8
-    )
+    expected = gen.generate(["dog"] * 2, seed=7, cfg_scale=2.5, temperature=0.9, top_k=5, top_p=0.8)
     assert answer.data is not None
     assert len(answer.data) == 2
     for index, image in enumerate(answer.data):
@@ -134,9 +133,7 @@ def test_stream(live: Callable[..., Live], gen: Generator, gate: Gate) -> None:
         gate.open(3)
         completed = list(stream)[-1]
         gate.open()
-        assert np.array_equal(
-            pixels(completed.b64_json), gen.generate(["dog"], seed=3).array[0]
-        )
+        assert np.array_equal(pixels(completed.b64_json), gen.generate(["dog"], seed=3).array[0])
     assert [event.partial_image_index for event in partials] == [0, 1]
     for event, decided in zip(partials, (3, 6), strict=True):
         picture = pixels(event.b64_json)
@@ -219,9 +216,7 @@ def test_a_full_queue_says_when_to_try_again(live: Callable[..., Live], gate: Ga
         assert len(list(stream)) == 2
 
 
-def test_a_failing_engine_ends_a_stream_in_an_error(
-    live: Callable[..., Live], gate: Gate
-) -> None:
+def test_a_failing_engine_ends_a_stream_in_an_error(live: Callable[..., Live], gate: Gate) -> None:
     server = live()
     with client_of(server) as client:
         stream = client.images.generate(prompt="dog", stream=True)
