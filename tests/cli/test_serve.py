@@ -79,10 +79,10 @@ def test_it_serves_until_it_is_told_to_end(
 
 
 def test_requests_end_before_it_does(serve: Callable[..., Started]) -> None:
-    process, url = serve("--images", 1, "--queue", 1000, "--max-images", 900)
+    process, url = serve("--images", 1, "--queue", 1000, "--max-images", 300)
     found: list[Any] = []
     drawing = threading.Thread(
-        target=lambda: found.extend(fetch(f"{url}/v1/draw", {"classes": [0] * 900, "every": 0}))
+        target=lambda: found.extend(fetch(f"{url}/v1/draw", {"classes": [0] * 300, "every": 0}))
     )
     drawing.start()
     while b"aim_slots_in_use 1.0" not in fetch(f"{url}/metrics")[1]:

@@ -239,6 +239,7 @@ def test_closing_a_stream_cancels_it(live: Callable[..., Live], gate: Gate) -> N
         gate.open(5)
         next(stream)
         stream.close()
+        eventually(lambda: not server.service.batcher._works)
         gate.open(1)  # the step that was under way
         eventually(lambda: idle(server.service))
         assert server.service.batcher.status().steps < TOKENS
@@ -250,6 +251,7 @@ def test_giving_up_waiting_cancels_it(live: Callable[..., Live], gate: Gate) -> 
     with client_of(server, timeout=0.3) as client:
         with pytest.raises(openai.APITimeoutError):
             client.images.generate(prompt="dog")
+        eventually(lambda: not server.service.batcher._works)
         gate.open(1)
         eventually(lambda: idle(server.service))
         eventually(lambda: server.tasks() == 0)
