@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the packages of aim serve are not installed")
+pytest.importorskip("httpx", reason="the clients of the tests are not installed")
+
+import httpx
 
 from aim_runtime import BackendError, Batcher, Generator
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
