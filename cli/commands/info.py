@@ -62,7 +62,8 @@ def model_bytes(bundle: Bundle) -> int:
 def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any.
 
-    And whether images join at any step a batch that they draw. What cannot be read of them, damaged or newer than this runtime, hides nothing else.
+    And whether images join at any step a batch that they draw. What cannot be read of them, damaged
+    or newer than this runtime, hides nothing else.
     """
     from aim_runtime import BundleError
     from aim_runtime.engines.cuda.plan import architectures, precisions
