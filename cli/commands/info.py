@@ -86,15 +86,15 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
 def cpu_step(bundle: Bundle) -> dict[str, str]:
     """Which step graph the backend `cpu` takes here, "fused" or "plain", and why not the first.
 
-    What cannot be read of it, damaged or without ONNX Runtime, hides nothing else.
+    What cannot be read of it, damaged or without ONNX Runtime, is "unknown" and hides nothing else.
     """
     from aim_runtime.engines.onnxruntime.step_graph import chosen_step
-    from aim_runtime.quoting import first_line
+    from aim_runtime.quoting import sentence
 
     try:
         choice = chosen_step(bundle)
     except Exception as error:  # without onnxruntime its import fails in many ways
-        return {"graph": "none", "reason": first_line(error)}
+        return {"graph": "unknown", "reason": sentence(str(error))}
     return {"graph": "plain" if choice.step is None else "fused", "reason": choice.reason}
 
 
@@ -193,7 +193,7 @@ def _memory(bundle: Bundle) -> str:
 def _cpu_step(bundle: Bundle) -> str:
     """The step graph of the backend `cpu` in one sentence."""
     step = cpu_step(bundle)
-    return f"{step['graph']} graph" + (f": {step['reason']}" if step["reason"] else "")
+    return ": ".join(filter(None, (f"{step['graph']} graph", step["reason"])))
 
 
 def _backends(bundle: Bundle) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -235,6 +236,16 @@ def test_text_that_is_no_description(with_step: Callable[..., Path]) -> None:
         rehash(folder)
         with pytest.raises(BundleError, match=words):
             chosen_step(Bundle.open(folder))
+
+
+def test_a_huge_description_is_not_even_read(with_step: Callable[..., Path]) -> None:
+    folder = with_step()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][STEP_FILE]["size"] = 5 << 30
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    os.truncate(folder / STEP_FILE, 5 << 30)  # takes no space
+    with pytest.raises(BundleError, match=r"step-cpu\.json has 5368709120 bytes; at most"):
+        chosen_step(Bundle.open(folder))
 
 
 def test_its_graph_is_checked_like_any_other(with_step: Callable[..., Path]) -> None:

@@ -37,7 +37,8 @@ FORMAT = "aim-step-graph"
 FORMAT_VERSION = 1
 
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
-_MAX_CHARACTERS = 4 << 20
+# AiM-XL's takes 0.1 MB.
+_MAX_BYTES = 4 << 20
 
 _JSON = CheckedJson(STEP_FILE)
 
@@ -91,8 +92,11 @@ def chosen_step(bundle: Bundle) -> StepChoice:
     if STEP_FILE not in bundle.manifest.files:
         command = f"'aim export --bundle {bundle.path} --cpu' adds it"
         return StepChoice(None, f"the bundle has none of fused operators; {command}")
+    size = bundle.manifest.files[STEP_FILE].size
+    if size > _MAX_BYTES:
+        raise BundleError(f"{bundle.path}: {STEP_FILE} has {size} bytes; at most {_MAX_BYTES} fit")
     try:
-        value = _JSON.parse(str(bundle.read(STEP_FILE), "utf-8"), _MAX_CHARACTERS)
+        value = _JSON.parse(str(bundle.read(STEP_FILE), "utf-8"), _MAX_BYTES)
         if _is_newer(value):
             return StepChoice(
                 None, "that of fused operators is for a newer aim-runtime; upgrade aim-runtime"
