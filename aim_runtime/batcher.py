@@ -84,8 +84,8 @@ class Batcher:
     """Draws the requests of many callers together, on the engine of a generator. Thread-safe.
 
     A request's tokens and images are those of `Generator.generate`, bit for bit on a CPU and up to
-    rounding on a GPU. An engine that is not `continuous` draws batches of images with equal options, one after the
-    other. Close it, or use it as a context manager.
+    rounding on a GPU. An engine that is not `continuous` draws batches of images with equal
+    options, one after the other. Close it, or use it as a context manager.
 
     Attributes:
         images: How many images advance together under guidance; twice as many without.

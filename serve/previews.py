@@ -15,6 +15,8 @@ from aim_serve.pictures import Format, encoded
 
 # After a preview none is decoded for so many times what it took: steps keep two thirds of the time.
 _REST = 2
+# One preview has as many images as take about so long; where decoding is slow, one after another.
+_LONGEST_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class PartialPicture:
 
 @dataclass(frozen=True)
 class PartialPictures:
-    """The images of a request that have changed since the last time."""
+    """Images of a request that have changed since they were last shown."""
 
     done_tokens: int
     total_tokens: int
@@ -48,11 +50,13 @@ class PreviewDecoder:
         self._executor = executor
         self._turn = asyncio.Lock()
         self._free_at = 0.0
+        self._picture_s = _LONGEST_S
 
     async def newest(self, job: Job, shown: list[int], format: Format) -> PartialPictures | None:
-        """The images of `job` that have other than `shown` tokens by now, which it updates.
+        """Images of `job` that have other than `shown` tokens by now, which it updates.
 
-        None once all tokens are decided: the pictures themselves come soon.
+        Those come first that show least. None once all tokens are decided: the pictures themselves
+        come soon.
         """
         loop = asyncio.get_running_loop()
         async with self._turn:
@@ -62,12 +66,18 @@ class PreviewDecoder:
                 return None
             counts = [int(count) for count in (preview.tokens != UNDECIDED).sum(axis=1)]
             changed = [i for i, count in enumerate(counts) if count and count != shown[i]]
+            most = max(1, int(_LONGEST_S / self._picture_s))
+            changed = sorted(sorted(changed, key=shown.__getitem__)[:most])
             began = loop.time()
             pictures = await loop.run_in_executor(
                 self._executor, _decoded, preview, changed, format
             )
-            self._free_at = loop.time() + _REST * (loop.time() - began)
-        shown[:] = counts
+            took = loop.time() - began
+            self._free_at = loop.time() + _REST * took
+            if changed:
+                self._picture_s = took / len(changed)
+        for index in changed:
+            shown[index] = counts[index]
         images = [
             PartialPicture(index, counts[index], picture)
             for index, picture in zip(changed, pictures, strict=True)
