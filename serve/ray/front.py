@@ -193,15 +193,14 @@ class Forwarded(Response):
             raise errors.internal()
         headers = dict(start["headers"])
         if not headers.get(b"content-type", b"").startswith(b"text/event-stream"):
-            messages = [start] + [message async for message in answer]
+            body = b"".join([message.get("body", b"") async for message in answer])
             if start["status"] in _REFUSALS and self._may_try_again():
                 return False
             if self._once is None:
-                for message in messages:
-                    await send(message)
-                return True
-            body = b"".join(message.get("body", b"") for message in messages)
-            await self._end(event("error", json.loads(body)), send)
+                await send(start)
+            else:
+                body = event("error", json.loads(body))
+            await self._end(body, send)
             return True
         if self._once is None:
             self._once = Once()

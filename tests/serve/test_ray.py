@@ -22,11 +22,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("fastapi", reason="the packages of aim serve are not installed")
-psutil = pytest.importorskip("psutil")
+pytest.importorskip("psutil", reason="psutil is not installed")
+
+
+import psutil
+from PIL import Image
 
 from aim_runtime import Generator
 
@@ -35,6 +38,7 @@ from .parts import events
 pytestmark = pytest.mark.slow
 
 LONG = 120
+ARGS = "--ray local --port 0 --backend cpu --images 2 --queue 1000 --min-replicas 2 --num-cpus 0.5"
 IMAGES, REQUESTS, CLIENTS = 10, 120, 40
 
 
@@ -67,9 +71,7 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(tiny: Path) -> Iterator[Fleet]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "aim_cli", "serve", "--ray", "local", "--port", "0"]
-        + ["--bundle", str(tiny), "--backend", "cpu", "--images", "2", "--queue", "1000"]
-        + ["--min-replicas", "2", "--num-cpus", "0.5"],
+        [sys.executable, "-m", "aim_cli", "serve", "--bundle", tiny, *ARGS.split()],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "1"},
