@@ -43,12 +43,18 @@ def connected(address: str, command: str) -> Iterator[None]:
         ray.init(address, **how)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise click.ClickException(
-            f"there is no cluster at '{address}': {str(error).strip().partition(chr(10))[0]}"
+            f"there is no cluster at '{address}': {_first_line(error)}"
         ) from error
     try:
         yield
+    except ray.exceptions.RayError as error:
+        raise click.ClickException(f"the cluster has failed: {_first_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _check_reachable(address: str) -> None:

@@ -64,9 +64,8 @@ class Cluster:
         self._workers: list[Any] = []
         try:
             first = self._hire()
-            loaded = self._loaded(first, _result(self._load(first)))
-            while loaded is None:
-                loaded = self._loaded(first, _result(self._load(first, send=True)))
+            loaded: Loaded = _result(self._load(first)) or _result(self._load(first, send=True))
+            _check_version(loaded)
         except BaseException:
             self.close()
             raise
@@ -110,7 +109,7 @@ class Cluster:
         for _ in range(self._count - 1):
             if waiting.some():
                 hire()
-        while tasks:
+        while waiting.some() or any(task.batch for task in tasks.values()):
             ready, _ = ray.wait(list(tasks), timeout=_LOOK_S)
             if not ready:
                 progress(self._unfinished(tasks.values()))
@@ -124,20 +123,22 @@ class Cluster:
                         raise AimError(_dying(deaths, error)) from None
                     waiting.again(task.batch)
                     self._dismiss(task.worker)
-                    hire()
+                    if waiting.some():
+                        hire()
                     continue
                 if task.batch is not None:
                     deaths = 0
                     begin(task.worker)
                     yield task.batch, found
-                elif self._loaded(task.worker, found) is None:
+                elif found is None:
                     tasks[self._load(task.worker, send=True)] = task
                 else:
+                    _check_version(found)
                     begin(task.worker)
-            # What another left behind may find all others idle: those that load take it.
+            # What one that died has left may find the others idle.
             busy = [task.worker for task in tasks.values()]
             for worker in self._workers:
-                if waiting.some() and worker not in busy:
+                if worker not in busy:
                     begin(worker)
 
     # -- workers ----------------------------------------------------------------------------------
@@ -156,15 +157,6 @@ class Cluster:
             self._sent = ray.put(_files(self.bundle))
         files = self._sent if send else None
         return worker.load.remote(self._path, self.bundle.manifest_sha256, files, self._engine)
-
-    def _loaded(self, worker: Any, loaded: Loaded | None) -> Loaded | None:
-        """Check what a worker has loaded; None where it lacks the bundle."""
-        if loaded is not None and loaded.version != __version__:
-            raise AimError(
-                f"a worker has aim-runtime {loaded.version}, this machine {__version__}; install "
-                "the same on all"
-            )
-        return loaded
 
     def _threads(self, engine: EngineOptions) -> int | None:
         return engine.threads if self._size["num_gpus"] else int(self._size["num_cpus"])
@@ -209,6 +201,14 @@ class _Waiting:
         if found is not None:
             self._returned.appendleft(found)
         return found is not None
+
+
+def _check_version(loaded: Loaded) -> None:
+    if loaded.version != __version__:
+        raise AimError(
+            f"a worker has aim-runtime {loaded.version}, this machine {__version__}; install the "
+            "same on all"
+        )
 
 
 def _workers(backend: str, engine: EngineOptions) -> tuple[dict[str, Any], int]:

@@ -49,11 +49,11 @@ class SampleWorker:
                 found = None if path is None else Path(path)
             else:
                 found = _unpacked(files, Path(folder))
-            if not _is(found, sha256):
+            if files is None and not _is(found, sha256):
                 return None
             generator = Generator.load(found, **engine)  # which compares every file's checksum
         if generator.bundle.manifest_sha256 != sha256:
-            raise BundleError(f"{path} changes while it is used")
+            raise BundleError("the bundle has been replaced while it was loaded; start again")
         self._generator = generator
         return Loaded(__version__, generator.backend, generator.precision)
 

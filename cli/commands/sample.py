@@ -124,10 +124,13 @@ def opened_drawer(
     ray: str | None, bundle: Path | None, backend: str, engine: EngineOptions, *, quiet: bool
 ) -> Iterator[Drawer]:
     """This process, or the workers of the cluster at the address `ray`."""
+    from aim_runtime import Bundle
+
     if ray is None:
         with load_generator(bundle, backend, engine, quiet=quiet) as generator:
             yield OneMachine(generator)
         return
+    Bundle.open(bundle)  # before a cluster, which takes time to start
     with connected(ray, "aim sample --ray"):
         from aim_cli.sample_ray import Cluster
 

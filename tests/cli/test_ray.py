@@ -1,10 +1,11 @@
-"""`aim sample --ray`: on a cluster of this machine, stopped, gone on with, and losing a worker."""
+"""`--ray`: a sample on a cluster of this machine, stopped and losing a worker; and refusals."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,25 @@ def test_stopped_and_started_again_with_a_worker_killed(
     assert json.loads((folder / "x" / "sample.json").read_text())["settings"]["backend"] == "cpu"
 
 
+@pytest.fixture(params=["sample -n 4", "serve --port 0"])
+def command(request: pytest.FixtureRequest, bundle: Path) -> list[object]:
+    if request.param.startswith("serve"):
+        pytest.importorskip("fastapi", reason="the packages of aim serve are not installed")
+    return [*request.param.split(), "--bundle", bundle, "--ray"]
+
+
 def test_a_missing_ray_is_one_sentence(
-    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, command: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    done = cli("sample", "-n", 4, "--bundle", bundle, "--ray", "local")
-    refused(done, "'aim sample --ray' needs ray", "pip install 'aim-runtime[ray]'")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    name = f"'aim {command[0]} --ray' needs ray"
+    refused(cli(*command, "local"), name, "pip install 'aim-runtime[ray]'")
+
+
+def test_a_folder_is_no_bundle_on_a_cluster_either(cli: Cli, folder: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    for command in (("sample", "-n", 4), ("serve", "--port", 0)):
+        refused(cli(*command, "--bundle", folder, "--ray", "auto"), "not a bundle")
 
 
 @pytest.mark.parametrize(
@@ -89,10 +103,10 @@ def test_a_missing_ray_is_one_sentence(
     [("127.0.0.1:1", "no cluster at"), ("nonsense", "HOST:PORT"), ("h:x", "HOST:PORT")],
 )
 def test_clusters_that_are_none(
-    cli: Cli, bundle: Path, folder: Path, address: str, words: str
+    cli: Cli, command: list[object], folder: Path, address: str, words: str
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    refused(cli("sample", "-n", 4, "--bundle", bundle, "--ray", address), words)
+    refused(cli(*command, address), words)
     assert tree(folder) == set()
 
 
