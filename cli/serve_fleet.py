@@ -126,6 +126,7 @@ def serve_fleet(
     name = Bundle.open(bundle).manifest.name
     with connected(fleet.address, "aim serve --ray"):
         from ray import serve
+        from ray.exceptions import RayError
 
         from aim_serve.ray.deployment import application
         from aim_serve.ray.options import Options
@@ -163,7 +164,9 @@ def serve_fleet(
             while not told.wait(_LOOK_S):
                 if _NAME not in serve.status().applications:
                     raise click.ClickException("somebody else has ended the application")
-            serve.delete(_NAME)  # which waits for the requests
+            with contextlib.suppress(RayError):
+                serve.get_app_handle(_NAME).drain.remote(wanted.drain_s).result()
+            serve.delete(_NAME)
             if fleet.address != LOCAL:
                 serve.shutdown()
 

@@ -9,6 +9,7 @@ what it has not had.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -57,6 +58,7 @@ _REFUSALS = (429, 503)
 _MAX_REFUSALS = 3
 _READY_S = 3.0
 _PAUSE_S = 0.5
+_LOOK_S = 0.1
 _RETRY_S = 5
 # Beyond the deadline, which a replica tells of itself.
 _GRACE_S = 30.0
@@ -69,6 +71,16 @@ class Front:
         self.drawers = drawers
         self.limits = limits
         self.metrics = FrontMetrics()
+        self.active = 0  # requests that are being answered
+        self._draining = False
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse what is new; return once the requests have ended, or after so many seconds."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.active:
+                    await asyncio.sleep(_LOOK_S)
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
@@ -78,6 +90,8 @@ class Front:
                 return JSONResponse(Status().model_dump())
             if path == "/metrics":
                 return await self._metrics(_handed_on(request.scope))
+            if self._draining:
+                raise errors.draining()
             body = await self._body(request)
         except ApiError as error:
             return error.response
@@ -147,6 +161,13 @@ class Forwarded(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, once."""
+        self._front.active += 1
+        try:
+            await self._answer(send)
+        finally:
+            self._front.active -= 1
+
+    async def _answer(self, send: Send) -> None:
         try:
             async with asyncio.timeout(self._seconds):
                 while not await self._attempt(send):

@@ -167,13 +167,31 @@ def test_a_replica_killed_while_it_draws_loses_and_repeats_nothing(
 
 
 def test_it_drains_when_it_is_told_to_end(fleet: Fleet, gen: Generator) -> None:
-    with ThreadPoolExecutor(1) as client:
-        body = {"prompt": "dog", "n": IMAGES, "seed": 5}
-        drawing = client.submit(fleet.ask, "/v1/images/generations", body)
-        time.sleep(0.02)
+    answered = threading.Semaphore(0)
+
+    def draw(seed: int) -> tuple[int, int, str]:
+        body = {"prompt": "dog", "n": IMAGES, "seed": seed}
+        status, text = fleet.ask("/v1/images/generations", body)
+        answered.release()
+        return seed, status, text
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        drawing = [clients.submit(draw, seed) for seed in range(CLIENTS)]
+        assert answered.acquire(timeout=LONG)
         fleet.process.send_signal(signal.SIGTERM)
-        status, text = drawing.result(LONG)
-    assert status == 200, text
-    images = [pixels(image["b64_json"]) for image in json.loads(text)["data"]]
-    assert np.array_equal(np.stack(images), gen.generate([1] * IMAGES, seed=5).array)
+        ready = []
+        while drawing[-1].running():
+            ready.append(fleet.ask("/readyz")[0])
+        answers = [future.result(LONG) for future in drawing]
+    assert 503 in ready
+    drawn = 0
+    for seed, status, text in answers:
+        if status == 503:  # it came when the server was on its way
+            assert json.loads(text)["error"]["code"] == "shutting_down"
+            continue
+        assert status == 200, text
+        images = [pixels(image["b64_json"]) for image in json.loads(text)["data"]]
+        assert np.array_equal(np.stack(images), gen.generate([1] * IMAGES, seed=seed).array)
+        drawn += 1
+    assert drawn > CLIENTS // 2
     assert fleet.process.wait(LONG) == 0

@@ -186,6 +186,22 @@ def test_too_large_a_body_is_not_read_to_its_end() -> None:
     assert ask(replicas, data=b"[" * 100, body_bytes=50)[0] == 413
 
 
+def test_draining_refuses_what_is_new_and_waits_for_the_rest() -> None:
+    async def run() -> None:
+        made = Front(Replicas([]), Limits())  # type: ignore[arg-type]
+        made.active = 1
+        draining = asyncio.create_task(made.drain(60))
+        await asyncio.sleep(0.2)
+        assert not draining.done()
+        scope = {"type": "http", "method": "GET", "path": "/readyz", "headers": []}
+        refused = await made(Request(scope | {"query_string": b""}))
+        assert refused.status_code == 503
+        made.active = 0
+        await asyncio.wait_for(draining, 10)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("data", "same"),
     [
