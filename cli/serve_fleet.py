@@ -75,8 +75,8 @@ def fleet_options(function: Function) -> Function:
             "--num-cpus",
             type=click.FloatRange(min=0, min_open=True),
             metavar="N",
-            help="With --ray: CPUs of a replica. [default: 1 beside a GPU, otherwise an equal "
-            "share of the cluster's]",
+            help="With --ray: CPUs of a replica. [default: 1 beside a GPU, otherwise --threads, or "
+            "an equal share of the cluster's]",
         ),
         click.option(
             "--max-replicas",

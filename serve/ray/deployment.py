@@ -25,10 +25,12 @@ _MAX_STARTS = 3
 
 def application(options: Options) -> Application:
     """The application of a fleet, to be run by Ray Serve."""
-    gpus = options.num_gpus
+    gpus, cpus = options.num_gpus, options.num_cpus
     if gpus is None:
-        gpus = 1.0 if options.backend != "cpu" and _machines("GPU") else 0.0
-    cpus = options.num_cpus or (1.0 if gpus else _share_of_cpus(options.most_replicas))
+        on_cpu = "cpu" in (options.backend, options.device)
+        gpus = 0.0 if on_cpu or not _machines("GPU") else 1.0
+    if cpus is None:
+        cpus = 1.0 if gpus else options.threads or _share_of_cpus(options.most_replicas)
     if options.threads is None:
         options = options.model_copy(update={"threads": max(1, int(cpus))})
     images = options.images or (_IMAGES_ON_GPU if gpus else _IMAGES)
@@ -39,7 +41,7 @@ def application(options: Options) -> Application:
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # A request has an image at least: what is sent to a replica, it can take.
         max_ongoing_requests=images + options.queue,
-        max_queued_requests=options.most_replicas * max(1, options.queue),
+        max_queued_requests=max(1, options.queue),
         health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=options.drain_s,
         max_constructor_retry_count=_MAX_STARTS,

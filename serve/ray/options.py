@@ -33,10 +33,10 @@ class Options(BaseModel):
         deadline_s: Seconds after which a request is given up.
         min_replicas: Replicas that there are always.
         max_replicas: Replicas that there may be; None for no more than `min_replicas`.
-        num_cpus: CPUs of a replica; None for one beside a GPU, otherwise for an equal share of the
-            cluster's.
-        num_gpus: GPUs of a replica; None for one where the cluster has any and `backend` is not
-            "cpu". A part of one, such as 0.5, lets replicas share it.
+        num_cpus: CPUs of a replica; None for one beside a GPU, otherwise for as many as `threads`,
+            or an equal share of the cluster's.
+        num_gpus: GPUs of a replica; None for one where the cluster has any and neither `backend`
+            nor `device` is "cpu". A part of one, such as 0.5, lets replicas share it.
         max_body_kib: Size of a request.
         drain_s: Seconds that a replica's requests have to end when it is told to go.
         api_key: The bearer key that clients must send; None for what AIM_API_KEY says, or none.

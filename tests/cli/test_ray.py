@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
@@ -134,3 +135,34 @@ def test_a_bundle_is_sent_where_it_is_not(bundle: Path, tmp_path: Path) -> None:
     files["step.weights"] = files["step.weights"][:-1] + b"?"
     with pytest.raises(BundleError, match="altered"):
         SampleWorker().load(None, sha256, files, engine)
+
+
+@pytest.mark.parametrize(
+    ("machines", "options", "size", "count"),
+    [
+        ([{"CPU": 64, "GPU": 8}, {"CPU": 8}], {}, {"num_gpus": 1, "num_cpus": 0}, 8),
+        ([{"CPU": 64, "GPU": 8}], {"device": "cpu"}, {"num_gpus": 0, "num_cpus": 4}, 16),
+        ([{"CPU": 7}, {"CPU": 2}, {"CPU": 8}, {}], {}, {"num_gpus": 0, "num_cpus": 4}, 3),
+        ([{"CPU": 2}, {"CPU": 1}], {}, {"num_gpus": 0, "num_cpus": 2}, 1),
+        ([{"CPU": 8}, {"CPU": 8}], {"threads": 2}, {"num_gpus": 0, "num_cpus": 2}, 8),
+    ],
+)
+def test_workers_fill_the_machines(
+    machines: list[dict[str, float]],
+    options: dict[str, Any],
+    size: dict[str, int],
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from aim_cli import sample_ray
+    from aim_cli.options import EngineOptions
+
+    nodes = [{"Alive": True, "Resources": machine} for machine in machines]
+    gone = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}
+    monkeypatch.setattr("ray.nodes", lambda: [*nodes, gone])
+    assert sample_ray._workers("auto", EngineOptions(**options)) == (size, count)
+    with pytest.raises(click.ClickException, match="give fewer --threads"):
+        sample_ray._workers("cpu", EngineOptions(threads=100))
+    with pytest.raises(click.UsageError, match="a GPU of its own"):
+        sample_ray._workers("cuda", EngineOptions(device="cuda:1"))

@@ -268,3 +268,46 @@ def test_options_that_are_none(args: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as raised:
         Options.of(args)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "cpus", "gpus", "threads", "ongoing"),
+    [
+        ({"backend": "cpu", "max_replicas": 2}, 8, 0, 8, 16 + 256),
+        ({"backend": "cpu", "max_replicas": 8, "images": 4}, 2, 0, 2, 4 + 256),
+        ({}, 1, 1, 1, 64 + 256),
+        ({"num_gpus": 0.5, "num_cpus": 3, "queue": 10}, 3, 0.5, 3, 64 + 10),
+        ({"device": "cpu", "threads": 2}, 2, 0, 2, 16 + 256),
+    ],
+)
+def test_replicas_have_the_size_that_was_asked_for(
+    args: dict[str, Any],
+    cpus: float,
+    gpus: float,
+    threads: int,
+    ongoing: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from aim_serve.ray import app, deployment
+
+    found: dict[str, Any] = {}
+    made = deployment.serve.deployment
+
+    def spy(cls: type, **how: Any) -> Any:
+        found[how["name"]] = how
+        return made(cls, **how)
+
+    monkeypatch.setattr(deployment.serve, "deployment", spy)
+    machines = {"GPU": [1.0, 1.0], "CPU": [8.0, 8.0]}
+    monkeypatch.setattr(deployment, "_machines", machines.__getitem__)
+    app(args)
+    drawer = found["drawer"]
+    assert drawer["ray_actor_options"] == {"num_cpus": cpus, "num_gpus": gpus}
+    assert drawer["max_ongoing_requests"] == ongoing
+    most = args.get("max_replicas", 1)
+    if most > 1:
+        scaling = drawer["autoscaling_config"]
+        assert (scaling.min_replicas, scaling.max_replicas) == (1, most)
+        assert scaling.target_ongoing_requests == args.get("images", 16)
+    else:
+        assert drawer["num_replicas"] == 1
