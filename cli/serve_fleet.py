@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from aim_cli import human
-from aim_cli.errors import bad_arguments
+from aim_cli.errors import bad_arguments, requires
 from aim_cli.ray_cluster import ADDRESSES, LOCAL, connected
+from aim_runtime.quoting import sentence
 
 if TYPE_CHECKING:
     from aim_serve.settings import Access, Limits
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_COMMAND = "aim serve --ray"
 _NAME = "aim"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_S = 5.0
@@ -124,30 +126,31 @@ def serve_fleet(
 
     assert fleet.address is not None
     name = Bundle.open(bundle).manifest.name
-    with connected(fleet.address, "aim serve --ray"):
+    with requires("ray", _COMMAND):
+        from aim_serve.ray.options import Options
+    with bad_arguments():
+        wanted = Options.of(
+            {
+                "bundle": None if bundle is None else str(bundle.absolute()),
+                "min_replicas": fleet.min_replicas,
+                "max_replicas": fleet.max_replicas,
+                "num_cpus": fleet.num_cpus,
+                "num_gpus": fleet.num_gpus,
+                "max_images": limits.images,
+                "deadline_s": limits.deadline_s,
+                "max_body_kib": limits.body_bytes >> 10,
+                "api_key": access.api_key,
+                "cors_origins": ",".join(access.cors_origins),
+                "hosts": None if access.hosts is None else ",".join(access.hosts),
+                **more,
+            }
+        )
+    with connected(fleet.address, _COMMAND):
         from ray import serve
         from ray.exceptions import RayError
 
         from aim_serve.ray.deployment import application
-        from aim_serve.ray.options import Options
 
-        with bad_arguments():
-            wanted = Options.of(
-                {
-                    "bundle": None if bundle is None else str(bundle.absolute()),
-                    "min_replicas": fleet.min_replicas,
-                    "max_replicas": fleet.max_replicas,
-                    "num_cpus": fleet.num_cpus,
-                    "num_gpus": fleet.num_gpus,
-                    "max_images": limits.images,
-                    "deadline_s": limits.deadline_s,
-                    "max_body_kib": limits.body_bytes >> 10,
-                    "api_key": access.api_key,
-                    "cors_origins": ",".join(access.cors_origins),
-                    "hosts": None if access.hosts is None else ",".join(access.hosts),
-                    **more,
-                }
-            )
         _check_nobody_serves()
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         host, port = sock.getsockname()[:2]
@@ -156,8 +159,10 @@ def serve_fleet(
             serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
             serve.run(application(wanted), name=_NAME)
         except RuntimeError as error:
-            serve.shutdown()
-            raise click.ClickException(f"the replicas do not start: {_reason(error)}") from error
+            reason = _reason(error)
+            if fleet.address != LOCAL:
+                serve.shutdown()
+            raise click.ClickException(f"the replicas do not start: {reason}") from error
         about = f"{name} from {human.count(wanted.min_replicas, 'replica')}"
         with _told_to_end() as told:
             click.echo(f"Serving {about} at {url} (Ctrl-C ends it)", err=True)
@@ -202,6 +207,13 @@ def _told_to_end() -> Iterator[threading.Event]:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of a remote traceback that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if "Error: " in line]
-    return lines[-1].partition("Error: ")[2] if lines else str(error).partition("\n")[0]
+    """What keeps replicas from starting: the last error that one of them met."""
+    from ray import serve
+
+    said = str(error)
+    application = serve.status().applications.get(_NAME)
+    for deployment in application.deployments.values() if application else ():
+        lines = [line.strip() for line in deployment.message.splitlines() if "Error: " in line]
+        if lines:
+            said = lines[-1].partition("Error: ")[2]
+    return sentence(said)

@@ -99,6 +99,14 @@ def test_a_folder_is_no_bundle_on_a_cluster_either(cli: Cli, folder: Path) -> No
         refused(cli(*command, "--bundle", folder, "--ray", "auto"), "not a bundle")
 
 
+def test_fewer_replicas_at_most_than_at_least(cli: Cli, bundle: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    pytest.importorskip("fastapi", reason="the packages of aim serve are not installed")
+    fleet = ("--ray", "auto", "--min-replicas", 3, "--max-replicas", 2)
+    done = cli("serve", "--bundle", bundle, "--port", 0, *fleet)
+    refused(done, "max_replicas is 2; it must be at least min_replicas, 3")
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [("127.0.0.1:1", "no cluster at"), ("nonsense", "HOST:PORT"), ("h:x", "HOST:PORT")],
