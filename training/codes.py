@@ -46,8 +46,9 @@ from aim_training.tokenizer import VQTokenizer
 
 # Images encoded at once, at most.
 _BATCH = 64
-# Seconds between looks at what other processes have encoded.
-_LOOK_EVERY_S = 0.5
+# Seconds between looks at what other processes have encoded, and without any change in it until
+# one of them is taken for dead.
+_LOOK_EVERY_S, _PATIENCE_S = 0.5, 300.0
 # That hash files.
 _THREADS = 8
 
@@ -177,6 +178,7 @@ def cached_codes(
     if encoding is not None:
         with _naming(path, encoding.folder):
             work.encode(encoding, tokenizer.to(device), workers, resident_limit_mb, processes)
+            processes.wait()
             if processes.rank == 0:
                 work.finish(encoding)
     processes.wait()
@@ -264,10 +266,15 @@ class _Work:
             finally:
                 for part in share:
                     part.close()
-        # Not in a collective, which gives up after minutes.
-        while processes.world > 1 and encoding.images_done() < self.progress.total:
+        # Not in a collective, which gives up after minutes, as long as there is any progress.
+        done, since = -1, time.monotonic()
+        while processes.world > 1 and done < self.progress.total:
+            if (now := encoding.images_done()) > done:
+                done, since = now, time.monotonic()
+            elif time.monotonic() - since > _PATIENCE_S:
+                break
             time.sleep(_LOOK_EVERY_S)
-            self.progress.count(encoding.images_done())
+            self.progress.count(done)
 
     def finish(self, encoding: Encoding) -> None:
         """Put the parts in their places and describe them."""
@@ -377,7 +384,7 @@ def _describe(request: CodeRequest, tokenizer_sha256: str) -> dict[str, Any]:
         "variants": request.variants,
         "seed": request.seed,
     }
-    return wanted | ({"crops": "ten-crop"} if request.ten_crop else {})
+    return wanted | ({"ten_crop": True} if request.ten_crop else {})
 
 
 def _description_that_fits(
@@ -390,7 +397,8 @@ def _description_that_fits(
     made_around = found.get("bad_images")
     hashed = isinstance(found.get("sha256"), str) or isinstance(found.get("files"), dict)
     whole = hashed and isinstance(made_around, int)
-    fits = whole and wanted == {name: found.get(name) for name in wanted}
+    names = {*wanted, "ten_crop"}
+    fits = whole and all(wanted.get(name) == found.get(name) for name in names)
     return found if fits and (bad_images == "skip" or made_around == 0) else None
 
 

@@ -217,7 +217,9 @@ def test_a_full_disk_is_an_error_and_no_signal(
         "tokenizer = torch.load(folder / 'tokenizer.pt', weights_only=False)\n"
         "options = {'workers': 1, 'resident_limit_mb': 100}\n"
         "try:\n"
-        "    cached_codes(folder / 'train.npy', request, tokenizer, torch.device('cpu'), **options)\n"
+        "    cached_codes(\n"
+        "        folder / 'train.npy', request, tokenizer, torch.device('cpu'), **options\n"
+        "    )\n"
         "except OSError as error:\n"
         "    sys.exit(f'{error.filename}: {error.strerror}')\n"
     )

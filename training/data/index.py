@@ -1,6 +1,6 @@
 """Where in a shard its images lie: found once, in parallel, and kept on disk.
 
-An index takes 20 bytes an image, in memory and on disk. It is kept in the user's cache folder under
+An index takes 16 bytes an image, in memory and on disk. It is kept in the user's cache folder under
 the shard's name, with the size and version that the shard had; one that does not fit or is damaged
 is made again.
 """
@@ -23,7 +23,7 @@ from aim_training.data.location import StoredFile, is_url
 from aim_training.replacing import replacing
 
 _FORMAT = "aim-shard-index 1"
-_COLUMNS = (("where", "<u8"), ("extent", "<u4"), ("label", "<i4"), ("key", "<u4"))
+_COLUMNS = (("where", "<u4"), ("extent", "<u4"), ("label", "<i4"), ("key", "<u4"))
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class ShardIndex:
     """The images of one shard, in its order.
 
     Attributes:
-        where: (n,) uint64. Of a tar, the byte at which the image begins; of Parquet, the row in
-            its row group.
+        where: (n,) uint32. Of a tar, the block of 512 bytes with which the image begins; of
+            Parquet, the row in its row group.
         extent: (n,) uint32. Of a tar, bytes of the image; of Parquet, the row group.
         label: (n,) int32, places in `classes`.
         key: (n,) uint32, hashes of the images' names.
@@ -42,7 +42,7 @@ class ShardIndex:
         contents: hash of names, sizes, labels and samples of the contents.
     """
 
-    where: NDArray[np.uint64]
+    where: NDArray[np.uint32]
     extent: NDArray[np.uint32]
     label: NDArray[np.int32]
     key: NDArray[np.uint32]

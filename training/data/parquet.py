@@ -78,7 +78,7 @@ def index_parquet(file: StoredFile) -> ShardIndex:
             left_out["without a label"] += len(label) - len(taken)
             place += len(label)
         return ShardIndex(
-            _joined(rows, np.uint64),
+            _joined(rows, np.uint32),
             _joined(groups, np.uint32),
             _joined(labels, np.int32),
             _joined(keys, np.uint32),

@@ -52,7 +52,7 @@ class ShardedImages(ImageSet):
             where all are whole numbers, else as text.
         labels: (count,) int64.
         shard: (count,) uint32, the shard of each image.
-        where: (count,) uint64, see `ShardIndex`.
+        where: (count,) uint32, see `ShardIndex`.
         extent: (count,) uint32, likewise.
         key: (count,) uint32, likewise.
         contents: hash of the shards' names and contents.
@@ -65,7 +65,7 @@ class ShardedImages(ImageSet):
     class_names: tuple[str, ...]
     labels: NDArray[np.int64]
     shard: NDArray[np.uint32]
-    where: NDArray[np.uint64]
+    where: NDArray[np.uint32]
     extent: NDArray[np.uint32]
     key: NDArray[np.uint32]
     contents: str

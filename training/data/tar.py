@@ -23,7 +23,8 @@ from aim_training.data.index import ShardIndex
 from aim_training.data.location import StoredFile
 
 _BLOCK = 512
-_READ_BYTES = 1 << 16
+# What fits into 32 bits as a number of blocks.
+_MOST_SHARD_BYTES = _BLOCK << 32
 # Long names and the like; real ones have a few hundred bytes.
 _MOST_HEADER_BYTES = 1 << 20
 _MOST_LABEL_BYTES = 1 << 20
@@ -62,8 +63,8 @@ def index_tar(file: StoredFile) -> ShardIndex:
         return _Walk(file, opened).index()
 
 
-def tar_image(file: StoredFile, offset: int, size: int) -> StoredImage:
-    """Read an image, and what it is called.
+def tar_image(file: StoredFile, block: int, size: int) -> StoredImage:
+    """Read an image, of so many bytes from a block of 512 on, and what it is called.
 
     Raises:
         ImageError: it is too long, or no longer there.
@@ -71,20 +72,20 @@ def tar_image(file: StoredFile, offset: int, size: int) -> StoredImage:
     """
     if size > MOST_IMAGE_BYTES:
         raise ImageError(
-            tar_name(file, offset),
+            tar_name(file, block),
             f"it takes {size / 2**20:,.0f} MiB, and at most {MOST_IMAGE_BYTES >> 20} are read",
             "oversized",
         )
-    content = file.read(offset - _BLOCK, _BLOCK + size)
+    content = file.read((block - 1) * _BLOCK, _BLOCK + size)
     name = _place(file, content[:_BLOCK])
     if len(content) < _BLOCK + size:
         raise ImageError(name, "its shard has been cut short since it was indexed")
     return StoredImage(name, content[_BLOCK:])
 
 
-def tar_name(file: StoredFile, offset: int) -> str:
+def tar_name(file: StoredFile, block: int) -> str:
     """What an image is called: its shard's name and its own, as its header has it."""
-    return _place(file, file.read(offset - _BLOCK, _BLOCK))
+    return _place(file, file.read((block - 1) * _BLOCK, _BLOCK))
 
 
 def _place(file: StoredFile, header: bytes) -> str:
@@ -154,7 +155,7 @@ class _Walk:
 
     def _take(self, key: bytes, image: Member, label: str) -> None:
         number = self.classes.setdefault(label, len(self.classes))
-        values = (image.offset, min(image.size, 2**32 - 1), number, name_hash(key) >> 32)
+        values = (image.offset // _BLOCK, min(image.size, 2**32 - 1), number, name_hash(key) >> 32)
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
 
@@ -164,7 +165,7 @@ class _Walk:
         )
         order = np.argsort(where, kind="stable")
         return ShardIndex(
-            where[order],
+            where[order].astype(np.uint32),
             extent[order].astype(np.uint32),
             label[order].astype(np.int32),
             key[order].astype(np.uint32),
@@ -190,6 +191,8 @@ class _Walk:
         """The archive's files. Of each the header and the last block are hashed, which are read
         together: compressed images that differ do so to their end."""
         place, size = 0, self.file.size
+        if size > _MOST_SHARD_BYTES:
+            raise self._fault(f"takes {size / 2**40:.0f} TiB, and at most 2 are read")
         long_name: bytes | None = None
         long_size: int | None = None
         while place < size:
@@ -228,6 +231,8 @@ class _Walk:
                 self.digest.update(b"%d %d\n%s\n%s" % (len(name), length, name, last))
                 yield Member(name, place, length)
             place += -(-length // _BLOCK) * _BLOCK
+        if place > size:
+            raise self._fault("was cut short")
 
     def _read(self, place: int, size: int) -> bytes:
         self.opened.seek(place)
@@ -268,7 +273,7 @@ class _Walk:
                 length = int(digits)
                 record = content[place + len(digits) + 1 : place + length - 1]
                 word, found, value = record.partition(b"=")
-                if not found or length < len(digits) + 3:
+                if not found or length < len(digits) + 3 or place + length > len(content):
                     raise ValueError
                 if word == b"path":
                     name = value
