@@ -95,6 +95,9 @@ class ClassNames:
         if len(wanted) > _LONGEST_COMPARED or len(self._by_name) > _MOST_COMPARED:
             return ""
         close = difflib.get_close_matches(wanted, self._by_name, n=3)
+        if not close:  # "a photo of a dog"
+            inside = [name for name in self._by_name if f" {name} " in f" {wanted} "]
+            close = sorted(inside, key=len, reverse=True)[:3]
         return f"; did you mean {' or '.join(map(shown, close))}?" if close else ""
 
 

@@ -20,7 +20,15 @@ from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
 from aim_export.cuda.tuning import TUNING, ScanCut, Tile, Tuning
-from aim_runtime.engines.cuda.plan import Bucket, Program, Repeat, Tensor, unrolled
+from aim_runtime.engines.cuda.plan import (
+    ALONE,
+    NOT_DRAWN,
+    Bucket,
+    Program,
+    Repeat,
+    Tensor,
+    unrolled,
+)
 
 SIZES = {
     name: Geometry(D=D, L=L, S=128, P=64, K=4, V=16384, T=256, groups=groups, position_offset=1)
@@ -117,7 +125,9 @@ def prepare(g: Geometry, bucket: Bucket[KernelSpec], weights: Memory) -> Memory:
     classes = torch.full((rows,), 1000, dtype=torch.int64, device="cuda")
     classes[:images] = torch.arange(images, device="cuda") * 7 % 1000
     memory["class_id"].view(torch.int64).copy_(classes)
-    memory["pairs"].view(torch.int32).fill_(images if rows > 1 else 0)
+    second = torch.full((rows,), NOT_DRAWN, dtype=torch.int32)
+    second[:images] = torch.arange(images, rows)[:images] if rows > 1 else ALONE
+    memory["second"].view(torch.int32).copy_(second)
     settings = torch.tensor([4.0, 1.0, 0.98, 600.0], device="cuda").repeat(rows, 1)
     memory["settings"].view(torch.float32).copy_(settings.view(-1))
     noise = torch.rand((rows, g.T), dtype=torch.float64, device="cuda")
@@ -145,8 +155,7 @@ def whole_step(
             graph.replay()
 
     result = milliseconds(image, 3) / count
-    status = memory["status"].view(torch.int32)[0].item()
-    assert status == 0, f"the step reports {status}"
+    assert not memory["status"].any(), "scores are not finite"
     return result
 
 
@@ -154,7 +163,6 @@ def each_kernel(g: Geometry, bucket: Bucket[KernelSpec], weights: Memory) -> dic
     """Microseconds of every launch of a step, each repeated over the layers in a graph."""
     memory = prepare(g, bucket, weights)
     memory["position"].view(torch.int64).fill_(100)
-    memory["forced"].view(torch.int32).fill_(0)
     found: dict[str, float] = {}
     for item in bucket.step:
         repeats = isinstance(item, Repeat)
@@ -172,7 +180,7 @@ def logits_of(g: Geometry, precision: str, rows: int, steps: int) -> torch.Tenso
     """Teacher-forced scores (steps, V) of row 0, for comparing formats and numbers of rows."""
     bucket = step_bucket(g, FORMATS[precision], rows, TUNING[rows])
     memory = prepare(g, bucket, random_weights(g, precision))
-    memory["forced"].view(torch.int32).fill_(1)
+    memory["second"].view(torch.int32).fill_(NOT_DRAWN)
     tokens = torch.randint(g.V, (steps,), generator=torch.Generator().manual_seed(1))
     found = []
     for at in range(steps):

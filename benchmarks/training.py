@@ -42,6 +42,7 @@ SECTIONS = (
     "eager",
     "memory",
     "scaling",
+    "tokenizer",
     "published",
     "curves",
     "profile",
@@ -62,6 +63,13 @@ SMALL = {"d_model": 256, "num_layers": 4, "vocab_size": 512, "num_classes": 10, 
     help="Published sizes and images a step.",
 )
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option(
+    "--tokenizer-images",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Images of 256 by 256 pixels a step of the tokenizer.",
+)
 @click.option("--published", type=click.Path(path_type=Path), help="A checkout of hp-l33/AiM.")
 @click.option("--mamba", type=click.Path(path_type=Path), help="A checkout of state-spaces/mamba.")
 @click.option(
@@ -72,6 +80,7 @@ SMALL = {"d_model": 256, "num_layers": 4, "vocab_size": 512, "num_classes": 10, 
 def main(
     models: tuple[str, ...],
     steps: int,
+    tokenizer_images: int,
     published: Path | None,
     mamba: Path | None,
     sections: tuple[str, ...],
@@ -120,6 +129,9 @@ def main(
             add("published", measure_published_step, *checkouts, size, images, steps)
         if "profile" in sections:
             add("profile", measure_profile, size, images)
+    if "tokenizer" in sections:
+        for compiled in (False, True):
+            add("tokenizer", measure_tokenizer, tokenizer_images, steps, compiled)
     if "curves" in sections and checkouts:
         for precision in ("bfloat16", "float32"):
             add("curves", measure_curves, *checkouts, precision, 200)
@@ -382,6 +394,47 @@ def measure_step(keep: Keep, step: Step, images: int, steps: int) -> None:
         # What PyTorch took of the card: memory of a graph is not counted as allocated.
         peak_gib=torch.cuda.max_memory_reserved() / 2**30,
     )
+
+
+def measure_tokenizer(keep: Keep, images: int, steps: int, compiled: bool) -> None:
+    """A step of `aim train tokenizer` with the published sizes: both networks, no LPIPS."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from aim_training.devices import make_accelerator
+    from aim_training.options import TokenizerTrainingOptions
+    from aim_training.train_tokenizer import TokenizerTask
+
+    torch.set_float32_matmul_precision("high")
+    keep(images=images, compiled=compiled, torch=torch.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder) / "pictures" / "noise"
+        pictures.mkdir(parents=True)
+        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        for number in range(images):
+            Image.fromarray(noise).save(pictures / f"{number}.png")
+        options = TokenizerTrainingOptions(
+            data=pictures.parent, out=Path(folder) / "run", batch_size=images, compile=compiled
+        )
+        task = TokenizerTask(options, make_accelerator(options))
+    batch = torch.rand(images, 3, 256, 256, device=task.device) * 2 - 1
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    started = time.perf_counter()
+    task.train_step(1, 1.0, batch)
+    torch.cuda.synchronize()
+    keep(first_step_s=time.perf_counter() - started)
+    for step in range(WARM_UP):
+        task.train_step(step + 2, 1.0, batch)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        task.train_step(1, 1.0, batch)
+        mark.record()
+    torch.cuda.synchronize()
+    ms = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    peak = torch.cuda.max_memory_reserved() / 2**30
+    keep(ms_per_step=ms, images_per_second=images / ms * 1e3, peak_gib=peak)
 
 
 def random_batch(images: int, tokens: int, vocabulary: int, classes: int) -> tuple[Tensor, Tensor]:

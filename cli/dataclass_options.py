@@ -45,7 +45,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Function], Fu
         flag = f"{flag}/--no-{flag[2:]}"
         return click.option(flag, field.name, default=default, show_default=True, help=text)
     if isinstance(default, tuple):
-        default = ",".join(map(str, default))
+        default = ",".join(map(str, default)) or None
     return click.option(
         flag,
         field.name,
@@ -53,7 +53,13 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Function], Fu
         default=default,
         show_default=default is not None,
         help=text,
+        callback=_nothing if field.default == () else None,
     )
+
+
+def _nothing(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """No list given is an empty one."""
+    return () if value is None else value
 
 
 def _type(hint: Any) -> click.ParamType | type[Any]:
@@ -63,7 +69,10 @@ def _type(hint: Any) -> click.ParamType | type[Any]:
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
     if get_origin(hint) is tuple:
-        return CommaSeparated(get_args(hint)[0])
+        item = get_args(hint)[0]
+        if get_origin(item) is Literal:
+            return CommaSeparated(str, get_args(item))
+        return CommaSeparated(item)
     if hint is Path:
         return click.Path(path_type=Path)
     if hint in (int, float, str):
@@ -74,9 +83,10 @@ def _type(hint: Any) -> click.ParamType | type[Any]:
 class CommaSeparated(click.ParamType):
     """`1,4,16` as a tuple."""
 
-    def __init__(self, item: type[Any]) -> None:
+    def __init__(self, item: type[Any], choices: Collection[str] = ()) -> None:
         self.item = item
-        self.name = f"{item.__name__},..."
+        self.choices = choices
+        self.name = "|".join(choices) if choices else f"{item.__name__},..."
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -85,6 +95,9 @@ class CommaSeparated(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.item(part) for part in str(value).split(","))
+            parts = tuple(self.item(part) for part in str(value).split(","))
+            if self.choices and (other := next((p for p in parts if p not in self.choices), None)):
+                self.fail(f"{other!r} is none of {', '.join(self.choices)}", param, ctx)
+            return parts
         except ValueError:
             self.fail(f"'{value}' is not a list like 1,4,16", param, ctx)

@@ -28,7 +28,7 @@ ARROWS = {
 # What each part of the engines may import of the others; `base` is open to all.
 ENGINES = {
     "gpu": set[str](),
-    "cuda": {"gpu"},
+    "cuda": {"gpu", "slots"},
     "tensorrt": {"gpu"},
     "onnxruntime": {"gpu", "slots"},
     "backends": set[str](),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -22,9 +23,14 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     gloo.
 
     Raises:
-        TrainingError: there is no GPU to compile for, there are fewer than processes, or the
-            processes do not find each other.
+        TrainingError: there is no GPU to compile for, there are fewer than processes, the
+            processes do not find each other, or the service to log to is not installed.
     """
+    if options.log_with is not None and importlib.util.find_spec(options.log_with) is None:
+        raise TrainingError(
+            f"log_with is {options.log_with}, which is not installed: pip install "
+            f"{options.log_with.replace('_', '-')}"
+        )
     world = _from_environment("WORLD_SIZE")
     here = _from_environment("LOCAL_WORLD_SIZE")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -37,7 +43,11 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     found = ", ".join(name for name in _OF_SEVERAL if name in os.environ)
     try:
         # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
-        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu or (world > 1 and not gpus))
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=on_cpu or (world > 1 and not gpus),
+            log_with=options.log_with,
+        )
     except (ValueError, RuntimeError, OSError) as error:
         if not found:
             raise

@@ -23,6 +23,9 @@ _HOUSEKEEPING = frozenset(
         "sample_guidance",
         "allow_changed_data",
         "export_weights",
+        "log_with",
+        "micro_batch",
+        "checkpoint_activations",
     )
 )
 # Parts of a fingerprint that `--allow-changed-data` lets differ.

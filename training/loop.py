@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from aim_training import errors, foresight
+from aim_training import errors, foresight, memory
 from aim_training.best import Best
 from aim_training.devices import device_name, make_accelerator
 from aim_training.divergence import Diverged, Watch, check_weights
@@ -119,7 +119,8 @@ class _Run:
                 self._take_up(state)
                 del state
             self._foresee()
-            self.log = RunLog(self.options.out, self.main, self.progress)
+            settings = recipe(self.options)
+            self.log = RunLog(self.options.out, self.accelerator, self.progress, settings)
         self.started = time.monotonic()
         self.pace = foresight.Pace(self.step, self.accelerator.device)
         try:
@@ -264,9 +265,13 @@ class _Run:
         self._check(numbers)
         shown = {name: value for name, value in numbers.items() if "/" not in name}
         left = self.limit_s - self.elapsed_s
-        speed = self.progress.show(self.step, shown, self.options.batch_size, left)
+        device = self.accelerator.device
+        took = [memory.gib(memory.peak(device))] if device.type == "cuda" else []
+        count, work = self.options.batch_size, self.task.flops_per_image()
+        speed = self.progress.show(self.step, shown, count, left, work=work, more=took)
         rate = next(iter(self.task.learners.values())).optimizer.param_groups[0]["lr"]
-        self.log.write(self.step, {**numbers, "learning_rate": rate, "images_per_second": speed})
+        numbers |= {"learning_rate": rate, "images_per_second": speed}
+        self.log.write(self.step, numbers)
 
     def _evaluate(self) -> bool:
         """Score the averaged weights; say whether they are the best so far."""

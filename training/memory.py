@@ -80,9 +80,10 @@ def ceiling(processes: int) -> float:
 
 
 def peak(device: torch.device) -> float:
-    """Bytes in use at most so far on a GPU, in use now on a CPU."""
+    """Bytes taken at most so far on a GPU, in use now on a CPU."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
+        # Taken, not allocated: memory of a recorded step counts as the former only.
+        return float(torch.cuda.max_memory_reserved(device))
     return float(psutil.Process().memory_info().rss)
 
 

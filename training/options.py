@@ -18,6 +18,8 @@ _MOST = 2**31
 _SEEDS = 2**63
 TEN = 10
 """Crops of ten-crop; half of them are mirror images."""
+# Weights that have learned already lose it again at the rate of those that have not.
+_LEARNING_RATE, _TUNING_RATE = 1e-4, 2e-5
 
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
@@ -64,13 +66,20 @@ class TrainingOptions:
     batch_size: int = _option(
         64, "Images a step, over all devices together.", least=1, most=1_000_000
     )
-    learning_rate: float = _option(1e-4, "Peak learning rate.", above=0, most=math.inf)
+    learning_rate: float = _option(
+        None, "Peak learning rate. [default: 0.0001; 0.00002 with --init]", above=0, most=math.inf
+    )
     schedule: Literal["constant", "cosine"] = _option(
         "constant",
         "After the warm-up: constant, or a cosine down to a hundredth. With --max-minutes the "
         "cosine also ends when the time does.",
     )
     warmup_steps: int = _option(500, "Steps over which the learning rate rises from 0.", least=0)
+    init: Path | None = _option(
+        None,
+        "Start from the weights of this checkpoint, published or trained here, instead of random "
+        "ones; the sizes are its own.",
+    )
     weight_decay: float = _option(
         0.05, "Weight decay of tensors with 2 or more dimensions.", least=0
     )
@@ -87,6 +96,9 @@ class TrainingOptions:
         above=0,
     )
     log_every: int = _option(50, "Steps between log lines.", least=1)
+    log_with: Literal["wandb", "mlflow", "comet_ml", "clearml"] | None = _option(
+        None, "A service to log to as well, besides RUN/metrics.jsonl and TensorBoard."
+    )
     eval_every: int = _option(1000, "Steps between evaluations on the held-out images.", least=1)
     sample_every: int = _option(1000, "Steps between pictures under RUN/samples.", least=1)
     save_every: int = _option(
@@ -121,6 +133,9 @@ class TrainingOptions:
     )
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            rate = _LEARNING_RATE if self.init is None else _TUNING_RATE
+            object.__setattr__(self, "learning_rate", rate)
         hints = typing.get_type_hints(type(self))
         for option in fields(self):
             _check(option, hints[option.name], getattr(self, option.name))
@@ -146,6 +161,8 @@ def _check(option: Field[Any], hint: Any, value: Any) -> None:
         kinds, chosen = [], hint
     else:
         chosen = next((kind for kind in kinds if typing.get_origin(kind) is Literal), None)
+        if typing.get_origin(hint) is tuple:
+            chosen = None  # several of them
     name, shown = option.name, repr(value)[:60]
     if chosen is not None and value in typing.get_args(chosen):
         return
@@ -154,7 +171,9 @@ def _check(option: Field[Any], hint: Any, value: Any) -> None:
     if chosen is not None:
         raise ValueError(f"{name} is {shown}; it must be one of {typing.get_args(chosen)}")
     kind = kinds[0]
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(kind) is Literal:
+        _check_words(name, value, typing.get_args(kind))
+    elif typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple) or not 1 <= len(value) <= 16:
             raise ValueError(f"{name} is {shown}; it must be 1 to 16 numbers")
         for item in value:
@@ -163,6 +182,12 @@ def _check(option: Field[Any], hint: Any, value: Any) -> None:
         _check_number(option, kind, value)
     elif not isinstance(value, kind):
         raise ValueError(f"{name} is {shown}; it must be a {kind.__name__}")
+
+
+def _check_words(name: str, value: Any, words: tuple[str, ...]) -> None:
+    for word in value if isinstance(value, tuple) else (value,):
+        if word not in words:
+            raise ValueError(f"{name} is {repr(value)[:60]}; it may hold {', '.join(words)}")
 
 
 def _check_number(option: Field[Any], kind: type, value: Any) -> None:
@@ -196,6 +221,11 @@ class TokenizerTrainingOptions(TrainingOptions):
 
     preset: Literal["small"] | None = _option(
         None, "Sizes that a laptop trains; without it, the seven sizes that follow."
+    )
+    freeze: tuple[Literal["encoder", "decoder"], ...] = _option(
+        (),
+        "Parts to keep as --init has them. encoder: images keep their codes, so that models of the "
+        "old tokenizer draw with the new decoder. decoder: the other half.",
     )
     codebook_size: int = _option(16384, "Codes in the codebook.", least=2, most=2**24)
     codebook_dim: int = _option(8, "Length of a code vector.", least=1, most=4096)
@@ -237,13 +267,18 @@ class TokenizerTrainingOptions(TrainingOptions):
                 f"size is {self.size}; the discriminator needs 32 or more (discriminator_weight 0 "
                 "leaves it out)"
             )
+        _check_start(self.init, self.freeze, self.preset)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTrainingOptions(TrainingOptions):
     """Choices of `aim_training.train_model.train_model`."""
 
-    tokenizer: Path = _required("Trained tokenizer: a checkpoint file or folder.")
+    tokenizer: Path | None = _option(
+        None,
+        "Trained tokenizer: a checkpoint file or folder. May be left out with --init, whose own is "
+        "taken.",
+    )
     preset: Literal["small", "B", "L", "XL", "1B"] | None = _option(
         None,
         "A size that a laptop trains, or a published one; without it, the five sizes that follow.",
@@ -257,6 +292,16 @@ class ModelTrainingOptions(TrainingOptions):
         "0: every layer has its own class modulation; more: that many shared ones.",
         least=0,
         most=1024,
+    )
+    freeze: tuple[Literal["tables", "mixers", "classes"], ...] = _option(
+        (),
+        "Parts to keep as --init has them. tables: of codes and positions. mixers: with the norms. "
+        "classes: their table and what is computed from it.",
+    )
+    relearn_codes: bool = _option(
+        False,
+        "With --init: take --tokenizer although its codes are not those the weights were trained "
+        "on; the table of codes begins anew.",
     )
     class_dropout: float = _option(
         0.1, "Fraction of images trained without their class, for guidance.", least=0, below=1
@@ -285,6 +330,24 @@ class ModelTrainingOptions(TrainingOptions):
     cache: Path | None = _option(None, "Folder of the cached codes; RUN/codes when left out.")
     sample_guidance: float = _option(2.0, "Guidance of the sample pictures.", least=0, most=1000)
     sample_count: int = _option(16, "Images in a sample picture.", least=1, most=4096)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_start(self.init, self.freeze, self.preset)
+        if self.tokenizer is None and self.init is None:
+            raise ValueError(
+                "tokenizer is missing: give a trained one (--tokenizer), or weights that have one "
+                "(--init)"
+            )
+        if self.relearn_codes and (self.tokenizer is None or self.init is None):
+            raise ValueError("relearn_codes is True; it takes init and another tokenizer")
+
+
+def _check_start(init: Path | None, freeze: tuple[str, ...], preset: str | None) -> None:
+    if init is None and freeze:
+        raise ValueError(f"freeze is {','.join(freeze)}; it takes init, whose weights are kept")
+    if init is not None and preset is not None:
+        raise ValueError(f"preset is {preset}; with init the sizes are those of its file")
 
 
 def versions(options: ModelTrainingOptions) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # Seconds between the lines of `count`: on a terminal, where each replaces the last, and in a log.
 _LIVE_S, _LINES_S = 0.5, 10.0
@@ -30,7 +30,16 @@ class Progress:
         self._width = 0
         self._since = (time.monotonic(), done)
 
-    def show(self, step: int, values: Mapping[str, float], count: int, limit_s: float) -> float:
+    def show(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        count: int,
+        limit_s: float,
+        *,
+        work: float = 0.0,
+        more: Sequence[str] = (),
+    ) -> float:
         """Show where training stands.
 
         Args:
@@ -38,6 +47,8 @@ class Progress:
             values: numbers to name.
             count: units a step.
             limit_s: seconds left at most, infinite without a time limit.
+            work: floating-point operations a unit, where they are counted.
+            more: further facts.
 
         Returns:
             Units per second since the last call.
@@ -50,7 +61,9 @@ class Progress:
         left = min((self.total - step) * per_step, limit_s)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         fast = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
-        text = f"step {step}/{self.total}  {numbers}  {fast} {self.unit}/s  {duration(left)} left"
+        rate = [f"{speed * work / 1e12:.3g} TFLOP/s"] if work else []
+        parts = [numbers, f"{fast} {self.unit}/s", *rate, *more, f"{duration(left)} left"]
+        text = "  ".join([f"step {step}/{self.total}", *parts])
         if self.live:
             # A line that wraps cannot be rewritten.
             text = text[: shutil.get_terminal_size().columns - 1]

@@ -120,6 +120,10 @@ class Task(ABC):
             facts: JSON values.
         """
 
+    def flops_per_image(self) -> float:
+        """Floating-point operations of a step for an image, 0 where nobody counted them."""
+        return 0.0
+
     def window(self) -> dict[str, float]:
         """Numbers gathered since the last call, for the log."""
         return {}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from aim_training.batch_gradients import BatchGradients
-from aim_training.checkpoint import load_checkpoint, save_checkpoint
+from aim_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from aim_training.code_files import Codes
 from aim_training.codes import CodeRequest, Processes, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
@@ -25,6 +25,7 @@ from aim_training.data import BadImages, BatchOrder, Crop
 from aim_training.dataset import training_images
 from aim_training.devices import make_accelerator
 from aim_training.errors import TrainingError, explained, options_that_fit
+from aim_training.initial import MODEL_PARTS, begin_model, freeze, open_initial
 from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
@@ -110,12 +111,8 @@ class ModelTask(Task):
         self.options = options
         self.accelerator = accelerator
         self.device = accelerator.device
-        tokenizer = load_checkpoint(options.tokenizer).tokenizer
-        if tokenizer is None:
-            raise TrainingError(
-                f"{options.tokenizer} holds no tokenizer; expected what `aim train tokenizer` "
-                "wrote, or a published tokenizer"
-            )
+        initial = None if options.init is None else open_initial(options.init, "model")
+        tokenizer = self._tokenizer(initial)
         factor = tokenizer.config.downsampling
         if options.size % factor:
             raise TrainingError(
@@ -135,12 +132,9 @@ class ModelTask(Task):
                 options, self.bad_images.say, quiet=not accelerator.is_main_process
             )
         with options_that_fit():
-            config = model_config(
-                options,
-                tokenizer.config.codebook_size,
-                len(self.folder.class_names),
-                (options.size // factor) ** 2,
-            )
+            tokens = (options.size // factor) ** 2
+            network = self._network(initial, tokenizer.config.codebook_size, tokens)
+            freeze(network, options.freeze, MODEL_PARTS)
             self.order = BatchOrder(
                 len(self.folder),
                 options.batch_size,
@@ -153,11 +147,6 @@ class ModelTask(Task):
         self.held_out: CodeBatch | None = None
         self.resident: Tensor | None = None
         self.labels = torch.from_numpy(self.folder.labels).to(self.device)
-        network = AiM(
-            config,
-            dropout=options.dropout,
-            checkpoint_activations=options.checkpoint_activations,
-        ).initialise()
         self.model = Learner(network, accelerator, options, average=True)
         self.learners = {"model": self.model}
         self.share = max(1, options.batch_size // accelerator.num_processes)
@@ -173,6 +162,40 @@ class ModelTask(Task):
             reserve=self.model.moments_bytes,
             say=self.bad_images.say,
         )
+
+    def _tokenizer(self, initial: Checkpoint | None) -> VQTokenizer:
+        """That of the options or, left out, of the weights to start from."""
+        path = self.options.tokenizer
+        if path is None:
+            assert initial is not None
+            path, checkpoint = self.options.init, initial
+        else:
+            checkpoint = load_checkpoint(path)
+        if checkpoint.tokenizer is None:
+            raise TrainingError(
+                f"{path} holds no tokenizer; expected what `aim train tokenizer` wrote, or a "
+                "published tokenizer"
+            )
+        return checkpoint.tokenizer
+
+    def _network(self, initial: Checkpoint | None, codes: int, tokens: int) -> AiM:
+        """A new network, or one with the weights to start from."""
+        options, classes = self.options, self.folder.class_names
+        again = options.checkpoint_activations
+        if initial is None:
+            config = model_config(options, codes, len(classes), tokens)
+            return AiM(config, options.dropout, checkpoint_activations=again).initialise()
+        begun = begin_model(
+            initial,
+            self.tokenizer,
+            classes,
+            tokens,
+            relearn_codes=options.relearn_codes,
+            dropout=options.dropout,
+            checkpoint_activations=again,
+        )
+        self.bad_images.say(begun.line)
+        return begun.network
 
     def prepare(self) -> None:
         """Encode the images, or take their codes from the cache."""
@@ -244,6 +267,11 @@ class ModelTask(Task):
         divides = (size for size in range(most, 0, -1) if self.share % size == 0)
         self.gradients.at_once = next(divides)
         return self.gradients.at_once
+
+    def flops_per_image(self) -> float:
+        """Six a parameter and token, as for any network of matrix products."""
+        weights = sum(parameter.numel() for parameter in self.model.network.parameters())
+        return 6.0 * weights * self.model.network.config.num_tokens
 
     def blank(self, count: int) -> CodeBatch:
         """The first code everywhere, of the first class."""

@@ -37,6 +37,7 @@ from aim_training.discriminator import (
 )
 from aim_training.divergence import check_drawn
 from aim_training.errors import explained, options_that_fit
+from aim_training.initial import TOKENIZER_PARTS, freeze, open_initial
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
 from aim_training.losses import edge_loss, load_perceptual, pixel_loss
@@ -93,12 +94,17 @@ def tokenizer_config(options: TokenizerTrainingOptions) -> TokenizerConfig:
         ValueError: impossible, or the image size is no multiple of the downsampling.
     """
     config = SMALL if options.preset == "small" else _chosen(options)
-    if options.size % config.downsampling:
+    check_size(options.size, config)
+    return config
+
+
+def check_size(size: int, config: TokenizerConfig) -> None:
+    """Raise ValueError unless images of `size` pixels are a whole number of tokens."""
+    if size % config.downsampling:
         raise ValueError(
-            f"size is {options.size}; with {len(config.channel_multipliers)} levels it must be a "
+            f"size is {size}; with {len(config.channel_multipliers)} levels it must be a "
             f"multiple of {config.downsampling}"
         )
-    return config
 
 
 def _chosen(options: TokenizerTrainingOptions) -> TokenizerConfig:
@@ -128,8 +134,10 @@ class TokenizerTask(Task):
             self.folder, self.held_out_folder = training_images(
                 options, self.bad_images.say, quiet=not accelerator.is_main_process
             )
+        tokenizer = channels_last(self._network())
+        config = tokenizer.config
         with options_that_fit():
-            config = tokenizer_config(options)
+            freeze(tokenizer, options.freeze, TOKENIZER_PARTS)
             self.order = BatchOrder(
                 len(self.folder),
                 options.batch_size,
@@ -143,7 +151,6 @@ class TokenizerTask(Task):
         self.smaller = _SMALLER
         self.held_out: ImageSource | None = None
         self.held_out_count = 0
-        tokenizer = channels_last(VQTokenizer(config))
         self.tokenizer = Learner(tokenizer, accelerator, options, average=True)
         self.learners = {"tokenizer": self.tokenizer}
         self.discriminator: Learner[PatchDiscriminator] | None = None
@@ -156,6 +163,19 @@ class TokenizerTask(Task):
         # How often each code was used since the last log line, and since the last revival.
         self.logged_use = torch.zeros(config.codebook_size, device=self.device)
         self.revival_use = torch.zeros_like(self.logged_use)
+
+    def _network(self) -> VQTokenizer:
+        """A new tokenizer, or the one to start from."""
+        options = self.options
+        if options.init is None:
+            with options_that_fit():
+                return VQTokenizer(tokenizer_config(options))
+        checkpoint = open_initial(options.init, "tokenizer")
+        assert checkpoint.tokenizer is not None
+        with options_that_fit():
+            check_size(options.size, checkpoint.tokenizer.config)
+        self.bad_images.say(f"Starting from {checkpoint.path.name}.")
+        return checkpoint.tokenizer.train()
 
     def prepare(self) -> None:
         """Open the images."""
@@ -187,7 +207,8 @@ class TokenizerTask(Task):
     def train_step(self, step: int, progress: float, batch: Tensor) -> dict[str, Tensor]:
         """Autoencoder first, then the discriminator on the same reconstructions."""
         options = self.options
-        reviving = step and options.revive_every and step % options.revive_every == 0
+        learning = "encoder" not in options.freeze  # whose codes would change their meaning
+        reviving = learning and step and options.revive_every and step % options.revive_every == 0
         if reviving and progress < _REVIVED_UNTIL:
             self._revive(batch)
         with autocast(options, self.device):

@@ -151,7 +151,8 @@ class Engine(ABC):
         """Make room for images that advance together, `rows` rows of them at most.
 
         An image takes `SamplingOptions.rows_per_image`; its tokens are those that `draw` yields,
-        whoever else is there. Give it back with `close`.
+        whoever else is there, up to what the device rounds otherwise with more rows or fewer. Give
+        it back with `close`.
         Raises ValueError for `rows` below 1, BackendError when the memory does not suffice.
         """
         check_process(self._process)

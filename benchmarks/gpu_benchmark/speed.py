@@ -88,9 +88,9 @@ def measure_speed(
         loaded_gpu_bytes=memory.taken(),
     )
     if engine.backend == "cuda":
-        from aim_runtime.engines.cuda.plan import Plan
+        from aim_runtime.engines.cuda.plan_reader import read_plan
 
-        keep(compiler=Plan.read(bundle, engine.precision).compiler)
+        keep(compiler=read_plan(bundle, engine.precision).compiler)
     rows: list[dict[str, Any]] = []
     for images in batches:
         wanted = [index % classes for index in range(images)]

@@ -62,7 +62,8 @@ def model_bytes(bundle: Bundle) -> int:
 def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any.
 
-    What cannot be read of them, damaged or newer than this runtime, hides nothing else.
+    And whether images join at any step a batch that they draw. What cannot be read of them, damaged
+    or newer than this runtime, hides nothing else.
     """
     from aim_runtime import BundleError
     from aim_runtime.engines.cuda.plan import architectures, precisions
@@ -72,14 +73,17 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     formats = precisions(bundle.manifest)
     if not formats:
         return None
+    continuous: bool | None = None
     try:
-        compiler = read_plan(bundle, formats[0]).compiler or "an unrecorded compiler"
+        plan = read_plan(bundle, formats[0])
+        compiler, continuous = plan.compiler or "an unrecorded compiler", plan.continuous
     except BundleError as error:
         compiler = f"an unknown compiler ({error})"
     return {
         "precisions": formats,
         "compute_capabilities": describe(architectures(bundle.manifest)).split(", "),
         "compiler": compiler,
+        "continuous": continuous,
     }
 
 
@@ -158,6 +162,11 @@ def card(bundle: Bundle) -> str:
         )
         made_by = f"compiled by {kernels['compiler']}"
         line = f"{formats} for compute capability {capabilities}, {made_by}"
+        if kernels["continuous"] is False:
+            line += (
+                "; a Batcher draws whole batches with them: 'aim export --bundle DIR --cuda' makes "
+                "such as let images join at any step"
+            )
         pairs.insert(-1, ("CUDA kernels", line))
     return fields(pairs)
 

@@ -61,7 +61,13 @@ class Draft:
             weights=self.weights,
             setup=Setup(self.setup.buffers, _by_id(self.setup.launches)),
             buckets=tuple(
-                Bucket(bucket.rows, bucket.buffers, _by_id(bucket.begin), _by_id(bucket.step))
+                Bucket(
+                    bucket.rows,
+                    bucket.buffers,
+                    _by_id(bucket.begin),
+                    _by_id(bucket.step),
+                    bucket.memory,
+                )
                 for bucket in self.buckets
             ),
             decoder=tuple(

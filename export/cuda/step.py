@@ -49,12 +49,12 @@ class _StepBuilder:
             norm_parts=self.norm_parts,
             square_parts=self.square_parts,
         )
-        self.buffers = buffers.tensors
+        self.buffers, self.memory = buffers.tensors, buffers.memory
         self.strides = weights.strides | buffers.strides
         self.launch = Launcher(weights.tensors | buffers.tensors)
 
     def bucket(self) -> Bucket[KernelSpec]:
-        return Bucket(self.rows, self.buffers, self._begin(), self._step())
+        return Bucket(self.rows, self.buffers, self._begin(), self._step(), self.memory)
 
     def _each_layer(self, *body: SpecLaunch) -> Repeat[KernelSpec]:
         """`body` for every layer; what there is one of a layer advances by one each time."""
@@ -62,7 +62,7 @@ class _StepBuilder:
         strides = {name: self.strides[name] for name in used if name in self.strides}
         return Repeat(self.g.L, body, strides)
 
-    # Once a batch
+    # When images begin
 
     def _begin(self) -> Program[KernelSpec]:
         # The scale of the layer after the last, which `out_proj` reads as well, stays zero.
@@ -82,8 +82,6 @@ class _StepBuilder:
             class_table="class_table",
             class_embedding="class_embedding",
             activated="activated",
-            position="position",
-            status="status",
             D=self.g.D,
             BLOCK=self.block,
         )
@@ -316,8 +314,7 @@ class _StepBuilder:
             logits="logits",
             noise="noise",
             settings="settings",
-            pairs="pairs",
-            forced="forced",
+            second="second",
             tokens="tokens",
             token="token",
             position="position",

@@ -19,10 +19,14 @@ from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Tensor, step_interface
 
 @dataclass
 class TensorTable:
-    """Tensors by name, and the bytes from layer to layer of those that every layer has one of."""
+    """Tensors by name, and the bytes from layer to layer of those that every layer has one of.
+
+    `memory` has the layers of those that hold what a row remembers from step to step.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     strides: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, dtype: str, *shape: int) -> None:
         """A tensor that all layers share."""
@@ -32,6 +36,11 @@ class TensorTable:
         """One of `shape` for each layer: (layers, ...)."""
         self.tensors[name] = Tensor(dtype, (layers, *shape))
         self.strides[name] = math.prod(shape) * DTYPE_BYTES[dtype]
+
+    def add_memory(self, name: str, dtype: str, layers: int, rows: int, *shape: int) -> None:
+        """What each row remembers in each layer: (layers, rows, ...)."""
+        self.add_layers(name, dtype, layers, rows, *shape)
+        self.memory[name] = layers
 
     def add_rows(self, name: str, dtype: str, layers: int, rows: int, *shape: int) -> None:
         """One of (rows, ...) for each layer, all rows along one axis: (layers * rows, ...)."""
@@ -96,12 +105,12 @@ def buffer_table(
     found.add("hidden", activation, R, g.D)
     found.add("candidates", "float32", R, 2, CANDIDATES)
     # The memory.
-    found.add_layers("ring", "float32", g.L, R, g.K, g.X)
-    found.add_layers("state", precision.state, g.L, R, g.H, g.P, g.S)
+    found.add_memory("ring", "float32", g.L, R, g.K, g.X)
+    found.add_memory("state", precision.state, g.L, R, g.H, g.P, g.S)
     if precision.state == "int8":
-        found.add_layers("state_scale", "float32", g.L, R, g.H, g.P)
-    found.add_layers("past_x", precision.history, g.L, R, C, g.inner)
-    found.add_layers("past_b", precision.history, g.L, R, C, g.S)
-    found.add_layers("past_decay", "float32", g.L, R, g.H, C)
+        found.add_memory("state_scale", "float32", g.L, R, g.H, g.P)
+    found.add_memory("past_x", precision.history, g.L, R, C, g.inner)
+    found.add_memory("past_b", precision.history, g.L, R, C, g.S)
+    found.add_memory("past_decay", "float32", g.L, R, g.H, C)
     found.tensors.update(ABSENT_BUFFER)
     return found

@@ -60,7 +60,13 @@ def test_kernels_are_listed_with_what_compiled_them(cli: Cli, bundle: Path, tmp_
         "precisions": ["fp16", "int8"],
         "compute_capabilities": ["8.0", "9.0"],
         "compiler": "Triton 3.6.0",
+        "continuous": True,
     }
+    assert "whole batches" not in shown
+    older = write_toy_bundle(bundle, tmp_path / "older", toy_plan(version=2))
+    assert json.loads(cli("info", older, "--json").stdout)["cuda_kernels"]["continuous"] is False
+    shown = " ".join(cli("info", older).stdout.split())
+    assert "a Batcher draws whole batches with them: 'aim export --bundle DIR --cuda'" in shown
     assert json.loads(cli("info", bundle, "--json").stdout)["cuda_kernels"] is None
     assert "CUDA kernels" not in cli("info", bundle).stdout
 

@@ -133,7 +133,7 @@ def test_every_option_is_explained(cli: Cli, command: str, options: type[Any]) -
     for field in fields(options):
         if field.name != "data":
             assert f"--{field.name.replace('_', '-')} " in shown
-    assert "[default: 0.0001]" in " ".join(shown.split())
+    assert "[default: 0.0001; 0.00002 with --init]" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

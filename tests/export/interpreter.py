@@ -88,6 +88,17 @@ class Interpreter:
         found: np.ndarray = self._call("draw_engine", bundle, precision, classes, noise, options)
         return found
 
+    def visit(
+        self, bundle: Path, precision: str, rows: int, steps: int, calls: list[list[Any]]
+    ) -> list[list[int]]:
+        """The tokens so far of images that begin in slots of the CUDA engine, of `rows` rows.
+
+        Before each call of `step`, which decides ``steps`` tokens, those of ``calls`` begin, each
+        given as (class, noise, options).
+        """
+        found: list[list[int]] = self._call("visit_slots", bundle, precision, rows, steps, calls)
+        return found
+
     def generate(self, bundle: Path, precision: str, **options: Any) -> tuple[Any, Any]:
         """Tokens and pixels of ``Generator.generate`` on the CUDA engine."""
         tokens, pixels = self._call("generate", bundle, precision, options)
@@ -278,6 +289,25 @@ def draw_engine(
             return next(drawing)
     finally:
         step.SLICE = whole
+
+
+def visit_slots(
+    bundle: Path, precision: str, rows: int, steps: int, calls: list[list[Any]]
+) -> list[list[int]]:
+    from aim_runtime.engines.cuda import slots
+
+    whole, slots.STEPS = slots.STEPS, steps
+    tokens: dict[int, list[int]] = {}
+    try:
+        with engine(bundle, precision).slots(rows) as found:
+            for joining in calls:
+                for class_id, noise, options in joining:
+                    tokens[found.begin(class_id, noise, options)] = []
+                for slot, block in found.step().items():
+                    tokens[slot] += np.asarray(block).tolist()
+    finally:
+        slots.STEPS = whole
+    return list(tokens.values())
 
 
 def generate(bundle: Path, precision: str, options: dict[str, Any]) -> tuple[Any, Any]:

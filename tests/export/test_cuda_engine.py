@@ -178,6 +178,24 @@ def test_draws(
     assert np.array_equal(found, wanted[:, : found.shape[1]])
 
 
+def test_images_that_join(
+    interpreter: Interpreter, references: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    """One row beside two, and one image in the middle of a chunk when others begin theirs."""
+    golden = references(ADALN)
+    bundle = golden.with_kernels(tmp_path, "fp32", 4)
+    noise = uniforms(range(3), golden.bundle.manifest.model.num_tokens)
+    guided = SamplingOptions(cfg_scale=2.5, top_k=60)
+    alone = SamplingOptions(temperature=0.9, top_p=0.95)
+    images = [(3, noise[0], guided), (1, noise[1], alone), (0, noise[2], SamplingOptions())]
+    calls = [[images[0]], images[1:], [], []]
+    found = interpreter.visit(bundle, "fp32", 4, 1, calls)
+    assert [len(tokens) for tokens in found] == [4, 2, 2]
+    for tokens, (class_id, row, options) in zip(found, images, strict=True):
+        wanted = golden.cpu.draw(np.array([class_id]), row[None], options)
+        assert tokens == np.concatenate(list(wanted), axis=1)[0, : len(tokens)].tolist()
+
+
 @pytest.mark.slow
 def test_generate(
     interpreter: Interpreter, references: Callable[[str], Reference], tmp_path: Path

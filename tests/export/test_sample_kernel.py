@@ -41,16 +41,28 @@ OPTIONS = [
 ]
 
 
+PLAIN = SamplingOptions()
+
+
 class Case:
-    """One launch for ``len(u)`` images, whose rows ``logits`` are as `guide` takes them."""
+    """One launch for ``len(u)`` images, whose rows ``logits`` are as `guide` takes them.
+
+    ``second`` says which rows they are of, in place of the first ones and those behind them.
+    """
 
     def __init__(
-        self, logits: np.ndarray, u: np.ndarray, options: list[SamplingOptions], forced: int = 0
+        self,
+        logits: np.ndarray,
+        u: np.ndarray,
+        options: list[SamplingOptions],
+        second: list[int] | None = None,
     ) -> None:
         images, (rows, words) = len(u), logits.shape
         self.u, self.options = u, options
         noise = np.zeros((rows, TOKENS))
         noise[:images, AT] = u
+        seconds = [images + image if rows > images else -1 for image in range(images)]
+        seconds += [-2] * (rows - images)
         settings = np.zeros((rows, 4), np.float32)
         for row, option in zip(settings, options, strict=False):
             inverse = 1 / option.temperature if option.temperature else 0
@@ -59,12 +71,11 @@ class Case:
             "logits": logits.astype(np.float32),
             "noise": noise,
             "settings": settings,
-            "pairs": np.array([images if rows > images else 0], np.int32),
-            "forced": np.array([forced], np.int32),
+            "second": np.array(second or seconds, np.int32),
             "tokens": np.full((rows, TOKENS), -1),
             "token": np.full(rows, -1),
             "position": np.full(rows, AT),
-            "status": np.zeros(4, np.int32),
+            "status": np.zeros(rows, np.int32),
             "candidates": np.full((rows, 2, kernels.CANDIDATES), np.nan, np.float32),
         }
         block = triton.next_power_of_2(words)
@@ -108,7 +119,7 @@ def check(cases: list[Case]) -> None:
             }
             assert after["token"][image] in allowed, (image, option)
         drawn = after["token"][:images]
-        assert after["status"][0] == 0
+        assert not after["status"].any()
         assert (after["tokens"][:images, AT] == drawn).all()
         assert (np.delete(after["tokens"], AT, axis=1) == -1).all()
         assert (after["tokens"][images:] == -1).all()
@@ -190,18 +201,43 @@ def test_scores_that_are_not_finite_are_reported() -> None:
             options = [SamplingOptions(1.0, temperature, 20, 0.9)] * 2
             cases.append(Case(logits, np.full(2, 0.5), options))
     for after in run(cases):
-        assert after["status"][0] == 1
+        assert after["status"].tolist() == [0, 1]
         assert after["token"].min() >= 0
         assert after["token"].max() < 256
 
 
-def test_forced_tokens_stay_as_the_host_put_them() -> None:
-    case = Case(np.full((2, 256), np.nan), np.full(2, 0.5), [SamplingOptions()] * 2, forced=1)
+def test_rows_that_nothing_is_drawn_from_stay_as_they_are() -> None:
+    options = [SamplingOptions()] * 2
+    undrawn = Case(np.full((2, 256), np.nan), np.full(2, 0.5), options, second=[-2, -2])
+    finished = Case(np.full((2, 256), np.nan), np.full(2, 0.5), options)
+    finished.memory["position"][:] = TOKENS
+    for case, after in zip((undrawn, finished), run([undrawn, finished]), strict=True):
+        assert (after["token"] == -1).all()
+        assert (after["tokens"] == -1).all()
+        assert (after["position"] == case.memory["position"]).all()
+        assert not after["status"].any()
+
+
+def test_images_of_one_row_and_of_two_at_their_own_positions() -> None:
+    """Rows 4 and 1 are an image, rows 2 and 3 one each, row 5 has all its tokens, 0 is nobody's."""
+    random = np.random.default_rng(5)
+    logits, rows = random.normal(0, 3, (6, 700)), {4: [4, 1], 2: [2], 3: [3], 5: [5]}
+    options = {4: OPTIONS[13], 2: OPTIONS[2], 3: OPTIONS[9], 5: OPTIONS[0]}
+    case = Case(logits, np.zeros(6), [options.get(row, PLAIN) for row in range(6)])
+    memory = case.memory
+    memory["second"][:] = -2, -2, -1, -1, 1, -1
+    memory["position"][:] = 0, 2, 0, 1, 2, TOKENS
+    memory["noise"][:] = random.random((6, TOKENS))
     [after] = run([case])
-    assert (after["token"] == -1).all()
-    assert (after["tokens"] == -1).all()
-    assert (after["position"] == AT).all()
-    assert after["status"][0] == 0
+    wanted = {name: memory[name].copy() for name in ("token", "tokens", "position")}
+    for image in (4, 2, 3):
+        at, option = memory["position"][image], options[image]
+        scores = guide(memory["logits"][rows[image]], 1, option.cfg_scale)
+        drawn = specified(scores, memory["noise"][image, at : at + 1], option)[0]
+        wanted["tokens"][image, at] = wanted["token"][rows[image]] = drawn
+        wanted["position"][rows[image]] = at + 1
+    for name, values in wanted.items():
+        assert np.array_equal(after[name], values)
 
 
 def test_draws_are_repeatable() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.engines.gpu.device import ALIGNMENT, DeviceLaunch, OutOfDeviceMemory
+from aim_runtime.engines.gpu.device import ALIGNMENT, DeviceLaunch, OutOfDeviceMemory, Spaced
 from aim_runtime.errors import BackendError
 
 Grid = tuple[int, int, int]
@@ -204,6 +204,23 @@ class SimulatedStream:
         source = self._device.resolve(address, target.nbytes)
         raw = target.reshape(-1).view(np.uint8)
         self.add(lambda: np.copyto(raw, source.view(np.uint8)[: raw.size]))
+
+    def copy(self, pieces: int, size: int, source: Spaced, target: Spaced) -> None:
+        assert size <= min(source.pitch, target.pitch)
+        ends = [
+            self._device.resolve(place.address, (pieces - 1) * place.pitch + size)
+            for place in (source, target)
+        ]
+
+        def run() -> None:
+            for piece in range(pieces):
+                of, to = (
+                    end.view(np.uint8)[piece * place.pitch :][:size]
+                    for end, place in zip(ends, (source, target), strict=True)
+                )
+                to[:] = of
+
+        self.add(run)
 
     def launch(self, launch: DeviceLaunch) -> None:
         self.add(lambda: self._device.run(launch))

@@ -30,6 +30,13 @@ def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def older(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose images begin together: its plan is of format 2."""
+    out = tmp_path_factory.mktemp("cuda") / "older"
+    return write_toy_bundle(tiny, out, toy_plan(version=2))
+
+
+@pytest.fixture(scope="module")
 def cpu(tiny: Path) -> Engine:
     return load_engine(Bundle.open(tiny), backend="cpu", threads=1)
 
@@ -60,10 +67,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("made", ["bundle", "older"])
 def test_the_tokens_are_the_cpus(
-    bundle: Path, cpu: Engine, options: SamplingOptions, n: int
+    request: pytest.FixtureRequest, cpu: Engine, options: SamplingOptions, n: int, made: str
 ) -> None:
-    engine = toy_engine(bundle)
+    engine = toy_engine(request.getfixturevalue(made))
     classes = [2, 0, 1, 2][:n]
     assert np.array_equal(drawn(engine, classes, options), drawn(cpu, classes, options))
 
@@ -152,15 +160,21 @@ class TestWorkspaces:
         assert by_name["cell"].addresses[-1] == 0  # no argument: a null pointer
         assert ("cell", 1024) in device_of(engine).loaded
 
-    def test_unused_slots_repeat_the_first_image(self, bundle: Path) -> None:
-        engine = toy_engine(bundle)
+    @pytest.mark.parametrize(
+        ("made", "roles"),
+        [("bundle", {"second": [3, 4, 5, -2, -2, -2]}), ("older", {"pairs": [3], "forced": [0]})],
+    )
+    def test_unused_slots_repeat_the_first_image(
+        self, request: pytest.FixtureRequest, made: str, roles: dict[str, list[int]]
+    ) -> None:
+        engine = toy_engine(request.getfixturevalue(made))
         with engine._step_lease(engine._bucket(2, 2), 2) as workspace:
             noise = uniforms([5, 6], TOKENS)
             options = SamplingOptions(2.0, 0.5, top_k=3, top_p=0.9)
             list(step.draw(engine._device, workspace, np.array([2, 1]), noise, options, CLASSES))
             host = workspace.host
         assert host["class_id"].tolist() == [2, 1, 2, CLASSES, CLASSES, CLASSES]
-        assert host["pairs"].tolist() == [3]
+        assert {name: host[name].tolist() for name in roles} == roles
         assert host["noise"][:3].tolist() == noise[[0, 1, 0]].tolist()
         assert host["settings"].tolist() == [[2.0, 2.0, np.float32(0.9), 3.0]] * 6
 
@@ -264,8 +278,11 @@ class TestDecoder:
 
 
 class TestForcedRows:
-    def test_scores_are_the_cpus(self, bundle: Path, cpu: Engine) -> None:
-        engine = toy_engine(bundle)
+    @pytest.mark.parametrize("made", ["bundle", "older"])
+    def test_scores_are_the_cpus(
+        self, request: pytest.FixtureRequest, made: str, cpu: Engine
+    ) -> None:
+        engine = toy_engine(request.getfixturevalue(made))
         classes = np.array([0, 1, CLASSES])
         forced = np.random.default_rng(1).integers(0, VOCAB, (3, TOKENS))
         with (
@@ -494,8 +511,9 @@ class TestMemory:
 
 
 class TestFaults:
-    def test_scores_that_are_not_finite(self, bundle: Path) -> None:
-        engine = toy_engine(bundle)
+    @pytest.mark.parametrize("made", ["bundle", "older"])
+    def test_scores_that_are_not_finite(self, request: pytest.FixtureRequest, made: str) -> None:
+        engine = toy_engine(request.getfixturevalue(made))
         expected = drawn(engine, [0], SamplingOptions(2.0))
         with pytest.raises(BackendError, match="scores are not finite"):
             drawn(engine, [0], SamplingOptions(1e39))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -20,10 +21,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOptions
+from aim_runtime import (
+    BackendError,
+    Batcher,
+    Bundle,
+    BundleError,
+    Generator,
+    SamplingOptions,
+)
 from aim_runtime.bundle import add_engine
 from aim_runtime.engines import cuda
-from aim_runtime.engines.cuda import CudaEngine, step
+from aim_runtime.engines.cuda import CudaEngine, slots, step
 from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.gpu.device import Device
 from aim_runtime.noise import uniforms
@@ -58,6 +66,33 @@ def count(grid: Grid, arguments: list[Any]) -> None:
             position.view(np.int64)[row] += 1
 
 
+def count_continuously(grid: Grid, arguments: list[Any]) -> None:
+    """In plans of format 3: where an image stands is remembered, and it may have a second row."""
+    class_id, position, tokens, logits, second, seen = (
+        pointer.view(dtype)
+        for pointer, dtype in zip(
+            arguments,
+            (np.int64, np.int64, np.int64, np.float32, np.int32, np.int64),
+            strict=True,
+        )
+    )
+    for row in range(grid[0]):
+        at, other = position[row], second[row]
+        logits[row * VOCAB] = (class_id[row] + at) % VOCAB
+        if other < -1 or at >= TOKENS:
+            continue
+        seen[row] = seen[row] if at else 0
+        tokens[row * TOKENS + at] = (class_id[row] + seen[row]) % VOCAB
+        seen[row] += 1
+        position[row] += 1
+        if other >= 0:
+            position[other] = position[row]
+
+
+def idle(grid: Grid, arguments: list[Any]) -> None:
+    pass
+
+
 def decode(grid: Grid, arguments: list[Any]) -> None:
     tokens, image = arguments
     first = tokens.view(np.int64)[: grid[0] * TOKENS : TOKENS]
@@ -71,13 +106,14 @@ def cast(grid: Grid, arguments: list[Any]) -> None:
 
 
 KERNELS = {"begin": begin, "step": count, "decode": decode, "cast": cast, "astray": begin}
-POINTERS = {"begin": 3, "step": 6, "decode": 2, "cast": 2, "astray": 1}
+KERNELS |= {"idle": idle, "count": count_continuously}
+POINTERS = {"begin": 3, "step": 6, "decode": 2, "cast": 2, "astray": 1, "idle": 1, "count": 6}
 
 
 # -- the bundle -----------------------------------------------------------------------------------
 
 
-def counting_plan() -> dict[str, Any]:
+def counting_plan(version: int = 1) -> dict[str, Any]:
     code = {"offset": 0, "size": len(zlib.compress(PTX)), "shared": 0}
     kernels = {
         name: {
@@ -94,6 +130,15 @@ def counting_plan() -> dict[str, Any]:
 
     def buffers(**shapes: Any) -> dict[str, Any]:
         return {name: {"dtype": dtype, "shape": s} for name, (dtype, *s) in shapes.items()}
+
+    def continuous(bucket: dict[str, Any]) -> dict[str, Any]:
+        """The bucket in format 3."""
+        rows, shapes = bucket["rows"], bucket["buffers"]
+        del shapes["pairs"], shapes["forced"]
+        shapes |= buffers(second=("int32", rows), status=("int32", rows), seen=("int64", rows))
+        steps = launch("count", rows, "class_id", "position", "tokens", "logits", "second", "seen")
+        programs = {"begin": [launch("idle", rows, "long")], "step": [steps]}
+        return bucket | programs | {"memory": {"seen": 1}}
 
     def bucket(rows: int) -> dict[str, Any]:
         return {
@@ -128,15 +173,17 @@ def counting_plan() -> dict[str, Any]:
         "parts": [part | {"rows": len(LONG)}],
         "scales": None,
     }
+    buckets = [bucket(rows) for rows in (1, 2, 8)]
     return {
         "format": "aim-cuda-plan",
-        "format_version": 1,
+        "format_version": version,
+        **({"compiler": "ptxas"} if version > 1 else {}),
         "precision": "fp16",
         "kernels": kernels,
         "conversions": {"cast_float32_float16": "cast"},
         "weights": {"long": long},
         "setup": {"buffers": {}, "launches": []},
-        "buckets": [bucket(rows) for rows in (1, 2, 8)],
+        "buckets": [continuous(item) for item in buckets] if version > 2 else buckets,
         "decoder": [decoder(images) for images in (1, 4)],
     }
 
@@ -153,10 +200,12 @@ def write_counting_bundle(tiny: Path, out: Path, plan: dict[str, Any]) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[1, 3], ids="format {}".format)
+def bundle(
+    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("counting") / "bundle"
-    return write_counting_bundle(tiny, folder, counting_plan())
+    return write_counting_bundle(tiny, folder, counting_plan(request.param))
 
 
 # -- the devices ----------------------------------------------------------------------------------
@@ -261,6 +310,48 @@ def test_a_generator(engine: CudaEngine, bundle: Path) -> None:
     result = Generator(Bundle.open(bundle), engine).generate([0, 1, 2] * 3)
     assert np.array_equal(result.tokens, counted([0, 1, 2] * 3))
     assert (result.array[:, 0, 0, 0] == [0, 1, 2] * 3).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_slots(engine: CudaEngine, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images come and go at random, few and many at a time, in one row or two."""
+    monkeypatch.setattr(slots, "STEPS", steps)
+    rng, noise = random.Random(steps), uniforms([0], TOKENS)[0]
+    tokens: dict[int, list[int]] = {}
+    classes: dict[int, int] = {}
+    with engine.slots(8) as ours:
+        for turn in range(300):
+            options = SamplingOptions(rng.choice((1.0, 3.0)))
+            while rng.random() < (0.7 if turn % 100 < 50 else 0.1) and ours.fits(options):
+                class_id = rng.randrange(CLASSES)
+                slot = ours.begin(class_id, noise, options)
+                classes[slot], tokens[slot] = class_id, []
+            unfinished = [slot for slot in tokens if len(tokens[slot]) < TOKENS]
+            if unfinished and rng.random() < 0.1:
+                leaver = rng.choice(unfinished)
+                ours.end(leaver)
+                del tokens[leaver]
+            for slot, block in ours.step().items():
+                assert not isinstance(block, BackendError)
+                tokens[slot] += block.tolist()
+                assert tokens[slot] == counted([classes[slot]])[0, : len(tokens[slot])].tolist()
+    assert len(tokens) > 20
+
+
+def test_a_batcher(engine: CudaEngine, bundle: Path) -> None:
+    generator = Generator(Bundle.open(bundle), engine)
+    with Batcher(generator, images=4) as batcher:
+        wanted = [[index % CLASSES] * (1 + index % 3) for index in range(24)]
+        scales = [1.0 + 2 * (index % 2) for index in range(24)]
+        jobs = [
+            batcher.submit(classes, cfg_scale=scale)
+            for classes, scale in zip(wanted, scales, strict=True)
+        ]
+        for job in jobs[::5]:
+            job.cancel()
+        for classes, job in zip(wanted, jobs, strict=True):
+            if job not in jobs[::5]:
+                assert np.array_equal(job.result(60).tokens, counted(classes))
 
 
 def test_memory_is_given_back(engine: CudaEngine) -> None:

@@ -85,9 +85,23 @@ def test_a_plan_is_read(manifest: Manifest) -> None:
 def test_a_plan_of_format_1_does_not_say_what_compiled_it(manifest: Manifest) -> None:
     document = toy_plan("int8")
     assert parse_plan(json.dumps(document), manifest).compiler == "Triton 3.6.0"
+    document = toy_plan("int8", version=2)
     del document["compiler"]
     document["format_version"] = 1
     assert parse_plan(json.dumps(document), manifest).compiler == ""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_images_of_older_plans_begin_together(manifest: Manifest, version: int) -> None:
+    document = toy_plan(version=version)
+    if version == 1:
+        del document["compiler"]
+    plan = parse_plan(json.dumps(document), manifest)
+    assert not plan.continuous
+    assert all(not bucket.memory for bucket in plan.buckets)
+    plan = read(toy_plan(), manifest)
+    assert plan.continuous
+    assert all(bucket.memory == {"ssm": 1, "conv": 1} for bucket in plan.buckets)
 
 
 def test_what_is_written_is_what_is_read(manifest: Manifest) -> None:
@@ -125,13 +139,29 @@ def head_launch(document: dict[str, Any]) -> dict[str, Any]:
 
 EDITS: dict[str, tuple[Edit, str]] = {
     "not a plan": (lambda d: d.update(format="x"), 'lacks "format": "aim-cuda-plan"'),
-    "newer": (lambda d: d.update(format_version=3), "made by a newer aim-runtime (format 3"),
+    "newer": (lambda d: d.update(format_version=4), "made by a newer aim-runtime (format 4"),
     "version": (lambda d: d.update(format_version="1"), "format_version is '1'"),
     "missing key": (lambda d: d.pop("setup"), "top level lacks the key 'setup'"),
     "unknown key": (lambda d: d.update(more=1), "unknown key 'more'"),
     "no compiler": (lambda d: d.pop("compiler"), "top level lacks the key 'compiler'"),
     "compiler": (lambda d: d.update(compiler="a\nb"), "compiler is 'a\\nb'"),
     "compiler of format 1": (lambda d: d.update(format_version=1), "unknown key 'compiler'"),
+    "memory of format 2": (
+        lambda d: d.update(format_version=2),
+        "buckets[0] has the unknown key 'memory'",
+    ),
+    "memory": (
+        lambda d: d["buckets"][1]["memory"].update(nothing=1),
+        "buckets[1].memory is 'nothing'; it must be names of buffers",
+    ),
+    "memory blocks": (
+        lambda d: d["buckets"][1]["memory"].update(ssm=0),
+        "buckets[1].memory['ssm'] is 0; it must be",
+    ),
+    "memory of other rows": (
+        lambda d: d["buckets"][1]["memory"].update(ssm=3),
+        "buckets[1].memory['ssm'] is 3; the buffer has",
+    ),
     "precision": (lambda d: d.update(precision="../x y"), "precision is '../x y'"),
     "kernels": (lambda d: d.update(kernels=[]), "kernels is a list of 0 items"),
     "kernel name": (
@@ -152,8 +182,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "needs engines/cuda/kernels-sm100.bin, which the bundle lacks",
     ),
     "code outside": (
-        lambda d: d["kernels"]["cell"]["code"]["90"].update(offset=320),
-        "kernels['cell'].code.90 ends at byte 352 of engines/cuda/kernels-sm90.bin, which has 320",
+        lambda d: d["kernels"]["cell"]["code"]["90"].update(offset=384),
+        "kernels['cell'].code.90 ends at byte 416 of engines/cuda/kernels-sm90.bin, which has 384",
     ),
     "code negative": (
         lambda d: d["kernels"]["cell"]["code"]["90"].update(offset=-32),

@@ -465,6 +465,8 @@ def test_a_class_that_does_not_exist(generator: Generator, class_: Any) -> None:
 def test_an_unknown_name_gets_suggestions(generator: Generator) -> None:
     with pytest.raises(ValueError, match=r"'red pandas' is unknown.*did you mean 'red panda'"):
         generator.generate([0, "red pandas"])
+    with pytest.raises(ValueError, match=r"unknown.*did you mean 'red panda'\?"):
+        generator.class_index("a photo of a red panda")
 
 
 def test_a_name_of_several_classes_asks_for_a_number(tiny: Path) -> None:

@@ -30,9 +30,7 @@ def _read(pointer: Pointer, dtype: Any, *shape: int) -> np.ndarray:
 
 
 def begin(grid: Grid, arguments: list[Any]) -> None:
-    class_id, classes, to_modulation, to_final, embedding, shift, final, position, status = (
-        arguments
-    )
+    class_id, classes, to_modulation, to_final, embedding, shift, final = arguments
     rows = grid[0]
     table = _read(classes, np.float32, CLASSES + 1, WIDTH)
     chosen = table[_read(class_id, np.int64, rows)]
@@ -41,7 +39,13 @@ def begin(grid: Grid, arguments: list[Any]) -> None:
     _read(shift, np.float32, rows, WIDTH)[:] = modulation.reshape(rows, -1, WIDTH).sum(axis=1)
     twice = chosen @ _read(to_final, np.float32, WIDTH, 2 * WIDTH)
     _read(final, np.float32, rows, WIDTH)[:] = twice.reshape(rows, 2, WIDTH).sum(axis=1)
-    _read(position, np.int64, rows)[:] = 0
+
+
+def begin_batch(grid: Grid, arguments: list[Any]) -> None:
+    """`begin` in plans of the older formats."""
+    *arguments, position, status = arguments
+    begin(grid, arguments)
+    _read(position, np.int64, grid[0])[:] = 0
     _read(status, np.int32, 4)[:] = 0
 
 
@@ -88,6 +92,32 @@ def byte_head(grid: Grid, arguments: list[Any]) -> None:
 
 
 def draw(grid: Grid, arguments: list[Any]) -> None:
+    logits, noise, settings, second, tokens, token, position, status = arguments
+    rows = grid[0]
+    scores = _read(logits, np.float32, rows, VOCAB)
+    positions, others = _read(position, np.int64, rows), _read(second, np.int32, rows)
+    for row, other in enumerate(others):
+        at = positions[row]
+        if other == -2 or at == TOKENS:
+            continue
+        scale, inverse, top_p, top_k = _read(settings, np.float32, rows, 4)[row].astype(float)
+        options = SamplingOptions(
+            min(scale, 1e300), 1 / inverse if inverse else 0, int(top_k), top_p
+        )
+        own = [row] if other < 0 else [row, other]
+        u = _read(noise, np.float64, rows, TOKENS)[row, at : at + 1]
+        try:
+            drawn = sample(guide(scores[own], 1, options.cfg_scale), u, options)[0]
+        except BackendError:
+            _read(status, np.int32, rows)[row] = 1
+            drawn = 0
+        _read(tokens, np.int64, rows, TOKENS)[row, at] = drawn
+        _read(token, np.int64, rows)[own] = drawn
+        positions[own] = at + 1
+
+
+def draw_batch(grid: Grid, arguments: list[Any]) -> None:
+    """`draw` in plans of the older formats: all images are at the same position."""
     logits, noise, settings, pairs, forced, tokens, token, position, status = arguments
     rows = grid[0]
     if _read(forced, np.int32, 1)[0]:
@@ -143,9 +173,13 @@ def add(grid: Grid, arguments: list[Any]) -> None:
 
 KERNELS = {
     kernel.__name__: kernel
-    for kernel in (begin, cell, head, half_head, byte_head, draw, decode, cast, quantise, add)
+    for kernel in (
+        *(begin, cell, head, half_head, byte_head, draw, decode, cast, quantise, add),
+        *(begin_batch, draw_batch),
+    )
 }
-_POINTERS = {"begin": 9, "cell": 10, "head": 4, "half_head": 4, "byte_head": 5, "draw": 9}
+_POINTERS = {"begin": 7, "cell": 10, "head": 4, "half_head": 4, "byte_head": 5, "draw": 8}
+_POINTERS |= {"begin_batch": 9, "draw_batch": 9}
 _POINTERS |= {"decode": 3, "cast": 2, "quantise": 3, "add": 1}
 
 
@@ -163,6 +197,7 @@ def toy_plan(
     rows: tuple[int, ...] = (1, 2, 6, 8),
     images: tuple[int, ...] = (1, 4),
     architectures: tuple[str, ...] = ("80", "90"),
+    version: int = 3,
 ) -> dict[str, Any]:
     """A plan as JSON values; every kernel's binary takes 32 bytes of its architecture's file."""
     weights = {
@@ -188,7 +223,7 @@ def toy_plan(
         scores = ["byte_head", "ssm", "final", "head", "head_scales", "logits"]
     return {
         "format": "aim-cuda-plan",
-        "format_version": 2,
+        "format_version": version,
         "precision": precision,
         "compiler": "Triton 3.6.0",
         "kernels": {
@@ -214,7 +249,10 @@ def toy_plan(
         },
         "weights": weights,
         "setup": {"buffers": {}, "launches": []},
-        "buckets": [_bucket(count, scores) for count in rows],
+        "buckets": [
+            _bucket(count, scores) if version > 2 else _batch_bucket(count, scores)
+            for count in rows
+        ],
         "decoder": [_decoder(count) for count in images],
     }
 
@@ -224,13 +262,12 @@ def _bucket(rows: int, scores: list[str]) -> dict[str, Any]:
         "class_id": ("int64", [rows]),
         "token": ("int64", [rows]),
         "position": ("int64", [rows]),
-        "pairs": ("int32", [1]),
+        "second": ("int32", [rows]),
         "settings": ("float32", [rows, 4]),
         "noise": ("float64", [rows, TOKENS]),
         "tokens": ("int64", [rows, TOKENS]),
         "logits": ("float32", [rows, VOCAB]),
-        "forced": ("int32", [1]),
-        "status": ("int32", [4]),
+        "status": ("int32", [rows]),
         "embedding": ("float32", [rows, WIDTH]),
         "shift": ("float32", [rows, WIDTH]),
         "final": ("float32", [rows, WIDTH]),
@@ -239,17 +276,33 @@ def _bucket(rows: int, scores: list[str]) -> dict[str, Any]:
     }
     conditioning = ["classes", "to_modulation", "to_final", "embedding", "shift", "final"]
     inputs = ["token", "position", "words", "places", "mix", "embedding", "shift"]
-    sampler = ["logits", "noise", "settings", "pairs", "forced", "tokens", "token", "position"]
+    sampler = ["logits", "noise", "settings", "second", "tokens", "token", "position"]
     return {
         "rows": rows,
         "buffers": {name: {"dtype": d, "shape": s} for name, (d, s) in shapes.items()},
-        "begin": [launch("begin", rows, "class_id", *conditioning, "position", "status")],
+        "begin": [launch("begin", rows, "class_id", *conditioning)],
         "step": [
             launch("cell", rows, *inputs, "ssm", "conv"),
             launch(scores[0], rows, *scores[1:]),
             launch("draw", rows, *sampler, "status"),
         ],
+        "memory": {"ssm": 1, "conv": 1},
     }
+
+
+def _batch_bucket(rows: int, scores: list[str]) -> dict[str, Any]:
+    """`_bucket` in plans of the older formats."""
+    bucket = _bucket(rows, scores)
+    del bucket["memory"], bucket["buffers"]["second"]
+    for name, size in (("pairs", 1), ("forced", 1), ("status", 4)):
+        bucket["buffers"][name] = {"dtype": "int32", "shape": [size]}
+    (begins,) = bucket["begin"]
+    begins["kernel"] = "begin_batch"
+    begins["args"] += [["position", 0, 0], ["status", 0, 0]]
+    draws = bucket["step"][2]
+    draws["kernel"] = "draw_batch"
+    draws["args"][3:4] = [["pairs", 0, 0], ["forced", 0, 0]]
+    return bucket
 
 
 def _decoder(images: int) -> dict[str, Any]:

@@ -48,3 +48,13 @@ def test_slow_is_not_shown_as_nothing(
     monkeypatch.setattr("aim_training.progress.time.monotonic", lambda: next(clock))
     Progress(0, 100).show(1, {}, 2, 1e9)
     assert "0.067 images/s" in capsys.readouterr().err
+
+
+def test_the_rate_of_work_is_shown_where_it_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((0.0, 2.0))
+    monkeypatch.setattr("aim_training.progress.time.monotonic", lambda: next(clock))
+    Progress(0, 10).show(2, {"loss": 3.0}, 64, 1e9, work=5e11, more=["29.5 GiB"])
+    shown = capsys.readouterr().err
+    assert shown == "step 2/10  loss 3  64 images/s  32 TFLOP/s  29.5 GiB  8 s left\n"

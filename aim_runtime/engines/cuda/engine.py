@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.base import Conditioning
-from aim_runtime.engines.cuda import step, weights, workspace
+from aim_runtime.engines.cuda import slots, step, weights, workspace
 from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket
 from aim_runtime.engines.cuda.plan_reader import read_plan
 from aim_runtime.engines.cuda.program import Kernels
@@ -19,6 +19,7 @@ from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.architecture import describe
 from aim_runtime.engines.gpu.device import Device, OutOfDeviceMemory
 from aim_runtime.engines.gpu.engine import GpuEngine
+from aim_runtime.engines.slots import Slots
 from aim_runtime.errors import BackendError
 from aim_runtime.sampling import SamplingOptions
 
@@ -39,6 +40,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         self.precision = precision
         self._launch_plan = read_plan(bundle, precision)
         self._buckets = self._runnable_buckets()
+        self.continuous = self._launch_plan.continuous
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
         with device.current():
@@ -110,26 +112,50 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 leased.stream.synchronize()
             images[:] = leased.host["image"][: len(images)]
 
+    def _slots(self, rows: int) -> Slots:
+        if not self.continuous:
+            return super()._slots(rows)
+        largest = self._bucket(rows, 1)
+        buckets = [
+            bucket
+            for bucket in self._buckets
+            if bucket.rows < largest.rows and slots.movable(bucket, largest)
+        ]
+        try:
+            return slots.CudaSlots(
+                self.manifest, self._device, [*buckets, largest], self._lease, rows
+            )
+        except OutOfDeviceMemory:
+            raise self._too_little_for(largest, min(rows, 2)) from None
+
     @contextmanager
     def _step_lease(self, bucket: Bucket[str], rows_per_image: int) -> Iterator[ProgramWorkspace]:
+        try:
+            with self._lease(bucket) as leased:
+                yield leased
+        except OutOfDeviceMemory:
+            raise self._too_little_for(bucket, rows_per_image) from None
+
+    def _lease(self, bucket: Bucket[str]) -> AbstractContextManager[ProgramWorkspace]:
+        """Buffers for `bucket` for a while. Raises OutOfDeviceMemory when it is entered."""
+
         def make() -> ProgramWorkspace:
             shared = self._weights.addresses
             return step.make_workspace(self._device, self._kernels, bucket, shared)
 
-        try:
-            with self._pool.lease(("step", bucket.rows), make) as leased:
-                yield leased
-        except OutOfDeviceMemory:
-            size = step.capacity(bucket.rows, rows_per_image)
-            needed = workspace.allocated_size(bucket.buffers)
-            free = self._device.free_memory()
-            fits = [
-                step.capacity(smaller.rows, rows_per_image)
-                for smaller in self._buckets
-                if workspace.allocated_size(smaller.buffers) <= free
-            ]
-            hint = f"; {fits[-1]} at a time fit" if fits and fits[-1] else ""
-            raise self._too_little(f"a batch of {size} images", needed, hint) from None
+        return self._pool.lease(("step", bucket.rows), make)
+
+    def _too_little_for(self, bucket: Bucket[str], rows_per_image: int) -> BackendError:
+        size = step.capacity(bucket.rows, rows_per_image)
+        needed = workspace.allocated_size(bucket.buffers)
+        free = self._device.free_memory()
+        fits = [
+            step.capacity(smaller.rows, rows_per_image)
+            for smaller in self._buckets
+            if workspace.allocated_size(smaller.buffers) <= free
+        ]
+        hint = f"; {fits[-1]} at a time fit" if fits and fits[-1] else ""
+        return self._too_little(f"a batch of {size} images", needed, hint)
 
     def _batch_sizes(self, rows_per_image: int) -> Sequence[int]:
         sizes = {step.capacity(bucket.rows, rows_per_image) for bucket in self._buckets} - {0}

@@ -23,7 +23,7 @@ from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.gpu.architecture import choose
 
 FORMAT = "aim-cuda-plan"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDER = "engines/cuda/"
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -168,12 +168,17 @@ Program = tuple[Launch[K] | Repeat[K], ...]
 
 @dataclass(frozen=True)
 class Bucket(Generic[K]):
-    """The step for up to `rows` rows: `begin` runs once a batch, `step` once a token."""
+    """The step for up to `rows` rows: `begin` when images begin, `step` once a token.
+
+    `memory` names the buffers that hold what a row remembers from step to step, and of how many
+    blocks of `rows` rows each consists. It is empty in plans of formats 1 and 2.
+    """
 
     rows: int
     buffers: Mapping[str, Tensor]
     begin: Program[K]
     step: Program[K]
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class Plan:
     """All that is launched in one precision. Buffers are zero at first.
 
     `compiler` names what made the kernels, "Triton 3.6.0"; it is empty in plans of format 1.
+    `continuous`: images may begin in some rows while others go on; not so in formats 1 and 2.
     """
 
     precision: str
@@ -207,6 +213,7 @@ class Plan:
     setup: Setup[str]
     buckets: tuple[Bucket[str], ...]
     decoder: tuple[DecoderBucket[str], ...]
+    continuous: bool = True
 
     def runs(self, program: Program[str], capability: tuple[int, int]) -> bool:
         """Whether every kernel of `program` is compiled for that compute capability."""
@@ -241,6 +248,7 @@ class Plan:
                     "buffers": _buffers_json(bucket.buffers),
                     "begin": _program_json(bucket.begin),
                     "step": _program_json(bucket.step),
+                    "memory": dict(bucket.memory),
                 }
                 for bucket in self.buckets
             ],
@@ -303,23 +311,41 @@ def architectures(manifest: Manifest) -> list[str]:
 def step_interface(rows: int, num_tokens: int, vocab_size: int) -> dict[str, Tensor]:
     """The buffers of a bucket that the host fills or reads.
 
-    class_id, token, position: each row's. pairs: how many images have two rows, i and pairs + i, or
-    0 if each has one. forced: 1 if the host writes token and position before each step. settings:
-    each image's guidance scale, 1 / temperature (or 0), top_p, top_k. noise, tokens: each image's.
-    logits: each row's scores. status: [0] is 1 if a row's scores are not finite, else 0.
+    class_id, token, position: each row's. second: for an image's first row its second one, without
+    its class, or `ALONE`; `NOT_DRAWN` for rows that no token is drawn from. settings: an image's
+    guidance scale, 1 / temperature (or 0), top_p, top_k. noise, tokens: an image's. status: 1 if an
+    image's scores were not finite, else 0. These four are in the image's first row. logits: each
+    row's scores.
     """
     return {
         "class_id": Tensor("int64", (rows,)),
         "token": Tensor("int64", (rows,)),
         "position": Tensor("int64", (rows,)),
-        "pairs": Tensor("int32", (1,)),
-        "forced": Tensor("int32", (1,)),
+        "second": Tensor("int32", (rows,)),
         "settings": Tensor("float32", (rows, 4)),
         "noise": Tensor("float64", (rows, num_tokens)),
         "tokens": Tensor("int64", (rows, num_tokens)),
         "logits": Tensor("float32", (rows, vocab_size)),
-        "status": Tensor("int32", (4,)),
+        "status": Tensor("int32", (rows,)),
     }
+
+
+ALONE, NOT_DRAWN = -1, -2
+"""What the buffer "second" holds besides numbers of rows."""
+
+
+def batch_interface(rows: int, num_tokens: int, vocab_size: int) -> dict[str, Tensor]:
+    """`step_interface` in plans of formats 1 and 2, whose images all begin together.
+
+    In place of second, pairs: how many images have two rows, i and pairs + i, or 0 if each has one;
+    forced: 1 if the host writes token and position before each step. status: [0] is 1 if an image's
+    scores were not finite. Image i is image i, whatever its rows. "begin" also resets position and
+    status.
+    """
+    found = step_interface(rows, num_tokens, vocab_size)
+    del found["second"]
+    one = Tensor("int32", (1,))
+    return found | {"pairs": one, "forced": one, "status": Tensor("int32", (4,))}
 
 
 def decoder_interface(

@@ -35,6 +35,7 @@ from aim_runtime.engines.cuda.plan import (
     Setup,
     Tensor,
     Weight,
+    batch_interface,
     decoder_interface,
     kernels_file,
     plan_file,
@@ -87,6 +88,7 @@ class _Reader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.continuous = True
         self.kernels: dict[str, Kernel] = {}
         self.conversions: dict[str, str] = {}
         self.weights: dict[str, Weight] = {}
@@ -101,6 +103,7 @@ class _Reader:
                 f"the bundle's CUDA plan was made by a newer aim-runtime (format {version}, this "
                 f"one reads up to {FORMAT_VERSION}); upgrade aim-runtime"
             )
+        self.continuous = version > 2
         keys = ["format", "format_version", "precision", "kernels", "conversions", "weights"]
         keys += ["setup", "buckets", "decoder"] + ["compiler"] * (version > 1)
         top = _JSON.fields(value, "top level", keys)
@@ -132,7 +135,16 @@ class _Reader:
         ):
             if sizes != sorted(sizes):
                 raise BundleError(f"the CUDA plan's {where} are not in ascending order")
-        return Plan(precision, compiler, self.kernels, self.weights, setup, buckets, decoder)
+        return Plan(
+            precision,
+            compiler,
+            self.kernels,
+            self.weights,
+            setup,
+            buckets,
+            decoder,
+            self.continuous,
+        )
 
     def kernel(self, value: Any, where: str) -> Kernel:
         found = _JSON.fields(value, where, ("symbol", "threads", "pdl", "code"))
@@ -270,17 +282,20 @@ class _Reader:
         return Setup(buffers, launches)
 
     def bucket(self, value: Any, where: str) -> Bucket[str]:
-        found = _JSON.fields(value, where, ("rows", "buffers", "begin", "step"))
+        keys = ["rows", "buffers", "begin", "step"] + ["memory"] * self.continuous
+        found = _JSON.fields(value, where, keys)
         rows = _JSON.integer(found["rows"], f"{where}.rows", 1, 1 << 16)
         buffers = _buffers(found["buffers"], f"{where}.buffers")
         model = self.manifest.model
-        interface = step_interface(rows, model.num_tokens, model.vocab_size)
+        interface_of = step_interface if self.continuous else batch_interface
+        interface = interface_of(rows, model.num_tokens, model.vocab_size)
         _check_interface(buffers, interface, where)
         return Bucket(
             rows=rows,
             buffers=buffers,
             begin=self.program(found["begin"], f"{where}.begin", buffers),
             step=self.program(found["step"], f"{where}.step", buffers),
+            memory=_memory(found.get("memory", {}), f"{where}.memory", buffers, rows),
         )
 
     def decoder_bucket(self, value: Any, where: str) -> DecoderBucket[str]:
@@ -376,6 +391,21 @@ def _tensor(value: Any, where: str) -> Tensor:
 
 def _buffers(value: Any, where: str) -> dict[str, Tensor]:
     return {name: _tensor(item, f"{where}[{name!r}]") for name, item in _table(value, where)}
+
+
+def _memory(value: Any, where: str, buffers: Mapping[str, Tensor], rows: int) -> dict[str, int]:
+    """Of how many blocks of `rows` equally large rows each of some buffers consists."""
+    found = {}
+    for name, blocks in _table(value, where):
+        if name not in buffers:
+            raise _JSON.wrong(where, name, "names of buffers")
+        found[name] = _JSON.integer(blocks, f"{where}[{name!r}]", 1, 1 << 16)
+        if buffers[name].size % (found[name] * rows):
+            raise BundleError(
+                f"the CUDA plan's {where}[{name!r}] is {found[name]}; the buffer has "
+                f"{buffers[name].size} bytes, which are not so many blocks of {rows} rows"
+            )
+    return found
 
 
 def _check_interface(

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
-from aim_runtime.engines.cuda.plan import Bucket
+from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.device import Device, Event
@@ -28,21 +28,24 @@ from aim_runtime.sampling import SamplingOptions, row_classes
 SLICE = 16
 """Steps that are queued, and end, together."""
 
-# What the first word of status means.
+# What a word of status means.
 _FAULTS = {1: "the model's scores are not finite; the bundle or the guidance scale is at fault"}
-# Names of the pinned memory that slices use in turn, as (tokens, status).
-_TURNS = (("tokens", "status"), ("tokens of the next slice", "status of the next slice"))
-_FROM_HOST = ("class_id", "token", "position", "pairs", "settings", "noise", "forced")
+TURNS = ("", " of the next slice")
+"""What the names of pinned memory end in that two slices use in turn."""
+
+_FROM_HOST = ("class_id", "token", "position", "settings", "noise")
+# Which rows are drawn from, in plans of the newest format and of those before.
+_ROLES, _ROLES_OF_BATCHES = ("second",), ("pairs", "forced")
+_TO_HOST = ("tokens", "status")
 
 
 def make_workspace(
     device: Device, kernels: Kernels, bucket: Bucket[str], shared: Mapping[str, int]
 ) -> ProgramWorkspace:
     """A workspace for `bucket`."""
-    staged = {name: name for name in (*_FROM_HOST, "logits")}
-    staged |= {
-        name: source for turn in _TURNS for name, source in zip(turn, _TURNS[0], strict=True)
-    }
+    roles = _ROLES if "second" in bucket.buffers else _ROLES_OF_BATCHES
+    staged = {name + turn: name for turn in TURNS for name in (*_FROM_HOST, *roles, *_TO_HOST)}
+    staged["logits"] = "logits"
     programs = {"begin": bucket.begin, "step": bucket.step}
     return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged)
 
@@ -62,7 +65,7 @@ def draw(
 ) -> Generator[NDArray[np.int64]]:
     """Draw tokens of images of `class_ids` (n,) with `noise` (n, T), as `Engine.draw` does.
 
-    Yields blocks (n, k). Slots of the bucket that no image needs repeat the first image.
+    Yields blocks (n, k). Rows that no image needs repeat the first image.
     """
     n, steps = noise.shape
     with device.current():
@@ -71,16 +74,16 @@ def draw(
     waiting: deque[tuple[int, int, Event]] = deque()  # (first step, turn, end) of each slice
     for start in range(0, steps, SLICE):
         with device.current():
-            while queued < steps and len(waiting) < len(_TURNS):
+            while queued < steps and len(waiting) < len(TURNS):
                 for _ in range(min(SLICE, steps - queued)):
                     workspace.run("step")
-                turn = queued // SLICE % len(_TURNS)
-                workspace.download(*_TURNS[turn])
+                turn = queued // SLICE % len(TURNS)
+                workspace.download(*(name + TURNS[turn] for name in _TO_HOST))
                 waiting.append((queued, turn, workspace.stream.record()))
                 queued += SLICE
             _, turn, end = waiting.popleft()
             end.wait()
-        tokens, status = (workspace.host[name] for name in _TURNS[turn])
+        tokens, status = (workspace.host[name + TURNS[turn]] for name in _TO_HOST)
         _check_status(status)
         yield tokens[:n, start : start + SLICE].copy()
 
@@ -98,12 +101,30 @@ def _begin(
     images = pairs or rows
     _pad(host["class_id"][:images], row_classes(class_ids, options.cfg_scale, no_class)[:n])
     host["class_id"][images:] = no_class
-    host["pairs"][:] = pairs
-    host["settings"][:] = _settings(options, host["logits"].shape[1])
+    host["settings"][:] = settings(options, host["logits"].shape[1])
     _pad(host["noise"], noise)
-    host["forced"][:] = 0
-    workspace.upload("class_id", "pairs", "settings", "noise", "forced")
+    seconds = [row + pairs if pairs else ALONE for row in range(images)]
+    _give_roles(workspace, seconds + [NOT_DRAWN] * (rows - images))
+    workspace.upload("class_id", "settings", "noise")
     workspace.run("begin")
+
+
+def _give_roles(workspace: ProgramWorkspace, seconds: Sequence[int]) -> None:
+    """Bring rows back to position 0 and say of each what the buffer "second" is to hold.
+
+    In older plans images are the first rows, all of them in pairs or none, and "begin" does the
+    rest.
+    """
+    host = workspace.host
+    if "second" in host:
+        host["second"][:] = seconds
+        host["position"][:] = 0
+        host["status"][:] = 0
+        workspace.upload("second", "position", "status")
+    else:
+        host["pairs"][:] = seconds[0] if seconds[0] > 0 else 0
+        host["forced"][:] = seconds[0] == NOT_DRAWN
+        workspace.upload("pairs", "forced")
 
 
 def _pad(target: NDArray[np.generic], values: NDArray[np.generic]) -> None:
@@ -112,7 +133,7 @@ def _pad(target: NDArray[np.generic], values: NDArray[np.generic]) -> None:
     target[len(values) :] = values[0]
 
 
-def _settings(options: SamplingOptions, vocab_size: int) -> NDArray[np.float32]:
+def settings(options: SamplingOptions, vocab_size: int) -> NDArray[np.float32]:
     """An image's row of the buffer "settings"."""
     with np.errstate(over="ignore", divide="ignore"):
         inverse = np.float32(1 / options.temperature) if options.temperature else np.float32(0)
@@ -124,9 +145,16 @@ def _settings(options: SamplingOptions, vocab_size: int) -> NDArray[np.float32]:
 
 
 def _check_status(status: NDArray[np.int32]) -> None:
-    fault = int(status[0])
-    if fault:
-        raise BackendError(_FAULTS.get(fault, f"the bundle's kernels report fault {fault}"))
+    error = fault(int(status[np.argmax(status != 0)]))
+    if error is not None:
+        raise error
+
+
+def fault(status: int) -> BackendError | None:
+    """What a word of the buffer "status" says."""
+    if not status:
+        return None
+    return BackendError(_FAULTS.get(status, f"the bundle's kernels report fault {status}"))
 
 
 class CudaRows(LeasedRows[ProgramWorkspace]):
@@ -142,12 +170,11 @@ class CudaRows(LeasedRows[ProgramWorkspace]):
         super().__init__(manifest, len(classes), device, lease)
         host = self._workspace.host
         _pad(host["class_id"], classes)
-        host["pairs"][:] = 0
-        host["forced"][:] = 1
-        host["settings"][:] = _settings(SamplingOptions(), self._model.vocab_size)
+        host["settings"][:] = settings(SamplingOptions(), self._model.vocab_size)
         host["noise"][:] = 0.5
         with device.current():
-            self._workspace.upload("class_id", "pairs", "settings", "noise", "forced")
+            _give_roles(self._workspace, [NOT_DRAWN] * len(host["class_id"]))
+            self._workspace.upload("class_id", "settings", "noise")
             self._workspace.run("begin")
 
     def _step(self, token: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,13 @@ class DeviceLaunch:
     shared: int
     addresses: tuple[int, ...]
     overlaps: bool
+
+
+class Spaced(NamedTuple):
+    """Device memory of which pieces begin `pitch` bytes apart."""
+
+    address: int
+    pitch: int
 
 
 class Allocation(Protocol):
@@ -87,6 +94,9 @@ class Stream(Protocol):
 
     def download(self, target: NDArray[Any], address: int) -> None:
         """Copy to pinned memory; it is there once the work up to here is done."""
+
+    def copy(self, pieces: int, size: int, source: Spaced, target: Spaced) -> None:
+        """Copy so many pieces of `size` bytes from one place on the device to another."""
 
     def launch(self, launch: DeviceLaunch) -> None:
         """Run a kernel."""

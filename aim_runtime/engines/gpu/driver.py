@@ -22,7 +22,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from aim_runtime.engines.gpu import libcuda
-from aim_runtime.engines.gpu.device import DeviceLaunch, OutOfDeviceMemory, aligned
+from aim_runtime.engines.gpu.device import DeviceLaunch, OutOfDeviceMemory, Spaced, aligned
 from aim_runtime.errors import BackendError, BundleError
 
 # More dynamic shared memory a block than this has to be asked for.
@@ -267,6 +267,14 @@ class _CudaStream:
 
     def download(self, target: NDArray[Any], address: int) -> None:
         _call(driver.cuMemcpyDtoHAsync, target.ctypes.data, address, target.nbytes, self._handle)
+
+    def copy(self, pieces: int, size: int, source: Spaced, target: Spaced) -> None:
+        memory = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy = driver.CUDA_MEMCPY2D()
+        copy.srcMemoryType, copy.srcDevice, copy.srcPitch = memory, *source
+        copy.dstMemoryType, copy.dstDevice, copy.dstPitch = memory, *target
+        copy.WidthInBytes, copy.Height = size, pieces
+        _call(driver.cuMemcpy2DAsync, copy, self._handle)
 
     def launch(self, launch: DeviceLaunch) -> None:
         config = driver.CUlaunchConfig()

@@ -54,6 +54,11 @@ class Workspace:
         for name in names:
             self.stream.upload(self._staged_at[name], self.host[name])
 
+    def upload_row(self, name: str, row: int) -> None:
+        """Copy one row of an array of `host` to its buffer."""
+        source = self.host[name][row : row + 1]
+        self.stream.upload(self._staged_at[name] + row * source.nbytes, source)
+
     def download(self, *names: str) -> None:
         """Copy their buffers to these arrays of `host`; it is there after a wait."""
         for name in names:

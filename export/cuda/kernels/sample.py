@@ -141,12 +141,11 @@ def draw(weight, words, u):
 
 
 @triton.jit
-def load_scores(logits, image, images, scale, words, inside, V: tl.constexpr):
+def load_scores(logits, row, other, scale, words, inside, V: tl.constexpr):
     """An image's scores, (LANES, ROWS, 4), with guidance if it has a second row; zeros outside."""
-    score = tl.load(logits + image.to(tl.int64) * V + words, mask=inside, other=0.0)
-    if images > 0:
-        other = (image + images).to(tl.int64)
-        without = tl.load(logits + other * V + words, mask=inside, other=0.0)
+    score = tl.load(logits + row.to(tl.int64) * V + words, mask=inside, other=0.0)
+    if other >= 0:
+        without = tl.load(logits + other.to(tl.int64) * V + words, mask=inside, other=0.0)
         score = without + scale * (score - without)
     return score
 
@@ -202,14 +201,13 @@ def weights_of(
 @triton.jit
 def sample(
     logits,  # (R, V) float32
-    noise,  # (R, T) float64, one row an image
+    noise,  # (R, T) float64, an image's in its first row
     settings,  # (R, 4) float32, an image's cfg_scale, 1 / temperature or 0, top_p, top_k or 0
-    pairs,  # (1,) int32: M > 0 if image i has the rows i and M + i, 0 if it has row i alone
-    forced,  # (1,) int32: 1 if the host puts tokens and positions in itself
-    tokens,  # (R, T) int64, one row an image
+    second,  # (R,) int32: an image's second row, -1 if it has none; -2 where none is drawn
+    tokens,  # (R, T) int64, an image's in its first row
     token,  # (R,) int64
     position,  # (R,) int64
-    status,  # (4,) int32: [0] becomes 1 when scores are not finite
+    status,  # (R,) int32: becomes 1 when an image's scores are not finite
     candidates,  # (R, 2, CAPACITY) float32, scratch
     V: tl.constexpr,
     T: tl.constexpr,
@@ -218,38 +216,40 @@ def sample(
     CAPACITY: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Draw an image's next token, give it to the image's rows and move them on."""
-    image = tl.program_id(0)
-    images = tl.load(pairs)
+    """Draw an image's next token, give it to the image's rows and move them on.
+
+    An image that has all its tokens stays as it is, whatever the others do.
+    """
+    row = tl.program_id(0)
+    other = tl.load(second + row)
     rows = tl.arange(0, BLOCK // (4 * LANES))[None, :, None] * (4 * LANES)
     words = rows + tl.arange(0, LANES)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
     inside = words < V
-    scale = tl.load(settings + image * 4)
-    inverse_temperature = tl.minimum(tl.load(settings + image * 4 + 1), _MOST)
-    top_p = tl.load(settings + image * 4 + 2)
-    top_k = tl.load(settings + image * 4 + 3).to(tl.int32)
-    is_forced = tl.load(forced)
+    scale = tl.load(settings + row * 4)
+    inverse_temperature = tl.minimum(tl.load(settings + row * 4 + 1), _MOST)
+    top_p = tl.load(settings + row * 4 + 2)
+    top_k = tl.load(settings + row * 4 + 3).to(tl.int32)
+    at = tl.load(position + row)
     begin_dependents(OVERLAPS)
-    if (is_forced == 0) & ((images == 0) | (image < images)):
-        at = tl.load(position + image)
-        score = load_scores(logits, image, images, scale, words, inside, V)
+    if (other > -2) & (at < T):
+        score = load_scores(logits, row, other, scale, words, inside, V)
         score, best, worst, invalid = survey(score, inside)
         if (invalid > 0) | (best == -float("inf")):
-            tl.store(status, 1)
+            tl.store(status + row, 1)
         if inverse_temperature == 0.0:
             first = tl.min(tl.min(tl.where(score == best, words, V), axis=2), axis=1)
             drawn = tl.min(first, axis=0)
         else:
-            scratch = candidates + image * (2 * CAPACITY)
+            scratch = candidates + row * (2 * CAPACITY)
             weight = weights_of(
                 score, inside, best, worst, inverse_temperature, top_p, top_k, scratch, V, CAPACITY
             )
-            u = tl.load(noise + image * T + at).to(tl.float32)
+            u = tl.load(noise + row * T + at).to(tl.float32)
             drawn = draw(weight, words, u)
         drawn = tl.minimum(drawn, V - 1).to(tl.int64)
-        tl.store(tokens + image * T + at, drawn)
-        tl.store(token + image, drawn)
-        tl.store(position + image, at + 1)
-        if images > 0:
-            tl.store(token + image + images, drawn)
-            tl.store(position + image + images, at + 1)
+        tl.store(tokens + row * T + at, drawn)
+        tl.store(token + row, drawn)
+        tl.store(position + row, at + 1)
+        if other >= 0:
+            tl.store(token + other, drawn)
+            tl.store(position + other, at + 1)
