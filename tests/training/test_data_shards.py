@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -96,6 +99,9 @@ def test_urls_are_read_through_fsspec(squares: Path, tmp_path: Path) -> None:
     refused(Path("memory://bucket/no-*.tar"), r"no file is called memory://bucket/no-\*\.tar")
     refused(Path("memory://nothing"), "memory://nothing is not there")
     refused(Path("nonsense-scheme://x/y"), "nonsense-scheme://x/y .*nonsense-scheme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fsspec", None)
+        refused(Path("s3://bucket/x.tar"), r"without fsspec and its driver: pip install 'aim-run")
 
 
 def test_numbers_are_named_by_a_list_beside_the_shards(squares: Path, tmp_path: Path) -> None:
@@ -353,7 +359,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(
         tmp_path, r"a\.parquet is Parquet, which pyarrow reads: pip install 'aim-runtime\[data\]'"
     )
@@ -560,3 +566,15 @@ def test_a_large_photo_in_a_shard_is_decoded_at_a_fraction_of_its_size(tmp_path:
     assert np.array_equal(found, load_image(tmp_path / "1.jpg", 72))
     whole = np.asarray(Image.open(file).resize((96, 72), Image.Resampling.BICUBIC))
     assert 0 < np.abs(found.astype(int) - whole).mean() < 2
+
+
+@pytest.mark.parametrize("made", ["shards", "train.parquet"])
+def test_the_documented_lines_make_shards(squares: Path, tmp_path: Path, made: str) -> None:
+    if made == "train.parquet":
+        pytest.importorskip("pyarrow")
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n# [^\n]*\npython -c '\n(.*?)\n'\n```", text, re.DOTALL)
+    (script,) = (block for block in blocks if f'"{made}' in block)
+    shutil.copytree(squares, tmp_path / "pictures" / "train")
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert by_content(open_data(tmp_path / made)) == by_content(ImageFolder.scan(squares))

@@ -77,7 +77,9 @@ def read_index(file: StoredFile) -> ShardIndex | None:
         for name, kind in _COLUMNS:
             columns[name] = np.frombuffer(body, kind, count, place)
             place += columns[name].nbytes
-        return ShardIndex(**columns, **facts | {"classes": tuple(facts["classes"])})
+        index = ShardIndex(**columns, **facts | {"classes": tuple(facts["classes"])})
+        fits = place == len(body) and (index.label.astype(np.int64) < len(index.classes)).all()
+        return index if fits else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

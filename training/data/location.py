@@ -194,10 +194,10 @@ class _reached:
         where = shown(self.location)
         if isinstance(error, ImportError) and is_url(self.location):
             scheme = self.location.partition("://")[0]
-            raise DataError(
-                f"{where} needs fsspec and its driver for {scheme}:// ({one_line(error, 80)}); "
-                "pip install 'aim-runtime[data]' brings fsspec"
-            ) from error
+            needed = f"a driver for {scheme}:// ({one_line(error, 80)})"
+            if getattr(error, "name", None) == "fsspec":
+                needed = "fsspec and its driver: pip install 'aim-runtime[data]'"
+            raise DataError(f"{where} cannot be read without {needed}") from error
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{where} is not there") from error
         # Drivers raise whatever their libraries do.
