@@ -175,6 +175,7 @@ def cached_codes(
         work.prepare()
     processes.wait()
     encoding = Encoding.resume(path, wanted, layout)
+    processes.wait()  # all have seen the same parts unfinished before any of them grows
     if encoding is not None:
         with _naming(path, encoding.folder):
             work.encode(encoding, tokenizer.to(device), workers, resident_limit_mb, processes)
@@ -203,6 +204,7 @@ class _Work:
         self.layout = layout
         self.bad_images = bad_images
         self.progress = progress
+        self.shown_at = 0.0
 
     def prepare(self) -> None:
         """Leave behind either a cache that fits and no encoding, or an encoding to go on with."""
@@ -243,7 +245,6 @@ class _Work:
         request = replace(self.request, batch=encoding.layout.batch)
         unfinished = [part for part in encoding.parts if not part.whole]
         share = unfinished[processes.rank :: processes.world]
-        self.progress.count(encoding.images_done())
         if share:
             bad = None if self.bad_images is None else _Recorded(self.bad_images)
             images = open_images(
@@ -262,7 +263,7 @@ class _Work:
                         codes = tokenizer.encode(next(batches)).cpu().numpy()
                         met = [] if bad is None else bad.taken()
                         part.append(codes.astype(encoding.layout.dtype).tobytes(), met)
-                        self.progress.count(encoding.images_done())
+                        self._show(encoding)
             finally:
                 for part in share:
                     part.close()
@@ -276,12 +277,20 @@ class _Work:
             time.sleep(_LOOK_EVERY_S)
             self.progress.count(done)
 
+    def _show(self, encoding: Encoding) -> None:
+        """Show what all processes have encoded, looking at their files now and then."""
+        now = time.monotonic()
+        if not self.progress.quiet and now - self.shown_at >= _LOOK_EVERY_S:
+            self.shown_at = now
+            self.progress.count(encoding.images_done())
+
     def finish(self, encoding: Encoding) -> None:
         """Put the parts in their places and describe them."""
         for part in encoding.parts:
             part.read()
             if not part.whole:
                 raise OSError(errno.EIO, "what was written cannot be read back", str(self.path))
+        self.progress.count(self.progress.total)
         files = encoding.file_names(self.path)
         hashes = list(ordered_map(file_hash, [part.path for part in encoding.parts], _THREADS))
         stale = _files_of(self.path, _read_json(self.path.with_suffix(".json")))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from aim_training.data import DataError, ImageSet, open_data, shown
 from aim_training.options import TrainingOptions
@@ -54,24 +55,21 @@ def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     Raises:
         DataError: nothing would be held out.
     """
-    places: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    pairs = zip(images.labels.tolist(), images.hashes().tolist(), strict=True)
-    for place, (label, draw) in enumerate(pairs):
-        places[label].append((draw, place))
-    held_out: set[int] = set()
-    for members in places.values():
-        chosen = {place for draw, place in members if draw < fraction}
-        if not chosen and len(members) >= _ENOUGH:
-            chosen = {min(members)[1]}
-        if len(chosen) < len(members):  # a class that is not trained on cannot be judged
-            held_out |= chosen
-    if not held_out:
+    labels, draws = images.labels, images.hashes()
+    chosen = draws < fraction
+    size = np.bincount(labels)
+    for label in np.flatnonzero((size >= _ENOUGH) & (np.bincount(labels, chosen) == 0)):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argmin(draws[members])]] = True
+    # A class that is not trained on cannot be judged.
+    whole = np.bincount(labels, chosen) == size
+    chosen &= ~whole[labels]
+    if not chosen.any():
         raise DataError(
             f"{shown(images.root)} has {len(images)} images, too few to hold out {fraction:g} of "
             f"them; add some (a class of {_ENOUGH} holds out one) or use --val-fraction 0"
         )
-    training = [place for place in range(len(images)) if place not in held_out]
-    return images.part(training), images.part(sorted(held_out))
+    return images.part(np.flatnonzero(~chosen)), images.part(np.flatnonzero(chosen))
 
 
 def _indexing(data: str, quiet: bool) -> Callable[[int, int], None]:

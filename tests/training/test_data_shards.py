@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from aim_training.data import (
+    BatchOrder,
+    Crop,
     DataError,
     ImageError,
     ImageFolder,
     ShardedImages,
     StoredImage,
+    StreamedImages,
     load_image,
     open_data,
 )
@@ -578,3 +582,16 @@ def test_the_documented_lines_make_shards(squares: Path, tmp_path: Path, made: s
     shutil.copytree(squares, tmp_path / "pictures" / "train")
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     assert by_content(open_data(tmp_path / made)) == by_content(ImageFolder.scan(squares))
+
+
+@pytest.mark.parametrize("layout", ["tar", "parquet"])
+def test_several_processes_read_shards(squares: Path, tmp_path: Path, layout: str) -> None:
+    if layout == "parquet":
+        pytest.importorskip("pyarrow")
+    images = open_data((as_tars if layout == "tar" else as_parquet)(squares, tmp_path / "data"))
+    batches = []
+    for workers in (0, 2):
+        streamed = StreamedImages(images, Crop(32), torch.device("cpu"), workers)
+        draws = [BatchOrder(12, 5, 0).batch(step) for step in range(3)]
+        batches.append(torch.cat(list(streamed.batches(draws))))
+    assert torch.equal(*batches)

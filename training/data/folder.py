@@ -122,7 +122,7 @@ class ImageFolder(ImageSet):
         encoded = (name.encode(errors="surrogateescape") for name in names)
         return np.array([name_hash(name) / 2**64 for name in encoded])
 
-    def part(self, places: Sequence[int] | NDArray[np.int64]) -> ImageFolder:
+    def part(self, places: NDArray[np.int64]) -> ImageFolder:
         """The images at these places."""
         paths = tuple(self.paths[place] for place in places)
         return replace(self, paths=paths, labels=self.labels[places])

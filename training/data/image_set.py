@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -109,7 +109,7 @@ class ImageSet(ABC):
         """(count,) numbers in [0, 1), each a function of an image's own name alone."""
 
     @abstractmethod
-    def part(self, places: Sequence[int] | NDArray[np.int64]) -> ImageSet:
+    def part(self, places: NDArray[np.int64]) -> ImageSet:
         """The images at these places, in this order, with the same classes."""
 
 

@@ -168,7 +168,7 @@ class ShardedImages(ImageSet):
         """Numbers in [0, 1) that follow from the images' keys or paths."""
         return self.key / 2.0**32
 
-    def part(self, places: Sequence[int] | NDArray[np.int64]) -> ShardedImages:
+    def part(self, places: NDArray[np.int64]) -> ShardedImages:
         """The images at these places."""
         return replace(
             self,
