@@ -77,6 +77,8 @@ class Progress:
         """
         now = time.monotonic()
         then, before = self._since
+        if done == before and done >= self.total:  # said already
+            return
         if now - then < (_LIVE_S if self.live else _LINES_S) and done < self.total:
             return
         self._since = (now, done)
