@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from aim_training.data.location import written
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions, recipe
 from aim_training.saves import Saves, from_json
@@ -84,8 +85,8 @@ def check_same_run(
     name = different[0]
     if name in _DATA:
         raise TrainingError(
-            f"the images under {options.data} are not those that {options.out} was trained on "
-            "(added, removed or changed); --allow-changed-data goes on with them as they are now"
+            f"the images of {written(options.data)} are not those that {options.out} was trained "
+            "on (added, removed or changed); --allow-changed-data goes on with them as they are now"
         )
     raise TrainingError(
         f"{options.out} holds another run: its {name} is {_short(theirs[name])}, now it is "
@@ -111,7 +112,7 @@ def _other_classes(theirs: list[str], ours: list[str], options: TrainingOptions)
         if names
     ]
     return (
-        f"{options.out} was trained on other classes: {options.data} "
+        f"{options.out} was trained on other classes: {written(options.data)} "
         f"{' and '.join(parts) or 'lists them in another order'}; a model's classes cannot change, "
         "so choose another run folder"
     )
