@@ -67,6 +67,7 @@ ENDPOINTS = (
     "/v1/models",
 )
 
+_NO_PATH = "there is no such path; the API is under /v1, and GET /openapi.json describes it"
 _ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 _MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
@@ -102,7 +103,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def not_routed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code != 405:
-            return service.failure(of_status(error.status_code, "there is no such path")).response
+            return service.failure(of_status(error.status_code, _NO_PATH)).response
         methods = set[str]()
         for route in app.router.routes:
             if route.matches(request.scope)[0] is not Match.NONE:

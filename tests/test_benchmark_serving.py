@@ -37,9 +37,9 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def run(bundle: Path, *options: str) -> dict[str, Any]:
+def run(bundle: Path, *options: str, script: Path = SCRIPT) -> dict[str, Any]:
     """The line that it ends in."""
-    command = [sys.executable, str(SCRIPT), "--bundle", str(bundle), "--threads", "1", *options]
+    command = [sys.executable, str(script), "--bundle", str(bundle), "--threads", "1", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -53,6 +53,21 @@ def test_images_served_are_those_drawn_alone(tiny: Path, arrivals: tuple[str, st
     assert found["images_arrived"] >= found["images_compared"]
     assert (found["load"] is None) != (found["clients"] is None)
     assert (found["backend"], found["precision"], found["continuous"]) == ("cpu", "fp32", True)
+
+
+def test_people_ask_a_real_server_and_go(tiny: Path) -> None:
+    for package in ("fastapi", "uvicorn", "openai", "httpx"):
+        pytest.importorskip(package)
+    script = SCRIPT.with_name("serving_http.py")
+    found = run(tiny, "--clients", "6", "--seconds", "3", "--leaving", "0.3", script=script)
+    assert set(found["images_by_client"]) == {"whole", "partial", "draw", "slow"}
+    assert found["previews"] > 0
+    assert found["requests_left"] > 0
+    assert found["images_different"] == 0
+    assert found["failures"] == []
+    assert not any(found["left_behind"].values())
+    assert found["drained"]["images"] > 0
+    assert found["drained"]["exit_code"] == 0
 
 
 def test_every_token_of_every_row_counts(serving: ModuleType, tiny: Path, tmp_path: Path) -> None:

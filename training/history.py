@@ -88,9 +88,11 @@ def check_same_run(
             f"the images of {written(options.data)} are not those that {options.out} was trained "
             "on (added, removed or changed); --allow-changed-data goes on with them as they are now"
         )
+    before, now = _apart(theirs[name], ours[name])
+    again = ", --init too if it had one" if name == "geometry" and options.init is None else ""
     raise TrainingError(
-        f"{options.out} holds another run: its {name} is {_short(theirs[name])}, now it is "
-        f"{_short(ours[name])}; choose another run folder or the same settings"
+        f"{options.out} holds another run: its {name} is {_short(before)}, now it is "
+        f"{_short(now)}; choose another run folder or the same settings{again}"
     )
 
 
@@ -116,6 +118,14 @@ def _other_classes(theirs: list[str], ours: list[str], options: TrainingOptions)
         f"{' and '.join(parts) or 'lists them in another order'}; a model's classes cannot change, "
         "so choose another run folder"
     )
+
+
+def _apart(theirs: Any, ours: Any) -> tuple[Any, Any]:
+    """Two values; of mappings what differs, or it would be lost among what does not."""
+    if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
+        return theirs, ours
+    names = [name for name in ours if theirs.get(name) != ours[name]]
+    return {name: theirs.get(name) for name in names}, {name: ours[name] for name in names}
 
 
 def _short(value: Any) -> str:

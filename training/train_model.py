@@ -172,6 +172,11 @@ class ModelTask(Task):
         else:
             checkpoint = load_checkpoint(path)
         if checkpoint.tokenizer is None:
+            if self.options.tokenizer is None:
+                raise TrainingError(
+                    f"{path} holds a model without its tokenizer; give the one whose codes it was "
+                    "trained on as --tokenizer"
+                )
             raise TrainingError(
                 f"{path} holds no tokenizer; expected what `aim train tokenizer` wrote, or a "
                 "published tokenizer"
