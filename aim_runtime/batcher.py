@@ -61,6 +61,7 @@ class BatcherStatus:
         decoding: Images whose tokens are drawn and whose pixels are not yet.
         steps: Steps taken since it was made.
         step_seconds: What one takes, a moving average; None before the first.
+        refusal: Why it takes no more requests, closed or failed for good; None while it does.
     """
 
     waiting: int
@@ -68,6 +69,7 @@ class BatcherStatus:
     decoding: int
     steps: int
     step_seconds: float | None
+    refusal: str | None
 
 
 @dataclass
@@ -82,8 +84,8 @@ class Batcher:
     """Draws the requests of many callers together, on the engine of a generator. Thread-safe.
 
     A request's tokens and images are those of `Generator.generate`, bit for bit on a CPU and up to
-    rounding on a GPU. An engine that is not `continuous` draws batches of images with equal options, one after the
-    other. Close it, or use it as a context manager.
+    rounding on a GPU. An engine that is not `continuous` draws batches of images with equal
+    options, one after the other. Close it, or use it as a context manager.
 
     Attributes:
         images: How many images advance together under guidance; twice as many without.
@@ -187,8 +189,8 @@ class Batcher:
         with self._lock:
             waiting, active = self._queue.images, len(self._active)
             decoding = max(0, self._pending - waiting - active)
-            pace = self._pace
-            return BatcherStatus(waiting, active, decoding, pace.steps, pace.step_seconds)
+            pace, refusal = self._pace, None if self._refusal is None else str(self._refusal)
+            return BatcherStatus(waiting, active, decoding, pace.steps, pace.step_seconds, refusal)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, let the jobs that it has end, and give the memory back.

@@ -20,6 +20,8 @@ _NUMBER = re.compile(r"[0-9]{1,18}")
 # Names are compared one by one with a mistyped one: more, or longer ones, would take seconds.
 _MOST_COMPARED = 20_000
 _LONGEST_COMPARED = 80
+_MISTYPED = 0.8  # likeness of a name to the same with a letter wrong
+_WORD = re.compile(r"\w{3,}")  # shorter ones, "a" and "of", tell nothing
 
 
 class ClassNames:
@@ -94,8 +96,22 @@ class ClassNames:
     def _hint(self, wanted: str) -> str:
         if len(wanted) > _LONGEST_COMPARED or len(self._by_name) > _MOST_COMPARED:
             return ""
-        close = difflib.get_close_matches(wanted, self._by_name, n=3)
+        close = (
+            difflib.get_close_matches(wanted, self._by_name, n=3, cutoff=_MISTYPED)
+            or self._sharing_words(wanted)
+            or difflib.get_close_matches(wanted, self._by_name, n=3)
+        )
         return f"; did you mean {' or '.join(map(shown, close))}?" if close else ""
+
+    def _sharing_words(self, wanted: str) -> list[str]:
+        """Names with the most words of "a photo of a dog", those that look most like it first."""
+        words = _words(wanted)
+        shared = {name: len(words & _words(name)) for name in self._by_name}
+        most = max(shared.values(), default=0)
+        if not most:
+            return []
+        found = [name for name, count in shared.items() if count == most]
+        return difflib.get_close_matches(wanted, found, n=3, cutoff=0)
 
 
 def listed(classes: Any, most: int) -> list[Any]:
@@ -126,6 +142,10 @@ def _numbered(names: Sequence[str]) -> dict[int, int] | None:
         return None
     found = {int(name): index for index, name in enumerate(names)}
     return found if len(found) == len(names) else None
+
+
+def _words(name: str) -> set[str]:
+    return set(_WORD.findall(name.replace("_", " ")))
 
 
 def _folded(name: str) -> str:

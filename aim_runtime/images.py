@@ -1,7 +1,7 @@
 """Images as files: PNGs that carry the settings that draw them again, and contact sheets.
 
 What a PNG says of itself is defined here alone: `picture_settings` names what decides a picture,
-`save_png` writes it, `read_settings` and `was_drawn_with` read it back.
+`png_text` writes it, `read_settings` and `was_drawn_with` read it back.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from aim_runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 MAX_SHEET_PIXELS = 2**28 // 3
 """The most pixels of a contact sheet: what Pillow opens without a warning."""
@@ -60,27 +61,33 @@ def save_png(
     under "parameters". Raises AimError when the file cannot be written.
     """
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     instance("image", image, Image.Image, "a PIL image")
     target = Path(arguments.path("path", path))
-    info = PngInfo()
-    if settings is not None:
-        instance("settings", settings, Mapping, "a mapping of names to JSON values, or None")
-        try:
-            info.add_itxt(_KEYWORD, json.dumps(dict(settings), ensure_ascii=False))
-            readable = ", ".join(f"{name}: {value}" for name, value in settings.items())
-            info.add_itxt("parameters", readable)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"settings is {shown(settings)}; it must be a mapping of names to JSON values "
-                f"({shown(str(error))})"
-            ) from None
+    info = None if settings is None else png_text(settings)
     try:
         with replacing(target) as new, new.open("xb") as file:
             image.save(file, format="PNG", pnginfo=info)
     except OSError as error:
         raise AimError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def png_text(settings: Mapping[str, Any]) -> PngInfo:
+    """What `save_png` writes of `settings`, as Pillow takes it: `image.save(..., pnginfo=)`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    instance("settings", settings, Mapping, "a mapping of names to JSON values, or None")
+    info = PngInfo()
+    try:
+        info.add_itxt(_KEYWORD, json.dumps(dict(settings), ensure_ascii=False))
+        readable = ", ".join(f"{name}: {value}" for name, value in settings.items())
+        info.add_itxt("parameters", readable)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"settings is {shown(settings)}; it must be a mapping of names to JSON values "
+            f"({shown(str(error))})"
+        ) from None
+    return info
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -242,7 +242,11 @@ def resident_bytes() -> int:
 def make_wishes(generator: Generator, rng: random.Random) -> list[Wish]:
     """The pool; draws all of it, image by image."""
     wishes = []
-    for options, size in zip(SETTINGS, SIZES, strict=True):
+    most = generator.manifest.model.vocab_size
+    for settings, size in zip(SETTINGS, SIZES, strict=True):
+        options = (
+            settings | {"top_k": min(settings["top_k"], most)} if "top_k" in settings else settings
+        )
         class_id = rng.randrange(generator.manifest.model.num_classes)
         seed = rng.randrange(2**32)
         alone = (generator.generate([class_id], seed=seed + i, **options) for i in range(size))

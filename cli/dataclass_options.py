@@ -44,8 +44,12 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Function], Fu
     if hint is bool:
         flag = f"{flag}/--no-{flag[2:]}"
         return click.option(flag, field.name, default=default, show_default=True, help=text)
+    if default == ():  # words: `--freeze tables,mixers`, or one at a time
+        return click.option(
+            flag, field.name, type=_type(hint), multiple=True, help=text, callback=_joined
+        )
     if isinstance(default, tuple):
-        default = ",".join(map(str, default)) or None
+        default = ",".join(map(str, default))
     return click.option(
         flag,
         field.name,
@@ -53,13 +57,14 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Function], Fu
         default=default,
         show_default=default is not None,
         help=text,
-        callback=_nothing if field.default == () else None,
     )
 
 
-def _nothing(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """No list given is an empty one."""
-    return () if value is None else value
+def _joined(
+    ctx: click.Context, param: click.Parameter, value: tuple[tuple[Any, ...], ...]
+) -> tuple[Any, ...]:
+    """The words of all lists, each once, in their order; none for no list."""
+    return tuple(dict.fromkeys(word for words in value for word in words))
 
 
 def _type(hint: Any) -> click.ParamType | type[Any]:

@@ -25,19 +25,21 @@ class Engines:
 
     Attributes:
         trt: TensorRT's engines.
+        cpu: the fused step graph of the backend `cpu`, which a new bundle has already.
         precisions: number formats to compile CUDA kernels for; none where none are wanted.
         capabilities: compute capabilities to compile them for, 90 stands for 9.0.
         cuda_options: the options that asked for the kernels, as they were typed.
     """
 
     trt: bool = False
+    cpu: bool = False
     precisions: tuple[str, ...] = ()
     capabilities: tuple[int, ...] = ()
     cuda_options: tuple[str, ...] = ()
 
 
 def chosen_engines(
-    cuda: bool, precisions: tuple[str, ...], archs: tuple[str, ...], *, trt: bool
+    cuda: bool, precisions: tuple[str, ...], archs: tuple[str, ...], *, trt: bool, cpu: bool
 ) -> Engines:
     """What the options ask for, whether it can be built here or not.
 
@@ -48,7 +50,7 @@ def chosen_engines(
         if precisions or archs:
             given = "--cuda-precision" if precisions else "--cuda-arch"
             raise click.UsageError(f"{given} says what --cuda compiles for; give --cuda too")
-        return Engines(trt)
+        return Engines(trt, cpu)
     from aim_export.cuda.precision import FORMATS
     from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
 
@@ -60,6 +62,7 @@ def chosen_engines(
         options += [option, ",".join(names)] if names else []
     return Engines(
         trt,
+        cpu,
         formats or PRECISIONS,
         tuple(known[arch] for arch in chosen) or CAPABILITIES,
         tuple(options),
@@ -86,6 +89,8 @@ def add_engines(
     """
     left_out: list[tuple[MissingExtra, tuple[str, ...]]] = []
     steps: list[tuple[tuple[str, ...], Callable[[], None]]] = []
+    if engines.cpu:
+        steps.append((("--cpu",), lambda: _add_step_graph(bundle_dir, report)))
     if engines.precisions:
         steps.append(
             (engines.cuda_options, lambda: _add_kernels(bundle_dir, engines, report, quiet=quiet))
@@ -133,6 +138,13 @@ def _add_kernels(bundle_dir: Path, engines: Engines, report: Report | None, *, q
             report=report,
             progress=progress,
         )
+
+
+def _add_step_graph(bundle_dir: Path, report: Report | None) -> None:
+    with requires("export", "aim export --cpu"):
+        from aim_export.cpu import add_step_graph
+    with _whole_if_interrupted(bundle_dir, "step graph"):
+        add_step_graph(bundle_dir, report)
 
 
 def _add_tensorrt(bundle_dir: Path, report: Report | None) -> None:

@@ -38,6 +38,7 @@ class AimGroup(LazyGroup):
     commands=[
         LazyCommand("generate", "Draw images. Start here.", "aim_cli.commands.generate"),
         LazyCommand("info", "What a bundle is, holds and needs.", "aim_cli.commands.info"),
+        LazyCommand("serve", "Serve a bundle to many, over HTTP.", "aim_cli.commands.serve"),
         LazyCommand("sample", "Draw a data set for FID, restartable.", "aim_cli.commands.sample"),
         LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.commands.bench"),
         LazyCommand("export", "Turn a checkpoint into a bundle.", "aim_cli.commands.export"),

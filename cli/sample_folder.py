@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,12 @@ from aim_cli.npz import write_npz
 from aim_cli.output import staged
 from aim_cli.sample_record import require_no_folder
 from aim_cli.terminal import fields, progress_bar
-from aim_runtime.replacing import leftovers
+from aim_runtime.class_names import ClassNames
+from aim_runtime.replacing import leftovers, replacing
 
 if TYPE_CHECKING:
-    from aim_runtime import Generator, SamplingOptions
+    from aim_cli.sample_drawing import Drawer
+    from aim_runtime import SamplingOptions
 
 _BAR_UNITS = 1000
 """Units of the progress bar an image."""
@@ -39,7 +42,7 @@ class Sample:
         count: N, images in all.
         seed: of image 0.
         options: how tokens are drawn.
-        generator: what draws.
+        drawer: what draws.
         finished: images that are complete.
     """
 
@@ -47,7 +50,7 @@ class Sample:
     count: int
     seed: int
     options: SamplingOptions
-    generator: Generator
+    drawer: Drawer
     finished: int = 0
 
     def path(self, index: int) -> Path:
@@ -56,7 +59,7 @@ class Sample:
 
     def class_of(self, index: int) -> int:
         """The class of an image."""
-        return index % len(self.generator.class_names)
+        return index % len(self.drawer.bundle.manifest.class_names)
 
     @property
     def archive(self) -> Path:
@@ -67,7 +70,7 @@ class Sample:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, height, width, 3)."""
-        model = self.generator.manifest.model
+        model = self.drawer.bundle.manifest.model
         return self.count, model.image_height, model.image_width, 3
 
     @contextlib.contextmanager
@@ -109,7 +112,7 @@ class Sample:
         """What the images are: whoever reads the figures can draw the same ones again."""
         from aim_runtime import __version__
 
-        bundle = self.generator.bundle
+        bundle = self.drawer.bundle
         provenance = bundle.manifest.provenance
         return {
             "format": sample_record.FORMAT,
@@ -121,11 +124,11 @@ class Sample:
                 **asdict(self.options),
                 "bundle": bundle.manifest.name,
                 "bundle_sha256": bundle.manifest_sha256,
-                "backend": self.generator.backend,
-                "precision": self.generator.precision,
+                "backend": self.drawer.backend,
+                "precision": self.drawer.precision,
             },
             "facts": {
-                "classes": f"image i is of class i mod {len(self.generator.class_names)}",
+                "classes": f"image i is of class i mod {len(bundle.manifest.class_names)}",
                 "seeds": f"image i has the seed {self.seed} + i",
                 "pixels": "uint8 as the decoder graph rounds them, stored without loss",
                 "weights": bundle.manifest.precision,
@@ -143,17 +146,18 @@ class Sample:
         missing = self.missing(quiet=quiet)
         self.finished = self.count - len(missing)
         kept = self.finished
-        label = f"Drawing {human.count(self.count, 'image')}"
+        label = f"Drawing {human.count(self.count, 'image')}{self.drawer.about}"
         with progress_bar(label, self.count * _BAR_UNITS, quiet=quiet) as show:
-            show(kept * _BAR_UNITS)
-            for batch in contiguous(missing, batch_size):
-                before, units = self.finished * _BAR_UNITS, len(batch) * _BAR_UNITS
-                self.draw(
-                    batch,
-                    lambda done, total, before=before, units=units: show(
-                        before + done * units // total
-                    ),
-                )
+
+            def report(unfinished: float) -> None:
+                show(int((self.finished + unfinished) * _BAR_UNITS))
+
+            report(0)
+            batches = contiguous(missing, batch_size)
+            with contextlib.closing(self.drawer.draw(batches, self.asked, report)) as drawn:
+                for batch, pictures in drawn:
+                    self.keep(batch, pictures)
+                    report(0)
         drawing = time.perf_counter() - started
         write_npz(self.archive, self.pixels(quiet=quiet), self.shape)
         self.remove_smaller_archives()
@@ -162,25 +166,31 @@ class Sample:
         speed = f" ({human.rate(len(missing) / drawing, 'images')})" if missing else ""
         kept_text = f"; {kept:,} were there already" if kept else ""
         lines.append(("time", f"{human.duration(drawing)}{speed}{kept_text}"))
-        lines.append(("backend", f"{self.generator.backend}, in {self.generator.precision}"))
+        lines.append(("backend", f"{self.drawer.backend}, in {self.drawer.precision}"))
         return fields(lines)
 
-    def draw(self, batch: range, progress: Any) -> None:
-        """Draw images with adjoining numbers together and write each whole or not at all."""
-        from aim_runtime import AimError, save_png
-
-        request = self.generator.request(
-            [self.generator.class_number(self.class_of(index)) for index in batch],
-            seed=self.seed + batch.start,
+    def asked(self, batch: range) -> dict[str, Any]:
+        """The request for images with adjoining numbers, as keywords of `Generator.request`."""
+        return {
+            "classes": [self._class_names.number(self.class_of(index)) for index in batch],
+            "seed": self.seed + batch.start,
             **asdict(self.options),
-        )
-        result = self.generator.generate(request, progress=progress)
-        trouble: AimError | OSError | None = None
-        for i, index in enumerate(batch):
+        }
+
+    @cached_property
+    def _class_names(self) -> ClassNames:
+        return ClassNames(self.drawer.bundle.manifest.class_names)
+
+    def keep(self, batch: range, pictures: Sequence[bytes]) -> None:
+        """Write the files of images with adjoining numbers, each whole or not at all."""
+        trouble: OSError | None = None
+        for index, picture in zip(batch, pictures, strict=True):
+            path = self.path(index)
             try:
-                save_png(result.images[i], self.path(index), result.settings(i))
-            except (AimError, OSError) as error:  # the others are drawn too: keep them
-                trouble = trouble or error
+                with replacing(path) as new:
+                    new.write_bytes(picture)
+            except OSError as error:  # the others are drawn too: keep them
+                trouble = trouble or OSError(error.errno, error.strerror, str(path))
             else:
                 self.finished += 1
         if trouble is not None:
@@ -206,7 +216,7 @@ class Sample:
         """
         from aim_runtime.images import picture_settings, was_drawn_with
 
-        path, bundle = self.path(index), self.generator.bundle
+        path, bundle = self.path(index), self.drawer.bundle
         settings = picture_settings(
             self.class_of(index),
             self.seed + index,

@@ -12,6 +12,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from aim_export.cpu import WANTED, step_graph_can_be_tried, write_step_graph
 from aim_export.errors import ExportError
 from aim_export.manifest import (
     PUBLISHED_SAMPLING,
@@ -33,7 +34,7 @@ from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
 from aim_runtime.bundle.manifest import GraphSpec, SamplingOptions, TensorSpec
-from aim_runtime.onnx_graph import checked_graph
+from aim_runtime.onnx_graph import checked_graphs
 from aim_training.checkpoint import Checkpoint, load_checkpoint
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
@@ -205,9 +206,14 @@ def _lowered(
     specs = write_graphs(
         *_networks(source, holder), draft.model.position_offset, precision, graphs_dir, say
     )
+    if step_graph_can_be_tried():
+        say("fusing the step for the backend cpu")
+        step = specs["step"]
+        write_step_graph((graphs_dir / step.file).read_bytes(), step, draft.model, graphs_dir)
+    else:
+        say(f"no fused step for the backend cpu: comparing it takes {WANTED}")
     lowered = write_bundle(replace(draft, graphs=specs), graphs_dir, scratch / "bundle")
-    for graph in specs.values():
-        checked_graph(lowered, graph)
+    checked_graphs(lowered)  # the one for the CPU is checked where it is loaded
     return lowered
 
 

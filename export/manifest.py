@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aim_export.errors import ExportError
-from aim_export.onnx.lowering import conditioning_shapes, next_name, state_shapes
+from aim_export.onnx.lowering import conditioning_shapes, state_shapes
+from aim_export.onnx.names import next_name
 from aim_runtime import BundleError, Manifest, __version__
 from aim_runtime.bundle.manifest import (
     GRAPHS,
@@ -27,6 +28,7 @@ from aim_runtime.bundle.manifest import (
     is_plain_file_name,
     sampling_from_json,
 )
+from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, STEP_FILE
 from aim_training.checkpoint import Checkpoint, CheckpointError
 from aim_training.config import ModelConfig
 from aim_training.model import AiM
@@ -182,6 +184,7 @@ def check_extra_files(paths: Sequence[Path]) -> None:
         ExportError: one is no regular file, too large, not readable, or of a name that is taken.
     """
     taken = {f"{graph}.{part}" for graph in GRAPHS for part in ("onnx", "weights")}
+    taken |= {GRAPH_FILE, STEP_FILE}
     for path in paths:
         where = f"{shown(path, 150)} cannot go into the bundle"
         if not path.exists() or path.is_dir():

@@ -3,8 +3,9 @@
 The ladder, each rung over all T steps with the state carried through:
 
 1. PyTorch, whole sequence against step by step;
-2. PyTorch step by step against the engine, the same tokens forced on both: logits, and the tokens
-   that the sampler would draw from them with the same noise;
+2. PyTorch step by step against the engine with each step graph that the bundle has for the CPU, the
+   same tokens forced on both: logits, and the tokens that the sampler would draw from them with the
+   same noise;
 3. the decoder: pixels of the tokens drawn.
 
 The images are drawn by the PyTorch model itself, by the bundle's own sampler and noise.
@@ -21,10 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aim_export.agreement import TOLERANCES
+from aim_export.agreement import relative_error as _relative_error
+from aim_export.agreement import token_agreement as _token_agreement
+from aim_export.cpu import step_engines
 from aim_export.errors import ExportError
 from aim_export.onnx.decoder import Pictures
 from aim_runtime import Bundle, Generator, SamplingOptions
-from aim_runtime.engines.backends import load_engine
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import guide, row_classes, sample
 from aim_training.model import AiM
@@ -32,25 +36,6 @@ from aim_training.tokenizer import VQTokenizer
 
 # Called with steps done and steps in all.
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What an export must hold to; PSNR in dB, errors relative in the Euclidean norm."""
-
-    sequence_error: float
-    logits_error: float
-    token_agreement: float
-    psnr_db: float
-
-
-# By precision of the stored weights. In float32 the two engines differ by rounding alone: a token
-# changes only where the noise falls within rounding of a boundary, a pixel by one level at most.
-# Half-precision weights carry a relative error of 2^-11 each, which L layers add up.
-TOLERANCES = {
-    "fp32": Tolerance(1e-4, 1e-5, 0.99, 50.0),
-    "fp16": Tolerance(1e-4, 2e-2, 0.9, 35.0),
-}
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,7 @@ class ParityReport:
         logits_max_error: largest absolute difference of one logit.
         token_agreement: share of draws with the same token, given the same past and noise.
         psnr_db: decoded pixels against PyTorch's; infinite (reported as 999) when equal.
+        step_graphs: the step graphs that were compared; figures are those of the worst.
     """
 
     precision: str
@@ -74,6 +60,7 @@ class ParityReport:
     logits_max_error: float
     token_agreement: float
     psnr_db: float
+    step_graphs: tuple[str, ...] = ("plain",)
 
     @property
     def failures(self) -> list[str]:
@@ -92,9 +79,9 @@ class ParityReport:
             failures.append(f"logits_max_error is {self.logits_max_error}, a number is needed")
         return failures
 
-    def to_dict(self) -> dict[str, str | int | float]:
+    def to_dict(self) -> dict[str, str | int | float | list[str]]:
         """The report as JSON values."""
-        return asdict(self)
+        return asdict(self) | {"step_graphs": list(self.step_graphs)}
 
 
 @torch.no_grad()
@@ -116,11 +103,10 @@ def check_parity(
         ExportError: the model's own scores are not finite.
     """
     config, manifest = model.config, bundle.manifest
-    engine = load_engine(bundle, backend="cpu")
-    generator = Generator(bundle, engine)
+    engines = step_engines(bundle)
+    options = manifest.sampling
     offset = manifest.model.position_offset
     classes = np.unique([0, config.num_classes - 1]).astype(np.int64)
-    options = generator.sampling
     if options.rows_per_image == 1:  # both halves of the guidance must be looked at
         options = options.replace(cfg_scale=2.0)
 
@@ -130,18 +116,43 @@ def check_parity(
     row_tokens = tokens.repeat(len(rows) // len(classes), 1)  # (R, T)
     whole = model(row_tokens, rows, position_offset=offset)  # (R, T, V)
 
-    forced = generator.logits(tokens.numpy(), classes.tolist(), cfg_scale=options.cfg_scale)
-    pixels = np.concatenate([engine.decode(row[None]) for row in tokens.numpy()])
+    by_graph = [
+        _forced(Generator(bundle, engine), tokens, classes, options, noise, reference)
+        for engine in engines.values()
+    ]
+    errors, largest, agreements = zip(*by_graph, strict=True)
+    decode = engines["plain"].decode
+    pixels = np.concatenate([decode(row[None]) for row in tokens.numpy()])
     expected = torch.cat([tokenizer.decode(row[None]) for row in tokens])
     return ParityReport(
         precision=manifest.precision,
         images=len(classes),
         steps=config.num_tokens,
         sequence_error=_relative_error(row_logits.numpy(), whole.numpy()),
-        logits_error=_relative_error(forced, reference),
-        logits_max_error=float(np.abs(forced - reference).max()),
-        token_agreement=_token_agreement(forced, noise, options, tokens.numpy()),
+        # Whatever is no number comes out on top.
+        logits_error=float(np.max(errors)),
+        logits_max_error=float(np.max(largest)),
+        token_agreement=float(np.min(agreements)),
         psnr_db=_psnr_db(pixels, expected),
+        step_graphs=tuple(engines),
+    )
+
+
+def _forced(
+    generator: Generator,
+    tokens: Tensor,
+    classes: NDArray[np.int64],
+    options: SamplingOptions,
+    noise: NDArray[np.float64],
+    reference: NDArray[np.float32],
+) -> tuple[float, float, float]:
+    """Error of the logits of `tokens` (N, T), the largest of one, and the share of same draws."""
+    drawn = tokens.numpy()
+    logits = generator.logits(drawn, classes.tolist(), cfg_scale=options.cfg_scale)  # (N, T, V)
+    return (
+        _relative_error(logits, reference),
+        float(np.abs(logits - reference).max()),
+        _token_agreement(logits, noise, options, drawn),
     )
 
 
@@ -174,31 +185,6 @@ def _draw(
         if progress is not None:
             progress(step + 1, steps)
     return torch.stack(tokens, 1), torch.stack(logits, 1), np.stack(guided, 1)
-
-
-def _token_agreement(
-    logits: NDArray[np.float32],
-    noise: NDArray[np.float64],
-    options: SamplingOptions,
-    tokens: NDArray[np.int64],
-) -> float:
-    """Share of the tokens (N, T) that the logits (N, T, V) draw too; NaN where nothing can be."""
-    if not np.isfinite(logits).all():
-        return math.nan
-    drawn = [sample(logits[:, s], noise[:, s], options) for s in range(tokens.shape[1])]
-    return float((np.stack(drawn, axis=1) == tokens).mean())
-
-
-def _relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Norm of the difference over that of the reference; NaN unless all of both is finite."""
-    if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
-        return math.nan
-    reference = reference.ravel().astype(np.float64)
-    difference = np.linalg.norm(ours.ravel().astype(np.float64) - reference)
-    if not difference:
-        return 0.0
-    norm = np.linalg.norm(reference)
-    return float(difference / norm) if norm else math.inf
 
 
 def _psnr_db(ours: NDArray[np.uint8], reference: Tensor) -> float:

@@ -12,7 +12,7 @@ import pytest
 
 from aim_cli.commands.train_model import command
 from aim_training.config import PRESETS
-from aim_training.options import ModelTrainingOptions
+from aim_training.options import ModelTrainingOptions, versions
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "imagenet"
 
@@ -42,7 +42,7 @@ def test_the_settings_are_those_of_its_table(size: str) -> None:
     assert options.steps == int(steps.replace(",", ""))
     assert options.steps == int(epochs) * 1_281_167 // options.batch_size
     assert options.learning_rate == float(rate)
-    assert options.variants == 10
+    assert versions(options) == 10
 
 
 def test_settings_are_changed_from_outside() -> None:

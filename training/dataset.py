@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from aim_training.data import DataError, ImageFolder, shown
+import numpy as np
+
+from aim_training.data import DataError, ImageSet, open_data, shown
 from aim_training.options import TrainingOptions
+from aim_training.progress import Progress
 
 # A class of so many images or more holds out one at least.
 _ENOUGH = 10
 
 
-def training_folders(
-    options: TrainingOptions, say: Callable[[str], None]
-) -> tuple[ImageFolder, ImageFolder | None]:
+def training_images(
+    options: TrainingOptions, say: Callable[[str], None], *, quiet: bool = False
+) -> tuple[ImageSet, ImageSet | None]:
     """The training images and, where there are any, those held out.
 
     Args:
         options: where they are.
         say: told how many were taken and what was left out.
+        quiet: show no progress.
 
     Raises:
         DataError: they cannot be used.
     """
-    folder = ImageFolder.scan(options.data)
-    say(f"{shown(options.data)}: {folder.describe()}")
+
+    def opened(data: Path, class_names: Sequence[str] | None = None) -> ImageSet:
+        images = open_data(
+            data, class_names, workers=options.workers, progress=_indexing(shown(data), quiet)
+        )
+        say(f"{shown(images.root)}: {images.describe()}")
+        return images
+
+    images = opened(options.data)
     if options.val_data is not None:
-        held_out = ImageFolder.scan(options.val_data, folder.class_names)
-        say(f"{shown(options.val_data)}: {held_out.describe()}")
-        return folder, held_out
+        return images, opened(options.val_data, images.class_names)
     if options.val_fraction:
-        training, held_out = split(folder, options.val_fraction)
+        training, held_out = split(images, options.val_fraction)
         say(f"held out of these: {len(held_out):,}, chosen by their names")
         return training, held_out
-    return folder, None
+    return images, None
 
 
-def split(folder: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolder]:
+def split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     """Hold out a fraction of each class, by the names of its files.
 
     An image's side depends on its own name, so images that are added later move no others, but
@@ -48,28 +55,31 @@ def split(folder: ImageFolder, fraction: float) -> tuple[ImageFolder, ImageFolde
     Raises:
         DataError: nothing would be held out.
     """
-    places: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for place, (path, label) in enumerate(zip(folder.paths, folder.labels, strict=True)):
-        name = path.relative_to(folder.root).as_posix()
-        digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-        places[int(label)].append((int.from_bytes(digest[:8], "big") / 2**64, place))
-    held_out: set[int] = set()
-    for members in places.values():
-        chosen = {place for draw, place in members if draw < fraction}
-        if not chosen and len(members) >= _ENOUGH:
-            chosen = {min(members)[1]}
-        if len(chosen) < len(members):  # a class that is not trained on cannot be judged
-            held_out |= chosen
-    if not held_out:
+    labels, draws = images.labels, images.hashes()
+    chosen = draws < fraction
+    size = np.bincount(labels)
+    for label in np.flatnonzero((size >= _ENOUGH) & (np.bincount(labels, chosen) == 0)):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argmin(draws[members])]] = True
+    # A class that is not trained on cannot be judged.
+    whole = np.bincount(labels, chosen) == size
+    chosen &= ~whole[labels]
+    if not chosen.any():
         raise DataError(
-            f"{shown(folder.root)} has {len(folder)} images, too few to hold out {fraction:g} of "
+            f"{shown(images.root)} has {len(images)} images, too few to hold out {fraction:g} of "
             f"them; add some (a class of {_ENOUGH} holds out one) or use --val-fraction 0"
         )
-    everything = range(len(folder))
-    training = [place for place in everything if place not in held_out]
-    return _part(folder, training), _part(folder, sorted(held_out))
+    return images.part(np.flatnonzero(~chosen)), images.part(np.flatnonzero(chosen))
 
 
-def _part(folder: ImageFolder, places: list[int]) -> ImageFolder:
-    paths = tuple(folder.paths[place] for place in places)
-    return replace(folder, paths=paths, labels=folder.labels[places])
+def _indexing(data: str, quiet: bool) -> Callable[[int, int], None]:
+    """Shows how far indexing is."""
+    progress: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress
+        if progress is None:
+            progress = Progress(0, total, unit="shards", quiet=quiet)
+        progress.count(done)
+
+    return show

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from aim_training.data.location import written
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions, recipe
 from aim_training.saves import Saves, from_json
@@ -84,12 +85,14 @@ def check_same_run(
     name = different[0]
     if name in _DATA:
         raise TrainingError(
-            f"the images under {options.data} are not those that {options.out} was trained on "
-            "(added, removed or changed); --allow-changed-data goes on with them as they are now"
+            f"the images of {written(options.data)} are not those that {options.out} was trained "
+            "on (added, removed or changed); --allow-changed-data goes on with them as they are now"
         )
+    before, now = _apart(theirs[name], ours[name])
+    again = ", --init too if it had one" if name == "geometry" and options.init is None else ""
     raise TrainingError(
-        f"{options.out} holds another run: its {name} is {_short(theirs[name])}, now it is "
-        f"{_short(ours[name])}; choose another run folder or the same settings"
+        f"{options.out} holds another run: its {name} is {_short(before)}, now it is "
+        f"{_short(now)}; choose another run folder or the same settings{again}"
     )
 
 
@@ -111,10 +114,18 @@ def _other_classes(theirs: list[str], ours: list[str], options: TrainingOptions)
         if names
     ]
     return (
-        f"{options.out} was trained on other classes: {options.data} "
+        f"{options.out} was trained on other classes: {written(options.data)} "
         f"{' and '.join(parts) or 'lists them in another order'}; a model's classes cannot change, "
         "so choose another run folder"
     )
+
+
+def _apart(theirs: Any, ours: Any) -> tuple[Any, Any]:
+    """Two values; of mappings what differs, or it would be lost among what does not."""
+    if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
+        return theirs, ours
+    names = [name for name in ours if theirs.get(name) != ours[name]]
+    return {name: theirs.get(name) for name in names}, {name: ours[name] for name in names}
 
 
 def _short(value: Any) -> str:

@@ -93,9 +93,14 @@ def begin_model(
             f"as they are, an image has {num_tokens}"
         )
     if not relearn_codes and not _knows_codes(checkpoint, tokenizer):
+        kept = (
+            "give its own as --tokenizer"
+            if checkpoint.tokenizer is None
+            else "leave --tokenizer out to take the one in it"
+        )
         raise TrainingError(
-            f"{name} was trained on another tokenizer's codes; leave --tokenizer out to take the "
-            "one in it, or let it learn these with --relearn-codes"
+            f"{name} was trained on another tokenizer's codes; {kept}, or let it learn these with "
+            "--relearn-codes"
         )
     config = replace(
         source.config,

@@ -16,6 +16,8 @@ from typing import Any, Literal
 # Beyond it no count, size or weight makes sense; 64-bit generators take seeds below it.
 _MOST = 2**31
 _SEEDS = 2**63
+TEN = 10
+"""Crops of ten-crop; half of them are mirror images."""
 # Weights that have learned already lose it again at the rate of those that have not.
 _LEARNING_RATE, _TUNING_RATE = 1e-4, 2e-5
 
@@ -33,12 +35,17 @@ def _required(help: str) -> Any:
 class TrainingOptions:
     """Choices that both trainers share; see each field's `metadata["help"]`."""
 
-    data: Path = _required("Folder of training images, one folder per class.")
+    data: Path = _required(
+        "Training images: a folder with one folder per class, or tar or Parquet shards (their "
+        "folder, a pattern, a URL)."
+    )
     out: Path = _required("Run folder: checkpoints, logs, sample images and the trained weights.")
-    val_data: Path | None = _option(None, "Folder of held-out images, laid out like the data.")
+    val_data: Path | None = _option(
+        None, "Held-out images, in any of the layouts that the data may have."
+    )
     val_fraction: float = _option(
         0.0,
-        "Instead of --val-data: hold out this fraction of each class, chosen by the files' names.",
+        "Instead of --val-data: hold out this fraction of each class, chosen by the images' names.",
         least=0,
         most=0.5,
     )
@@ -315,6 +322,11 @@ class ModelTrainingOptions(TrainingOptions):
     variants: int = _option(
         8, "Augmented versions of every image that are encoded and cached.", least=1, most=100_000
     )
+    crops: Literal["random", "ten-crop"] = _option(
+        "random",
+        "What the versions are: random crops, or the ten of ten-crop, whatever --variants says: "
+        "corners and centre of the image's middle square and their mirror images.",
+    )
     cache: Path | None = _option(None, "Folder of the cached codes; RUN/codes when left out.")
     sample_guidance: float = _option(2.0, "Guidance of the sample pictures.", least=0, most=1000)
     sample_count: int = _option(16, "Images in a sample picture.", least=1, most=4096)
@@ -336,6 +348,13 @@ def _check_start(init: Path | None, freeze: tuple[str, ...], preset: str | None)
         raise ValueError(f"freeze is {','.join(freeze)}; it takes init, whose weights are kept")
     if init is not None and preset is not None:
         raise ValueError(f"preset is {preset}; with init the sizes are those of its file")
+
+
+def versions(options: ModelTrainingOptions) -> int:
+    """How many codes every image has."""
+    if options.crops == "random":
+        return options.variants
+    return TEN if options.flip else TEN // 2
 
 
 def recipe(options: TrainingOptions) -> dict[str, Any]:

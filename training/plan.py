@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aim_training.data import ImageError, ImageFolder, read_header
+from aim_training.data import ImageError, ImageSet, open_data, read_header
 from aim_training.errors import TrainingError
 from aim_training.options import ModelTrainingOptions, TokenizerTrainingOptions
 from aim_training.replacing import replacing
@@ -124,7 +124,7 @@ def make_plan(
     """The plan of this run folder, or a new one, which is written there.
 
     Args:
-        data: folder of pictures, one folder a class.
+        data: the pictures, see `aim_training.data.open_data`.
         run: the run folder, which exists.
         minutes: of both trainings together.
         size: side of the pictures; None chooses.
@@ -149,20 +149,20 @@ def make_plan(
         # More time may be given; the devices may be others.
         plan = Plan(before.size, minutes, flip, seed, before.gpu)
     else:
-        chosen = size or _fitting_size(ImageFolder.scan(data), gpu)
+        chosen = size or _fitting_size(open_data(data), gpu)
         plan = Plan(chosen, minutes, flip, seed, gpu)
     with replacing(path) as new:
         new.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
     return plan
 
 
-def _fitting_size(folder: ImageFolder, gpu: bool) -> int:
+def _fitting_size(images: ImageSet, gpu: bool) -> int:
     """The largest of a few sizes that most pictures reach and the machine manages."""
-    step = max(1, len(folder) // _LOOKED_AT)
+    step = max(1, len(images) // _LOOKED_AT)
     sides = []
-    for path in folder.paths[::step]:
+    for place in range(0, len(images), step):
         try:
-            header = read_header(path, 64)
+            header = read_header(images.image(place), 64)
         except ImageError:
             continue
         sides.append(min(header.width, header.height))

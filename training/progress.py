@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+# Seconds between the lines of `count`: on a terminal, where each replaces the last, and in a log.
+_LIVE_S, _LINES_S = 0.5, 10.0
+
 
 class Progress:
     """Loss, images per second and the time left, on standard error.
@@ -66,6 +69,26 @@ class Progress:
             text = text[: shutil.get_terminal_size().columns - 1]
         self._print(text, stay=not self.live)
         return speed
+
+    def count(self, done: int) -> None:
+        """Show how many of the units there are in all are done, at most twice a second.
+
+        On no terminal every ten seconds, and at the end.
+        """
+        now = time.monotonic()
+        then, before = self._since
+        if done == before and done >= self.total:  # said already
+            return
+        if now - then < (_LIVE_S if self.live else _LINES_S) and done < self.total:
+            return
+        self._since = (now, done)
+        speed = (done - before) / max(now - then, 1e-9)
+        fast = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        left = duration((self.total - done) / speed) if speed else "unknown time"
+        text = f"{done:,} of {self.total:,} {self.unit}  {fast} {self.unit}/s  {left} left"
+        if self.live:
+            text = text[: shutil.get_terminal_size().columns - 1]
+        self._print(text, stay=not self.live or done >= self.total)
 
     def say(self, text: str) -> None:
         """Print a line of its own."""

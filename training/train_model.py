@@ -18,10 +18,11 @@ from torch import Tensor
 
 from aim_training.batch_gradients import BatchGradients
 from aim_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from aim_training.codes import CodeRequest, cached_codes, weights_digest
+from aim_training.code_files import Codes
+from aim_training.codes import CodeRequest, Processes, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
 from aim_training.data import BadImages, BatchOrder, Crop
-from aim_training.dataset import training_folders
+from aim_training.dataset import training_images
 from aim_training.devices import make_accelerator
 from aim_training.errors import TrainingError, explained, options_that_fit
 from aim_training.initial import MODEL_PARTS, begin_model, freeze, open_initial
@@ -29,7 +30,7 @@ from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
 from aim_training.model import AiM
-from aim_training.options import ModelTrainingOptions, recipe
+from aim_training.options import ModelTrainingOptions, recipe, versions
 from aim_training.pictures import contact_sheet
 from aim_training.run_folder import run_folder
 from aim_training.sampling import sample
@@ -125,7 +126,11 @@ class ModelTask(Task):
         self.bad_images = BadImages.of_run(
             options.bad_images, options.out, quiet=not accelerator.is_main_process
         )
-        self.folder, self.held_out_folder = training_folders(options, self.bad_images.say)
+        # The main process indexes shards; the others then find its indices.
+        with accelerator.main_process_first():
+            self.folder, self.held_out_folder = training_images(
+                options, self.bad_images.say, quiet=not accelerator.is_main_process
+            )
         with options_that_fit():
             tokens = (options.size // factor) ** 2
             network = self._network(initial, tokenizer.config.codebook_size, tokens)
@@ -167,6 +172,11 @@ class ModelTask(Task):
         else:
             checkpoint = load_checkpoint(path)
         if checkpoint.tokenizer is None:
+            if self.options.tokenizer is None:
+                raise TrainingError(
+                    f"{path} holds a model without its tokenizer; give the one whose codes it was "
+                    "trained on as --tokenizer"
+                )
             raise TrainingError(
                 f"{path} holds no tokenizer; expected what `aim train tokenizer` wrote, or a "
                 "published tokenizer"
@@ -197,7 +207,15 @@ class ModelTask(Task):
         options = self.options
         crop = Crop(options.size, options.resize_factor, options.flip)
         at_once = min(64, self.at_once(self.share))
-        request = CodeRequest(self.folder, crop, options.variants, options.seed, at_once)
+        ten_crop = options.crops == "ten-crop"
+        request = CodeRequest(
+            self.folder,
+            replace(crop, square=ten_crop),
+            versions(options),
+            options.seed,
+            at_once,
+            ten_crop,
+        )
         self.codes = self._codes("train", request)
         if self.held_out_folder is not None:
             codes = self._codes("val", CodeRequest(self.held_out_folder, crop, 0, 0, at_once))
@@ -207,24 +225,24 @@ class ModelTask(Task):
             )
         if self.codes.nbytes <= _RESIDENT_BYTES:
             # PyTorch gathers no uint16, so the bits travel as int16.
-            signed = np.array(self.codes).view(f"i{self.codes.itemsize}")
+            signed = np.array(self.codes).view(f"i{self.codes.dtype.itemsize}")
             self.resident = torch.from_numpy(signed).to(self.device)  # (variants, images, T)
 
-    def _codes(self, name: str, request: CodeRequest) -> NDArray[Any]:
+    def _codes(self, name: str, request: CodeRequest) -> Codes:
         cache = self.options.cache or self.options.out / "codes"
-        # The main process encodes; the others then find its cache.
-        with self.accelerator.main_process_first():
-            return cached_codes(
-                cache / f"{name}.npy",
-                request,
-                self.tokenizer,
-                self.device,
-                workers=self.options.workers,
-                resident_limit_mb=self.options.resident_limit_mb,
-                bad_images=self.bad_images,
-                tokenizer_sha256=self.tokenizer_sha256,
-                quiet=not self.accelerator.is_main_process,
-            )
+        ours = self.accelerator
+        return cached_codes(
+            cache / f"{name}.npy",
+            request,
+            self.tokenizer,
+            self.device,
+            workers=self.options.workers,
+            resident_limit_mb=self.options.resident_limit_mb,
+            bad_images=self.bad_images,
+            tokenizer_sha256=self.tokenizer_sha256,
+            quiet=not ours.is_main_process,
+            processes=Processes(ours.process_index, ours.num_processes, ours.wait_for_everyone),
+        )
 
     def batches(self, first: int, last: int) -> Iterator[CodeBatch]:
         """A random variant of every image; some lose their class."""
@@ -329,7 +347,7 @@ class ModelTask(Task):
             "kind": "model",
             "geometry": self.model.network.config.to_dict(),
             "seed": self.options.seed,
-            "variants": self.options.variants,
+            "variants": versions(self.options),
             "class_names": list(self.folder.class_names),
             "data_digest": self.folder.digest,
             "tokenizer_sha256": self.tokenizer_sha256,

@@ -22,12 +22,12 @@ from aim_training.data import (
     BadImages,
     BatchOrder,
     Crop,
-    ImageFolder,
+    ImageSet,
     ImageSource,
     centre_draws,
     open_images,
 )
-from aim_training.dataset import training_folders
+from aim_training.dataset import training_images
 from aim_training.devices import make_accelerator
 from aim_training.discriminator import (
     PatchDiscriminator,
@@ -129,7 +129,11 @@ class TokenizerTask(Task):
         self.bad_images = BadImages.of_run(
             options.bad_images, options.out, quiet=not accelerator.is_main_process
         )
-        self.folder, self.held_out_folder = training_folders(options, self.bad_images.say)
+        # The main process indexes shards; the others then find its indices.
+        with accelerator.main_process_first():
+            self.folder, self.held_out_folder = training_images(
+                options, self.bad_images.say, quiet=not accelerator.is_main_process
+            )
         tokenizer = channels_last(self._network())
         config = tokenizer.config
         with options_that_fit():
@@ -180,7 +184,7 @@ class TokenizerTask(Task):
             self.held_out_count = min(len(self.held_out_folder), _EVALUATED)
             self.held_out = self._open(self.held_out_folder)
 
-    def _open(self, folder: ImageFolder) -> ImageSource:
+    def _open(self, folder: ImageSet) -> ImageSource:
         options = self.options
         return open_images(
             folder,

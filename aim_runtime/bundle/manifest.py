@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aim_runtime.bundle.checked_json import CheckedJson
 from aim_runtime.bundle.limits import MAX_GRAPH_BYTES, max_tensors, max_weights_bytes
 from aim_runtime.bundle.parts import (
     DTYPE_BYTES,
@@ -119,6 +120,20 @@ class Manifest:
         """Bytes of recurrent state that one row carries from step to step."""
         return sum(self.graphs["step"].input(pair.input).bytes_per_row for pair in self.state)
 
+    def with_step(
+        self, graph: GraphSpec, state: tuple[StatePair, ...], document: CheckedJson
+    ) -> Manifest:
+        """This manifest with another graph for its step, as `document` of its bundle gives it.
+
+        Raises BundleError, which names the document, unless the graph may stand in the place of the
+        manifest's own.
+        """
+        graphs = {**self.graphs, "step": graph}
+        changed = dataclasses.replace(self, graphs=graphs, state=state)
+        _check_files(changed, "step", document)
+        _check_step(changed, document)
+        return changed
+
 
 # -- from JSON ------------------------------------------------------------------------------------
 
@@ -203,78 +218,88 @@ def _check_consistency(manifest: Manifest) -> None:
             f"the manifest's class_names has {len(manifest.class_names)} names; "
             f"model.num_classes says {model.num_classes}"
         )
-    for graph_name, graph in manifest.graphs.items():
-        for kind, name in (("file", graph.file), ("weights", graph.weights)):
-            if name not in manifest.files:
-                raise BundleError(
-                    f"the manifest's graphs.{graph_name}.{kind} is {shown(name)}, "
-                    "which its files does not list"
-                )
-        for name, most in (
-            (graph.file, MAX_GRAPH_BYTES),
-            (graph.weights, max_weights_bytes(model, graph_name)),
-        ):
-            if manifest.files[name].size > most:
-                raise BundleError(
-                    f"the manifest's files[{shown(name)}].size is {manifest.files[name].size}; "
-                    f"a {graph_name} of the manifest's geometry needs at most {most} bytes"
-                )
+    for graph_name in manifest.graphs:
+        _check_files(manifest, graph_name, JSON)
     _check_prologue_and_decoder(manifest)
-    _check_step(manifest)
+    _check_step(manifest, JSON)
+
+
+def _check_files(manifest: Manifest, graph_name: str, document: CheckedJson) -> None:
+    graph = manifest.graphs[graph_name]
+    for kind, name in (("file", graph.file), ("weights", graph.weights)):
+        if name not in manifest.files:
+            raise BundleError(
+                f"{document.subject}'s graphs.{graph_name}.{kind} is {shown(name)}, "
+                "which the manifest's files does not list"
+            )
+    for name, most in (
+        (graph.file, MAX_GRAPH_BYTES),
+        (graph.weights, max_weights_bytes(manifest.model, graph_name)),
+    ):
+        if manifest.files[name].size > most:
+            raise BundleError(
+                f"the manifest's files[{shown(name)}].size is {manifest.files[name].size}; "
+                f"a {graph_name} of the manifest's geometry needs at most {most} bytes"
+            )
 
 
 def _check_prologue_and_decoder(manifest: Manifest) -> None:
     model = manifest.model
     prologue, decoder = manifest.graphs["prologue"], manifest.graphs["decoder"]
     image = (ROWS, model.image_height, model.image_width, 3)
-    _expect(prologue.inputs, "graphs.prologue.inputs", [TensorSpec("class_id", "int64", (ROWS,))])
-    _expect(
-        decoder.inputs,
-        "graphs.decoder.inputs",
-        [TensorSpec("tokens", "int64", (ROWS, model.num_tokens))],
-    )
-    _expect(decoder.outputs, "graphs.decoder.outputs", [TensorSpec("image", "uint8", image)])
+    class_id = TensorSpec("class_id", "int64", (ROWS,))
+    tokens = TensorSpec("tokens", "int64", (ROWS, model.num_tokens))
+    pixels = TensorSpec("image", "uint8", image)
+    _expect(prologue.inputs, "graphs.prologue.inputs", [class_id], JSON)
+    _expect(decoder.inputs, "graphs.decoder.inputs", [tokens], JSON)
+    _expect(decoder.outputs, "graphs.decoder.outputs", [pixels], JSON)
 
 
-def _check_step(manifest: Manifest) -> None:
+def _check_step(manifest: Manifest, document: CheckedJson) -> None:
     step = manifest.graphs["step"]
     inputs, outputs = by_name(step.inputs), by_name(step.outputs)
     states_in, states_out = [], []
     for index, pair in enumerate(manifest.state):
         if pair.input not in inputs:
-            raise JSON.wrong(f"state[{index}].input", pair.input, "an input of graphs.step")
+            raise document.wrong(f"state[{index}].input", pair.input, "an input of graphs.step")
         if pair.output not in outputs:
-            raise JSON.wrong(f"state[{index}].output", pair.output, "an output of graphs.step")
+            raise document.wrong(f"state[{index}].output", pair.output, "an output of graphs.step")
         state = inputs[pair.input]
         states_in.append(state)
         # The new state is fed back as the next old one, so it must look the same.
         states_out.append(TensorSpec(pair.output, state.dtype, state.shape))
     fixed = [TensorSpec("token", "int64", (ROWS,)), TensorSpec("position", "int64", (ROWS,))]
     logits = TensorSpec("logits", "float32", (ROWS, manifest.model.vocab_size))
-    _expect(step.inputs, "graphs.step.inputs", [*fixed, *manifest.conditioning, *states_in])
-    _expect(step.outputs, "graphs.step.outputs", [logits, *states_out])
+    expected = [*fixed, *manifest.conditioning, *states_in]
+    _expect(step.inputs, "graphs.step.inputs", expected, document)
+    _expect(step.outputs, "graphs.step.outputs", [logits, *states_out], document)
     if manifest.state_bytes_per_row > MAX_STATE_BYTES_PER_ROW:
         raise BundleError(
-            f"the manifest's state takes {manifest.state_bytes_per_row} bytes a row; "
+            f"{document.subject}'s state takes {manifest.state_bytes_per_row} bytes a row; "
             f"at most {MAX_STATE_BYTES_PER_ROW} are allowed"
         )
 
 
-def _expect(found: Sequence[TensorSpec], where: str, expected: Sequence[TensorSpec]) -> None:
+def _expect(
+    found: Sequence[TensorSpec],
+    where: str,
+    expected: Sequence[TensorSpec],
+    document: CheckedJson,
+) -> None:
     """Check that `found` holds exactly the `expected` tensors, in any order."""
     there, wanted = by_name(found), by_name(expected)
     if len(wanted) != len(expected):
-        raise BundleError(f"the manifest gives one tensor of {where} two meanings")
+        raise BundleError(f"{document.subject} gives one tensor of {where} two meanings")
     for name in [*wanted, *there]:
         if name not in there:
-            raise BundleError(f"the manifest's {where} lacks the tensor {shown(name)}")
+            raise BundleError(f"{document.subject}'s {where} lacks the tensor {shown(name)}")
         if name not in wanted:
             raise BundleError(
-                f"the manifest's {where} has the tensor {shown(name)}, which has no use"
+                f"{document.subject}'s {where} has the tensor {shown(name)}, which has no use"
             )
         if there[name] != wanted[name]:
             raise BundleError(
-                f"the manifest's {where} gives {shown(name)} as {_describe(there[name])}; "
+                f"{document.subject}'s {where} gives {shown(name)} as {_describe(there[name])}; "
                 f"it must be {_describe(wanted[name])}"
             )
 

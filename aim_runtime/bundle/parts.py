@@ -180,10 +180,10 @@ def text_from_json(value: Any, where: str, limit: int = 256, *, empty: bool = Fa
     return value
 
 
-def file_name_from_json(value: Any, where: str) -> str:
+def file_name_from_json(value: Any, where: str, document: CheckedJson = JSON) -> str:
     """Check a plain file name."""
     if not isinstance(value, str) or not is_plain_file_name(value):
-        raise JSON.wrong(
+        raise document.wrong(
             where,
             value,
             "a plain file name inside the bundle: letters, digits and ._- only, no folders",
@@ -225,52 +225,57 @@ def model_from_json(value: Any) -> ModelCard:
     return model
 
 
-def graph_from_json(value: Any, where: str, most: int) -> GraphSpec:
+def graph_from_json(value: Any, where: str, most: int, document: CheckedJson = JSON) -> GraphSpec:
     """Check a graph of at most `most` inputs and as many outputs."""
-    found = JSON.fields(value, where, ("file", "weights", "inputs", "outputs"))
+    found = document.fields(value, where, ("file", "weights", "inputs", "outputs"))
     return GraphSpec(
-        file=file_name_from_json(found["file"], f"{where}.file"),
-        weights=file_name_from_json(found["weights"], f"{where}.weights"),
-        inputs=_tensors(found["inputs"], f"{where}.inputs", most),
-        outputs=_tensors(found["outputs"], f"{where}.outputs", most),
+        file=file_name_from_json(found["file"], f"{where}.file", document),
+        weights=file_name_from_json(found["weights"], f"{where}.weights", document),
+        inputs=_tensors(found["inputs"], f"{where}.inputs", most, document),
+        outputs=_tensors(found["outputs"], f"{where}.outputs", most, document),
     )
 
 
-def _tensors(value: Any, where: str, most: int) -> tuple[TensorSpec, ...]:
-    items = JSON.items(value, where, 1, most)
-    specs = tuple(_tensor(item, f"{where}[{index}]") for index, item in enumerate(items))
+def _tensors(value: Any, where: str, most: int, document: CheckedJson) -> tuple[TensorSpec, ...]:
+    items = document.items(value, where, 1, most)
+    specs = tuple(_tensor(item, f"{where}[{index}]", document) for index, item in enumerate(items))
     if len(by_name(specs)) != len(specs):
-        raise BundleError(f"the manifest's {where} names a tensor twice")
+        raise BundleError(f"{document.subject}'s {where} names a tensor twice")
     return specs
 
 
-def _tensor(value: Any, where: str) -> TensorSpec:
-    found = JSON.fields(value, where, ("name", "dtype", "shape"))
-    shape = JSON.items(found["shape"], f"{where}.shape", 1, 8)
+def _tensor(value: Any, where: str, document: CheckedJson) -> TensorSpec:
+    found = document.fields(value, where, ("name", "dtype", "shape"))
+    shape = document.items(found["shape"], f"{where}.shape", 1, 8)
     if shape[0] != ROWS:
-        raise JSON.wrong(f"{where}.shape[0]", shape[0], f'the symbol "{ROWS}"')
+        raise document.wrong(f"{where}.shape[0]", shape[0], f'the symbol "{ROWS}"')
     sizes = [
-        JSON.integer(size, f"{where}.shape[{axis}]", 1, 1 << 30)
+        document.integer(size, f"{where}.shape[{axis}]", 1, 1 << 30)
         for axis, size in enumerate(shape[1:], start=1)
     ]
     spec = TensorSpec(
-        name=JSON.matching(found["name"], f"{where}.name", _TENSOR_NAME, "a plain tensor name"),
-        dtype=JSON.choice(found["dtype"], f"{where}.dtype", tuple(DTYPE_BYTES)),
+        name=tensor_name_from_json(found["name"], f"{where}.name", document),
+        dtype=document.choice(found["dtype"], f"{where}.dtype", tuple(DTYPE_BYTES)),
         shape=(ROWS, *sizes),
     )
     if spec.bytes_per_row > _MAX_TENSOR_BYTES_PER_ROW:
         raise BundleError(
-            f"the manifest's {where} takes {spec.bytes_per_row} bytes a row; "
+            f"{document.subject}'s {where} takes {spec.bytes_per_row} bytes a row; "
             f"at most {_MAX_TENSOR_BYTES_PER_ROW} are allowed"
         )
     return spec
 
 
-def state_pair_from_json(value: Any, where: str) -> StatePair:
+def tensor_name_from_json(value: Any, where: str, document: CheckedJson = JSON) -> str:
+    """Check the name of a tensor."""
+    return document.matching(value, where, _TENSOR_NAME, "a plain tensor name")
+
+
+def state_pair_from_json(value: Any, where: str, document: CheckedJson = JSON) -> StatePair:
     """Check the names of a state's input and output."""
-    found = JSON.fields(value, where, ("input", "output"))
+    found = document.fields(value, where, ("input", "output"))
     names = {
-        side: JSON.matching(found[side], f"{where}.{side}", _TENSOR_NAME, "a plain tensor name")
+        side: tensor_name_from_json(found[side], f"{where}.{side}", document)
         for side in ("input", "output")
     }
     return StatePair(**names)

@@ -1,4 +1,4 @@
-"""Write bundles: a whole folder, or an engine into one that is there, all or nothing."""
+"""Write bundles: a whole folder, or files and engines into one that is there, all or nothing."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def add_engine(
     name of a file is not plain.
     """
     bundle, source = Bundle.open(bundle_dir), Path(source_dir)
-    root = Path(os.path.realpath(bundle.path))
-    if not root.is_dir():
-        raise BundleError(f"{bundle.path}: engines are added to a bundle folder; unpack it first")
+    root = _folder_of(bundle, "engines")
     if not is_plain_file_name(name):
         raise BundleError(
             f"{name!r} cannot name an engine: it may have letters, digits and ._- only"
@@ -130,6 +128,53 @@ def add_engine(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Bundle.open(bundle_dir)
+
+
+def add_files(bundle_dir: str | os.PathLike[str], source_dir: str | os.PathLike[str]) -> Bundle:
+    """Put the files in `source_dir` beside the graphs of a bundle folder.
+
+    What the bundle had under their names is replaced; all else stays and is not copied. The bundle
+    can be read at every moment: at first as it was, then without these files, then with the new.
+
+    Raises BundleError when there is no bundle folder, or it cannot be written, or a file has no
+    plain name or that of a graph or its weights.
+    """
+    bundle, source = Bundle.open(bundle_dir), Path(source_dir)
+    root = _folder_of(bundle, "files")
+    names = _plain_files(source)
+    for graph in bundle.manifest.graphs.values():
+        for name in {graph.file, graph.weights}.intersection(names):
+            raise BundleError(f"{bundle.path}: {name} is one of its graphs and is not replaced")
+    others = {key: e for key, e in bundle.manifest.files.items() if key not in names}
+    staging = root / f".files.{secrets.token_hex(6)}.tmp"
+    try:
+        staging.mkdir()
+        added = {name: _copy(source / name, staging / name) for name in names}
+        without = dataclasses.replace(bundle.manifest, files=others)
+        if others != bundle.manifest.files:
+            _write_manifest(without, root)
+        for name in names:
+            os.replace(staging / name, root / name)
+        _write_manifest(dataclasses.replace(without, files=_in_order(others | added)), root)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BundleError(f"cannot write to the bundle {bundle.path}: {reason}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Bundle.open(bundle_dir)
+
+
+def _in_order(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    """As a bundle that is made with all of them at once lists them."""
+    return dict(sorted(files.items(), key=lambda item: ("/" in item[0], item[0])))
+
+
+def _folder_of(bundle: Bundle, what: str) -> Path:
+    """The folder that `what` can be added to, links resolved."""
+    root = Path(os.path.realpath(bundle.path))
+    if not root.is_dir():
+        raise BundleError(f"{bundle.path}: {what} are added to a bundle folder; unpack it first")
+    return root
 
 
 def _write_manifest(manifest: Manifest, folder: Path) -> None:

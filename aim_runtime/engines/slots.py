@@ -59,9 +59,10 @@ class Slots(ABC):
         return self._begin(class_id, noise, options)
 
     def step(self) -> Decided:
-        """Advance every image; returns what was decided for each.
+        """Advance every image by a step or several; returns what was decided.
 
-        An image whose last token is among it, or whose scores are not finite, has left its slot.
+        One that has just begun may not be among it. An image whose last token is, or whose scores
+        are not finite, has left its slot. Empty only if no image is there.
         Raises BackendError on failure, after which only `close` is of use.
         """
         check_process(self._process)

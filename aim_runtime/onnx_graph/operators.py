@@ -209,7 +209,10 @@ def _dequantised(call: Call) -> list[Value]:
 
 
 def _linear_attention(call: Call) -> list[Value]:
-    """Query, key, value (B, T, heads · size) and state (B, heads, key size, value size)."""
+    """Query, key, value (B, T, heads · size) and state (B, heads, key size, value size).
+
+    Keys may have fewer heads, each for as many of the others, and so may queries.
+    """
     query, key, value, state = (call.input(index) for index in range(4))
     heads, asking = call.integer("kv_num_heads", 0), call.integer("q_num_heads", 0)
     if call.integer("state_window", 0):
@@ -218,7 +221,12 @@ def _linear_attention(call: Call) -> list[Value]:
         raise GraphRefused("a recurrence in it has an impossible number of heads")
     batch, of, keys, values = state.shape
     time = value.shape[1] if len(value.shape) == 3 else ONE
-    expected = [(asking, keys, query), (heads, keys, key), (heads, values, value)]
+    sharing = 1  # heads of the state with one key
+    if keys.constant and key.shape[-1].constant:
+        sharing, rest = divmod(heads * keys.constant, key.shape[-1].constant)
+        if rest or heads % sharing:
+            raise GraphRefused("a recurrence in it has keys for another number of heads")
+    expected = [(asking, keys, query), (heads // sharing, keys, key), (heads, values, value)]
     for number, size, found in expected:
         wanted = (batch, time, fixed(number * size.constant))
         if found.shape != wanted or of != fixed(heads) or not size.constant:

@@ -55,6 +55,12 @@ _SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
     help="Instead of --ckpt: add engines to this bundle.",
 )
 @click.option(
+    "--cpu",
+    is_flag=True,
+    help="Add the step graph that makes the backend 'cpu' faster. New bundles have it already; "
+    "older ones get it without their checkpoint.",
+)
+@click.option(
     "--cuda",
     is_flag=True,
     help="Compile the CUDA kernels of the backend 'cuda' too. Needs Triton and some minutes, but "
@@ -124,6 +130,7 @@ def command(
     ckpt: Path | None,
     out: Path | None,
     bundle_dir: Path | None,
+    cpu: bool,
     cuda: bool,
     cuda_precisions: tuple[str, ...],
     cuda_archs: tuple[str, ...],
@@ -139,6 +146,7 @@ def command(
     aim export --ckpt runs/model                            # a training's best model so far
     aim export --ckpt aim_l.pt --trt --cuda                 # and its engines
     aim export --bundle aim_l --cuda --cuda-precision fp16,fp32 --cuda-arch 8.0,9.0
+    aim export --bundle aim_l --cpu                         # a faster step for CPUs
 
     The bundle is compared with PyTorch over every step before it is written; if they differ by
     more than rounding, nothing is.
@@ -151,7 +159,9 @@ def command(
     """
     report = None if quiet else functools.partial(click.echo, err=True)
     started = time.perf_counter()
-    engines = chosen_engines(cuda, cuda_precisions, cuda_archs, trt=trt)
+    engines = chosen_engines(
+        cuda, cuda_precisions, cuda_archs, trt=trt, cpu=cpu and bundle_dir is not None
+    )
     if bundle_dir is not None:
         _check_only_engines(context)
         add_engines(bundle_dir, engines, useful=False, report=report, quiet=quiet)
@@ -160,7 +170,7 @@ def command(
         return
     if ckpt is None:
         raise click.UsageError(
-            "--ckpt is missing; or give --bundle and what to add to it, --cuda or --trt"
+            "--ckpt is missing; or give --bundle and what to add to it, --cpu, --cuda or --trt"
         )
     out, parity = _export(ckpt, out, options, report=report, quiet=quiet)
     add_engines(out, engines, useful=True, report=report, quiet=quiet)
@@ -205,7 +215,7 @@ def _export(
 
 def _check_only_engines(context: click.Context) -> None:
     """With `--bundle` the bundle stays as it is: only engines can be asked for."""
-    asked_for = {"cuda", "trt"}
+    asked_for = {"cpu", "cuda", "trt"}
     allowed = {"bundle_dir", "cuda_precisions", "cuda_archs", "quiet", *asked_for}
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -217,7 +227,9 @@ def _check_only_engines(context: click.Context) -> None:
                 f"{parameter.opts[0]} makes a new bundle; --bundle adds engines to one that exists"
             )
     if not any(context.params[name] for name in asked_for):
-        raise click.UsageError("--bundle wants to know what to add to the bundle, --cuda or --trt")
+        raise click.UsageError(
+            "--bundle wants to know what to add to the bundle: --cpu, --cuda or --trt"
+        )
 
 
 def _outcome(bundle_dir: Path, started: float) -> str:
@@ -273,6 +285,7 @@ def parity_table(parity: ParityReport) -> str:
             f"{allowed.logits_error:.0e}",
         ),
         ("    largest difference of one logit", f"{parity.logits_max_error:.1e}", ""),
+        ("    step graphs compared, of which the worst counts", ", ".join(parity.step_graphs), ""),
         (
             "same token drawn",
             f"{parity.token_agreement:.2%}",

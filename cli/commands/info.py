@@ -62,7 +62,8 @@ def model_bytes(bundle: Bundle) -> int:
 def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
     """What the bundle's CUDA kernels compute in, run on and were compiled by; None without any.
 
-    And whether images join at any step a batch that they draw. What cannot be read of them, damaged or newer than this runtime, hides nothing else.
+    And whether images join at any step a batch that they draw. What cannot be read of them, damaged
+    or newer than this runtime, hides nothing else.
     """
     from aim_runtime import BundleError
     from aim_runtime.engines.cuda.plan import architectures, precisions
@@ -84,6 +85,21 @@ def cuda_kernels(bundle: Bundle) -> dict[str, Any] | None:
         "compiler": compiler,
         "continuous": continuous,
     }
+
+
+def cpu_step(bundle: Bundle) -> dict[str, str]:
+    """Which step graph the backend `cpu` takes here, "fused" or "plain", and why not the first.
+
+    What cannot be read of it, damaged or without ONNX Runtime, is "unknown" and hides nothing else.
+    """
+    from aim_runtime.engines.onnxruntime.step_graph import chosen_step
+    from aim_runtime.quoting import sentence
+
+    try:
+        choice = chosen_step(bundle)
+    except Exception as error:  # without onnxruntime its import fails in many ways
+        return {"graph": "unknown", "reason": sentence(str(error))}
+    return {"graph": "plain" if choice.step is None else "fused", "reason": choice.reason}
 
 
 def as_dict(bundle: Bundle) -> dict[str, Any]:
@@ -109,6 +125,7 @@ def as_dict(bundle: Bundle) -> dict[str, Any]:
                 for n, plan in plans.items()
             ],
         },
+        "cpu_step": cpu_step(bundle),
         "cuda_kernels": cuda_kernels(bundle),
         "backends": [
             {"name": s.name, "available": s.available, "reason": s.reason}
@@ -153,6 +170,7 @@ def card(bundle: Bundle) -> str:
         ("on disk", f"{human.size(stored)}, weights in {manifest.precision}"),
         ("memory", _memory(bundle)),
         ("provenance", _provenance(manifest.provenance)),
+        ("CPU step", _cpu_step(bundle)),
         ("backends", _backends(bundle)),
     ]
     if (kernels := cuda_kernels(bundle)) is not None:
@@ -179,6 +197,12 @@ def _memory(bundle: Bundle) -> str:
     if len(rows) == 1:
         return "\n".join([*lines, "one image needs more than the default --memory-limit"])
     return "\n".join([*lines, table(rows)])
+
+
+def _cpu_step(bundle: Bundle) -> str:
+    """The step graph of the backend `cpu` in one sentence."""
+    step = cpu_step(bundle)
+    return ": ".join(filter(None, (f"{step['graph']} graph", step["reason"])))
 
 
 def _backends(bundle: Bundle) -> str:

@@ -8,6 +8,8 @@ never mixes two settings.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ from aim_cli.options import (
     load_generator,
     request_options,
 )
+from aim_cli.ray_cluster import ADDRESSES, connected
+from aim_cli.sample_drawing import Drawer, OneMachine
 from aim_cli.sample_folder import Sample
 from aim_cli.terminal import finish
 
@@ -63,6 +67,11 @@ _MAX_IMAGES = 10_000_000
 @bundle_option
 @backend_option
 @engine_options
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help=f"Let the workers of a Ray cluster draw: {ADDRESSES}.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def command(
     count: int,
@@ -72,27 +81,32 @@ def command(
     bundle: Path | None,
     backend: str,
     engine: EngineOptions,
+    ray: str | None,
     quiet: bool,
 ) -> None:
     """Draw N images balanced over all classes, and pack them for FID.
 
     \b
     aim sample -n 50000 --preset fid --out fid-50k
+    aim sample -n 50000 --preset fid --out fid-50k --ray auto
 
     Writes images/000000.png and so on, at the end one .npz in ADM's format (arr_0: uint8, images x
     height x width x 3), and in sample.json what they were drawn with: bundle and checkpoint hash,
     settings, seeds, backend, precision. Stopped at any moment, the same command goes on; with a
     larger N it adds the images that are missing. Single settings such as --cfg-scale replace those
     of the preset.
+
+    With --ray the workers of a cluster draw: one for each GPU, or for every 4 CPUs (--threads says
+    otherwise). The images, the files and the record are the same, and all lie here.
     """
     from aim_runtime.request import check_seed
 
-    with load_generator(bundle, backend, engine, quiet=quiet) as generator:
+    with opened_drawer(ray, bundle, backend, engine, quiet=quiet) as drawer:
         with bad_arguments():
             seed = check_seed(asked.pop("seed"), count)
-            options = preset_options(generator.sampling, preset).replace(**asked)
-            batch_size = generator.plan(count, options.cfg_scale).batch_size
-        sample = Sample(out, count, seed, options, generator)
+            options = preset_options(drawer.bundle.manifest.sampling, preset).replace(**asked)
+            batch_size = drawer.batch_size(count, options.cfg_scale)
+        sample = Sample(out, count, seed, options, drawer)
         with sample.open(preset):
             try:
                 summary = sample.run(batch_size, quiet=quiet)
@@ -103,6 +117,25 @@ def command(
                 ) from None
     if not quiet:
         finish(summary, f"the sample is in {out}")
+
+
+@contextlib.contextmanager
+def opened_drawer(
+    ray: str | None, bundle: Path | None, backend: str, engine: EngineOptions, *, quiet: bool
+) -> Iterator[Drawer]:
+    """This process, or the workers of the cluster at the address `ray`."""
+    from aim_runtime import Bundle
+
+    if ray is None:
+        with load_generator(bundle, backend, engine, quiet=quiet) as generator:
+            yield OneMachine(generator)
+        return
+    Bundle.open(bundle)  # before a cluster, which takes time to start
+    with connected(ray, "aim sample --ray"):
+        from aim_cli.sample_ray import Cluster
+
+        with contextlib.closing(Cluster(bundle, backend, engine)) as cluster:
+            yield cluster
 
 
 def preset_options(defaults: SamplingOptions, preset: str) -> SamplingOptions:

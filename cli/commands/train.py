@@ -39,7 +39,7 @@ class TrainGroup(LazyGroup):
         """Put the default command before a folder, or an option, that is no command's name."""
         first = args[0] if args else "--help"
         if first not in self.lazy and (
-            Path(first).is_dir() or "/" in first or (first[0] == "-" and first not in _HELP)
+            Path(first).exists() or "/" in first or (first[0] == "-" and first not in _HELP)
         ):
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
@@ -62,7 +62,7 @@ class TrainGroup(LazyGroup):
     ],
 )
 def command() -> None:
-    """Train on a folder of images with one folder per class.
+    """Train on images: a folder with one folder per class, or tar or Parquet shards.
 
     \b
     aim train PICTURES --out RUN

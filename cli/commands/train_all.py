@@ -60,7 +60,7 @@ _SHOWN, _EACH = 32, 8
 def command(
     pictures: Path, out: Path, minutes: float, size: int | None, flip: bool, seed: int
 ) -> None:
-    """From PICTURES, one folder per class, to a bundle that 'aim generate' draws from.
+    """From PICTURES, one folder per class or shards, to a bundle that 'aim generate' draws from.
 
     A tenth of the pictures, chosen by their names, is held out to judge by. Then the tokenizer is
     trained, then the model; the best of it becomes RUN/bundle, and RUN/sheet.png shows what it

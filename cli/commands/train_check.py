@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aim_cli.errors import requires
+from aim_cli.export_engines import late_bar
 from aim_cli.human import count
 from aim_cli.terminal import fields, progress_bar, table
 from aim_training.options import TrainingOptions
@@ -26,7 +27,7 @@ _ROWS = 30
 @click.option(
     "--val-data",
     type=click.Path(path_type=Path),
-    help="Folder of held-out images, laid out like the data.",
+    help="Held-out images, in any of these layouts, of the same classes.",
 )
 @click.option(
     "--size",
@@ -42,27 +43,33 @@ _ROWS = 30
     help="Threads that decode.",
 )
 def command(data: Path, val_data: Path | None, size: int, workers: int | None) -> None:
-    """Look through the images under DATA before training on them.
+    """Look through the images of DATA before training on them.
+
+    DATA is a folder with a folder per class, or shards (tar in WebDataset's layout, Parquet as
+    Hugging Face writes it): their folder, a pattern such as 'train-*.tar', or a URL. Which of these
+    it is is said.
 
     Decodes every one and names what is damaged, too large to decode, smaller than the size, in an
-    unusual mode, or there twice; says which files are left out and why. Nothing is written. Ends
-    with exit code 0 if every image can be used, else 2. What training does with each oddity is in
-    docs/data.md.
+    unusual mode, or there twice; says which files are left out and why. Nothing is written but an
+    index of shards, in the user's cache folder. Ends with exit code 0 if every image can be used,
+    else 2. What training does with each oddity is in docs/data.md.
     """
     with requires("train", "aim train"):
-        from aim_training.data import ImageFolder, same_contents, shown, survey
+        from aim_training.data import open_data, same_contents, shown, survey
     from aim_runtime.cores import usable_cores
 
     threads = workers or min(8, usable_cores())
-    folders = [ImageFolder.scan(data)]
+    with late_bar("Indexing shards", quiet=False) as show:
+        sets = [open_data(data, workers=threads, progress=show)]
     if val_data is not None:
-        folders.append(ImageFolder.scan(val_data, folders[0].class_names))
+        with late_bar("Indexing shards", quiet=False) as show:
+            sets.append(open_data(val_data, sets[0].class_names, workers=threads, progress=show))
     surveys = []
-    for folder in folders:
-        root = shown(folder.root)
-        click.echo(f"{root}: {folder.describe()}")
-        with progress_bar(f"Decoding {root}", len(folder)) as show:
-            surveys.append(survey(folder, size, workers=threads, decode=True, progress=show))
+    for images in sets:
+        root = shown(images.root)
+        click.echo(f"{root}: {images.describe()}")
+        with progress_bar(f"Decoding {root}", len(images)) as show:
+            surveys.append(survey(images, size, workers=threads, decode=True, progress=show))
     for found in surveys:
         click.echo(f"\n{_overview(found, size)}")
     notes = [note for found in surveys for note in found.remarks(size)]
@@ -72,7 +79,7 @@ def command(data: Path, val_data: Path | None, size: int, workers: int | None) -
         if lines:
             click.echo("\n" + "\n  ".join([click.style(title, bold=True), *lines]))
     if bad:
-        total = count(sum(map(len, folders)), "image")
+        total = count(sum(map(len, sets)), "image")
         raise click.ClickException(f"{len(bad):,} of {total} cannot be used; they are named above")
 
 
@@ -110,7 +117,7 @@ def _ranked(names: Iterable[str]) -> str:
     return ", ".join(f"{name} {number:,}" for name, number in Counter(names).most_common()) or "-"
 
 
-def _equal_files(groups: list[list[tuple[int, Path]]]) -> Iterator[str]:
+def _equal_files(groups: list[list[tuple[int, Path | str]]]) -> Iterator[str]:
     """Files with the same contents: in training and held-out images alike, and within either."""
     from aim_training.data import shown
 

@@ -18,7 +18,7 @@ from aim_training.options import ModelTrainingOptions
 @click.argument("data", type=click.Path(path_type=Path))
 @options_from(ModelTrainingOptions, skip=["data"])
 def command(**values: Any) -> None:
-    """Train AiM on the images under DATA, one folder per class.
+    """Train AiM on the images of DATA: one folder per class, or tar or Parquet shards.
 
     The images are encoded once with the tokenizer and the codes kept on disk; the model learns to
     draw them one after another. Pictures under OUT/samples show it learn.

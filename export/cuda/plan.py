@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aim_export.cuda.launch import KernelSpec
 from aim_runtime.engines.cuda.plan import (
@@ -61,7 +61,13 @@ class Draft:
             weights=self.weights,
             setup=Setup(self.setup.buffers, _by_id(self.setup.launches)),
             buckets=tuple(
-                replace(bucket, begin=_by_id(bucket.begin), step=_by_id(bucket.step))
+                Bucket(
+                    bucket.rows,
+                    bucket.buffers,
+                    _by_id(bucket.begin),
+                    _by_id(bucket.step),
+                    bucket.memory,
+                )
                 for bucket in self.buckets
             ),
             decoder=tuple(

@@ -44,6 +44,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._functions: list[FunctionProto] = []
+        self._domains = {"": OPSET}
         self._scope = ""
 
     def scope(self, name: str) -> None:
@@ -64,6 +65,11 @@ class GraphBuilder:
         self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
         return name
 
+    def stored(self, tensor: TensorProto) -> str:
+        """A tensor of another graph, as it lies there."""
+        self._initializers[tensor.name] = tensor
+        return tensor.name
+
     def constant(self, value: object, dtype: type[np.generic] = np.float32) -> str:
         """A small literal; equal literals share one initializer."""
         array = np.asarray(value, dtype)
@@ -78,13 +84,19 @@ class GraphBuilder:
         self,
         op_type: str,
         *inputs: str,
-        results: Sequence[str],
+        results: Sequence[str | None],
         domain: str = "",
         **attributes: Any,
     ) -> list[str]:
-        """Append a node; an empty string among `results` stands for a name made up here."""
+        """Append a node; an empty string among `results` stands for a name made up here.
+
+        None stands for an output that is not wanted.
+        """
         node_name = f"{self._scope}{op_type}_{len(self._nodes)}"
-        names = [result or f"{node_name}:{index}" for index, result in enumerate(results)]
+        names = [
+            "" if result is None else result or f"{node_name}:{index}"
+            for index, result in enumerate(results)
+        ]
         self._nodes.append(
             helper.make_node(
                 op_type, list(inputs), names, name=node_name, domain=domain, **attributes
@@ -95,6 +107,11 @@ class GraphBuilder:
     def function(self, function: FunctionProto) -> None:
         """Make a local function callable from this graph."""
         self._functions.append(function)
+        self.domain(function.domain, 1)
+
+    def domain(self, name: str, version: int) -> None:
+        """Take operators of another domain than ONNX's own."""
+        self._domains[name] = version
 
     def build(self) -> ModelProto:
         """The finished model, weights inside."""
@@ -105,11 +122,10 @@ class GraphBuilder:
             self._outputs,
             list(self._initializers.values()),
         )
-        domains = {"": OPSET, **{function.domain: 1 for function in self._functions}}
         return helper.make_model(
             graph,
             functions=self._functions,
-            opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()],
+            opset_imports=[helper.make_opsetid(d, v) for d, v in self._domains.items()],
             ir_version=10,
             producer_name="aim-runtime",
         )

@@ -16,11 +16,10 @@ from onnx import ModelProto
 from torch import Tensor
 
 from aim_export.onnx.graph import NORM_EPS, ROWS, GraphBuilder
+from aim_export.onnx.names import CLASS_EMBEDDING, FINAL, MODULATION, next_name, state_names
 from aim_export.onnx.state_scan import DOMAIN, NAME, PLUGIN_ATTRIBUTES, state_scan
 from aim_training.config import EPS, ModelConfig
 from aim_training.model import AiM, Layer, Mixer
-
-CLASS_EMBEDDING, MODULATION, FINAL = "class_embedding", "modulation", "final_modulation"
 
 
 def state_shapes(config: ModelConfig) -> dict[str, list[int | str]]:
@@ -31,16 +30,6 @@ def state_shapes(config: ModelConfig) -> dict[str, list[int | str]]:
         shapes[conv] = [ROWS, config.conv_width - 1, config.conv_channels]
         shapes[ssm] = [ROWS, config.num_heads, config.head_dim, config.d_state]
     return shapes
-
-
-def state_names(layer: int) -> tuple[str, str]:
-    """What a layer's convolution inputs and its state are called."""
-    return f"conv_state_{layer}", f"ssm_state_{layer}"
-
-
-def next_name(state: str) -> str:
-    """The output that replaces a state input."""
-    return f"next_{state}"
 
 
 def lower_prologue(model: AiM) -> ModelProto:

@@ -19,7 +19,7 @@ images=${IMAGES:-1281167}
 rate=${RATE:-$(python3 -c "print(8e-4 * $BATCH / 2048)")}
 
 $aim train model "$data" --out "$run" --tokenizer "$tokenizer" --preset "$size" \
-    --size 256 --resize-factor 1.125 --flip --variants "${VARIANTS:-10}" --seed 0 \
+    --size 256 --resize-factor 1.125 --flip --crops "${CROPS:-ten-crop}" --seed 0 \
     --batch-size "$BATCH" --steps "$((EPOCHS * images / BATCH))" \
     --learning-rate "$rate" --schedule constant --warmup-steps "${WARMUP:-5000}" \
     --weight-decay 0.05 --grad-clip 1 --ema-decay "${EMA:-0.9999}" --class-dropout 0.1 \

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ..export.interpreter import binaries
+from ..runtime.tiny_bundle import zip_bundle
 from .conftest import Cli, Spawn, refused, tree
 
 torch = pytest.importorskip("torch")
@@ -82,6 +83,7 @@ def test_export_reports_parity_and_the_bundle_draws(
     )
     assert done.exit_code == 0
     assert "parity over 9 steps, 2 images" in done.stdout
+    assert "plain, cpu" in done.stdout
     assert "same token drawn" in done.stdout
     assert "100.00%" in done.stdout
     assert "bundle  made (" in done.stdout
@@ -216,6 +218,23 @@ def test_engines_are_added_to_a_bundle_that_exists(
     assert set(json.loads(cli("info", "made", "--json").stdout)["files"]) == set(files)
 
 
+def test_a_step_for_the_cpu_is_added_to_a_bundle_that_exists(
+    cli: Cli, wide_bundle: Path, folder: Path
+) -> None:
+    shutil.copytree(wide_bundle, "made")
+    before = tree(folder)
+    done = cli("export", "--bundle", "made", "--cpu")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("bundle  made (")
+    assert "the fused step's scores differ by" in done.stderr
+    assert tree(folder) == before
+    assert json.loads(cli("info", "made", "--json").stdout)["cpu_step"]["graph"] == "fused"
+    Bundle.open("made").verify()
+    assert cli("export", "--bundle", "made", "--cpu", "--quiet").stderr == ""
+    packed = zip_bundle(Path("made"), Path("made.zip"))
+    refused(cli("export", "--bundle", packed, "--cpu"), "unpack it first")
+
+
 def engines_of(cli: Cli, bundle: str) -> list[str]:
     files = json.loads(cli("info", bundle, "--json").stdout)["files"]
     return sorted(name for name in files if name.startswith("engines/"))
@@ -340,6 +359,9 @@ def test_bad_arguments_for_kernels(cli: Cli, folder: Path, args: list[str], word
         (["--bundle", "made"], "--trt"),
         (["--bundle", "made", "--trt", "--ckpt", "a.pt"], "--ckpt makes a new bundle"),
         (["--bundle", "made", "--trt", "--top-k", "3"], "--top-k makes a new bundle"),
+        (["--bundle", "made"], "--cpu"),
+        (["--bundle", "made", "--cpu", "--top-k", "3"], "--top-k makes a new bundle"),
+        (["--bundle", "made", "--cpu"], "made"),
         (["--bundle", "made", "--trt"], "no engines can be built: TensorRT is not installed"),
         (["--ckpt", "a.pt", "--trt", "--cuda"], "there is no checkpoint at a.pt"),
     ],

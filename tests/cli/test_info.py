@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from aim_runtime import BackendStatus
+from aim_runtime import BackendStatus, models_dir
+from aim_runtime.engines.onnxruntime import step_graph
+from aim_runtime.engines.onnxruntime.step_graph import STEP_FILE
 
 from ..runtime.toy_cuda import toy_plan, write_toy_bundle
 from .conftest import Cli, refused
@@ -81,6 +85,31 @@ def test_kernels_that_cannot_be_read_hide_nothing_else(
     assert "compiled by an unknown compiler" in text
     assert "made by a newer aim-runtime (format 99" in text
     assert "backends" in text
+
+
+def test_the_cpus_step_graph(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines(*args: object) -> str:
+        return " ".join(cli("info", *args).stdout.split())
+
+    command = f"plain graph: the bundle has none of fused operators; 'aim export --bundle {bundle}"
+    assert f"CPU step {command} --cpu' adds it" in lines(bundle)
+    assert "CPU step fused graph backends" in lines()
+    assert json.loads(cli("info", "--json").stdout)["cpu_step"] == {"graph": "fused", "reason": ""}
+    monkeypatch.setattr(step_graph, "installed_version", lambda: "1.24.1")
+    assert "CPU step plain graph: onnxruntime 1.24.1 lacks operators" in lines()
+
+
+def test_a_step_graph_that_cannot_be_read_hides_nothing_else(
+    cli: Cli, bundle: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(models_dir() / "emoji", tmp_path / "damaged"))
+    data = (damaged / STEP_FILE).read_bytes()
+    (damaged / STEP_FILE).write_bytes(data[:-1] + b" ")
+    shown = cli("info", damaged)
+    assert shown.exit_code == 0
+    text = " ".join(shown.stdout.split())
+    assert re.search(r"CPU step unknown graph: .* is altered", text)
+    assert "cpu: available" in text
 
 
 def test_an_unavailable_backend_says_why(

@@ -112,6 +112,7 @@ def test_a_summary_that_cannot_be_written_says_where_the_pictures_are(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("command", ["generate", "sample", "bench"])
 def test_reports_that_cannot_be_written_stop_nothing(bundle: Path, command: str) -> None:
     args = {"generate": ("-c", 0), "sample": ("-n", 2, "--out", "s"), "bench": ("--repeats", 1)}

@@ -187,6 +187,28 @@ def test_options_from_a_dataclass() -> None:
         assert words in shown
 
 
+def test_lists_of_words_given_several_times_are_one() -> None:
+    @dataclass(frozen=True)
+    class Parts:
+        freeze: tuple[Literal["head", "tail", "legs"], ...] = field(
+            default=(), metadata={"help": "Parts."}
+        )
+
+    @click.command()
+    @options_from(Parts)
+    def command(freeze: tuple[str, ...]) -> None:
+        click.echo(",".join(freeze) or "none")
+
+    def output(*line: str) -> str:
+        return CliRunner().invoke(command, line).output
+
+    assert output() == "none\n"
+    assert output("--freeze", "tail,head", "--freeze", "legs", "--freeze", "head") == (
+        "tail,head,legs\n"
+    )
+    assert "'wing' is none of head, tail, legs" in output("--freeze", "head", "--freeze", "wing")
+
+
 def test_an_annotation_without_a_command_line_form() -> None:
     @dataclass(frozen=True)
     class Odd:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +111,31 @@ def test_pytorch_is_not_imported(data: Path) -> None:
         [sys.executable, "-c", code], cwd=data.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_shards_are_told_from_folders_and_looked_through(
+    cli: Cli, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "shards").mkdir()
+    for shard, names in enumerate((["cat/0", "dog/0"], ["cat/1", "dog/1", "dog/2"])):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+            for name in names:
+                content = (data / f"{name}.png").read_bytes()
+                if name == "cat/0":
+                    content = content[: len(content) // 2]
+                for ending, part in (("png", content), ("cls", name[:3].encode())):
+                    info = tarfile.TarInfo(f"{name.replace('/', '')}.{ending}")
+                    info.size = len(part)
+                    tar.addfile(info, io.BytesIO(part))
+    done = cli("train", "check", "shards", "--size", 32, "--val-data", "data")
+    refused(done, "1 of 11 images cannot be used")
+    assert "shards: 2 tar shards: took 5 images of 2 classes; left out no file" in done.stdout
+    assert (
+        "shards/0.tar/cat0.png cannot be read as an image: image file is truncated" in done.stdout
+    )
+    assert "4 images both trained on and held out" in done.stdout
+    again = cli("train", "check", "shards/1.tar", "--size", 32)
+    assert again.exit_code == 0
+    assert "1 tar shard: took 3 images of 2 classes" in again.stdout
+    refused(cli("train", "check", "shards/*.parquet"), "no file is called shards/*.parquet")

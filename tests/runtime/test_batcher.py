@@ -534,7 +534,9 @@ def test_closing_drains(gen: Generator) -> None:
     batcher = Batcher(gen, images=2)
     assert threads() == {"aim-steps", "aim-decode"}
     jobs = [batcher.submit([n % CLASSES] * 2) for n in range(5)]
+    assert batcher.status().refusal is None
     batcher.close()
+    assert "is closed" in (batcher.status().refusal or "")
     assert all(job.done for job in jobs)
     for n, job in enumerate(jobs):
         assert same(job.result(), gen.generate([n % CLASSES] * 2))

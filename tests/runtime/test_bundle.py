@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from aim_runtime import Bundle, BundleError, Generator, write_bundle
-from aim_runtime.bundle import add_engine, check_target
+from aim_runtime.bundle import add_engine, add_files, check_target
 from aim_runtime.bundle import files as bundle_files
 from aim_runtime.bundle.limits import max_weights_bytes
 
@@ -453,6 +453,38 @@ def test_folders_that_cannot_go_into_a_bundle(source: Path, tmp_path: Path, name
     with pytest.raises(BundleError, match="cannot go into a bundle"):
         write_bundle(tiny_manifest(), draft, tmp_path / "out")
     assert listing(tmp_path) == ["draft"]
+
+
+def test_files_are_added_to_a_bundle(copy: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "new.json").write_text("first")
+    (copy / "notes.txt").write_text("mine")
+    before = Bundle.open(copy).manifest.files
+    add_files(copy, made).verify()
+    (made / "new.json").write_text("second")
+    (made / "a.json").write_text("other")
+    bundle = add_files(copy, made)
+    bundle.verify()
+    assert bytes(bundle.read("new.json")) == b"second"
+    assert list(bundle.manifest.files) == sorted([*before, "a.json", "new.json"])
+    assert (copy / "notes.txt").read_text() == "mine"
+    assert not [name for name in listing(copy) if name.startswith(".")]
+    assert json.loads((copy / "manifest.json").read_text())["format_version"] == 1
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "decoder.weights", "a b", ".hidden"])
+def test_files_that_cannot_be_added(copy: Path, tmp_path: Path, name: str) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / name).write_text("x")
+    manifest = (copy / "manifest.json").read_bytes()
+    with pytest.raises(BundleError, match=r"is one of its graphs|cannot go into a bundle"):
+        add_files(copy, made)
+    with pytest.raises(BundleError, match="files are added to a bundle folder; unpack it first"):
+        add_files(zip_bundle(copy, tmp_path / "packed.zip"), made)
+    Bundle.open(copy).verify()
+    assert (copy / "manifest.json").read_bytes() == manifest
 
 
 def test_an_engine_is_added_to_a_bundle(copy: Path, tmp_path: Path) -> None:

@@ -256,6 +256,22 @@ class TestBuckets:
         assert tokens[last] == alone(cpu, 2, 7, GUIDED)
         assert changes(grids(engine)) == [2, 16, 4, 2]
 
+    def test_the_buffers_that_they_leave_are_free_for_others(
+        self, engine: CudaEngine, cpu: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(slots, "STEPS", 1)
+        with engine.slots(8) as ours:
+            first = ours.begin(0, noise(0), GUIDED)
+            tokens = ours.step()[first].tolist()  # type: ignore[union-attr]
+            ours.begin(1, noise(1), GUIDED)
+            tokens += ours.step()[first].tolist()  # type: ignore[union-attr]
+            noises = uniforms([5], TOKENS)
+            list(engine.draw(np.array([2]), noises, GUIDED))  # in the buffers of two rows
+            assert changes(grids(engine))[-1] == 2
+            tokens += finish(ours)[first]
+            assert changes(grids(engine))[-1] == 4
+        assert tokens == alone(cpu, 0, 0, GUIDED)
+
     def test_a_smaller_one_that_there_is_no_memory_for_is_done_without(
         self, bundle: Path, cpu: Engine
     ) -> None:

@@ -20,11 +20,15 @@ from aim_runtime.engines.cuda.plan import precisions
 from aim_runtime.engines.gpu import libcuda
 from aim_runtime.engines.slots import Slots
 from aim_runtime.noise import uniforms
+from aim_runtime.sampling import sample
 
 PLAIN = SamplingOptions()
 GUIDED = SamplingOptions(cfg_scale=3, temperature=0.9, top_p=0.9)
 MIXED = [PLAIN, GUIDED, SamplingOptions(cfg_scale=0, top_k=50), SamplingOptions(cfg_scale=2)]
 TOO_MUCH = SamplingOptions(cfg_scale=1e39)  # not finite in float32
+
+# The share of draws that are those of the sampler for scores that another bucket has rounded.
+AGREEMENT = {"fp32": 0.99, "fp16": 0.95, "fp16-state16": 0.95, "fp16-state8": 0.85, "int8": 0.95}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,7 +123,7 @@ def test_in_one_bucket_an_image_is_the_one_drawn_alone_bit_for_bit(
 
 
 def test_buckets_follow_the_load(engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other buckets round otherwise: most tokens are the same until the first that is not."""
+    """Other buckets round otherwise: each token is held to the scores after those before it."""
     with engine.slots(128) as slots:
         monkeypatch.setattr(slots, "_patience", 2)
         visitors, rows = Visitors(engine, slots), []
@@ -135,14 +139,16 @@ def test_buckets_follow_the_load(engine: CudaEngine, monkeypatch: pytest.MonkeyP
         while visitors.step():
             pass
     assert [bucket for bucket, _ in itertools.groupby(rows)] == [4, 16, 32, 128, 4]
-    staying = (0, 100, 101)
-    assert set(staying) <= set(visitors.tokens)
-    for seed in staying:
-        found, wanted = visitors.tokens[seed], visitors.alone(seed)
-        assert len(found) == len(wanted)
-        assert found[:8] == wanted[:8]  # what is drawn before rounding has told
+    for seed in (0, 100, 101):
+        tokens = np.array([visitors.tokens[seed]])  # (1, T)
+        options, classes = visitors.options(seed), np.array([visitors.class_id(seed)])
+        agreed = [
+            sample(scores, noise(engine, seed)[at : at + 1], options)[0] == tokens[0, at]
+            for at, scores in enumerate(engine.scores(classes, tokens, options.cfg_scale))
+        ]
+        assert np.mean(agreed) >= AGREEMENT[engine.precision]
         if engine.precision == "fp32":
-            assert found == wanted
+            assert visitors.tokens[seed] == visitors.alone(seed)
 
 
 def test_one_whose_scores_are_not_finite_fails_alone(

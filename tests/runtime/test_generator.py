@@ -22,6 +22,7 @@ from aim_runtime import (
     models_dir,
     plan_batches,
 )
+from aim_runtime.class_names import ClassNames
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Conditioning, Engine, Rows
 from aim_runtime.noise import uniforms
@@ -465,6 +466,28 @@ def test_a_class_that_does_not_exist(generator: Generator, class_: Any) -> None:
 def test_an_unknown_name_gets_suggestions(generator: Generator) -> None:
     with pytest.raises(ValueError, match=r"'red pandas' is unknown.*did you mean 'red panda'"):
         generator.generate([0, "red pandas"])
+    with pytest.raises(ValueError, match=r"unknown.*did you mean 'red panda'\?"):
+        generator.class_index("a photo of a red panda")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "meant"),
+    [
+        ("a cat", "'cat-face'"),  # not 'face-hat', which has more of its letters
+        ("cat", "'cat-face'"),
+        ("Cat Face", "'cat-face'"),
+        ("cat_face", "'cat-face'"),
+        ("Cat face, digital art", "'cat-face'"),
+        ("face-hut", "'face-hat'"),  # mistyped; the others with a face are not meant
+        ("a red heart, oil painting", "'heart'"),
+        ("a curly retriever", "'golden retriever' or 'flat-coated retriever'"),
+        ("herat", "'heart'"),
+    ],
+)
+def test_prompts_as_people_type_them_get_the_name_that_they_mean(prompt: str, meant: str) -> None:
+    names = ("face-hat", "heart", "cat-face", "golden retriever", "flat-coated retriever")
+    with pytest.raises(ValueError, match=rf"did you mean {meant}\?$"):
+        ClassNames(names).index(prompt)
 
 
 def test_a_name_of_several_classes_asks_for_a_number(tiny: Path) -> None:

@@ -18,8 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aim_runtime import Bundle, BundleError, Generator, plan_batches
 from aim_runtime.bundle import models_dir
+from aim_runtime.engines.onnxruntime.step_graph import chosen_step
 from aim_runtime.onnx_graph import KNOWN_MANIFESTS, check, checked_graph
 from aim_runtime.onnx_graph.limits import GraphLimits
+from aim_runtime.onnx_graph.operator_call import Call
+from aim_runtime.onnx_graph.operators import OPERATORS
+from aim_runtime.onnx_graph.shapes import GraphRefused, Size, Value
 
 from .tiny_bundle import copy_bundle, rehash
 
@@ -715,6 +719,21 @@ FUSED: dict[str, list[Any]] = {
         node("Tile", "attended four", "wide"),
         node("Reshape", "wide flat", "logits"),
     ],
+    "recurrence with one key for all heads": [
+        node("Slice", "old zero_1 four_1 last", "quarter"),
+        node("Reshape", "quarter packed_shape", "q"),
+        node("Reshape", "old all_heads", "values"),
+        node("Tile", "old four_2", "four_states"),
+        node("Reshape", "four_states states_shape", "states"),
+        node("Reshape", "quarter packed_shape", "slower"),
+        node(
+            *("LinearAttention", "q q values states slower", "attended after", "com.microsoft"),
+            q_num_heads=1,
+            kv_num_heads=4,
+            update_rule="gated",
+        ),
+        node("Reshape", "attended flat", "logits"),
+    ],
     "causal convolution": [
         node("Reshape", "old channels", "by_channel"),
         node("Slice", "by_channel zero_1 three last2", "past"),
@@ -740,6 +759,9 @@ def test_fused_and_quantised_operators(edited: Callable[..., Path], name: str) -
             "packed_shape": [-1, 1, 4],
             "state_shape": [-1, 1, 4, 4],
             "decay_shape": [-1, 1, 1],
+            "all_heads": [-1, 1, 16],
+            "four_2": [1, 4],
+            "states_shape": [-1, 4, 4, 4],
             "last": [1],
             "four": [1, 1, 4],
             "flat": [-1, 16],
@@ -763,9 +785,30 @@ def test_fused_and_quantised_operators(edited: Callable[..., Path], name: str) -
         assert generator.generate([0, 1]).array.shape == (2, 6, 6, 3)
 
 
+@pytest.mark.parametrize(
+    ("keys", "fit"), [(4, True), (8, True), (16, True), (12, False), (32, False)]
+)
+def test_keys_of_a_recurrence_have_as_many_heads_as_divide_the_others(keys: int, fit: bool) -> None:
+    """Four heads of size 4: the kernel would look for more keys than there are."""
+
+    def tensor(*sizes: int) -> Value:
+        return Value((Size(1, 0), *(Size(0, size) for size in sizes)), TensorProto.FLOAT)
+
+    inputs = [tensor(1, 4), tensor(1, keys), tensor(1, 16), tensor(4, 4, 4), tensor(1, 4)]
+    call = Call("LinearAttention", inputs, {"q_num_heads": 1, "kv_num_heads": 4}, 2)
+    rule = OPERATORS["com.microsoft"]["LinearAttention"]
+    if fit:
+        assert [value.shape for value in rule(call)] == [inputs[2].shape, inputs[3].shape]
+    else:
+        with pytest.raises(GraphRefused, match="keys for another number of heads"):
+            rule(call)
+
+
 def test_the_model_in_the_box_holds_what_it_may() -> None:
     bundle = Bundle.open(models_dir() / "emoji")
-    for graph in bundle.manifest.graphs.values():
+    step = chosen_step(bundle).step
+    made_for_the_cpu = [] if step is None else [step.graph]
+    for graph in (*bundle.manifest.graphs.values(), *made_for_the_cpu):
         check.check_graph(bytes(bundle.read(graph.file)), bundle, graph)
     # A model that is exported anew has another manifest: name it there.
     assert bundle.manifest_sha256 in KNOWN_MANIFESTS

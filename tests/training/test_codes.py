@@ -178,7 +178,12 @@ def test_an_old_cache_stays_until_its_successor_is_whole(
 ) -> None:
     path = tmp_path / "train.npy"
     codes(path, request_, tokenizer)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def kept() -> dict[str, bytes]:
+        """The cache, without what is on its way beside it."""
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+    before = kept()
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -187,37 +192,47 @@ def test_an_old_cache_stays_until_its_successor_is_whole(
     with pytest.raises(OSError, match="No space left") as caught:
         codes(path, dataclasses.replace(request_, seed=1), tokenizer)
     assert caught.value.filename == str(path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert kept() == before
     monkeypatch.setattr("aim_training.codes.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(DataError, match=r"the codes take 0 MiB in \S+, where 0 MiB are free"):
         codes(path, dataclasses.replace(request_, seed=1), tokenizer)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert kept() == before
 
 
-def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_no_signal(
+    squares: Path, tmp_path: Path, tokenizer: VQTokenizer
+) -> None:
     """Written through a memory map, the codes killed the process with SIGBUS."""
-    script = tmp_path / "write.py"
+    torch.save(tokenizer, tmp_path / "tokenizer.pt")
+    script = tmp_path / "encode.py"
     script.write_text(
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "import numpy as np\n"
-        "from aim_training.codes import _write\n"
-        "from aim_training.replacing import replacing\n"
+        "import torch\n"
+        "from aim_training.codes import CodeRequest, cached_codes\n"
+        "from aim_training.data import Crop, ImageFolder\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "parts = (np.zeros((64, 16), np.int64) for _ in range(100))\n"
-        "path = Path(sys.argv[1])\n"
+        "squares, folder = map(Path, sys.argv[1:])\n"
+        "request = CodeRequest(ImageFolder.scan(squares), Crop(16), variants=14, seed=0)\n"
+        "tokenizer = torch.load(folder / 'tokenizer.pt', weights_only=False)\n"
+        "options = {'workers': 1, 'resident_limit_mb': 100}\n"
         "try:\n"
-        "    with replacing(path) as new, new.open('wb') as file:\n"
-        "        _write(file, parts, (1, 6400, 16), np.dtype(np.uint16))\n"
+        "    cached_codes(\n"
+        "        folder / 'train.npy', request, tokenizer, torch.device('cpu'), **options\n"
+        "    )\n"
         "except OSError as error:\n"
         "    sys.exit(f'{error.filename}: {error.strerror}')\n"
     )
     done = subprocess.run(
-        [sys.executable, script, tmp_path / "train.npy"], capture_output=True, text=True
+        [sys.executable, script, squares, tmp_path], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr == f"{tmp_path}/train.npy: File too large\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["write.py"]
+    assert done.stderr.endswith(f"\n{tmp_path}/train.npy: File too large\n")
+    assert not (tmp_path / "train.npy").exists()
+    # With room again, what was written counts.
+    request = CodeRequest(ImageFolder.scan(squares), Crop(16), variants=14, seed=0)
+    whole = np.array(codes(tmp_path / "other.npy", request, tokenizer))
+    assert np.array_equal(codes(tmp_path / "train.npy", request, tokenizer), whole)
 
 
 def test_codes_made_around_bad_images_say_so(

@@ -141,6 +141,24 @@ def test_codes_of_another_tokenizer_are_learned_anew_or_not_at_all(
     torch.testing.assert_close(ours[CLASS_TABLE], theirs[CLASS_TABLE], rtol=0, atol=1e-6)
 
 
+def test_a_model_without_its_tokenizer_asks_for_it(squares: Path, tmp_path: Path) -> None:
+    half = save_checkpoint(tmp_path / "half.safetensors", new_model())
+    with pytest.raises(TrainingError, match=r"without its tokenizer; give .* as --tokenizer"):
+        train(squares, tmp_path / "run", init=half)
+    other = save_checkpoint(tmp_path / "other.safetensors", tokenizer=new_tokenizer(codes=32))
+    with pytest.raises(TrainingError, match="another tokenizer's codes; give its own as --token"):
+        train(squares, tmp_path / "run", init=half, tokenizer=other)
+
+
+def test_going_on_without_the_weights_that_it_started_from_says_what_differs(
+    squares: Path, weights: Path, tmp_path: Path
+) -> None:
+    train(squares, tmp_path / "run", init=weights, steps=1)
+    words = r"geometry is .*'d_model': 32.*, now it is .*'d_model': 768.*--init too if it had one"
+    with pytest.raises(TrainingError, match=words):
+        train(squares, tmp_path / "run", tokenizer=weights)
+
+
 def test_a_tokenizer_with_another_decoder_makes_the_same_codes(
     squares: Path, weights: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from aim_training.data.errors import ImageError, shown
+from aim_training.data.errors import ImageError, Name, shown
 
 # Bad images that are said one by one; after them only the list grows.
 _SAID = 3
@@ -25,7 +25,7 @@ class BadImages:
         quiet: say and write nothing (every process but the main one).
 
     Attributes:
-        found: reasons by path, of the bad images met so far.
+        found: reasons by name, of the bad images met so far.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BadImages:
         self.policy = policy
         self.listing = listing
         self.quiet = quiet
-        self.found: dict[Path, str] = {}
+        self.found: dict[Name, str] = {}
         self._listed: set[str] | None = None  # names in the file, once it was read
         self._say = say or _to_stderr
 

@@ -20,11 +20,13 @@ class Crop:
         resize_factor: the shorter side is resized to this times `size` before cropping; 1 leaves
             no room to move.
         flip: mirror half of the images.
+        square: crop from the middle square of the resized image only, as ten-crop does.
     """
 
     size: int
     resize_factor: float = 1.125
     flip: bool = True
+    square: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -43,8 +45,13 @@ class Crop:
         self, uniform: NDArray[np.float64], height: int, width: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows (B, size) and columns (B, size) that the crops read; mirrored ones backwards."""
-        top = np.floor(uniform[:, :1] * (height - self.size + 1)).astype(np.int64)
-        left = np.floor(uniform[:, 1:2] * (width - self.size + 1)).astype(np.int64)
+        above = beside = 0
+        if self.square:
+            side = min(height, width)
+            above, beside = (height - side) // 2, (width - side) // 2
+            height = width = side
+        top = above + np.floor(uniform[:, :1] * (height - self.size + 1)).astype(np.int64)
+        left = beside + np.floor(uniform[:, 1:2] * (width - self.size + 1)).astype(np.int64)
         columns = np.arange(self.size)[None].repeat(len(uniform), 0)
         if self.flip:
             columns = np.where(uniform[:, 2:] < 0.5, columns[:, ::-1], columns)

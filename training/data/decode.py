@@ -1,4 +1,4 @@
-"""One file to pixels, with bounded memory and with every fault of the file as one exception.
+"""One image to pixels, with bounded memory and with every fault of its file as one exception.
 
 Files come from strangers: only a regular file in a known format is opened, its size is checked
 before its pixels are decoded, and large images are decoded one at a time.
@@ -7,6 +7,7 @@ before its pixels are decoded, and large images are decoded one at a time.
 from __future__ import annotations
 
 import errno
+import io
 import math
 import stat
 import threading
@@ -30,6 +31,7 @@ from PIL.TiffImagePlugin import (
 from aim_training.data.colour import Coding, eight_bit, on_white
 from aim_training.data.errors import ImageError, one_line
 from aim_training.data.formats import readable_formats
+from aim_training.data.image_set import ImageFile
 
 # Most pixels that are decoded: 8192 x 8192, 256 MiB in most modes.
 MAX_PIXELS = 2**26
@@ -85,19 +87,19 @@ class Header:
         return min(self.width, self.height) < size
 
 
-def read_header(path: Path, shorter_side: int) -> Header:
+def read_header(file: ImageFile, shorter_side: int) -> Header:
     """Read what kind of image a file holds and how large.
 
     Raises:
         ImageError: it is no image, or has too many pixels to be decoded for `shorter_side`.
     """
-    with _opened(path, shorter_side) as (image, stored):
+    with _opened(file, shorter_side) as (image, stored):
         size = _turned(stored, _early_orientation(image))
         return Header(image.format or "", image.mode, *size)
 
 
 def load_image(
-    path: Path,
+    file: ImageFile,
     shorter_side: int,
     *,
     at: tuple[float, float] = (0.5, 0.5),
@@ -109,7 +111,7 @@ def load_image(
     right size is left as it is. See `fitted` for the shape.
 
     Args:
-        path: the file.
+        file: its path, or its bytes.
         shorter_side: pixels.
         at: of an image more than 8 times as long as wide, which part is taken: (down, across),
             from 0 to 1. Others are taken whole.
@@ -119,7 +121,7 @@ def load_image(
     Raises:
         ImageError: the file is not a readable image, or has too many pixels.
     """
-    with _opened(path, shorter_side) as (image, stored):
+    with _opened(file, shorter_side) as (image, stored):
         # Of a progressive JPEG the whole is kept in coefficients.
         decoded = math.prod(stored if image.info.get("progressive") else image.size)
         with one_large_image if decoded > _MANY_PIXELS else nullcontext():
@@ -156,15 +158,17 @@ def fitted(width: int, height: int, shorter_side: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+def _opened(file: ImageFile, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
     """An image with its header read, and its whole size. What fails inside is the file's fault.
 
     Raises:
         ImageError: instead of any exception but MemoryError.
     """
+    path = file if isinstance(file, Path) else file.name
     try:
-        _check_file(path)
-        with closing(Image.open(path, formats=readable_formats())) as image:
+        _check_file(file)
+        source = file if isinstance(file, Path) else io.BytesIO(file.content)
+        with closing(Image.open(source, formats=readable_formats())) as image:
             stored = image.size
             if min(stored) < 1:
                 raise ImageError(path, f"it has {stored[0]} x {stored[1]} pixels")
@@ -178,7 +182,7 @@ def _opened(path: Path, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[
         reason = "it has more pixels than Pillow decodes; make it smaller"
         raise ImageError(path, reason, "oversized") from error
     except UnidentifiedImageError as error:
-        raise ImageError(path, _unidentified(path)) from error
+        raise ImageError(path, _unidentified(file)) from error
     except OSError as error:
         if error.errno in _NO_FAULT_OF_THE_FILE:
             raise
@@ -187,13 +191,17 @@ def _opened(path: Path, shorter_side: int) -> Iterator[tuple[Image.Image, tuple[
         raise ImageError(path, one_line(error)) from error
 
 
-def _check_file(path: Path) -> None:
+def _check_file(file: ImageFile) -> None:
     """Opening a pipe waits for ever, and reading a device may change it."""
-    found = path.stat()
+    if not isinstance(file, Path):
+        if not file.content:
+            raise ImageError(file.name, "the file is empty")
+        return
+    found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ImageError(path, "it is not a regular file")
+        raise ImageError(file, "it is not a regular file")
     if not found.st_size:
-        raise ImageError(path, "the file is empty")
+        raise ImageError(file, "the file is empty")
 
 
 def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
@@ -266,9 +274,12 @@ _NO_IMAGES = (
 )
 
 
-def _unidentified(path: Path) -> str:
+def _unidentified(file: ImageFile) -> str:
     """What a file is that holds no image."""
-    with path.open("rb") as file:
-        start = file.read(64).lstrip()
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            start = opened.read(64).lstrip()
+    else:
+        start = file.content[:64].lstrip()
     found = (what for magic, what in _NO_IMAGES if start.startswith(magic))
     return next(found, "it is no image in a format that is read, or its start is damaged")

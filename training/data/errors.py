@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Name: TypeAlias = str | Path
+"""What a file, or a place inside one, is called; a URL is no `Path`."""
 
 
 class DataError(Exception):
@@ -12,16 +15,16 @@ class DataError(Exception):
 
 
 class ImageError(DataError):
-    """One file cannot be used as an image.
+    """One image cannot be used.
 
     Attributes:
-        path: the file.
+        path: the file, or the file and the place in it.
         reason: what is wrong with it, one line without its name.
         kind: `damaged` cannot be decoded, `oversized` has more pixels than are decoded.
     """
 
     def __init__(
-        self, path: Path, reason: str, kind: Literal["damaged", "oversized"] = "damaged"
+        self, path: Name, reason: str, kind: Literal["damaged", "oversized"] = "damaged"
     ) -> None:
         super().__init__(path, reason, kind)  # what pickling hands back to this method
         self.path = path

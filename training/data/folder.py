@@ -1,4 +1,4 @@
-"""The images of a data set: one folder a class, and everything below it.
+"""Images in files of their own: one folder a class, and everything below it.
 
 Scanning reads names only. Every file that is not taken is counted with the reason, and contents
 are looked at later: by `aim_training.data.survey` or where they are decoded.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TypeAlias
 
@@ -21,41 +20,20 @@ from numpy.typing import NDArray
 from aim_training.data.digest import contents_digest
 from aim_training.data.errors import DataError, one_line, shown
 from aim_training.data.formats import readable_suffixes
-
-# What operating systems leave beside people's files; names in lower case.
-_SYSTEM_FILES = frozenset({"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"})
-# Reasons that a summary names; the others it counts together.
-_REASONS_NAMED = 6
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Files that a scan did not take.
-
-    Attributes:
-        counts: how many for each reason, such as `hidden` or `.txt`. A folder that was not
-            entered counts as one.
-    """
-
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return sum(self.counts.values())
-
-    def describe(self) -> str:
-        """`left out 3 files: 2 hidden, 1 .txt`, or that none was."""
-        if not self.counts:
-            return "left out no file"
-        ranked = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-        named = [f"{count:,} {reason}" for reason, count in ranked[:_REASONS_NAMED]]
-        rest = sum(count for _, count in ranked[_REASONS_NAMED:])
-        if rest:
-            named.append(f"{rest:,} for other reasons")
-        return f"left out {_counted(len(self), 'file')}: {', '.join(named)}"
+from aim_training.data.image_set import (
+    ImageSet,
+    LeftOut,
+    class_name_fault,
+    composed,
+    counted,
+    in_class_order,
+    is_hidden,
+    name_hash,
+)
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(ImageSet):
     """The files of a data set.
 
     Attributes:
@@ -71,7 +49,7 @@ class ImageFolder:
     class_names: tuple[str, ...]
     paths: tuple[Path, ...]
     labels: NDArray[np.int64]
-    left_out: LeftOut = LeftOut()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @classmethod
     def scan(cls, root: Path, class_names: Sequence[str] | None = None) -> ImageFolder:
@@ -99,7 +77,7 @@ class ImageFolder:
             raise DataError(
                 f"{shown(root)} holds no folders; expected one folder of images per class"
             )
-        names = tuple(map(_composed, class_names)) if class_names else tuple(folders)
+        names = tuple(map(composed, class_names)) if class_names else tuple(folders)
         ids = {name: index for index, name in enumerate(names)}
         paths: list[Path] = []
         labels: list[int] = []
@@ -127,8 +105,27 @@ class ImageFolder:
     def describe(self) -> str:
         """`took 242 images of 2 classes; left out 3 files: 2 hidden, 1 .txt`."""
         classes = len(np.unique(self.labels))
-        taken = f"took {_counted(len(self), 'image')} of {_counted(classes, 'class')}"
+        taken = f"took {counted(len(self), 'image')} of {counted(classes, 'class')}"
         return f"{taken}; {self.left_out.describe()}"
+
+    def image(self, place: int) -> Path:
+        """The file."""
+        return self.paths[place]
+
+    def name(self, place: int) -> Path:
+        """Likewise."""
+        return self.paths[place]
+
+    def hashes(self) -> NDArray[np.float64]:
+        """Numbers in [0, 1) that follow from the files' names below the root."""
+        names = (path.relative_to(self.root).as_posix() for path in self.paths)
+        encoded = (name.encode(errors="surrogateescape") for name in names)
+        return np.array([name_hash(name) / 2**64 for name in encoded])
+
+    def part(self, places: NDArray[np.int64]) -> ImageFolder:
+        """The images at these places."""
+        paths = tuple(self.paths[place] for place in places)
+        return replace(self, paths=paths, labels=self.labels[places])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -139,9 +136,13 @@ class ImageFolder:
         return contents_digest(self.root, self.class_names, self.paths)
 
 
-def _composed(name: str) -> str:
-    """The composed form: macOS stores é as two characters where Linux has one."""
-    return unicodedata.normalize("NFC", name)
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image, by its name, anywhere below a folder."""
+    try:
+        above = _folders_above(folder.parent)
+    except OSError:
+        return False
+    return next(_images_below(folder, above, Counter()), None) is not None
 
 
 def _class_folders(
@@ -167,21 +168,13 @@ def _class_folders(
                 "different Unicode characters; merge them or rename one"
             )
         folders[name] = folder
-    if all(name.isascii() and name.isdecimal() for name in folders):
-        return dict(sorted(folders.items(), key=lambda item: (int(item[0]), item[0])))
-    return dict(sorted(folders.items()))
+    return {name: folders[name] for name in in_class_order(folders)}
 
 
 def _class_name(folder: Path) -> str:
     """The name of a class folder, which ends up in every bundle trained on it."""
-    name = _composed(folder.name)
-    fault = None
-    if any(0xD800 <= ord(character) < 0xE000 for character in name):
-        fault = "is not UTF-8"
-    elif shown(name, len(name)) != name:
-        fault = "has line breaks or control characters"
-    elif not name.strip():
-        fault = "is blank"
+    name = composed(folder.name)
+    fault = class_name_fault(name)
     if fault:
         where = shown(folder.parent)
         raise DataError(
@@ -230,7 +223,7 @@ _IMAGE = "image"
 
 def _kind(entry: os.DirEntry[str]) -> str:
     """A folder, an image by its name, or the reason to leave it out."""
-    if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
+    if is_hidden(entry.name):
         return "hidden"
     try:
         if entry.is_dir():
@@ -258,8 +251,3 @@ def _folders_above(root: Path) -> frozenset[_Identity]:
     """The data set's folder and those that it lies in: links to them lead back."""
     whole = root.resolve()
     return frozenset(_identity(folder) for folder in (whole, *whole.parents))
-
-
-def _counted(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Where ten-crop cuts, (down, across) from 0 to just below 1.
+_END = float(np.nextafter(1.0, 0.0))
+_CORNERS = ((0.0, 0.0), (0.0, _END), (_END, 0.0), (_END, _END), (0.5, 0.5))
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -45,6 +49,12 @@ def epoch_draws(seed: int, epoch: int, count: int) -> Draws:
 def centre_draws(index: NDArray[np.int64]) -> Draws:
     """Draws that crop the middle and never mirror, for evaluation."""
     return Draws(index, np.tile([0.5, 0.5, 1.0], (len(index), 1)))
+
+
+def ten_crop_draws(crop: int, index: NDArray[np.int64]) -> Draws:
+    """Draws of one of ten-crop's crops of each image: corners, then the centre; then mirrored."""
+    mirrored, corner = divmod(crop, len(_CORNERS))
+    return Draws(index, np.tile([*_CORNERS[corner], 0.0 if mirrored else 1.0], (len(index), 1)))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from aim_training.data.decode import load_image
 from aim_training.data.errors import DataError, ImageError
-from aim_training.data.folder import ImageFolder
+from aim_training.data.image_set import ImageSet
 
 
 class Reader:
@@ -20,19 +20,19 @@ class Reader:
     run reads the same, and labels stay true.
 
     Args:
-        folder: the images.
+        images: the data set.
         shorter_side: of the resized images, pixels.
         one_large_image: as in `aim_training.data.load_image`.
     """
 
     def __init__(
         self,
-        folder: ImageFolder,
+        images: ImageSet,
         shorter_side: int,
         one_large_image: AbstractContextManager[object] | None = None,
     ) -> None:
-        self.paths = folder.paths
-        self.labels = folder.labels
+        self.images = images
+        self.labels = images.labels
         self.shorter_side = shorter_side
         self._options = {} if one_large_image is None else {"one_large_image": one_large_image}
         self._bad: dict[int, ImageError] = {}  # tried once: a broken file may be slow to fail
@@ -54,7 +54,8 @@ class Reader:
             if place in self._bad:
                 continue
             try:
-                return load_image(self.paths[place], self.shorter_side, at=at, **self._options)
+                image = self.images.image(place)
+                return load_image(image, self.shorter_side, at=at, **self._options)
             except ImageError as error:
                 self._bad[place] = error
                 faults.append(error)

@@ -22,7 +22,7 @@ from aim_training.data.bad_images import BadImages
 from aim_training.data.crop import Crop
 from aim_training.data.decode import fitted
 from aim_training.data.errors import DataError, ImageError
-from aim_training.data.folder import ImageFolder
+from aim_training.data.image_set import ImageSet
 from aim_training.data.order import Draws
 from aim_training.data.parallel import ordered_map
 from aim_training.data.reader import Reader
@@ -61,7 +61,7 @@ class StreamedImages:
 
     def __init__(
         self,
-        folder: ImageFolder,
+        folder: ImageSet,
         crop: Crop,
         device: torch.device,
         workers: int,
@@ -163,7 +163,7 @@ ImageSource: TypeAlias = ResidentImages | StreamedImages
 
 
 def open_images(
-    folder: ImageFolder,
+    folder: ImageSet,
     crop: Crop,
     device: torch.device,
     *,
@@ -221,7 +221,7 @@ def _common_shape(found: Survey, side: int) -> tuple[int, int] | None:
 
 
 def _decode_all(
-    folder: ImageFolder,
+    folder: ImageSet,
     shape: tuple[int, int],
     crop: Crop,
     workers: int,

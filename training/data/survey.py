@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from aim_training.data.decode import LONGEST, Header, load_image, read_header
 from aim_training.data.digest import file_hash
-from aim_training.data.errors import DataError, ImageError, shown
-from aim_training.data.folder import ImageFolder
+from aim_training.data.errors import DataError, ImageError, Name, shown
+from aim_training.data.image_set import ImageFile, ImageSet
 from aim_training.data.parallel import ordered_map
 
 # Modes that need no remark: grey or colour of 8 bits, with transparency or a palette.
@@ -33,14 +37,15 @@ class Survey:
     """What was found, image by image.
 
     Attributes:
-        folder: the images.
+        images: the data set.
         found: of each image its header, or why it cannot be used.
-        hashes: of each readable image the sha256 of its file; empty unless all was decoded.
+        hashes: (count, 32) uint8, of each readable image the sha256 of its file; None unless all
+            was decoded.
     """
 
-    folder: ImageFolder
+    images: ImageSet
     found: tuple[Header | ImageError, ...]
-    hashes: dict[Path, bytes]
+    hashes: NDArray[np.uint8] | None
 
     @property
     def bad(self) -> list[ImageError]:
@@ -60,10 +65,10 @@ class Survey:
         """
         left = {
             int(label)
-            for label, found in zip(self.folder.labels, self.found, strict=True)
+            for label, found in zip(self.images.labels, self.found, strict=True)
             if isinstance(found, Header)
         }
-        for label, found in zip(self.folder.labels, self.found, strict=True):
+        for label, found in zip(self.images.labels, self.found, strict=True):
             if label not in left:
                 raise DataError(f"{found}; nor can any other image of its class")
 
@@ -77,26 +82,26 @@ class Survey:
             yield from self._remark(what, chosen)
 
     def _remark(self, what: str, chosen: Callable[[Header], bool]) -> Iterator[str]:
-        pairs = [
-            (path, found)
-            for path, found in zip(self.folder.paths, self.found, strict=True)
+        places = [
+            place
+            for place, found in enumerate(self.found)
             if isinstance(found, Header) and chosen(found)
         ]
-        if pairs:
-            path, header = pairs[0]
-            count = "1 image is" if len(pairs) == 1 else f"{len(pairs):,} images are"
-            yield f"{count} {what}: {shown(path)} ({header}){' ...' if len(pairs) > 1 else ''}"
+        if places:
+            name, header = shown(self.images.name(places[0])), self.found[places[0]]
+            count = "1 image is" if len(places) == 1 else f"{len(places):,} images are"
+            yield f"{count} {what}: {name} ({header}){' ...' if len(places) > 1 else ''}"
 
     def classes(self, size: int) -> list[ClassCounts]:
         """How many images each class has and how many of them are bad or small, by class id."""
         images, damaged, oversized, small = (Counter[int]() for _ in range(4))
-        for label, found in zip(self.folder.labels.tolist(), self.found, strict=True):
+        for label, found in zip(self.images.labels.tolist(), self.found, strict=True):
             images[label] += 1
             if isinstance(found, Header):
                 small[label] += found.is_small(size)
             else:
                 (oversized if found.kind == "oversized" else damaged)[label] += 1
-        names = self.folder.class_names
+        names = self.images.class_names
         return [
             ClassCounts(names[label], images[label], damaged[label], oversized[label], small[label])
             for label in sorted(images)
@@ -104,7 +109,7 @@ class Survey:
 
 
 def survey(
-    folder: ImageFolder,
+    images: ImageSet,
     shorter_side: int,
     *,
     workers: int,
@@ -116,38 +121,60 @@ def survey(
     Only decoding finds images that were cut short.
 
     Args:
-        folder: the images.
+        images: the data set.
         shorter_side: that they will be resized to, pixels.
         workers: threads.
         decode: decode the pixels too, and hash the files.
         progress: takes the number of images done.
     """
-    hashes: dict[Path, bytes] = {}
+    hashes = np.zeros((len(images), 32), np.uint8) if decode else None
+    seen: dict[Header, Header] = {}  # most are alike, and a million may be kept
 
-    def look(path: Path) -> Header | ImageError:
+    def look(place: int) -> Header | ImageError:
         try:
-            header = read_header(path, shorter_side)
-            if decode:
-                load_image(path, shorter_side)
-                hashes[path] = file_hash(path)
-            return header
+            image = images.image(place)
+            header = read_header(image, shorter_side)
+            if hashes is not None:
+                load_image(image, shorter_side)
+                hashes[place] = np.frombuffer(_hash(image), np.uint8)
+            return seen.setdefault(header, header)
         except ImageError as error:
             return error
 
     found = []
-    for count, one in enumerate(ordered_map(look, folder.paths, workers), 1):
+    for count, one in enumerate(ordered_map(look, range(len(images)), workers), 1):
         found.append(one)
         if progress is not None:
             progress(count)
-    return Survey(folder, tuple(found), hashes)
+    return Survey(images, tuple(found), hashes)
 
 
-def same_contents(*surveys: Survey) -> list[list[tuple[int, Path]]]:
+def same_contents(*surveys: Survey) -> list[list[tuple[int, Name]]]:
     """Files with the same bytes, each with its survey's place among the arguments, in groups of
     two or more, in the order of their first."""
-    groups: defaultdict[bytes, list[tuple[int, Path]]] = defaultdict(list)
-    for place, one in enumerate(surveys):
-        for path in one.folder.paths:
-            if path in one.hashes:
-                groups[one.hashes[path]].append((place, path))
-    return [group for group in groups.values() if len(group) > 1]
+    whose, places, hashes = [], [], []
+    for number, one in enumerate(surveys):
+        if one.hashes is None:
+            continue
+        readable = np.flatnonzero([isinstance(found, Header) for found in one.found])
+        whose.append(np.full(len(readable), number))
+        places.append(readable)
+        hashes.append(one.hashes[readable])
+    if not hashes:
+        return []
+    owner, place = np.concatenate(whose), np.concatenate(places)
+    keys = np.ascontiguousarray(np.concatenate(hashes)).view("V32")[:, 0]
+    order = np.argsort(keys, kind="stable")
+    bounds = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
+    groups = [group for group in np.split(order, bounds) if len(group) > 1]
+    return [
+        [(int(owner[one]), surveys[owner[one]].images.name(int(place[one]))) for one in group]
+        for group in sorted(groups, key=lambda group: int(group[0]))
+    ]
+
+
+def _hash(image: ImageFile) -> bytes:
+    """sha256 of an image's file."""
+    if isinstance(image, Path):
+        return file_hash(image)
+    return hashlib.sha256(image.content).digest()

@@ -11,8 +11,9 @@ from aim_runtime.engines.gpu.device import Device, OutOfDeviceMemory
 from aim_runtime.engines.gpu.workspace import Workspace
 from aim_runtime.errors import BackendError
 
-# Idle workspaces that a pool keeps: enough for the sizes that a service sees again and again.
-_IDLE_WORKSPACES = 4
+# Idle workspaces that a pool keeps: enough for the sizes that a service sees again and again, those
+# that slots go through as the load comes and goes and a decoder's among them.
+_IDLE_WORKSPACES = 8
 
 AnyWorkspace = TypeVar("AnyWorkspace", bound=Workspace)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections.abc
 import functools
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -22,19 +23,27 @@ from aim_runtime.cores import usable_cores
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
+    failed,
     import_failure,
     make_session,
 )
+from aim_runtime.engines.onnxruntime.in_place import works_in_place
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
+from aim_runtime.engines.onnxruntime.step_graph import StepGraph, chosen_step
 from aim_runtime.engines.slots import drained
-from aim_runtime.errors import BackendError
+from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.onnx_graph import CheckedGraph
 from aim_runtime.quoting import shown
 from aim_runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     import onnxruntime
+
+# In the words of ONNX Runtime: it does not know an operator, or has no kernel for it.
+_LACKING = re.compile(
+    r"is not a registered function/op|No Op registered for|Could not find an implementation"
+)
 
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
@@ -45,12 +54,22 @@ def unavailable_reason(bundle: Bundle | None = None) -> str | None:
 def load(
     bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
 ) -> OnnxRuntimeCpu:
-    """Load `bundle`; `threads` defaults to every core this process may use."""
+    """Load `bundle`, with the step graph made for this backend if there is one that runs here.
+
+    `threads` defaults to every core this process may use.
+    """
     if precision not in ("auto", "fp32"):
         raise BackendError(
             f"precision is {shown(precision)}; the cpu backend computes in 'fp32' only"
         )
-    return OnnxRuntimeCpu(bundle, usable_cores() if threads is None else threads)
+    threads = usable_cores() if threads is None else threads
+    step = chosen_step(bundle).step
+    try:
+        return OnnxRuntimeCpu(bundle, threads, step)
+    except BundleError as error:
+        if step is None or not _LACKING.search(str(error.__cause__)):
+            raise
+        return OnnxRuntimeCpu(bundle, threads)  # an ONNX Runtime built with fewer operators
 
 
 class OnnxRuntimeCpu(OnnxRuntimeEngine):
@@ -60,8 +79,16 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
     device = "cpu"
     continuous = True
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
-        super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0))
+    def __init__(self, bundle: Bundle, threads: int, step: StepGraph | None = None) -> None:
+        """`step` takes the place of the plain step."""
+        super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0), step)
+        if step is not None and step.in_place:
+            try:
+                works = works_in_place(self, self._sessions.step, step.in_place)
+            except Exception as error:
+                raise failed(error) from error
+            if works:
+                self.in_place = frozenset(step.in_place)
 
     def _slots(self, rows: int) -> OnnxRuntimeSlots:
         return OnnxRuntimeSlots(self, self._sessions.step, rows)
@@ -79,7 +106,7 @@ def _load(
     def make(name: str, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
         return make_session(
             bundle,
-            bundle.manifest.graphs[name],
+            graphs[name].spec,
             graphs[name].data,
             threads=threads,
             providers=[("CPUExecutionProvider", {})],

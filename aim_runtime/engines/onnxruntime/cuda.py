@@ -179,7 +179,7 @@ def _load(
         }
         return make_session(
             bundle,
-            bundle.manifest.graphs[name],
+            graphs[name].spec,
             graphs[name].data,
             threads=threads,
             providers=[(_PROVIDER, options), ("CPUExecutionProvider", {})],

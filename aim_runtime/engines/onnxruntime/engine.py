@@ -3,7 +3,8 @@
 The graphs go in as checked bytes and their weights as checked buffers, never as paths, so ONNX
 Runtime reads no file itself. The step runs through I/O binding on two sets of state buffers
 used in turn, on the device that computes: one buffer bound as input and output gives silently wrong
-results. Between two steps only tokens and positions go to that device, and only scores come back.
+results, except where `in_place` finds that it does not. Between two steps only tokens and positions
+go to that device, and only scores come back.
 
 From 1.29 on ONNX Runtime reports its use over the network, from a thread that it starts when it is
 imported and that lets no forked child exit. Neither suits a library inside other programs: where
@@ -26,7 +27,8 @@ from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
-from aim_runtime.engines.onnxruntime.library import import_quietly, log_level
+from aim_runtime.engines.onnxruntime.library import installed_version, is_older, log_level
+from aim_runtime.engines.onnxruntime.step_graph import StepGraph
 from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.onnx_graph import CheckedGraph, checked_graphs
 from aim_runtime.quoting import first_line, shortened
@@ -41,7 +43,7 @@ _OUT_OF_MEMORY = re.compile(
 _DEVICE_FAILURE = re.compile(
     rf"(CUDA|CUDNN|CUBLAS) (failure|error)|{_OUT_OF_MEMORY.pattern}", re.IGNORECASE
 )
-_MINIMUM_VERSION = (1, 24)
+_MINIMUM_VERSION = "1.24"
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when onnxruntime is imported
 
@@ -65,15 +67,24 @@ class OnnxRuntimeEngine(Engine):
     Attributes:
         memory: Where ONNX Runtime keeps state and conditioning: the kind of device it names, "cpu"
             or "cuda", and its number.
+        in_place: The inputs of those states whose new value is written where the old one is read.
     """
 
     precision = "fp32"
 
-    def __init__(self, bundle: Bundle, load: Load, memory: tuple[str, int]) -> None:
-        super().__init__(bundle.manifest)
+    def __init__(
+        self,
+        bundle: Bundle,
+        load: Load,
+        memory: tuple[str, int],
+        step: StepGraph | None = None,
+    ) -> None:
+        """`step` takes the place of the bundle's plain step."""
+        super().__init__(bundle.manifest if step is None else step.applied(bundle.manifest))
         self.memory = memory
+        self.in_place: frozenset[str] = frozenset()
         # All are judged before ONNX Runtime sees the first.
-        graphs = checked_graphs(bundle)
+        graphs = checked_graphs(bundle, self.manifest.graphs)
         stopping = Stopping()
         self._sessions = interruptible(lambda: load(bundle, graphs, stopping), stopping)
         self._decoder_bytes = graphs["decoder"].row_bytes
@@ -145,9 +156,12 @@ class _OnnxRuntimeRows(Rows):
         try:
             self._token = engine.zeros(step.input("token"), rows)
             self._position = engine.zeros(step.input("position"), rows)
-            states = [
-                [engine.zeros(step.input(pair.input), rows) for pair in engine.manifest.state]
-                for _ in range(2)
+            one = [engine.zeros(step.input(pair.input), rows) for pair in engine.manifest.state]
+            other = [
+                value
+                if pair.input in engine.in_place
+                else engine.zeros(step.input(pair.input), rows)
+                for pair, value in zip(engine.manifest.state, one, strict=True)
             ]
             # On the host wherever the step runs: the sampler is NumPy. Only here is it copied.
             self._logits = _zeros(step.output("logits"), rows)  # (rows, V)
@@ -156,7 +170,7 @@ class _OnnxRuntimeRows(Rows):
             # other.
             self._bindings = [
                 Binding(engine, session, inputs, old, new, self._logits)
-                for old, new in (states, states[::-1])
+                for old, new in ((one, other), (other, one))
             ]
         except BackendError:
             raise
@@ -218,17 +232,13 @@ class Binding:
 def import_failure() -> str | None:
     """None if ONNX Runtime imports here, otherwise why not and what to do."""
     try:
-        import_quietly()
-        import onnxruntime
-
-        version = str(onnxruntime.__version__)
-        numbers = tuple(int(part) for part in version.split(".")[:2])
+        version = installed_version()
+        too_old = is_older(version, _MINIMUM_VERSION)
     except Exception as error:  # a broken installation can raise anything
         return f"onnxruntime does not import ({first_line(error)}); pip install onnxruntime"
-    if numbers < _MINIMUM_VERSION:
-        least = ".".join(map(str, _MINIMUM_VERSION))
+    if too_old:
         return (
-            f"onnxruntime {version} is too old, {least} or later is needed; "
+            f"onnxruntime {version} is too old, {_MINIMUM_VERSION} or later is needed; "
             "pip install --upgrade onnxruntime"
         )
     return None

@@ -42,6 +42,20 @@ def import_quietly() -> None:
             onnxruntime.set_default_logger_severity(FATAL)
 
 
+def installed_version() -> str:
+    """The version of ONNX Runtime. Raises whatever its import raises."""
+    import_quietly()
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def is_older(version: str, least: str) -> bool:
+    """Whether `version` comes before `least`, a version of two numbers. Others do not count."""
+    found, wanted = (tuple(map(int, text.split(".")[:2])) for text in (version, least))
+    return found < wanted
+
+
 @contextlib.contextmanager
 def _without_log_lines() -> Iterator[None]:
     """Hold back what is written to the error output, and write it afterwards without log lines."""

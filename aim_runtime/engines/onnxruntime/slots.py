@@ -38,10 +38,13 @@ class OnnxRuntimeSlots(HostSlots):
             self._conditioning: _Arrays = {
                 spec.name: _zeros(spec, rows) for spec in manifest.conditioning
             }
-            # Each step reads one set and writes the other.
-            self._states: list[list[NDArray[Any]]] = [
-                [_zeros(step.input(pair.input), rows) for pair in manifest.state] for _ in range(2)
+            # Each step reads one set and writes the other; some arrays are in both.
+            one = [_zeros(step.input(pair.input), rows) for pair in manifest.state]
+            other = [
+                array if pair.input in engine.in_place else np.zeros_like(array)
+                for pair, array in zip(manifest.state, one, strict=True)
             ]
+            self._states: list[list[NDArray[Any]]] = [one, other]
             self._logits: NDArray[np.float32] = _zeros(step.output("logits"), rows)  # (R, V)
         except (MemoryError, ValueError) as error:  # ValueError: more than an address can tell
             raise failed(error) from error

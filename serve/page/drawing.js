@@ -1,0 +1,87 @@
+/** One order on its way: from the press of the button to pictures, or to a sentence why not. */
+
+import { ApiError } from "./api.js";
+
+/** @import { Group } from "./group.js" */
+/** @import { Turns } from "./turns.js" */
+/** @import { DrawEvent } from "./types.js" */
+
+export class Drawing {
+  #abort = new AbortController();
+
+  /**
+   * @param {(signal: AbortSignal) => AsyncIterable<DrawEvent>} source
+   * @param {Turns} turns
+   * @param {(error: ApiError) => void} trouble Hears of a server that does not take requests.
+   */
+  constructor(source, turns, trouble) {
+    this.source = source;
+    this.turns = turns;
+    this.trouble = trouble;
+  }
+
+  cancel() {
+    this.#abort.abort();
+  }
+
+  /**
+   * Draw into the group. Never throws: the group says how it ended.
+   *
+   * @param {Group} group
+   * @returns {Promise<void>}
+   */
+  async into(group) {
+    this.#abort.abort();
+    const { signal } = (this.#abort = new AbortController());
+    let wait = 0;
+    do {
+      wait = 0;
+      group.begin();
+      try {
+        await this.#once(group, signal);
+      } catch (error) {
+        if (signal.aborted) group.fail("Cancelled.", "Draw it after all");
+        else if (!(error instanceof ApiError)) throw error;
+        else if (error.status === 429) wait = Math.max(1, error.retryAfter ?? 5);
+        else {
+          group.fail(error.message, "Try again");
+          if (error.status === 0 || error.status === 503) this.trouble(error);
+        }
+      }
+    } while (wait && (await countdown(group, wait, signal)));
+  }
+
+  /**
+   * @param {Group} group
+   * @param {AbortSignal} signal
+   */
+  async #once(group, signal) {
+    const giveBack = await this.turns.take(signal);
+    try {
+      for await (const event of this.source(signal)) {
+        if (event.type === "progress") group.progress(event.done, event.total);
+        else if (event.type === "preview") group.preview(event.images);
+        else if (event.type === "done") group.finish(event.images);
+      }
+    } finally {
+      giveBack();
+    }
+  }
+}
+
+/**
+ * Say when the queue will be free, until it is. False when another try was asked for meanwhile.
+ *
+ * @param {Group} group
+ * @param {number} seconds
+ * @param {AbortSignal} signal
+ */
+async function countdown(group, seconds, signal) {
+  const say = (/** @type {number} */ left) => `The queue is full. Trying again in ${left} s.`;
+  const tell = group.fail(say(seconds), "Try now");
+  for (let left = seconds; left > 0 && !signal.aborted; left--) {
+    tell(say(left));
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
+  return !signal.aborted;
+}

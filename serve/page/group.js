@@ -1,0 +1,175 @@
+/** The pictures of one press of the button, and how far they are. */
+
+import { Card } from "./card.js";
+import { announce, counted, element, iconButton } from "./dom.js";
+
+/** @import { CardActions } from "./card.js" */
+/** @import { DrawnImage, Grid, Order, PartialImage, Settings } from "./types.js" */
+
+/**
+ * @typedef {object} GroupActions
+ * @property {() => void} cancel
+ * @property {() => void} retry Draw the very same.
+ * @property {() => void} again Draw the same with other seeds.
+ * @property {() => void} remove
+ */
+
+export class Group {
+  #state = element("p", { class: "state" });
+  #time = element("span", { class: "time" });
+  #bar = element("progress", { max: 1 });
+  #buttons = element("div", { class: "buttons" });
+  #message = element("div", { class: "message", hidden: true });
+  #pictures = element("ul", { class: "pictures" });
+  #started = 0;
+  #ticking = 0;
+
+  /**
+   * @param {Order} order
+   * @param {Grid} grid
+   * @param {Partial<Settings>} unusual The settings worth a word.
+   * @param {GroupActions} actions
+   * @param {CardActions} cardActions
+   */
+  constructor(order, grid, unusual, actions, cardActions) {
+    this.actions = actions;
+    this.title = titleOf(order);
+    this.count = order.classes.length;
+    this.cards = order.classes.map((_, index) => new Card(order, index, grid, cardActions));
+    this.#pictures.append(...this.cards.map(({ root }) => root));
+    this.#bar.setAttribute("aria-label", `Progress of ${this.title}`);
+    const heading = element(
+      "div",
+      { class: "heading" },
+      element("h2", { title: this.title }, this.title),
+      this.#state,
+    );
+    const words = Object.entries(unusual).map(
+      ([name, value]) => `${name.replace("cfg_scale", "guidance").replace("_", "-")} ${value}`,
+    );
+    if (words.length) heading.append(element("p", { class: "hint" }, words.join(" · ")));
+    this.root = element(
+      "article",
+      { class: "group", "aria-label": `${this.title}, ${counted(this.count, "picture")}` },
+      element("header", {}, heading, this.#buttons),
+      this.#bar,
+      this.#message,
+      this.#pictures,
+    );
+    this.root.style.setProperty("--count", String(this.count));
+  }
+
+  /** It is about to be asked for. */
+  begin() {
+    this.#enter("waiting", "Waiting");
+    this.#bar.removeAttribute("value");
+    this.#buttons.replaceChildren(iconButton("close", `Cancel ${this.title}`, this.actions.cancel));
+    for (const card of this.cards) card.begin();
+    this.#started = performance.now();
+    const tick = () => (this.#time.textContent = duration(performance.now() - this.#started));
+    tick();
+    this.#state.append(" · ", this.#time);
+    this.#ticking = window.setInterval(tick, 100);
+    announce(`Drawing ${counted(this.count, "picture")} of ${this.title}.`);
+  }
+
+  /**
+   * @param {number} done
+   * @param {number} total
+   */
+  progress(done, total) {
+    if (!done) return;
+    if (this.#state.firstChild) this.#state.firstChild.textContent = "Drawing";
+    this.root.dataset["state"] = "drawing";
+    this.#bar.max = total;
+    this.#bar.value = done;
+    // What is done of all images together; they draw side by side, and decoding comes last.
+    for (const card of this.cards) card.decided(Math.floor(done / this.count));
+  }
+
+  /** @param {PartialImage[]} images */
+  preview(images) {
+    for (const { index, done_tokens, b64_json, output_format } of images) {
+      this.cards[index]?.preview(`data:image/${output_format};base64,${b64_json}`, done_tokens);
+    }
+  }
+
+  /** @param {DrawnImage[]} images */
+  finish(images) {
+    for (const { index, b64_json, output_format } of images) {
+      const bytes = Uint8Array.from(atob(b64_json), (letter) => letter.charCodeAt(0));
+      this.cards[index]?.finish(new Blob([bytes], { type: `image/${output_format}` }));
+    }
+    this.#enter("done", duration(performance.now() - this.#started));
+    this.#buttons.append(
+      iconButton("more", `More like ${this.title}`, this.actions.again),
+      iconButton(
+        "remove",
+        `Remove ${counted(this.count, "picture")} of ${this.title}`,
+        this.actions.remove,
+      ),
+    );
+    announce(`${counted(this.count, "picture")} of ${this.title} done.`);
+  }
+
+  /**
+   * It ended, or waits, without pictures.
+   *
+   * @param {string} sentence
+   * @param {string} retry What the button says that tries again.
+   * @returns {(sentence: string) => void} Says something else.
+   */
+  fail(sentence, retry) {
+    this.#enter("failed", "Not drawn");
+    const text = element("p", {}, sentence);
+    const button = element("button", { type: "button" }, retry);
+    button.addEventListener("click", this.actions.retry);
+    this.#message.replaceChildren(text, button);
+    this.#message.hidden = false;
+    this.#buttons.append(iconButton("close", `Dismiss ${this.title}`, this.actions.remove));
+    announce(`${this.title}: ${sentence}`);
+    return (other) => (text.textContent = other);
+  }
+
+  /** Stop what goes on by itself. */
+  stop() {
+    window.clearInterval(this.#ticking);
+  }
+
+  /**
+   * @param {string} state
+   * @param {string} text
+   */
+  #enter(state, text) {
+    this.stop();
+    this.root.dataset["state"] = state;
+    this.root.setAttribute("aria-busy", String(state === "waiting"));
+    this.#state.textContent = text;
+    this.#message.hidden = true;
+    // A button that has the focus and goes would leave it nowhere.
+    if (
+      this.#buttons.contains(document.activeElement) ||
+      this.#message.contains(document.activeElement)
+    ) {
+      this.root.tabIndex = -1;
+      this.root.focus({ preventScroll: true });
+    }
+    this.#buttons.replaceChildren();
+  }
+}
+
+/** @param {Order} order */
+function titleOf({ classes }) {
+  const names = [...new Set(classes.map(({ name }) => name))];
+  if (names.length <= 3) return names.join(", ");
+  return `${names.slice(0, 2).join(", ")} and ${names.length - 2} more`;
+}
+
+/**
+ * @param {number} ms
+ */
+export function duration(ms) {
+  const seconds = ms / 1000;
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
+}
