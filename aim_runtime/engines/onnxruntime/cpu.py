@@ -118,6 +118,6 @@ def _load(
     with ThreadPoolExecutor(1, thread_name_prefix="aim-load") as beside:
         # It runs once an image and is small: one thread spares it a pool of its own.
         prologue = beside.submit(make, "prologue", threads=1)
-        decoder = beside.submit(make, "decoder", threads)
+        decoder = beside.submit(make, "decoder", threads, arena=True)
         step = make("step", threads, arena=True)
     return Sessions(prologue.result(), step, decoder.result())

@@ -1,0 +1,190 @@
+"""The decoder on ONNX Runtime's CPU: `python benchmarks/cpu_decoder.py --model box|published`.
+
+Its working memory comes from the system, value by value, or is planned in an arena, which is kept
+from image to image or given back after each; the backend `cpu` does one or the other by the
+decoder's size. By turns, each in a process of its own, since it is about memory and pages too.
+Then what share of a run each kind of operator takes. `published` is the network of the published
+tokenizer with random weights, exported once into a cache folder, which needs the `export` extra.
+Ends in Markdown tables; with `--json` the rows are added to a file.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cpu import in_fresh_process, say
+
+from aim_cli.commands.bench import machine
+from aim_runtime import Bundle
+
+MEMORY = ("system", "arena, kept", "arena, given back")
+TURNS = {"box": 3, "published": 2}
+IMAGES = {"box": 10, "published": 2}  # a turn; the first is not counted
+OPERATORS = 8
+TOKENS = 256
+
+
+@click.command()
+@click.option("--model", type=click.Choice(list(IMAGES)), default="box", show_default=True)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=Path.home() / ".cache" / "aim-runtime",
+    show_default=True,
+    help="Where the random network is kept between runs.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Add the rows to this file.")
+def main(model: str, cache: Path, threads: int, out: Path | None) -> None:
+    """Measure the decoder."""
+    folder = Bundle.open().path if model == "box" else random_decoder(cache)
+    graph = str(folder / "decoder.onnx")
+    found: dict[str, list[dict[str, float]]] = {memory: [] for memory in MEMORY}
+    for turn in range(TURNS[model]):
+        for memory in MEMORY:
+            say(f"{model}: turn {turn + 1}, memory: {memory}")
+            found[memory].append(in_fresh_process(decoded, graph, memory, IMAGES[model], threads))
+    say(f"{model}: a run by operator")
+    shares = in_fresh_process(operator_shares, graph, threads)
+    common = machine() | {
+        "date": datetime.now(UTC).date().isoformat(),
+        "threads": threads,
+        "model": f"decoder, {model}",
+        "precision": "fp32",
+    }
+    rows = [
+        common
+        | {"memory": memory, "images": 1}
+        | {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+        for memory, turns in found.items()
+    ]
+    click.echo(markdown(rows, shares))
+    if out is not None:
+        before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+        out.write_text(json.dumps(before + rows, indent=1) + "\n", encoding="utf-8")
+
+
+def random_decoder(cache: Path) -> Path:
+    """A folder with the published tokenizer's decoder, random weights."""
+    folder = cache / "random-decoder"
+    if not (folder / "decoder.onnx").exists():
+        say("exporting the random decoder")
+        from aim_export.onnx.decoder import lower_decoder
+        from aim_export.onnx.graph import write_graph
+        from aim_training.config import TokenizerConfig
+        from aim_training.tokenizer import VQTokenizer
+
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            model = lower_decoder(VQTokenizer(TokenizerConfig()).eval(), TOKENS)
+            write_graph(model, made, "decoder", "fp32")
+            made.rename(folder)
+    return folder
+
+
+def session_of(graph: str, threads: int, *, arena: bool, profile: str = "") -> Any:
+    """A session as the backend makes it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = arena
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def tokens_of() -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Codes of one image: few enough different ones for every codebook."""
+    return np.random.default_rng(0).integers(0, 512, (1, TOKENS))
+
+
+def decoded(graph: str, memory: str, images: int, threads: int) -> dict[str, float]:
+    """Medians of an image's time; the process's peak memory, and what it has left afterwards."""
+    import resource
+
+    import onnxruntime
+
+    session = session_of(graph, threads, arena=memory != "system")
+    options = onnxruntime.RunOptions()
+    if memory == "arena, given back":
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    tokens = tokens_of()
+    loaded = resident_mib()
+    seconds, cpu_seconds, faults = [], [], []
+    for _ in range(images):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        session.run(None, {"tokens": tokens}, options)
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
+    return {
+        "decode_ms": statistics.median(seconds[1:]) * 1e3,
+        "fastest_decode_ms": min(seconds[1:]) * 1e3,
+        "cpu_ms": statistics.median(cpu_seconds[1:]) * 1e3,
+        "page_faults": statistics.median(faults[1:]),
+        "loaded_mib": loaded,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "left_mib": resident_mib(),
+    }
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    import resource
+
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize() / 2**20
+
+
+def operator_shares(graph: str, threads: int) -> dict[str, float]:
+    """What share of an image's time each kind of node takes, the largest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = session_of(graph, threads, arena=True, profile=f"{folder}/run")
+        for _ in range(2):
+            session.run(None, {"tokens": tokens_of()})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    whole = spent.total()
+    return {name: time_spent / whole for name, time_spent in spent.most_common(OPERATORS)}
+
+
+def markdown(rows: list[dict[str, Any]], shares: dict[str, float]) -> str:
+    """The rows as tables for RESULTS.md."""
+    lines = [f"{rows[0]['cpu']}, {rows[0]['threads']} threads", ""]
+    lines.append("| decoder | memory | ms | fastest | CPU ms | page faults | peak MiB | left |")
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['memory']} | {row['decode_ms']:.0f} "
+            f"| {row['fastest_decode_ms']:.0f} | {row['cpu_ms']:.0f} | {row['page_faults']:.0f} "
+            f"| {row['peak_mib']:.0f} | {row['left_mib']:.0f} |"
+        )
+    parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return "\n".join([*lines, "", parts])
+
+
+if __name__ == "__main__":
+    main()
