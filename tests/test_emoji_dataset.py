@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from aim_runtime import models_dir
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
 
 
@@ -113,6 +115,15 @@ def test_names_of_any_year_find_their_emoji(name, hexcode):
     names = artwork.Names(known, [{"men-symbol": (0x1F6B9,), "of-no-emoji": (0x2A,)}])
     found = names.find(name)
     assert found == (hexcode and artwork.code_points(hexcode))
+
+
+@pytest.mark.parametrize("source", artwork.SOURCES, ids=lambda source: source.package)
+def test_the_model_in_the_box_names_every_source_with_its_licence(source):
+    licences = (models_dir() / "emoji" / "LICENSES.md").read_text(encoding="utf-8")
+    (row,) = (line for line in licences.splitlines() if f"`{source.package}` " in line)
+    assert f"`{source.package}` {source.version} " in row
+    written = {"Apache-2.0": "Apache License 2.0", "CC-BY-4.0": "CC BY 4.0"}
+    assert written.get(source.licence, source.licence) in row
 
 
 def test_an_icon_becomes_a_whole_svg_in_its_sets_view_box():
