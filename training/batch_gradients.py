@@ -68,14 +68,15 @@ class BatchGradients:
         if images % at_once:
             raise ValueError(f"{images} images are no whole number of parts of {at_once}")
         parts = images // at_once
+        summed = parts > 1 or self._processes > 1
         values = []
         for part in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
             values.append(self._compute(part, parts))
-            if parts > 1 or self._processes > 1:
+            if summed:
                 self._add(first=len(values) == 1)
         if self._processes > 1:
             distributed.all_reduce(self._flat)
-        for parameter, total in self._sums:
+        for parameter, total in self._sums if summed else ():
             parameter.grad = total
         return torch.stack(values).mean()
 

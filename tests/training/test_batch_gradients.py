@@ -56,6 +56,17 @@ def test_parts_have_the_gradient_of_the_whole(at_once: int) -> None:
             torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_a_batch_of_one_part_after_one_of_several_has_its_own_gradient() -> None:
+    plain, parts = network(), network()
+    few = tuple(tensor[:2] for tensor in batch())
+    compute = BatchGradients(parts, mean_loss(parts), at_once=2)
+    compute(*batch())
+    compute(*few)
+    cross_entropy(plain(*few), few[0]).backward()
+    for name, gradient in gradients(plain).items():
+        assert torch.equal(gradients(parts)[name], gradient)
+
+
 def test_one_part_of_one_process_is_the_plain_gradient_bit_for_bit() -> None:
     plain, ours = network(), network()
     cross_entropy(plain(*batch()), batch()[0]).backward()
