@@ -18,6 +18,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 from aim_export.cuda.targets import SHARED_MEMORY
@@ -73,7 +74,12 @@ def compile_kernels(
 
     Returns the binaries by (kernel id, compute capability). Raises CompileError.
     """
-    jobs = [(kernel, capability) for kernel in kernels for capability in capabilities]
+    jobs = [
+        (kernel, capability)
+        for kernel in kernels
+        for capability in capabilities
+        if kernel.capabilities is None or capability in kernel.capabilities
+    ]
     found = {}
     # Processes of their own: Triton compiles under Python's lock, and its assembler aborts the
     # process on what it cannot do. Not forked: the parent may have threads.
@@ -120,7 +126,8 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
         name: "constexpr" if name in constants else f"*{TRITON_TYPES[next(types)]}"
         for name in names
     }
-    source = ASTSource(
+    kind = GluonASTSource if kernel.function.is_gluon() else ASTSource
+    source = kind(
         kernel.function,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
@@ -143,8 +150,10 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
     else:
         raise CompileError(f"it takes {compiled.metadata.shared} bytes of shared memory")
     metadata = compiled.metadata
-    if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise CompileError("it needs scratch memory, which a plan has no place for")
+    if metadata.global_scratch_size > kernel.scratch or metadata.profile_scratch_size:
+        raise CompileError("it needs more scratch memory than a launch has a place for")
+    if 32 * metadata.num_warps != kernel.threads:
+        raise CompileError(f"its programs have {metadata.num_warps} warps")
     entry = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
     pointers = len(re.findall(r"\.param", entry))
     return Binary(zlib.compress(compiled.asm["cubin"], 9), metadata.shared, pointers)

@@ -45,6 +45,12 @@ class KernelSpec:
         constants: value of each `constexpr` parameter.
         num_warps: warps a program.
         num_stages: depth of software pipelining; lowered where it takes too much shared memory.
+        workers: warps besides, of a kernel whose programs divide their work among warps.
+        scratch: bytes that each program wants of the memory that a launch passes as its last
+            argument, behind those of the function.
+        resident: whether all programs of a launch must run at a time, since they wait for each
+            other.
+        capabilities: compute capabilities that it is compiled for; None for all.
     """
 
     function: JITFunction
@@ -52,6 +58,10 @@ class KernelSpec:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 3
+    workers: int = 0
+    scratch: int = 0
+    resident: bool = False
+    capabilities: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         pointers = [name for name in self.parameters if name not in dict(self.constants)]
@@ -64,6 +74,11 @@ class KernelSpec:
     def parameters(self) -> list[str]:
         """Names of all parameters, in order."""
         return list(self.function.arg_names)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a program."""
+        return 32 * (self.num_warps + self.workers)
 
     @property
     def overlaps(self) -> bool:

@@ -52,8 +52,9 @@ class Draft:
             kernels={
                 name: Kernel(
                     symbol=kernel.function.__name__,
-                    threads=32 * kernel.num_warps,
+                    threads=kernel.threads,
                     overlaps=kernel.overlaps,
+                    resident=kernel.resident,
                     code=code[name],
                 )
                 for name, kernel in self.kernels().items()

@@ -58,8 +58,8 @@ def by_symbol(kernels: Mapping[str, Kernel]) -> Find:
 class SimulatedDevice:
     """See the top of this file.
 
-    `memory` bounds what may be allocated at a time. `fail` makes the next wait raise what a fault
-    on the device would.
+    `memory` bounds what may be allocated at a time, `resident` how many programs of a kernel run at
+    a time. `fail` makes the next wait raise what a fault on the device would.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class SimulatedDevice:
         *,
         capability: tuple[int, int] = (9, 0),
         memory: int = 1 << 30,
+        resident: int = 1 << 20,
     ) -> None:
         self.name = "simulated GPU"
         self.label = "cuda:0"
@@ -79,6 +80,7 @@ class SimulatedDevice:
         self.allocations = 0
         self.loaded: list[tuple[str, int]] = []  # (symbol, shared)
         self._find = find
+        self._resident = resident
         self._memory = memory
         self._buffers: dict[int, NDArray[np.uint8]] = {}
         self._starts: list[int] = []
@@ -129,6 +131,10 @@ class SimulatedDevice:
         self.check_current()
         self.loaded.append((symbol, shared))
         return self._find(code, symbol)
+
+    def resident_programs(self, function: Kernel, threads: int, shared: int) -> int:
+        self.check_current()
+        return self._resident
 
     # -- for streams and tests --------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from aim_runtime.bundle import add_engine
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
 from aim_runtime.engines.cuda import CudaEngine, program, step, weights
+from aim_runtime.engines.gpu.device import DeviceLaunch
 from aim_runtime.noise import uniforms
 
 from .simulated_cuda import SimulatedDevice
@@ -439,6 +440,59 @@ class TestChoiceOfBuckets:
             match=r"not for simulated GPU \(compute capability 12\.0, it has 8\.0, 9\.0\)",
         ):
             toy_engine(bundle, capability=(12, 0))
+
+    @pytest.mark.parametrize(("resident", "taken"), [(14, 7), (13, 1)])
+    def test_one_whose_programs_cannot_all_run_at_a_time_is_passed_over(
+        self, tiny: Path, tmp_path: Path, resident: int, taken: int
+    ) -> None:
+        plan = toy_plan(rows=(2, 2))
+        plan["kernels"]["special"] = plan["kernels"]["draw"] | {"resident": True}
+        plan["buckets"][0]["step"][2] |= {"kernel": "special", "grid": [2, 7, 1]}
+        out = write_toy_bundle(tiny, tmp_path / "toy", plan)
+        engine = toy_engine(out, resident=resident)
+        drawn(engine, [0], SamplingOptions(2.0))
+        last = device_of(engine).launches[-1]
+        assert last.grid == (2, taken, 1)
+        assert last.resident == (taken == 7)
+
+    @pytest.mark.parametrize(("capability", "taken"), [((9, 0), 7), ((8, 6), 1)])
+    def test_one_that_is_no_larger_than_one_before_is_passed_over(
+        self, tiny: Path, tmp_path: Path, capability: tuple[int, int], taken: int
+    ) -> None:
+        """The first may be faster with a row to spare; without its kernels others are there."""
+        plan = toy_plan(rows=(2, 1, 2, 8))
+        plan["kernels"]["special"] = json.loads(json.dumps(plan["kernels"]["draw"]))
+        del plan["kernels"]["special"]["code"]["80"]
+        plan["buckets"][0]["step"][2] |= {"kernel": "special", "grid": [2, 7, 1]}
+        out = write_toy_bundle(tiny, tmp_path / "toy", plan)
+        engine = toy_engine(out, capability=capability)
+        for scale, rows in ((1.0, 2 if taken == 7 else 1), (2.0, 2)):
+            found = drawn(engine, [0], SamplingOptions(scale))
+            assert device_of(engine).launches[-1].grid == (rows, taken, 1)
+            plain = toy_engine(out, capability=(8, 6))
+            assert np.array_equal(found, drawn(plain, [0], SamplingOptions(scale)))
+        assert engine.plan(9, 2.0).batch_size == 4
+
+    def test_a_step_whose_programs_did_not_meet_fails_and_the_next_image_is_drawn(
+        self, bundle: Path
+    ) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        kind = engine._bucket(1, 2)
+        with engine._step_lease(kind, 2) as leased, device.current():
+            address = leased.addresses["status"]
+        run = device.run
+
+        def stalls(item: DeviceLaunch) -> None:
+            run(item)
+            device.resolve(address, 8).view(np.int32)[:2] = 2
+
+        device.run = stalls  # type: ignore[method-assign]
+        with pytest.raises(BackendError, match="must run at a time did not"):
+            drawn(engine, [0], SamplingOptions(2.0))
+        device.run = run  # type: ignore[method-assign]
+        again = drawn(engine, [0], SamplingOptions(2.0))
+        assert np.array_equal(again, drawn(toy_engine(bundle), [0], SamplingOptions(2.0)))
 
 
 class TestMemory:

@@ -91,6 +91,20 @@ def test_a_plan_of_format_1_does_not_say_what_compiled_it(manifest: Manifest) ->
     assert parse_plan(json.dumps(document), manifest).compiler == ""
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_kernels_of_older_plans_need_not_be_resident(manifest: Manifest, version: int) -> None:
+    document = toy_plan(version=version)
+    if version == 1:
+        del document["compiler"]
+    plan = read(document, manifest)
+    assert not any(kernel.resident for kernel in plan.kernels.values())
+    document = toy_plan()
+    document["kernels"]["cell"]["resident"] = True
+    assert [
+        name for name, kernel in read(document, manifest).kernels.items() if kernel.resident
+    ] == ["cell"]
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_images_of_older_plans_begin_together(manifest: Manifest, version: int) -> None:
     document = toy_plan(version=version)
@@ -139,7 +153,7 @@ def head_launch(document: dict[str, Any]) -> dict[str, Any]:
 
 EDITS: dict[str, tuple[Edit, str]] = {
     "not a plan": (lambda d: d.update(format="x"), 'lacks "format": "aim-cuda-plan"'),
-    "newer": (lambda d: d.update(format_version=4), "made by a newer aim-runtime (format 4"),
+    "newer": (lambda d: d.update(format_version=5), "made by a newer aim-runtime (format 5"),
     "version": (lambda d: d.update(format_version="1"), "format_version is '1'"),
     "missing key": (lambda d: d.pop("setup"), "top level lacks the key 'setup'"),
     "unknown key": (lambda d: d.update(more=1), "unknown key 'more'"),
@@ -147,7 +161,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "compiler": (lambda d: d.update(compiler="a\nb"), "compiler is 'a\\nb'"),
     "compiler of format 1": (lambda d: d.update(format_version=1), "unknown key 'compiler'"),
     "memory of format 2": (
-        lambda d: d.update(format_version=2),
+        lambda d: d.update(format_version=2, kernels=toy_plan("int8", version=3)["kernels"]),
         "buckets[0] has the unknown key 'memory'",
     ),
     "memory": (
@@ -172,6 +186,14 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "threads": (lambda d: d["kernels"]["cell"].update(threads=100), "must be a multiple of 32"),
     "many threads": (lambda d: d["kernels"]["cell"].update(threads=2048), "threads is 2048"),
     "flag": (lambda d: d["kernels"]["cell"].update(pdl=1), "pdl is 1; it must be true or false"),
+    "resident": (
+        lambda d: d["kernels"]["cell"].update(resident=1),
+        "resident is 1; it must be true or false",
+    ),
+    "resident of format 3": (
+        lambda d: d.update(format_version=3),
+        "has the unknown key 'resident'",
+    ),
     "no code": (lambda d: d["kernels"]["cell"].update(code={}), "kernels['cell'].code is empty"),
     "architecture": (
         lambda d: d["kernels"]["cell"]["code"].update({"../90": {}}),
@@ -278,7 +300,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "setup": (lambda d: d.update(setup=None), "setup is null"),
     "no buckets": (lambda d: d.update(buckets=[]), "buckets is a list of 0 items"),
     "no decoder": (lambda d: d.update(decoder=[]), "decoder is a list of 0 items"),
-    "order": (lambda d: d["buckets"].reverse(), "buckets are not in ascending order"),
+    "order of format 3": (
+        lambda d: d.update(toy_plan("int8", version=3), buckets=d["buckets"][::-1]),
+        "buckets are not in ascending order",
+    ),
     "decoder order": (lambda d: d["decoder"].reverse(), "decoder are not in ascending order"),
     "no noise": (
         lambda d: d["buckets"][1]["buffers"].pop("noise"),

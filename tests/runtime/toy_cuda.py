@@ -197,7 +197,7 @@ def toy_plan(
     rows: tuple[int, ...] = (1, 2, 6, 8),
     images: tuple[int, ...] = (1, 4),
     architectures: tuple[str, ...] = ("80", "90"),
-    version: int = 3,
+    version: int = 4,
 ) -> dict[str, Any]:
     """A plan as JSON values; every kernel's binary takes 32 bytes of its architecture's file."""
     weights = {
@@ -231,6 +231,7 @@ def toy_plan(
                 "symbol": name,
                 "threads": 128,
                 "pdl": name == "head",
+                **({"resident": False} if version > 3 else {}),
                 "code": {
                     architecture: {
                         "offset": 32 * index,

@@ -39,12 +39,12 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         super().__init__(bundle.manifest, device)
         self.precision = precision
         self._launch_plan = read_plan(bundle, precision)
-        self._buckets = self._runnable_buckets()
         self.continuous = self._launch_plan.continuous
         self._decoder = self._runnable_decoder()
         self.decode_batch = self._decoder[-1].images
         with device.current():
             self._kernels = Kernels(device, bundle, self._launch_plan)
+            self._buckets = self._runnable_buckets()
             try:
                 self._weights = weights.Weights(device, bundle, self._launch_plan, self._kernels)
             except OutOfDeviceMemory:
@@ -180,13 +180,16 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         )
 
     def _runnable_buckets(self) -> list[Bucket[str]]:
-        """One bucket a size: the first whose kernels are there for this device."""
-        found: dict[int, Bucket[str]] = {}
+        """Those that this device can run, without any that is no larger than one before it."""
+        found: list[Bucket[str]] = []
         capability = self._device.capability
         for bucket in self._launch_plan.buckets:
-            if self._launch_plan.runs(bucket.begin + bucket.step, capability):
-                found.setdefault(bucket.rows, bucket)
-        return self._or_no_kernels(list(found.values()))
+            programs = bucket.begin + bucket.step
+            if found and bucket.rows <= found[-1].rows:
+                continue
+            if self._launch_plan.runs(programs, capability) and self._kernels.stay(programs):
+                found.append(bucket)
+        return self._or_no_kernels(found)
 
     def _runnable_decoder(self) -> list[DecoderBucket[str]]:
         found: dict[int, DecoderBucket[str]] = {}

@@ -23,7 +23,7 @@ from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.gpu.architecture import choose
 
 FORMAT = "aim-cuda-plan"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FOLDER = "engines/cuda/"
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -69,12 +69,16 @@ class Code:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and its binaries by architecture; `overlaps` is as in `DeviceLaunch`."""
+    """A kernel and its binaries by architecture.
+
+    `overlaps` and `resident` are as in `DeviceLaunch`; in formats 1 to 3 none is `resident`.
+    """
 
     symbol: str
     threads: int
     overlaps: bool
     code: Mapping[str, Code]
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,7 @@ def _kernel_json(kernel: Kernel) -> dict[str, Any]:
         "symbol": kernel.symbol,
         "threads": kernel.threads,
         "pdl": kernel.overlaps,  # programmatic dependent launch
+        "resident": kernel.resident,
         "code": {architecture: asdict(code) for architecture, code in kernel.code.items()},
     }
 

@@ -88,6 +88,7 @@ class _Reader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
+        self.version = FORMAT_VERSION
         self.continuous = True
         self.kernels: dict[str, Kernel] = {}
         self.conversions: dict[str, str] = {}
@@ -103,7 +104,7 @@ class _Reader:
                 f"the bundle's CUDA plan was made by a newer aim-runtime (format {version}, this "
                 f"one reads up to {FORMAT_VERSION}); upgrade aim-runtime"
             )
-        self.continuous = version > 2
+        self.version, self.continuous = version, version > 2
         keys = ["format", "format_version", "precision", "kernels", "conversions", "weights"]
         keys += ["setup", "buckets", "decoder"] + ["compiler"] * (version > 1)
         top = _JSON.fields(value, "top level", keys)
@@ -129,10 +130,11 @@ class _Reader:
             self.decoder_bucket(item, f"decoder[{index}]")
             for index, item in enumerate(_JSON.items(top["decoder"], "decoder", 1, 256))
         )
-        for where, sizes in (
-            ("buckets", [bucket.rows for bucket in buckets]),
-            ("decoder", [bucket.images for bucket in decoder]),
-        ):
+        # From format 4 on the order of buckets says which to prefer.
+        ordered = {"decoder": [bucket.images for bucket in decoder]}
+        if version < 4:
+            ordered["buckets"] = [bucket.rows for bucket in buckets]
+        for where, sizes in ordered.items():
             if sizes != sorted(sizes):
                 raise BundleError(f"the CUDA plan's {where} are not in ascending order")
         return Plan(
@@ -147,7 +149,8 @@ class _Reader:
         )
 
     def kernel(self, value: Any, where: str) -> Kernel:
-        found = _JSON.fields(value, where, ("symbol", "threads", "pdl", "code"))
+        keys = ["symbol", "threads", "pdl", "code"] + ["resident"] * (self.version > 3)
+        found = _JSON.fields(value, where, keys)
         threads = _JSON.integer(found["threads"], f"{where}.threads", 32, 1024)
         if threads % 32:
             raise _JSON.wrong(f"{where}.threads", threads, "a multiple of 32")
@@ -161,6 +164,7 @@ class _Reader:
             code={
                 name: self.code(item, name, f"{where}.code.{name}") for name, item in code.items()
             },
+            resident=_JSON.boolean(found.get("resident", False), f"{where}.resident"),
         )
 
     def code(self, value: Any, architecture: str, where: str) -> Code:

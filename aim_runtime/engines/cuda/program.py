@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.engines.cuda.plan import Code, Plan, Program, kernels_file, unrolled
+from aim_runtime.engines.cuda.plan import Code, Plan, Program, flat, kernels_file, unrolled
 from aim_runtime.engines.gpu.architecture import choose
 from aim_runtime.engines.gpu.device import Device, DeviceLaunch
 from aim_runtime.errors import BackendError, BundleError
@@ -37,10 +38,7 @@ class Kernels:
         Raises BackendError or BundleError when the kernel cannot be loaded.
         """
         kernel = self._plan.kernels[name]
-        with self._lock:
-            if name not in self._loaded:
-                self._loaded[name] = self._load(name)
-            function, code = self._loaded[name]
+        function, code = self._function(name)
         nulls = (0,) * (code.pointers - len(addresses))
         return DeviceLaunch(
             function=function,
@@ -49,6 +47,7 @@ class Kernels:
             shared=code.shared,
             addresses=(*addresses, *nulls),
             overlaps=kernel.overlaps,
+            resident=kernel.resident,
         )
 
     def program(self, program: Program[str], addresses: Mapping[str, int]) -> list[DeviceLaunch]:
@@ -61,6 +60,26 @@ class Kernels:
             )
             for launch in unrolled(program)
         ]
+
+    def stay(self, program: Program[str]) -> bool:
+        """Whether the device holds all programs at a time of the launches that must be resident.
+
+        Raises BackendError or BundleError when their kernels cannot be loaded.
+        """
+        for launch in flat(program):
+            kernel = self._plan.kernels[launch.kernel]
+            if kernel.resident:
+                function, code = self._function(launch.kernel)
+                held = self._device.resident_programs(function, kernel.threads, code.shared)
+                if math.prod(launch.grid) > held:
+                    return False
+        return True
+
+    def _function(self, name: str) -> tuple[Any, Code]:
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
 
     def _load(self, name: str) -> tuple[Any, Code]:
         kernel = self._plan.kernels[name]

@@ -29,7 +29,10 @@ SLICE = 16
 """Steps that are queued, and end, together."""
 
 # What a word of status means.
-_FAULTS = {1: "the model's scores are not finite; the bundle or the guidance scale is at fault"}
+_FAULTS = {
+    1: "the model's scores are not finite; the bundle or the guidance scale is at fault",
+    2: "programs of a kernel that must run at a time did not; does other work keep the GPU busy?",
+}
 TURNS = ("", " of the next slice")
 """What the names of pinned memory end in that two slices use in turn."""
 

@@ -39,6 +39,8 @@ class DeviceLaunch:
     `function` is what `Device.load` returned, `addresses` its parameters, all of them pointers.
     `overlaps`: it may start before the launch ahead of it has ended (programmatic dependent
     launch), where the device can.
+    `resident`: its programs wait for each other, so that all of them must run at a time
+    (cooperative launch).
     """
 
     function: Any
@@ -47,6 +49,7 @@ class DeviceLaunch:
     shared: int
     addresses: tuple[int, ...]
     overlaps: bool
+    resident: bool = False
 
 
 class Spaced(NamedTuple):
@@ -154,3 +157,6 @@ class Device(Protocol):
         Raises BackendError when the driver refuses it, BundleError when the kernel's parameters are
         not so many pointers.
         """
+
+    def resident_programs(self, function: Any, threads: int, shared: int) -> int:
+        """How many programs of a loaded kernel it holds at a time if it does nothing else."""

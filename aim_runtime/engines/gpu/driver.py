@@ -175,6 +175,19 @@ class CudaDevice:
         """See `Device`."""
         return _CudaFunction(self._context, code, symbol, shared, pointers)
 
+    def resident_programs(self, function: _CudaFunction, threads: int, shared: int) -> int:
+        """See `Device`."""
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        with self.current():
+            device = _call(driver.cuCtxGetDevice)
+            each = _call(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor,
+                function.handle,
+                threads,
+                shared,
+            )
+            return int(each) * int(_call(driver.cuDeviceGetAttribute, attribute, device))
+
 
 class _CudaAllocation:
     def __init__(self, context: _Context, sizes: Sequence[int]) -> None:
@@ -334,5 +347,10 @@ class _CudaStream:
             name = driver.CUlaunchAttributeID
             attribute.id = name.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if launch.resident:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
             attributes.append(attribute)
         return attributes
