@@ -76,6 +76,12 @@ SECTIONS = ("copy", "speed", "agreement", "torch", "published")
     show_default=True,
     help="Images a request.",
 )
+@click.option(
+    "--separate-launches",
+    "separate",
+    is_flag=True,
+    help="Leave out buckets whose layers are one launch, as on GPUs that cannot hold it.",
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
     "--compared",
@@ -104,6 +110,7 @@ def main(
     backends: tuple[str, ...],
     precisions: tuple[str, ...],
     batches: tuple[int, ...],
+    separate: bool,
     repeats: int,
     compared: int,
     published: Path | None,
@@ -122,6 +129,7 @@ def main(
         prepare_all(size, cache, engines or cache / "engines", precisions, compared)
         return
     report = Report(target, size if bundle is None else bundle.name, repeats)
+    report.found["separate_launches"] = separate
     engines = engines or cache / "engines"
     runs = [("cuda", precision) for precision in precisions if "cuda" in backends]
     runs += [(backend, "auto") for backend in backends if backend != "cuda"]
@@ -131,7 +139,7 @@ def main(
     if "speed" in sections:
         path = bundle
         if path is None:
-            made = in_process(make_bundle, size, cache, engines)
+            made = in_process(make_bundle, size, cache, engines, separate)
             report.add("bundle", made)
             path = Path(made["path"]) if "path" in made else None
         for backend, precision in runs if path is not None else []:

@@ -55,6 +55,18 @@ WEIGHTS = {
 NAMED = {*WEIGHTS, "state", "past_x", "past_decay", "ring", "shifted", "logits"} - {"class_table"}
 
 
+def test_separate_launches(part: Part) -> None:
+    """A plan keeps the buckets, and so the kernels, of a GPU that holds none of the others."""
+    plan = toy_plan(rows=(2, 1, 2, 8))
+    plan["kernels"]["special"] = plan["kernels"]["draw"] | {"resident": True}
+    step = plan["buckets"][0]["step"]
+    plan["buckets"][0]["step"] = [{"repeat": 2, "body": [step[2] | {"kernel": "special"}]}]
+    found = part("bundles").separate_launches(plan)
+    assert [bucket["rows"] for bucket in found["buckets"]] == [1, 2, 8]
+    assert found == plan | {"buckets": plan["buckets"][1:]}
+    assert part("bundles").separate_launches(found) == found
+
+
 class TestStepBytes:
     def test_a_chunked_state(self, part: Part) -> None:
         # 8 positions, chunks of 4: the state is read at positions 4 to 7, written at 3 and 7;

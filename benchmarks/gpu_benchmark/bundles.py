@@ -48,15 +48,18 @@ def compile_kernels(bundle: Any, out: Path, precisions: tuple[str, ...]) -> None
     compile_engines(bundle, out, precisions=precisions, capabilities=(90,))
 
 
-def make_bundle(keep: Keep, size: str, cache: Path, engines: Path) -> None:
-    """The random bundle of `size` with its kernels, as far as there are any."""
+def make_bundle(keep: Keep, size: str, cache: Path, engines: Path, separate: bool) -> None:
+    """The random bundle of `size` with its kernels, as far as there are any.
+
+    With `separate` every layer has launches of its own (`separate_launches`).
+    """
     started = time.perf_counter()
     path, outline = cache / f"random-{size.lower()}-fp16", engines / f"outline-{size}"
     if outline.is_dir() and not path.exists():
         fill_outline(outline, path)
     random_bundle(size, cache)
     keep(path=str(path), seconds=time.perf_counter() - started)
-    install_kernels(path, engines, size)
+    install_kernels(path, engines, size, separate)
     warm_disk(path)
 
 
@@ -71,17 +74,39 @@ def make_box(keep: Keep, cache: Path, engines: Path) -> None:
     install_kernels(path, engines, "box")
 
 
-def install_kernels(path: Path, engines: Path, name: str) -> None:
+def install_kernels(path: Path, engines: Path, name: str, separate: bool = False) -> None:
     """Put ENGINES/name into a bundle, or ENGINES itself if it holds the kernels."""
     from aim_runtime.bundle import add_engine
 
     folder = engines / name
     if not folder.is_dir() and list(engines.glob("plan-*.json")):
         folder = engines
-    if folder.is_dir():
-        add_engine(path, "cuda", folder)
-    else:
+    if not folder.is_dir():
         click.echo(f"there are no compiled kernels in {folder}", err=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(shutil.copytree(folder, Path(scratch) / "cuda"))
+        for file in copy.glob("plan-*.json") if separate else ():
+            file.write_text(json.dumps(separate_launches(json.loads(file.read_text()))))
+        add_engine(path, "cuda", copy)
+
+
+def separate_launches(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without the buckets whose programs wait for each other.
+
+    It is what a GPU takes of the plan that cannot hold all of those at a time.
+    """
+    resident = {name for name, kernel in plan["kernels"].items() if kernel.get("resident")}
+
+    def waits(bucket: dict[str, Any]) -> bool:
+        launches = [
+            launch
+            for item in bucket["begin"] + bucket["step"]
+            for launch in item.get("body", [item])
+        ]
+        return any(launch["kernel"] in resident for launch in launches)
+
+    return plan | {"buckets": [bucket for bucket in plan["buckets"] if not waits(bucket)]}
 
 
 def warm_disk(path: Path) -> None:

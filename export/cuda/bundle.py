@@ -22,6 +22,8 @@ from aim_export.cuda.decoder import lower_decoder
 from aim_export.cuda.decoder_network import decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage
 from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.persistent import persistent_buckets
 from aim_export.cuda.plan import Draft
 from aim_export.cuda.precision import FORMATS, Format
 from aim_export.cuda.step import step_bucket
@@ -33,7 +35,7 @@ from aim_export.errors import ExportError
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
 from aim_runtime.bundle.manifest import ModelCard
-from aim_runtime.engines.cuda.plan import Code, kernels_file, plan_file
+from aim_runtime.engines.cuda.plan import Bucket, Code, kernels_file, plan_file
 from aim_runtime.quoting import shortened
 
 Report = Callable[[str], None]
@@ -91,7 +93,10 @@ def compile_engines(
     """Write plans, constants and kernels of `bundle` to `out_dir` (see `add_engines`)."""
     say = report or (lambda line: None)
     constants = Constants()
-    drafts = [draft_plan(bundle, precision, constants) for precision in precisions]
+    drafts = [
+        draft_plan(bundle, precision, constants, capabilities=capabilities)
+        for precision in precisions
+    ]
     kernels = {id: kernel for draft in drafts for id, kernel in draft.kernels().items()}
     shown = ", ".join(f"{capability / 10}" for capability in capabilities)
     say(f"compiling {len(kernels)} kernels for compute capability {shown}")
@@ -108,14 +113,22 @@ def compile_engines(
     write_engines(out_dir, drafts, constants, binaries)
 
 
-def draft_plan(bundle: Bundle, precision: str, constants: Constants) -> Draft:
+def draft_plan(
+    bundle: Bundle,
+    precision: str,
+    constants: Constants,
+    *,
+    capabilities: Sequence[int] = CAPABILITIES,
+) -> Draft:
     """The plan of `bundle` in `precision`, yet to be compiled; small tensors go to `constants`.
+
+    Buckets that no GPU of `capabilities` could run are left out.
 
     Raises ExportError for a network that the kernels do not know.
     """
     _check_sizes(bundle.manifest.model)
     try:
-        return _draft_plan(bundle, FORMATS[precision], precision, constants)
+        return _draft_plan(bundle, precision, constants, capabilities)
     except KeyError as error:
         raise ExportError(
             f"{bundle.path}: its graphs have no {shortened(str(error))}; kernels are for bundles "
@@ -133,7 +146,10 @@ def _check_sizes(model: ModelCard) -> None:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
 
 
-def _draft_plan(bundle: Bundle, formats: Format, precision: str, constants: Constants) -> Draft:
+def _draft_plan(
+    bundle: Bundle, precision: str, constants: Constants, capabilities: Sequence[int]
+) -> Draft:
+    formats = FORMATS[precision]
     stored = {graph: stored_tensors(bundle, graph) for graph in ("prologue", "step")}
     model = bundle.manifest.model
     geometry = Geometry.of(model, stored)
@@ -149,10 +165,18 @@ def _draft_plan(bundle: Bundle, formats: Format, precision: str, constants: Cons
         weights=weights,
         conversions=conversions,
         setup=decoder.setup,
-        buckets=tuple(
-            step_bucket(geometry, formats, rows, tuning) for rows, tuning in TUNING.items()
-        ),
+        buckets=_buckets(geometry, formats, capabilities),
         decoder=decoder.buckets,
+    )
+
+
+def _buckets(
+    geometry: Geometry, formats: Format, capabilities: Sequence[int]
+) -> tuple[Bucket[KernelSpec], ...]:
+    """Buckets in the order in which a runtime takes them: it passes over those of fewer rows."""
+    return (
+        *persistent_buckets(geometry, formats, TUNING, capabilities),
+        *(step_bucket(geometry, formats, rows, tuning) for rows, tuning in TUNING.items()),
     )
 
 

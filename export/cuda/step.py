@@ -25,10 +25,12 @@ def step_bucket(
     geometry: Geometry, precision: Format, rows: int, tuning: Tuning, *, overlaps: bool = True
 ) -> Bucket[KernelSpec]:
     """Buffers and launches for `rows` rows; `overlaps` lets launches start ahead of time."""
-    return _StepBuilder(geometry, precision, rows, tuning, overlaps).bucket()
+    return StepBuilder(geometry, precision, rows, tuning, overlaps).bucket()
 
 
-class _StepBuilder:
+class StepBuilder:
+    """What `step_bucket` says; the methods make its launches."""
+
     def __init__(
         self, geometry: Geometry, precision: Format, rows: int, tuning: Tuning, overlaps: bool
     ) -> None:
@@ -54,6 +56,7 @@ class _StepBuilder:
         self.launch = Launcher(weights.tensors | buffers.tensors)
 
     def bucket(self) -> Bucket[KernelSpec]:
+        """The buffers, and the launches of all of it."""
         return Bucket(self.rows, self.buffers, self._begin(), self._step(), self.memory)
 
     def _each_layer(self, *body: SpecLaunch) -> Repeat[KernelSpec]:

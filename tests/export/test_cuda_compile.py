@@ -29,8 +29,9 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 from aim_export.cuda import bundle as engines
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import products, scan, step
+from aim_export.cuda.kernels import persistent, products, scan, step
 from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.persistent import persistent_bucket, persistent_buckets
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
@@ -129,6 +130,8 @@ def buckets() -> Iterator[tuple[str, Bucket[KernelSpec]]]:
             for rows, tuning in TUNING.items():
                 name = f"{size}, {precision}, {rows} rows"
                 yield name, step_bucket(geometry, number, rows, tuning)
+            for bucket in persistent_buckets(geometry, number, TUNING, CAPABILITIES):
+                yield f"{size}, {precision}, all layers in one launch", bucket
 
 
 def test_published_sizes() -> None:
@@ -141,6 +144,56 @@ def test_published_sizes() -> None:
             assert argument.stride % POINTER_ALIGNMENT == 0, where
         ids |= {item.kernel.id for item in (*flat(bucket.begin), *flat(bucket.step))}
     assert len(ids) > 200
+
+
+class TestAllLayersInOneLaunch:
+    def test_machine_code(self) -> None:
+        """For 9.0 alone, with a warp that fetches and a place for what the launch passes last."""
+        bucket = persistent_bucket(PUBLISHED["B"], FORMATS["fp16"], TUNING[2])
+        kernel = kernel_of(bucket, persistent.persistent)
+        ((found, binary),) = compile_kernels([kernel], CAPABILITIES, workers=1).items()
+        assert found == (kernel.id, 90)
+        assert f".text.{kernel.function.__name__}\0".encode() in zlib.decompress(binary.code)
+        assert kernel.threads == 32 * (16 + 4)
+        assert kernel.resident
+        # Scratch memory is the first of Triton's own two parameters.
+        launch = next(item for item in flat(bucket.step) if item.kernel is kernel)
+        assert len(launch.arguments) == len(kernel.types) + 1 == binary.pointers - 1
+        scratch = bucket.buffers[launch.arguments[-1].name]
+        assert scratch.size == kernel.scratch * launch.grid[0]
+
+    @pytest.mark.parametrize("size", ["B", "L"])
+    def test_it_remembers_what_the_other_launches_do(self, size: str) -> None:
+        """So that images can move to other buckets, and back."""
+        bucket = persistent_bucket(PUBLISHED[size], FORMATS["fp16"], TUNING[2])
+        other = step_bucket(PUBLISHED[size], FORMATS["fp16"], 2, TUNING[2])
+        assert bucket.memory == other.memory
+        for name in bucket.memory:
+            assert bucket.buffers[name] == other.buffers[name]
+
+    def test_all_programs_are_resident_on_the_smallest_h100(self) -> None:
+        for size in ("B", "L"):
+            bucket = persistent_bucket(PUBLISHED[size], FORMATS["fp16"], TUNING[2])
+            (grid,) = {item.grid for item in flat(bucket.step) if item.kernel.resident}
+            assert grid[0] * grid[1] * grid[2] <= 114
+
+    @pytest.mark.parametrize(
+        ("geometry", "precision", "capabilities"),
+        [
+            (PUBLISHED["L"], "fp16", [80, 120]),
+            (PUBLISHED["XL"], "fp16", [90]),  # more programs than multiprocessors
+            (PUBLISHED["L"], "fp32", [90]),
+            (PUBLISHED["L"], "fp16-state16", [90]),
+            (PUBLISHED["L"], "int8", [90]),
+            (GOLDEN, "fp16", [90]),  # layers that do not bring the exchanges back to their start
+            (replace(PUBLISHED["L"], S=64), "fp16", [90]),
+        ],
+    )
+    def test_where_it_does_not_fit(
+        self, geometry: Geometry, precision: str, capabilities: list[int]
+    ) -> None:
+        assert not persistent_buckets(geometry, FORMATS[precision], TUNING, capabilities)
+        assert persistent_buckets(PUBLISHED["L"], FORMATS["fp16"], TUNING, [80, 90])
 
 
 def test_model_in_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

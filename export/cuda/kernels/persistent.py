@@ -1,0 +1,216 @@
+"""The layers of a step for two rows as one launch whose programs stay for all of them.
+
+Each program has a role and the same outputs in every layer:
+
+* `out` (D / 32 programs): 32 channels of the residual, which never leave their registers; the
+  step's input, `out_proj`, gate, and the next layer's input;
+* `bc` ((2S + H) / 16): 16 of the outputs of `in_proj` that are B, C and dt, as the scan wants them;
+* `scan` (I / 32): x and z of 32 channels and their states.
+
+Three exchanges a layer (`persistent_exchange`) are all that they wait for: `scaled` from `out` to
+both others, B, C and dt from `bc` to `scan`, `gated` back to `out`. Meanwhile a warp of its own
+brings the weights and states of layers to come into a ring in shared memory (TMA), at an even pace:
+the memory never rests, and bursts would hold up what is polled.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+# ruff: noqa: D103
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from aim_export.cuda.kernels.persistent_common import (
+    BC_PLACES,
+    GATED_PLACES,
+    NORM_PLACES,
+    SCALED_PLACES,
+    UNITS,
+    Sizes,
+)
+from aim_export.cuda.kernels.persistent_exchange import clock
+from aim_export.cuda.kernels.persistent_producer import producer
+from aim_export.cuda.kernels.persistent_products import STORED16, STORED32
+from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
+from aim_export.cuda.kernels.persistent_scan import scan_role
+
+# Copies of _PLACES for Triton's own language.
+_SCALED = tl.constexpr(SCALED_PLACES.value)
+_NORMS = tl.constexpr(NORM_PLACES.value)
+_GATED = tl.constexpr(GATED_PLACES.value)
+_BC = tl.constexpr(BC_PLACES.value)
+
+WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
+ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr):
+    """What the copy engine fetches: boxes of 16 weight rows by 64 halves, 16 channels' states."""
+    D: gl.constexpr = sizes.D
+    INNER: gl.constexpr = sizes.INNER
+    E: gl.constexpr = INNER + sizes.X + sizes.H
+    word = gl.pointer_type(gl.int32)
+    in_weights = tma.make_tensor_descriptor(
+        in_proj.to(word, bitcast=True), [L * E, D // 2], [D // 2, 1], [16, 32], WORDS
+    )
+    out_weights = tma.make_tensor_descriptor(
+        out_proj.to(word, bitcast=True), [L * D, INNER // 2], [INNER // 2, 1], [16, 32], WORDS
+    )
+    states = tma.make_tensor_descriptor(
+        state.to(word, bitcast=True),
+        [L * 2 * INNER * (sizes.S // 32), 32],
+        [32, 1],
+        [64, 32],
+        WORDS,
+    )
+    return in_weights, out_weights, states
+
+
+@gluon.jit
+def _shared_memory():
+    """The ring, as the producer sees it and as the others do, and what warps exchange."""
+    boxes = gl.allocate_shared_memory(gl.int32, [UNITS * 16, 16, 32], WORDS)
+    blocks = boxes._reinterpret(gl.int32, [UNITS * 4, 64, 32], WORDS)
+    units = boxes._reinterpret(gl.int32, [UNITS, 256, 32], WORDS)
+    bars = gl.allocate_shared_memory(gl.int64, [10, 1], mbarrier.MBarrierLayout())
+    bcs = gl.allocate_shared_memory(gl.int32, [512, 4], ROWS)
+    part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
+    part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
+    part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
+    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], STORED16)
+    scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
+    for index in gl.static_range(10):
+        mbarrier.init(bars.index(index), count=1)
+    return (boxes, blocks, bars), (units, bars, bcs, part_0, part_1, part_2, part_16, scores)
+
+
+@gluon.jit
+def consumer(
+    shared,
+    pointers,
+    exchanges,
+    pid,
+    layers,
+    stalled,
+    sizes: gl.constexpr,
+    SCAN: gl.constexpr,
+    OUT: gl.constexpr,
+):
+    start = clock(pid)
+    if pid < SCAN:
+        scan_role(shared, pointers, exchanges, pid, layers, start, stalled, sizes)
+    elif pid < SCAN + OUT:
+        out_role(shared, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
+    else:
+        units, bars, _bcs, _part_0, _part_1, _part_2, part_16, _scores = shared
+        parts = units, bars, part_16.index(0), part_16.index(1)
+        bc_role(parts, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
+
+
+@gluon.jit
+def persistent(
+    token,  # (R,) int64
+    position,  # (R,) int64
+    word_table,  # (V, D)
+    position_table,  # (T + 1, D) float32
+    class_embedding,  # (R, D) float32
+    gate,  # (L, R, D) float32
+    scale,  # (L + 1, R, D) float32
+    shifted,  # (L, R, E)
+    in_proj,  # (L * E, D) float16
+    out_proj,  # (L * D, I) float16
+    conv_weight,  # (L, K, X) float32
+    conv_bias,  # (L, X) float32
+    dt_bias,  # (L, H) float32
+    a,  # (L, H) float32
+    d,  # (L, H) float32
+    ring,  # (L, R, K, X) float32, updated
+    state,  # (L, R, H, P, S) float32
+    past_x,  # (L, R, C, I) float32, updated
+    past_b,  # (L, R, C, S) float32, updated
+    past_decay,  # (L, R, H, C) float32, updated
+    residual,  # (R, D) float32, written
+    status,  # (R,) int32: becomes STALLED when a wait took too long
+    scaled,  # exchanges, all ones between launches: (DEPTH, 2048) float16
+    norms,  # (DEPTH, 512) float32
+    gated,  # (DEPTH, 4096) float16
+    bc,  # (DEPTH, 640) float32
+    stalled,  # (4,) int32: [0] becomes 1 then
+    L: gl.constexpr,
+    D: gl.constexpr,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    H: gl.constexpr,
+    P: gl.constexpr,
+    S: gl.constexpr,
+    K: gl.constexpr,
+    CHUNK: gl.constexpr,
+    POSITION_OFFSET: gl.constexpr,
+    EPS: gl.constexpr,
+    PACE: gl.constexpr,  # cycles a layer over which a program's loads are spread, 0 for none
+):
+    sizes: gl.constexpr = Sizes(D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS)
+    SCAN: gl.constexpr = INNER // 32
+    OUT: gl.constexpr = D // 32
+    pid = gl.program_id(0)
+    # After a launch that failed nothing is to be had: later ones must not wait as long again.
+    layers = gl.where(gl.load(stalled) == 0, L, 0)
+    memory = _descriptors(in_proj, out_proj, state, L, sizes)
+    ring_, shared = _shared_memory()
+    begin = (token, position, (word_table, position_table, class_embedding))
+    conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
+    past, result = (past_x, past_b, past_decay), (residual, status)
+    pointers = (begin, (gate, scale, shifted), conv, rates, past, result)
+    exchanges = (scaled, norms, gated, bc)
+    gl.warp_specialize(
+        [
+            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
+            (producer, (memory, ring_, position, pid, layers, sizes, SCAN, OUT, PACE)),
+        ],
+        [1],
+        [24],
+    )
+
+
+@triton.jit
+def clear_exchanges(
+    scaled,  # as `persistent` has them, as 32-bit words
+    norms,
+    gated,
+    bc,
+    stalled,
+    D: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,  # no fewer words than the largest exchange has
+):
+    """Bring the exchanges to their state between launches, whatever a failed one left there.
+
+    Places of inputs beyond D or INNER, which nobody writes, become zeros. Grid: 5.
+    """
+    program = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    empty = tl.full((BLOCK,), -1, tl.int32)
+    word = tl.pointer_type(tl.int32)
+    if program == 0:
+        inside = at % (_SCALED // 2) // 64 < D // 64
+        tl.store(
+            scaled.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _SCALED * 2
+        )
+    elif program == 1:
+        inside = at % _NORMS // 32 < D // 64
+        tl.store(
+            norms.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _NORMS * 4
+        )
+    elif program == 2:
+        inside = at % (_GATED // 2) // 64 < INNER // 64
+        tl.store(
+            gated.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _GATED * 2
+        )
+    elif program == 3:
+        tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < _BC * 4)
+    else:
+        tl.store(stalled + at, empty + 1, mask=at < 4)

@@ -1,0 +1,109 @@
+"""What the roles of the persistent step share: sizes, waiting for the ring, the convolution."""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+# ruff: noqa: D103
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from aim_export.cuda.kernels.persistent_products import L1, L4
+
+# Places of one layer in the exchanges, in elements.
+SCALED_PLACES = gl.constexpr(2048)  # halves: box, half of it, row, 32
+NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and warp, row
+GATED_PLACES = gl.constexpr(4096)  # halves, as those of `scaled`
+BC_PLACES = gl.constexpr(640)  # float32: B (2, S), C (2, S), dt (H, 2)
+
+UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
+
+
+class Sizes(NamedTuple):
+    """Constants of the kernel, by the letters of `aim_export.cuda.kernels.step`."""
+
+    D: Any
+    INNER: Any
+    X: Any
+    H: Any
+    P: Any
+    S: Any
+    K: Any
+    CHUNK: Any
+    POSITION_OFFSET: Any
+    EPS: Any
+
+
+@gluon.jit
+def silu(value):
+    return value / (1.0 + gl.exp(-value))
+
+
+@gluon.jit
+def softplus(value):
+    """As `common.softplus`."""
+    power = gl.exp(gl.minimum(value, 20.0))
+    total = 1.0 + power
+    kept = gl.where(total == 1.0, 1.0, total - 1.0)
+    small = gl.where(total == 1.0, power, gl.log(total) * (power / kept))
+    return gl.where(value > 20.0, value, small)
+
+
+@gluon.jit
+def inverse_rms(parts, LAYOUT: gl.constexpr, WIDTH: gl.constexpr, EPS: gl.constexpr):
+    return 1.0 / gl.sqrt(gl.sum(parts.load(LAYOUT), axis=2) * (1.0 / WIDTH) + EPS)
+
+
+@gluon.jit
+def ready(bars, unit, UNITS: gl.constexpr):
+    """Wait for a unit of the ring; returns its slot."""
+    mbarrier.wait(bars.index(unit % UNITS), (unit // UNITS) & 1)
+    return unit % UNITS
+
+
+@gluon.jit
+def polled(pointer):
+    """Pointers (512,) as polls take them: (512, 4) int64."""
+    zeros = gl.full([512, 4], 0, gl.int64, L4)
+    return zeros + gl.expand_dims(pointer.to(gl.int64), 1)
+
+
+@gluon.jit
+def polled_where(condition):
+    """Conditions (512,) as polls take them: (512, 4) int32."""
+    return gl.full([512, 4], 0, gl.int32, L4) + gl.expand_dims(condition.to(gl.int32), 1)
+
+
+@gluon.jit
+def bounds(start, stalled):
+    """When waits began, and where one that takes too long says so, as polls take them."""
+    zeros = gl.full([512, 4], 0, gl.int64, L4)
+    return gl.full([512, 4], 0, gl.int32, L4) + start, zeros + stalled.to(gl.int64)
+
+
+@gluon.jit
+def threads():
+    """A thread's number, its lane, and where its halves are among a box's 64: (512,)."""
+    tid = gl.arange(0, 512, L1)
+    lane = tid & 31
+    return tid, lane, ((lane >> 2) & 1) * 32 + (lane & 3) * 8
+
+
+@gluon.jit
+def convolution_before(conv, layer, row, channel, at, inside, X: gl.constexpr, K: gl.constexpr):
+    """The convolution without its newest input, and that input's tap.
+
+    `conv` are its ring (L, 2, K, X), weights (L, K, X) and biases (L, X).
+    """
+    ring, weight, bias = conv
+    ring += layer * (2 * K * X)
+    weight += layer * (K * X)
+    bias += layer * X
+    total = gl.load(bias + channel)
+    for back in gl.static_range(1, K):
+        slot = (at - back + K) % K
+        past = gl.load(ring + (row * K + slot) * X + channel, mask=inside & (at >= back), other=0.0)
+        total = total + past * gl.load(weight + (K - 1 - back) * X + channel)
+    return total, gl.load(weight + (K - 1) * X + channel)

@@ -1,0 +1,197 @@
+"""How the programs of the persistent step hand numbers over: the data are their own flag.
+
+A place of an exchange holds bits that no result has (all ones, a NaN) until its result is written,
+and readers poll the results themselves: no counter, no fence and no barrier of the grid is on the
+way. Every layer has its own places in a ring of DEPTH; who wrote a place brings it back to all
+ones a layer later, when its readers are known to be done.
+
+A wait ends after LIMIT cycles of its program's clock since the launch began. It then says so in
+`stalled`, and the step goes on with what it has, so that no launch is endless.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+# ruff: noqa: D103
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+DEPTH = gl.constexpr(4)
+# Half a second on any GPU; a launch takes a third of a millisecond.
+LIMIT = gl.constexpr(1 << 30)
+
+
+@gluon.constexpr_function
+def _loads(offsets, address):
+    """PTX that polls 16 bytes at each of `offsets` bytes behind operand `address`."""
+    return "".join(
+        f"ld.relaxed.gpu.global.v4.b32 {{${4 * i},${4 * i + 1},${4 * i + 2},${4 * i + 3}}}, "
+        f"[${address}+{offset}];"
+        for i, offset in enumerate(offsets)
+    )
+
+
+@gluon.constexpr_function
+def _end(start, stalled, nap):
+    """PTX that repeats from L until the predicate p holds for the warp, or time is up."""
+    return (
+        "vote.sync.all.pred p, p, 0xffffffff; mov.u32 n, %clock;"
+        f"sub.u32 n, n, ${start}; setp.lt.and.u32 q, n, {1 << 30}, !p;"
+        + ("@q nanosleep.u32 64;" if nap else "")
+        + f"@q bra L; mov.b32 n, 1; @!p st.relaxed.gpu.global.b32 [${stalled}], n;"
+    )
+
+
+@gluon.constexpr_function
+def _halves_text(offsets, partial, nap):
+    count = len(offsets)
+    address = 4 * count + (4 if partial else 0)
+    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: " + _loads(offsets, address)
+    if partial:
+        word = 4 * count
+        text += f"ld.relaxed.gpu.global.b32 ${word}, [${address + 4}];"
+    text += "mov.b32 m, 0;"
+    for i in range(count):
+        a, b, c, d = (f"${4 * i + k}" for k in range(4))
+        text += f"max.NaN.f16x2 t, {a}, {b}; max.NaN.f16x2 m, m, t;"
+        text += f"max.NaN.f16x2 t, {c}, {d}; max.NaN.f16x2 m, m, t;"
+    text += "setp.num.f16x2 p|q, m, m; and.pred p, p, q;"
+    if partial:
+        text += f"setp.ne.and.b32 p, ${word}, -1, p;"
+    first = address + (8 if partial else 4)
+    text += _end(first, first + 4, nap)
+    if partial:
+        text += "".join(f"mov.b32 ${word + k}, 0;" for k in (1, 2, 3))
+    return text + " }"
+
+
+@gluon.constexpr_function
+def _halves_operands(count, partial):
+    outputs = ["=&r"] * (4 * count) + ["=&f"] * (4 if partial else 0)
+    inputs = ["l"] * (8 if partial else 4) + ["r"] * 4 + ["l"] * 4
+    return ",".join(outputs + inputs)
+
+
+@gluon.jit
+def poll_scaled(address, partial, start, stalled):
+    """Wait for a warp's 64 inputs of `in_proj` and its share of their norm.
+
+    `address` and `partial` (512, 4) int64 have one address a thread. Returns the two groups of
+    fragments (512, 4) int32, and (512, 4) float32 whose sum over axis 1 is a sum of squares.
+    """
+    text: gl.constexpr = _halves_text((0, 128), True, True)
+    operands: gl.constexpr = _halves_operands(2, True)
+    return gl.inline_asm_elementwise(
+        text,
+        operands,
+        [address, partial, start, stalled],
+        dtype=(gl.int32, gl.int32, gl.float32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def poll_gated(address, start, stalled):
+    """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32."""
+    text: gl.constexpr = _halves_text((0, 128, 4096, 4224), False, False)
+    operands: gl.constexpr = _halves_operands(4, False)
+    return gl.inline_asm_elementwise(
+        text,
+        operands,
+        [address, start, stalled],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def poll_words(address, active, start, stalled):
+    """Wait for 16 bytes of 32-bit numbers in threads where `active` is set; zeros elsewhere."""
+    text: gl.constexpr = (
+        "{ .reg .pred p, q, a; .reg .b32 n; setp.ne.s32 a, $8, 0;"
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
+        "L: @a ld.relaxed.gpu.global.v4.b32 {$0,$1,$2,$3}, [$4+0];"
+        "setp.ne.b32 p, $0, -1; setp.ne.and.b32 p, $1, -1, p;"
+        "setp.ne.and.b32 p, $2, -1, p; setp.ne.and.b32 p, $3, -1, p;" + _end(12, 16, False) + " }"
+    )
+    return gl.inline_asm_elementwise(
+        text,
+        "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,r,r,r,r,l,l,l,l",
+        [address, active, start, stalled],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def publish_half(pointer, value, MASK: gl.constexpr):
+    """Store float32 as half, clamped to what one can hold, NaN as infinity.
+
+    Only lanes store whose number has no bit of MASK: the others hold copies.
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b16 h; .reg .b32 l; .reg .f32 v; mov.u32 l, %laneid;"
+        "and.b32 l, l, $3; setp.eq.u32 p, l, 0; max.f32 v, $2, 0fC77FE000;"
+        "min.f32 v, v, 0f477FE000; setp.nan.f32 q, $2, $2; selp.f32 v, 0f7F800000, v, q;"
+        "cvt.rn.f16.f32 h, v; @p st.relaxed.gpu.global.b16 [$1], h; mov.b32 $0, 0; }",
+        "=r,l,f,r",
+        [pointer.to(gl.int64), value, MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def publish_float(pointer, value, MASK: gl.constexpr):
+    """`publish_half` for float32."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b32 l; .reg .f32 v; mov.u32 l, %laneid;"
+        "and.b32 l, l, $3; setp.eq.u32 p, l, 0; setp.nan.f32 q, $2, $2;"
+        "selp.f32 v, 0f7F800000, $2, q; @p st.relaxed.gpu.global.b32 [$1], v; mov.b32 $0, 0; }",
+        "=r,l,f,r",
+        [pointer.to(gl.int64), value, MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def clear_half(pointer, MASK: gl.constexpr):
+    """Bring a place back to all ones."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b16 h; .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, $2;"
+        "setp.eq.u32 p, l, 0; mov.b16 h, 0xffff; @p st.relaxed.gpu.global.b16 [$1], h;"
+        "mov.b32 $0, 0; }",
+        "=r,l,r",
+        [pointer.to(gl.int64), MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def clear_float(pointer, MASK: gl.constexpr):
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 h; .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, $2;"
+        "setp.eq.u32 p, l, 0; mov.b32 h, -1; @p st.relaxed.gpu.global.b32 [$1], h;"
+        "mov.b32 $0, 0; }",
+        "=r,l,r",
+        [pointer.to(gl.int64), MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def clock(like):
+    """The multiprocessor's clock, 32 bits; `like` is any integer."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %clock;", "=r,r", [like], dtype=gl.int32, is_pure=False, pack=1
+    )

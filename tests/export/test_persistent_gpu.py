@@ -1,0 +1,229 @@
+"""The step whose layers are one launch on a real GPU, against the step of three launches a layer.
+
+``pytest tests/export/test_persistent_gpu.py`` needs an H100, Triton and PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+import triton
+
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.persistent import CAPABILITIES, persistent_bucket
+from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.step import step_bucket
+from aim_export.cuda.step_tensors import weight_table
+from aim_export.cuda.tuning import TUNING
+from aim_runtime.engines.cuda.plan import NOT_DRAWN, Bucket, Launch, unrolled
+
+PRECISION = FORMATS["fp16"]
+# One with as many channels as the kernel can take, one with places that stay empty.
+GEOMETRIES = [
+    Geometry(D=D, L=L, S=128, P=64, K=4, V=1024, T=256, groups=4, position_offset=1, num_classes=10)
+    for D, L in ((256, 8), (1024, 4))
+]
+# Relative to the norm of the scores; each is about so far from float64.
+TOLERANCE = 2e-3
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available()
+        or 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+        not in CAPABILITIES,
+        reason="needs a GPU of compute capability 9.0 that PyTorch can use",
+    ),
+]
+
+
+def random_weights(g: Geometry) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    found = {}
+    for name, tensor in weight_table(g, PRECISION).tensors.items():
+        values = torch.randn(tensor.shape, device="cuda")
+        if name == "a":
+            values = -1 - 15 * torch.rand_like(values)
+        elif name == "dt_bias":
+            values = math.log(0.001) + torch.rand_like(values) * math.log(100)
+        elif name in ("norm", "norm_f", "final_norm", "d"):
+            values = 1 + 0.1 * values
+        elif name == "class_table":
+            values *= 0.5
+        else:
+            values *= 0.3 if name in ("conv_weight", "modulation_table") else 0.03
+        found[name] = values.to(getattr(torch, tensor.dtype)).contiguous()
+    return found
+
+
+@dataclass
+class Played:
+    """A bucket's buffers, and its programs launched through Triton."""
+
+    bucket: Bucket[KernelSpec]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffers = {
+            name: torch.zeros(tensor.shape, dtype=getattr(torch, tensor.dtype), device="cuda")
+            for name, tensor in self.bucket.buffers.items()
+        }
+
+    def begin(self) -> None:
+        self.buffers["class_id"].copy_(torch.tensor([3, 10]))
+        self.buffers["second"].fill_(NOT_DRAWN)
+        self.buffers["status"].zero_()
+        for launch in unrolled(self.bucket.begin):
+            self.launch(launch)
+
+    def put(self, token: tuple[int, int], position: tuple[int, int]) -> None:
+        self.buffers["token"].copy_(torch.tensor(token))
+        self.buffers["position"].copy_(torch.tensor(position))
+
+    def step(self) -> None:
+        for launch in unrolled(self.bucket.step):
+            self.launch(launch)
+
+    @property
+    def layers(self) -> Launch[KernelSpec]:
+        (found,) = [item for item in unrolled(self.bucket.step) if item.kernel.resident]
+        return found
+
+    def launch(self, launch: Launch[KernelSpec], missing: int = 0) -> None:
+        """``missing`` programs are left out."""
+        kernel, memory = launch.kernel, self.weights | self.buffers
+        arguments = [
+            memory[name].view(-1).view(torch.uint8)[offset:].view(getattr(torch, dtype))
+            for (name, offset), dtype in zip(launch.arguments, kernel.types, strict=False)
+        ]
+        options: dict[str, int] = {"num_warps": kernel.num_warps}
+        if kernel.resident:
+            options |= {"launch_cooperative_grid": True}
+        else:
+            options |= {"num_stages": kernel.num_stages, "launch_pdl": kernel.overlaps}
+        grid = (launch.grid[0] - missing, *launch.grid[1:])
+        kernel.function[grid](*arguments, **dict(kernel.constants), **options)
+
+    def shuffle(self) -> None:
+        """What rows remember becomes random."""
+        torch.manual_seed(1)
+        for name in ("ring", "state", "past_x", "past_b"):
+            self.buffers[name].normal_(0, 0.3)
+        self.buffers["past_decay"].uniform_(-0.05, 0).copy_(
+            self.buffers["past_decay"].cumsum(dim=-1)
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scratch() -> Iterator[None]:
+    triton.set_allocator(
+        lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+    )
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=GEOMETRIES, ids=lambda g: f"D {g.D}")
+def played(request: pytest.FixtureRequest) -> tuple[Played, Played]:
+    """The step in one launch, and the other, ready for their first position."""
+    weights = random_weights(request.param)
+    found = (
+        Played(persistent_bucket(request.param, PRECISION, TUNING[2]), weights),
+        Played(step_bucket(request.param, PRECISION, 2, TUNING[2]), weights),
+    )
+    for each in found:
+        each.begin()
+    return found
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def test_scores_and_what_is_remembered(played: tuple[Played, Played]) -> None:
+    """Over two folds, with a row that begins anew while the other is in its chunk."""
+    for at in range(70):
+        late = at - 5 if at >= 5 else at
+        for each in played:
+            each.put((at * 37 % 1000, at * 91 % 1000), (at, late))
+            each.step()
+        new, old = (each.buffers for each in played)
+        assert error(new["logits"], old["logits"]) < TOLERANCE, at
+    for name in played[0].bucket.memory:
+        assert error(new[name], old[name]) < TOLERANCE, name
+    assert new["status"].tolist() == [0, 0]
+
+
+def test_every_launch_gives_the_same_bits(played: tuple[Played, Played]) -> None:
+    new, _ = played
+    new.shuffle()
+    new.put((11, 17), (45, 200))
+    names = ("residual", "ring", "past_x", "past_b", "past_decay")
+    new.launch(new.layers)
+    first = {name: new.buffers[name].clone() for name in names}
+    for _ in range(50):
+        new.buffers["residual"].fill_(math.nan)
+        new.launch(new.layers)
+        for name in names:
+            assert torch.equal(new.buffers[name], first[name]), name
+
+
+def test_a_row_does_not_see_the_other(played: tuple[Played, Played]) -> None:
+    new, _ = played
+    new.shuffle()
+    kept = {name: new.buffers[name].clone() for name in new.bucket.memory}
+    found = []
+    for other in ((11, 45), (500, 0)):
+        for name, values in kept.items():
+            new.buffers[name].copy_(values)
+        new.put((7, other[0]), (77, other[1]))
+        new.step()
+        found.append(new.buffers["logits"][0].clone())
+    assert torch.equal(*found)
+
+
+def test_scores_that_are_not_finite_are_a_fault_of_their_row(
+    played: tuple[Played, Played],
+) -> None:
+    """The launch ends, and the exchanges, whose empty places are NaNs as well, are as before."""
+    new, old = played
+    new.shuffle()
+    kept = {name: new.buffers[name].clone() for name in new.bucket.memory}
+    new.buffers["state"].view(-1)[5] = math.nan
+    new.put((11, 17), (45, 45))
+    new.step()
+    assert not new.buffers["logits"][0].isfinite().all()
+    assert new.buffers["logits"][1].isfinite().all()
+    assert int(new.buffers["stalled"][0]) == 0
+    for each in played:
+        for name, values in kept.items():
+            each.buffers[name].copy_(values)
+        each.put((11, 17), (45, 45))
+        each.step()
+    assert error(new.buffers["logits"], old.buffers["logits"]) < TOLERANCE
+
+
+def test_a_wait_for_a_program_that_does_not_run_ends(played: tuple[Played, Played]) -> None:
+    """Half a second later; rows are marked, later launches do nothing, and `begin` mends it."""
+    new, old = played
+    new.put((11, 17), (0, 0))
+    new.launch(new.layers, missing=1)
+    new.launch(new.layers)
+    assert new.buffers["status"].tolist() == [2, 2]
+    assert not new.buffers["residual"].any()
+    new.begin()
+    old.put((11, 17), (0, 0))
+    for each in played:
+        each.step()
+    assert new.buffers["status"].tolist() == [0, 0]
+    assert error(new.buffers["logits"], old.buffers["logits"]) < TOLERANCE
