@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from .interpreter import binaries
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 from aim_export.cuda import bundle as engines
+from aim_export.cuda import compile as compiler
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent, products, scan, step
@@ -194,6 +196,24 @@ class TestAllLayersInOneLaunch:
     ) -> None:
         assert not persistent_buckets(geometry, FORMATS[precision], TUNING, capabilities)
         assert persistent_buckets(PUBLISHED["L"], FORMATS["fp16"], TUNING, [80, 90])
+
+
+def test_no_number_becomes_a_number_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clamping a NaN would draw a picture from it. Triton's interpreter clamps otherwise."""
+    found = []
+    real = compiler.triton.compile
+
+    def kept(*arguments: Any, **options: Any) -> Any:
+        found.append(real(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(compiler.triton, "compile", kept)
+    bucket = step_bucket(PUBLISHED["B"], FORMATS["fp16"], 2, TUNING[2])
+    compiler._compile(kernel_of(bucket, step.final_norm), 90)
+    instructions = found[0].asm["ptx"].split()
+    for kind in ("max", "min"):
+        assert f"{kind}.NaN.f32" in instructions
+        assert f"{kind}.f32" not in instructions
 
 
 def test_model_in_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,14 @@ def prefetch(addresses):
 
 @triton.jit
 def store_rounded(pointers, values, mask=None):
-    """Store float32 `values` in the pointer's type, clamped to what a half can hold."""
+    """Store float32 `values` in the pointer's type, clamped to what a half can hold; NaN stays NaN.
+
+    A NaN that became the largest half would end as a picture instead of a fault.
+    """
     if pointers.dtype.element_ty == tl.float16:
-        values = tl.minimum(tl.maximum(values, -HALF_LIMIT), HALF_LIMIT)
+        KEPT: tl.constexpr = tl.PropagateNan.ALL
+        values = tl.maximum(values, -HALF_LIMIT, propagate_nan=KEPT)
+        values = tl.minimum(values, HALF_LIMIT, propagate_nan=KEPT)
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
