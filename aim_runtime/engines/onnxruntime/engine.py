@@ -22,12 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.batching import (
-    DEFAULT_MEMORY_LIMIT_MB,
-    BatchPlan,
-    batches_within,
-    memory_needed,
-)
+from aim_runtime.batching import BatchPlan, batches_within, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
@@ -109,10 +104,13 @@ class OnnxRuntimeEngine(Engine):
         return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(spec, rows), *self.memory)
 
     def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
-        if memory_limit_mb is None:
-            memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
         return batches_within(
-            self.manifest, n, rows_per_image, memory_limit_mb, self._decoder_bytes
+            self.manifest,
+            n,
+            rows_per_image,
+            memory_limit_mb,
+            self._memory_share_mib,
+            self._decoder_bytes,
         )
 
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
