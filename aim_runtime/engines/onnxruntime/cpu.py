@@ -1,9 +1,7 @@
 """ONNX Runtime on the CPU: the embedded default.
 
 Threads: all cores that the process may use (see `aim_runtime.cores`), each operator split over
-them, operators one after another. Workers sleep when they wait instead of spinning: on two idle
-cores spinning makes a step up to a fifth faster, on two cores that others use too it makes it two
-to three times slower and doubles the CPU time.
+them, operators one after another. How they wait for work is in `waiting`.
 """
 
 from __future__ import annotations
