@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,6 +124,21 @@ def test_more_memory_draws_more_images_at_a_time_and_a_limit_still_wins(
             monkeypatch.setattr("aim_runtime.memory.free_bytes", lambda: 0)
             assert usual.plan(10**6).batch_size == sizes[free]  # planned alike from then on
     assert sizes[1] < sizes[16 * MIB] < sizes[64 * MIB] < sizes[64 << 30]
+
+
+def test_a_loaded_model_keeps_no_memory_that_it_has_freed() -> None:
+    """Weights are read, copied and packed: what is left of it all is the packed ones."""
+    program = (
+        "from aim_runtime import Generator\n"
+        "from aim_runtime.memory import give_back\n"
+        "pages = lambda: int(open('/proc/self/statm').read().split()[1])\n"
+        "generator = Generator.load(backend='cpu', threads=2)\n"
+        "loaded = pages(); give_back(); print((loaded - pages()) * 4096)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 30 * MIB  # 60 to 70 without
 
 
 def test_no_more_images_than_draw_as_fast_advance_together(tiny: Path) -> None:

@@ -31,6 +31,7 @@ from aim_runtime.engines.onnxruntime.library import installed_version, is_older,
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph
 from aim_runtime.engines.onnxruntime.waiting import waiting
 from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph, checked_graphs
 from aim_runtime.quoting import first_line, shortened
 
@@ -91,6 +92,7 @@ class OnnxRuntimeEngine(Engine):
         graphs = checked_graphs(bundle, self.manifest.graphs)
         stopping = Stopping()
         self._sessions = interruptible(lambda: load(bundle, graphs, stopping), stopping)
+        give_back()  # the weights as they were before ONNX Runtime packed them
         _, usual = memory_needed(self.manifest, rows_per_image=1)
         self._decoder_bytes = max(usual, graphs["decoder"].row_bytes)
 
