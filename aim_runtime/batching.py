@@ -23,7 +23,7 @@ _SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
 
 # Where nobody sets a limit: one image that takes no more than that is drawn whatever is free, and
 # no more images advance together than that, since more draw no faster.
-_ALWAYS_MB = 512
+_ALWAYS_MB = 1024
 _ENOUGH_IMAGES = 64
 
 _MAX_LIMIT_MB = 2**40  # an exbibyte
@@ -73,7 +73,7 @@ def plan_batches(
     These are the figures of the CPU and of ONNX Runtime; an engine on a GPU has its own `plan`.
     `cfg_scale` is as in `SamplingOptions`; None takes the bundle's default. `memory_limit_mb` None
     means a quarter of what is free now (see `aim_runtime.memory`) for at most 64 images at a time,
-    and 512 for one image at least.
+    and 1024 for one image at least.
     Raises ValueError for arguments out of range, or when not even one image fits.
     """
     n = whole_number("n", n, 1, 2**31)

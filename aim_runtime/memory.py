@@ -17,8 +17,7 @@ from aim_runtime.control_groups import control_groups
 
 _MIB = 2**20
 _SHARE = 4
-# Sixteen images of the largest published model advance together in less; more together are hardly
-# faster.
+# Sixteen images of AiM-XL advance together in less; more together are hardly faster.
 _MOST_MIB = 8192
 _UNKNOWN_MIB = 512  # where the system does not tell
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from aim_runtime.engines.onnxruntime.library import is_older
 
-_MICROSECONDS = 20
+_MICROSECONDS = 10
 # Versions before take no time, and look for a millisecond or more.
 _VERSION = "1.26"
 
