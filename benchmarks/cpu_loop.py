@@ -30,8 +30,7 @@ DEFAULT_STEPS = 8
 SPIN = "session.intra_op.allow_spinning"
 MICROSECONDS = "session.intra_op.spin_duration_us"
 WAITS: Mapping[str, Mapping[str, str]] = {
-    "as it is": {},
-    "0": {SPIN: "0"},
+    "0": {},  # as it is
     **{str(time): {SPIN: "1", MICROSECONDS: str(time)} for time in (5, 10, 20, 50, 100)},
     "on": {SPIN: "1"},
 }
@@ -40,9 +39,7 @@ WAITS: Mapping[str, Mapping[str, str]] = {
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Instead of the model in the box.")
 @click.option("--images", "sizes", multiple=True, type=int, default=(16, 1), show_default=True)
-@click.option(
-    "--wait", "waits", multiple=True, type=click.Choice(list(WAITS)), default=["as it is"]
-)
+@click.option("--wait", "waits", multiple=True, type=click.Choice(list(WAITS)), default=["0"])
 @click.option("--beside", type=click.Path(exists=True, path_type=Path), help="Another checkout.")
 @click.option("--pairs", is_flag=True, help="Two processes of each at a time, too.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
@@ -59,7 +56,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Measure the loop on this machine."""
-    loops = [(wait, None) for wait in waits] + ([("as it is", beside)] if beside else [])
+    loops = [(wait, None) for wait in waits] + ([("0", beside)] if beside else [])
     workers = {
         loop: [Worker(bundle, loop[0], loop[1], threads) for _ in range(1 + pairs)]
         for loop in loops
@@ -147,9 +144,11 @@ def work(bundle: str, wait: str, threads: int) -> None:
 
     class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
         def add_session_config_entry(self, name: str, value: str) -> None:
-            if name in (SPIN, MICROSECONDS):
-                value = entries.get(name, "-1")  # ONNX Runtime's own duration
-            super().add_session_config_entry(name, value)
+            if name == SPIN:
+                for entry in entries.items():
+                    super().add_session_config_entry(*entry)
+            else:
+                super().add_session_config_entry(name, value)
 
     if entries:
         onnxruntime.SessionOptions = Options

@@ -1,6 +1,7 @@
 """OpenVINO beside the `cpu` backend, by turns: `python benchmarks/openvino_cpu.py --model box`.
 
-Requests of either, each in a process of its own. OpenVINO takes the bundle's plain graphs (it lacks
+Steps and decoded images of either, by turns, each engine in a process of its own; a request is put
+together of them. OpenVINO takes the bundle's plain graphs (it lacks
 the operators of the other step), for a fixed number of rows, with both sets of states bound once;
 guidance and sampler are ours. Precisions: "f32", "bf16" where the processor has it (elsewhere
 OpenVINO falls back to float32, as the table says), and "int8", weights compressed by NNCF,
@@ -15,8 +16,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cpu import in_fresh_process, say
+from cpu import say
 
 from aim_cli.commands.bench import machine
 from aim_runtime import Bundle
@@ -38,16 +41,16 @@ from aim_runtime.sampling import guide, row_classes, sample
 IMAGES = {"box": 16, "B": 1}
 GUIDANCE = 4.0
 PRECISIONS = ("f32", "bf16", "int8")
+STEPS_A_TURN = 8
 
 
 @click.command()
 @click.option("--model", type=click.Choice(list(IMAGES)), default="box", show_default=True)
 @click.option("--bundle", type=click.Path(path_type=Path), help="Of that model.")
-@click.option("--precision", "precisions", multiple=True, default=PRECISIONS)
+@click.option("--precision", "precisions", multiple=True, default=PRECISIONS, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--turns", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--decoded", type=click.IntRange(min=1), help="Images to decode. [default: all]")
+@click.option("--turns", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--pause", is_flag=True, help="Begin once a line is read, all models being loaded.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Add the rows to this file.")
 def main(
     model: str,
@@ -55,114 +58,146 @@ def main(
     precisions: tuple[str, ...],
     threads: int,
     turns: int,
-    tokens: int,
-    decoded: int | None,
+    pause: bool,
     out: Path | None,
 ) -> None:
     """Measure both engines on this machine."""
     path = None if bundle is None else str(bundle)
     images = IMAGES[model]
-    sizes = (images, tokens, decoded or images)
-    found: dict[str, list[dict[str, Any]]] = {}
+    pipes = {}
+    loaded: dict[str, dict[str, Any]] = {}
+    for engine in ("aim cpu", *(f"openvino {name}" for name in precisions)):
+        say(f"{model}: loading {engine}")
+        pipes[engine], end = Pipe()
+        Process(target=work, args=(end, path, images, threads, engine), daemon=True).start()
+        loaded[engine] = pipes[engine].recv()
+    if pause:
+        sys.stdin.readline()
+    steps: dict[str, list[float]] = {engine: [] for engine in pipes}
+    decodes: dict[str, list[float]] = {engine: [] for engine in pipes}
     for turn in range(turns):
-        for engine in ("aim cpu", *(f"openvino {name}" for name in precisions)):
-            say(f"{model}: turn {turn + 1} of {turns}, {engine}")
-            found.setdefault(engine, []).append(
-                in_fresh_process(ours, path, sizes, threads)
-                if engine == "aim cpu"
-                else in_fresh_process(openvinos, path, sizes, threads, engine.split()[1])
-            )
-    common = machine() | {
-        "date": datetime.now(UTC).date().isoformat(),
-        "threads": threads,
-        "model": model,
-        "images": images,
-    }
+        say(f"{model}: turn {turn + 1} of {turns}")
+        for engine, pipe in pipes.items():
+            pipe.send("turn")
+            found = pipe.recv()
+            steps[engine] += found["steps"]
+            decodes[engine].append(found["decode"])
+            loaded[engine]["peak_mib"] = found["peak_mib"]
+    tokens = Bundle.open(path).manifest.model.num_tokens
     rows = []
-    for engine, measured in found.items():
-        row: dict[str, Any] = {"engine": engine}
-        for key, value in measured[0].items():
-            numbers = isinstance(value, float)
-            row[key] = statistics.median(one[key] for one in measured) if numbers else value
-        rows.append(common | row)
+    for engine, facts in loaded.items():
+        step, decode = statistics.median(steps[engine]), statistics.median(decodes[engine])
+        rows.append(
+            machine()
+            | {"date": datetime.now(UTC).date().isoformat(), "threads": threads, "model": model}
+            | {"images": images, "engine": engine, "turns": turns}
+            | facts
+            | {"step_ms": step * 1e3, "fastest_step_ms": min(steps[engine]) * 1e3}
+            | {"decode_ms": decode * 1e3, "fastest_decode_ms": min(decodes[engine]) * 1e3}
+            | {"seconds": step * tokens + decode * images}
+        )
     click.echo(markdown(rows))
     if out is not None:
         before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
         out.write_text(json.dumps(before + rows, indent=1) + "\n", encoding="utf-8")
 
 
-def ours(path: str | None, sizes: tuple[int, int, int], threads: int) -> dict[str, Any]:
-    """The figures of a request on the `cpu` backend."""
-    images, tokens, decoded = sizes
+def work(end: Connection, path: str | None, images: int, threads: int, engine: str) -> None:
+    """Load an engine, and take a turn of steps and a decoded image whenever it is asked to."""
+    import resource
+
     bundle = Bundle.open(path)
-    model, options = bundle.manifest.model, bundle.manifest.sampling.replace(cfg_scale=GUIDANCE)
-    loading = time.perf_counter()
-    engine = load_engine(bundle, backend="cpu", threads=threads)
-    loaded = time.perf_counter()
-    drawn = np.zeros((images, model.num_tokens), np.int64)
-    times = []
-    steps = engine.draw(
-        np.arange(images) % model.num_classes, uniforms(range(images), model.num_tokens), options
-    )
-    for step in range(tokens):
-        started = time.perf_counter()
-        drawn[:, step] = next(steps)[:, 0]
-        times.append(time.perf_counter() - started)
     started = time.perf_counter()
-    for row in drawn[:decoded]:
-        engine.decode(row[None])
-    decoding = (time.perf_counter() - started) / decoded
-    return figures("fp32", loaded - loading, times, model.num_tokens, decoding, images, drawn)
+    make = Ours if engine == "aim cpu" else OpenVino
+    mine = make(bundle, images, threads, engine.split()[1])
+    end.send({"computes": mine.computes, "load_s": time.perf_counter() - started})
+    while True:
+        end.recv()
+        mine.step()  # warms up
+        steps = [timed(mine.step) for _ in range(STEPS_A_TURN)]
+        decode = timed(mine.decode)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        end.send({"steps": steps, "decode": decode, "peak_mib": peak})
 
 
-def openvinos(
-    path: str | None, sizes: tuple[int, int, int], threads: int, precision: str
-) -> dict[str, Any]:
-    """The same of OpenVINO."""
-    images, tokens, decoded = sizes
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
-    model, options = manifest.model, manifest.sampling.replace(cfg_scale=GUIDANCE)
-    rows = images * options.rows_per_image
-    loading = time.perf_counter()
-    prologue = compiled(bundle, "prologue", rows, threads, precision)
-    step = compiled(bundle, "step", rows, threads, precision)
-    decoder = compiled(bundle, "decoder", 1, threads, precision)
-    loaded = time.perf_counter()
+class Ours:
+    """The `cpu` backend."""
 
-    drawn = np.zeros((images, model.num_tokens), np.int64)
-    times = []
-    started = time.perf_counter()
-    classes = row_classes(
-        np.arange(images) % model.num_classes, options.cfg_scale, model.num_classes
-    )
-    asked = prologue.create_infer_request()
-    outputs = manifest.graphs["prologue"].outputs
-    conditioning = {spec.name: zeros(spec, rows) for spec in outputs}
-    bind(asked, {"class_id": classes}, conditioning)
-    asked.infer()
-    stepping = Steps(step, bundle, rows, conditioning)
-    noise = uniforms(range(images), model.num_tokens)
-    for position in range(tokens):
-        logits = stepping.step(drawn[:, position - 1], position)
-        drawn[:, position] = sample(
-            guide(logits, images, options.cfg_scale), noise[:, position], options
-        )
-        ended = time.perf_counter()
-        times.append(ended - started)
-        started = ended
+    computes = "fp32"
 
-    one = np.zeros((1, model.num_tokens), np.int64)
-    pixels = zeros(manifest.graphs["decoder"].output("image"), 1)
-    request = decoder.create_infer_request()
-    bind(request, {"tokens": one}, {"image": pixels})
-    started = time.perf_counter()
-    for row in drawn[:decoded]:
-        one[0] = row
-        request.infer()
-    decoding = (time.perf_counter() - started) / decoded
-    computes = str(step.get_property("INFERENCE_PRECISION_HINT")).strip("<>").split("'")[1]
-    return figures(computes, loaded - loading, times, model.num_tokens, decoding, images, drawn)
+    def __init__(self, bundle: Bundle, images: int, threads: int, _: str) -> None:
+        self.engine = load_engine(bundle, backend="cpu", threads=threads)
+        self.model = bundle.manifest.model
+        self.options = bundle.manifest.sampling.replace(cfg_scale=GUIDANCE)
+        self.images = images
+        self.drawing: Iterator[NDArray[np.int64]] = iter(())
+
+    def step(self) -> None:
+        """The next token of each image, sampling included."""
+        if next(self.drawing, None) is None:
+            classes = np.arange(self.images) % self.model.num_classes
+            noise = uniforms(range(self.images), self.model.num_tokens)
+            self.drawing = self.engine.draw(classes, noise, self.options)
+            next(self.drawing)
+
+    def decode(self) -> None:
+        """One image."""
+        self.engine.decode(np.zeros((1, self.model.num_tokens), np.int64))
+
+
+class OpenVino:
+    """The same of OpenVINO: two sets of states, each a request whose tensors are bound once."""
+
+    def __init__(self, bundle: Bundle, images: int, threads: int, precision: str) -> None:
+        manifest = bundle.manifest
+        self.options = manifest.sampling.replace(cfg_scale=GUIDANCE)
+        self.images, self.tokens = images, manifest.model.num_tokens
+        rows = images * self.options.rows_per_image
+        prologue = compiled(bundle, "prologue", rows, threads, precision)
+        step = compiled(bundle, "step", rows, threads, precision)
+        decoder = compiled(bundle, "decoder", 1, threads, precision)
+        hint = str(step.get_property("INFERENCE_PRECISION_HINT"))
+        self.computes = hint.strip("<>").split("'")[1]
+        # Kept: a tensor over an array's memory does not keep the array.
+        self.arrays: dict[str, NDArray[Any]] = {
+            spec.name: zeros(spec, rows) for spec in manifest.graphs["prologue"].outputs
+        }
+        asked = prologue.create_infer_request()
+        classes = np.arange(images) % manifest.model.num_classes
+        self.classes = row_classes(classes, GUIDANCE, manifest.model.num_classes)
+        bind(asked, {"class_id": self.classes}, self.arrays)
+        asked.infer()
+        graph, pairs = manifest.graphs["step"], manifest.state
+        self.token = self.arrays["token"] = np.zeros(rows, np.int64)
+        self.position = self.arrays["position"] = np.zeros(rows, np.int64)
+        self.logits: NDArray[np.float32] = zeros(graph.output("logits"), rows)
+        self.sets = [[zeros(graph.input(pair.input), rows) for pair in pairs] for _ in range(2)]
+        self.requests = []
+        for old, new in (self.sets, self.sets[::-1]):
+            request = step.create_infer_request()
+            states = {pair.input: array for pair, array in zip(pairs, old, strict=True)}
+            results = {pair.output: array for pair, array in zip(pairs, new, strict=True)}
+            bind(request, self.arrays | states, results | {"logits": self.logits})
+            self.requests.append(request)
+        self.noise = uniforms(range(images), self.tokens)
+        self.steps = 0
+        self.codes = np.zeros((1, self.tokens), np.int64)
+        self.pixels = zeros(manifest.graphs["decoder"].output("image"), 1)
+        self.decoding = decoder.create_infer_request()
+        bind(self.decoding, {"tokens": self.codes}, {"image": self.pixels})
+
+    def step(self) -> None:
+        """The next token of each image, sampling included."""
+        position = self.steps % self.tokens
+        self.position[:] = position
+        self.requests[self.steps % 2].infer()
+        scores = guide(self.logits, self.images, GUIDANCE)
+        self.token[:] = np.tile(sample(scores, self.noise[:, position], self.options), 2)
+        self.steps += 1
+
+    def decode(self) -> None:
+        """One image."""
+        self.decoding.infer()
 
 
 def compiled(bundle: Bundle, name: str, rows: int, threads: int, precision: str) -> Any:
@@ -198,38 +233,6 @@ def compiled(bundle: Bundle, name: str, rows: int, threads: int, precision: str)
     )
 
 
-class Steps:
-    """The step with two sets of states, each a request whose tensors are bound once."""
-
-    def __init__(
-        self, step: Any, bundle: Bundle, rows: int, conditioning: Mapping[str, NDArray[Any]]
-    ) -> None:
-        manifest = bundle.manifest
-        graph, pairs = manifest.graphs["step"], manifest.state
-        self.images = rows // 2
-        self.token = np.zeros(rows, np.int64)
-        self.position = np.zeros(rows, np.int64)
-        self.logits: NDArray[np.float32] = zeros(graph.output("logits"), rows)
-        first = {"token": self.token, "position": self.position, **conditioning}
-        # Kept: a tensor over an array's memory does not keep the array.
-        self.conditioning = conditioning
-        self.sets = [[zeros(graph.input(pair.input), rows) for pair in pairs] for _ in range(2)]
-        self.requests = []
-        for old, new in (self.sets, self.sets[::-1]):
-            request = step.create_infer_request()
-            states = {pair.input: array for pair, array in zip(pairs, old, strict=True)}
-            results = {pair.output: array for pair, array in zip(pairs, new, strict=True)}
-            bind(request, first | states, results | {"logits": self.logits})
-            self.requests.append(request)
-
-    def step(self, token: NDArray[np.int64], position: int) -> NDArray[np.float32]:
-        """The scores (rows, V) after the images' last tokens (N,)."""
-        self.token[:] = np.tile(token, 2)
-        self.position[:] = position
-        self.requests[position % 2].infer()
-        return self.logits
-
-
 def bind(request: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
     """Let a request read and write the memory of these arrays."""
     import openvino
@@ -243,29 +246,11 @@ def zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
     return np.zeros(spec.concrete_shape(rows), spec.dtype)
 
 
-def figures(
-    computes: str,
-    load: float,
-    times: list[float],
-    tokens: int,
-    decoding: float,
-    images: int,
-    drawn: NDArray[np.int64],
-) -> dict[str, Any]:
-    """What is told of a request; of fewer steps or images than all it is put together."""
-    import resource
-
-    step = statistics.mean(times)
-    return {
-        "computes": computes,
-        "load_s": load,
-        "seconds": step * tokens + decoding * images,
-        "step_ms": step * 1e3,  # sampling included
-        "step_median_ms": statistics.median(times) * 1e3,
-        "decode_ms": decoding * 1e3,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "first_tokens": drawn[0, :8].tolist(),
-    }
+def timed(work: Callable[[], None]) -> float:
+    """Seconds that `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

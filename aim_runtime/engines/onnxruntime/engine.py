@@ -29,7 +29,6 @@ from aim_runtime.engines.base import Conditioning, Engine, Rows
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older, log_level
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph
-from aim_runtime.engines.onnxruntime.waiting import waiting
 from aim_runtime.errors import BackendError, BundleError
 from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph, checked_graphs
@@ -283,8 +282,7 @@ def make_session(
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = log_level()
-    for name, value in waiting(installed_version()).items():
-        options.add_session_config_entry(name, value)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
     stopping.by(lambda: options.set_load_cancellation_flag(True))
 
