@@ -25,11 +25,10 @@ from aim_evaluation.picture_files import CropKind, Fit, Pixels
 from aim_evaluation.picture_sets import (
     PictureFolder,
     PictureSet,
-    SampleSettings,
     open_pictures,
-    read_sample_settings,
 )
 from aim_evaluation.reconstruction import Reconstruction, code_use
+from aim_evaluation.sample_settings import SampleSettings, read_sample_settings
 from aim_runtime import contact_sheet
 
 _MOST_COMPARED = 1000
@@ -119,7 +118,10 @@ class Samples:
     def describe(self) -> dict[str, Any]:
         """What they are, for the report."""
         settings = None if self.settings is None else self.settings.describe()
-        return self.pictures.describe() | {"settings": settings}
+        described = self.pictures.describe()
+        if self.classes is not None:
+            described["classes"] = len(np.unique(self.classes[0]))
+        return described | {"settings": settings}
 
 
 def measure_comparison(

@@ -2,7 +2,8 @@
 
 Pictures are compared as thumbnails, which the tokenizer's small faults do not change. A model that
 was trained on random crops repeats a picture at any of their places, so references may be larger
-than the pictures: all their windows are looked at, one every half thumbnail pixel.
+than the pictures: windows at every half thumbnail pixel are looked at. Coarser thumbnails say first
+which references are worth it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 
 from aim_evaluation.picture_files import Pixels
 
-THUMBNAIL = 32
-"""Side of the thumbnails, in pixels."""
+THUMBNAIL, COARSE = 32, 8
+"""Sides of the thumbnails, in pixels: those that are compared, and those that choose."""
+_CHOSEN = 4
+"""References of a chunk that are compared with a picture."""
 
 Values = NDArray[np.float32]
+Places = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,66 @@ class Nearest:
 
     Attributes:
         distance: (N,) root mean square difference of the thumbnails, in grey levels of 0..255.
-        index: (N,) the reference; -1 where there was none to compare with.
+        index: (N,) the reference.
         top: (N,) where its window begins, pixels.
         left: likewise.
     """
 
     distance: NDArray[np.float64]
-    index: NDArray[np.int64]
-    top: NDArray[np.int64]
-    left: NDArray[np.int64]
+    index: Places
+    top: Places
+    left: Places
 
     def of(self, part: slice) -> Nearest:
         """Those of some of the pictures."""
         return Nearest(self.distance[part], self.index[part], self.top[part], self.left[part])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Means over squares of pixels; a thumbnail is every `apart`-th of them.
+
+    Attributes:
+        factor: pixels of a square's side.
+        stride: pixels between squares.
+        cells: thumbnail pixels of a picture's side.
+    """
+
+    factor: int
+    stride: int
+    cells: int
+
+    @classmethod
+    def fine(cls, size: int) -> _Grid:
+        """For pictures of `size` pixels, and windows at every half thumbnail pixel."""
+        factor = max(1, size // THUMBNAIL)
+        return cls(factor, factor // 2 if factor % 2 == 0 else factor, size // factor)
+
+    def coarse(self, size: int) -> _Grid:
+        """Coarser thumbnails of the same windows, whose differences are at most as large."""
+        factor = max(self.factor, size // COARSE // self.stride * self.stride)
+        return _Grid(factor, self.stride, size // factor)
+
+    @property
+    def apart(self) -> int:
+        return self.factor // self.stride
+
+    def windows(self, shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
+        """Rows and columns of all windows in means of (M, h, w, 3)."""
+        span = (self.cells - 1) * self.apart + 1
+        return [
+            (slice(row, row + span, self.apart), slice(column, column + span, self.apart))
+            for row in range(shape[1] - span + 1)
+            for column in range(shape[2] - span + 1)
+        ]
+
+    def thumbnails(self, pictures: Pixels) -> Values:
+        """(N, 3·cells²) of pictures as large as a window."""
+        return _flat(_means(pictures, self.factor, self.factor))
+
+    def means(self, references: Pixels) -> Values:
+        """(M, h, w, 3)."""
+        return _means(references, self.factor, self.stride)
 
 
 def find_nearest(
@@ -57,64 +108,58 @@ def find_nearest(
         leave_out_itself: picture i is reference i too, and not compared with it.
         progress: is told how many references are done.
     """
-    size = pictures.shape[1]
-    factor = max(1, size // THUMBNAIL)
-    stride = factor // 2 if factor % 2 == 0 else factor
-    wanted = _flat(_means(pictures, factor, factor))  # (N, 3·cells²)
-    best = np.full(len(pictures), np.inf)
-    index = np.full(len(pictures), -1, np.int64)
+    size, count = pictures.shape[1], len(pictures)
+    fine = _Grid.fine(size)
+    coarse = fine.coarse(size)
+    wanted, sketched = fine.thumbnails(pictures), coarse.thumbnails(pictures)
+    best, index = np.full(count, np.inf), np.zeros(count, np.int64)
     top, left = np.zeros_like(index), np.zeros_like(index)
     done = 0
     for chunk in references:
-        grid = _means(chunk, factor, stride)  # (M, h, w, 3)
-        which, rows, columns = _nearest_of(
-            wanted, grid, size // factor, factor // stride, (done if leave_out_itself else None)
-        )
-        # Once more, directly: a difference of large products loses the small distances.
-        cells = (np.arange(size // factor) * (factor // stride)).astype(np.int64)
-        found = grid[
-            which[:, None, None],
-            rows[:, None, None] + cells[:, None],
-            columns[:, None, None] + cells,
-        ]
-        squared = np.square(_flat(found).astype(np.float64) - wanted).mean(1)
+        apart = _coarse_distances(sketched, coarse.means(chunk), coarse)  # (N, M)
         if leave_out_itself:
-            squared[(which + done) == np.arange(len(squared))] = np.inf
-        closer = squared < best
-        best[closer] = squared[closer]
-        index[closer] = which[closer] + done
-        top[closer], left[closer] = rows[closer] * stride, columns[closer] * stride
+            own = np.arange(min(done, count), min(count, done + len(chunk)))
+            apart[own, own - done] = np.inf
+        chosen = np.argsort(apart, axis=1, kind="stable")[:, :_CHOSEN]  # (N, at most _CHOSEN)
+        which, column = np.nonzero(np.take_along_axis(apart, chosen, 1) < best[:, None])
+        found = chosen[which, column]
+        squared, rows, columns = _fine_distances(wanted[which], fine.means(chunk), found, fine)
+        for place, candidate in enumerate(which):
+            if squared[place] < best[candidate]:
+                best[candidate], index[candidate] = squared[place], found[place] + done
+                top[candidate] = rows[place] * fine.stride
+                left[candidate] = columns[place] * fine.stride
         done += len(chunk)
         progress(done)
     return Nearest(np.sqrt(best) * 255, index, top, left)
 
 
-def _nearest_of(
-    wanted: Values, grid: Values, cells: int, apart: int, itself: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The nearest reference of a chunk to each picture, and its window's place in the grid.
-
-    `itself`: the chunk's first reference is the picture of this number, which is left out.
-    """
-    span = (cells - 1) * apart + 1
+def _coarse_distances(wanted: Values, means: Values, grid: _Grid) -> Values:
+    """Mean squared difference (N, M) of each picture to the nearest window of each reference."""
     norms = np.square(wanted).sum(1)[:, None]
+    least = np.full((len(wanted), len(means)), np.inf, np.float32)
+    for rows, columns in grid.windows(means.shape):
+        window = _flat(means[:, rows, columns])  # (M, 3·cells²)
+        squared = norms + np.square(window).sum(1) - 2 * (wanted @ window.T)
+        np.minimum(least, squared, out=least)
+    return least / wanted.shape[1]
+
+
+def _fine_distances(
+    wanted: Values, means: Values, found: Places, grid: _Grid
+) -> tuple[NDArray[np.float64], Places, Places]:
+    """For pairs of a picture and a reference: the nearest window's difference and place.
+
+    Differences are taken directly: of large products the small ones would be lost to rounding.
+    """
     best = np.full(len(wanted), np.inf)
-    which = np.zeros(len(wanted), np.int64)
-    rows, columns = np.zeros_like(which), np.zeros_like(which)
-    for row in range(grid.shape[1] - span + 1):
-        for column in range(grid.shape[2] - span + 1):
-            part = grid[:, row : row + span : apart, column : column + span : apart]
-            window = _flat(part)  # (M, 3·cells²)
-            squared = norms + np.square(window).sum(1) - 2 * (wanted @ window.T)  # (N, M)
-            if itself is not None:
-                own = np.arange(max(0, itself), min(len(wanted), itself + len(grid)))
-                squared[own, own - itself] = np.inf
-            nearest = squared.argmin(1)
-            value = squared[np.arange(len(wanted)), nearest]
-            closer = value < best
-            best[closer], which[closer] = value[closer], nearest[closer]
-            rows[closer], columns[closer] = row, column
-    return which, rows, columns
+    top, left = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
+    for rows, columns in grid.windows(means.shape):
+        window = _flat(means[:, rows, columns])
+        squared = np.square(window[found] - wanted).mean(1, dtype=np.float64)
+        closer = squared < best
+        best[closer], top[closer], left[closer] = squared[closer], rows.start, columns.start
+    return best, top, left
 
 
 def _means(pictures: Pixels, factor: int, stride: int) -> Values:
@@ -122,11 +167,14 @@ def _means(pictures: Pixels, factor: int, stride: int) -> Values:
     count, height, width, _ = pictures.shape
     whole = pictures[:, : height - height % stride, : width - width % stride]
     ink = 1 - whole.astype(np.float32) / 255
-    small = ink.reshape(count, height // stride, stride, width // stride, stride, 3).mean((2, 4))
-    if factor == stride:
-        return small
-    down = small[:, :-1] + small[:, 1:]
-    return (down[:, :, :-1] + down[:, :, 1:]) / 4
+    small: Values = ink.reshape(count, height // stride, stride, width // stride, stride, 3).mean(
+        (2, 4)
+    )
+    apart = factor // stride
+    rows, columns = (side - apart + 1 for side in small.shape[1:3])
+    down = np.mean([small[:, first : first + rows] for first in range(apart)], 0)
+    found: Values = np.mean([down[:, :, first : first + columns] for first in range(apart)], 0)
+    return found
 
 
 def _flat(values: Values) -> Values:

@@ -9,7 +9,6 @@ import hashlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,21 +22,12 @@ from numpy.typing import NDArray
 from aim_evaluation.errors import EvaluationError
 from aim_evaluation.picture_files import SUFFIXES, Fit, Pixels, read_picture, size_of
 from aim_runtime.cores import usable_cores
-from aim_runtime.images import read_settings
 from aim_runtime.quoting import first_line
 
 _CHUNK = 1 << 20
-_SETTINGS = (
-    "bundle",
-    "bundle_sha256",
-    "cfg_scale",
-    "temperature",
-    "top_k",
-    "top_p",
-    "backend",
-    "precision",
-)
-"""What the pictures of one sample have in common, by the names in their files."""
+RECORD = "sample.json"
+"""What `aim sample` writes beside the folder of its pictures."""
+IMAGES = "images"
 ARRAY = "arr_0"
 """The pictures of an .npz file in ADM's format: uint8 (N, height, width, 3)."""
 
@@ -72,10 +62,15 @@ class PictureSet(ABC):
     def digest(self) -> str:
         """sha256 over the files' names below the set and their contents."""
 
+    @property
+    def name(self) -> str:
+        """What the set is called: the name of its folder or file."""
+        return self.path.resolve().name
+
     def describe(self) -> dict[str, Any]:
         """What the set is, for a report."""
         return {
-            "path": self.path.name or str(self.path),
+            "path": self.name,
             "sha256": self.digest(),
             "pictures": len(self),
             "classes": None if self.labels is None else len(np.unique(self.labels)),
@@ -115,6 +110,17 @@ class PictureFolder(PictureSet):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def record(self) -> Path | None:
+        """What `aim sample` says of the pictures; None where they are not from there."""
+        path = self.path.parent / RECORD
+        return path if self.path.name == IMAGES and path.is_file() else None
+
+    @property
+    def name(self) -> str:
+        """As `PictureSet.name`; of a sample that of its folder."""
+        return (self.path if self.record is None else self.record.parent).resolve().name
 
     def batches(self, size: int, first: int = 0) -> Iterator[Pixels]:
         """As `PictureSet.batches`; files are decoded by several threads."""
@@ -183,82 +189,14 @@ class PictureArray(PictureSet):
         return file_sha256(self.path)
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """What the pictures of a sample say about how they were drawn.
-
-    Attributes:
-        common: what holds for all, by the names of `Result.settings`.
-        classes: (N,) class numbers.
-        class_names: by class number, as far as there are pictures of it.
-        seeds: (N,) seeds.
-    """
-
-    common: dict[str, Any]
-    classes: NDArray[np.int64]
-    class_names: dict[int, str]
-    seeds: list[int]
-
-    def describe(self) -> dict[str, Any]:
-        """The settings for a report."""
-        first, last = min(self.seeds), max(self.seeds)
-        whole = last - first + 1 == len(self.seeds)
-        return self.common | {
-            "seeds": f"{first} to {last}" + ("" if whole else f", {len(self.seeds)} of these")
-        }
-
-
-def read_sample_settings(pictures: PictureFolder) -> SampleSettings | None:
-    """The settings in the pictures' files; None where none of them carries any.
-
-    Raises EvaluationError when some lack them, they are of different settings, or two pictures were
-    drawn from one seed.
-    """
-    found = [read_settings(file) for file in pictures.files]
-    bare = sum(not settings for settings in found)
-    if bare == len(found):
-        return None
-    if bare:
-        lacking = next(file for file, told in zip(pictures.files, found, strict=True) if not told)
-        raise EvaluationError(
-            f"{bare} of the {len(found)} pictures in {pictures.path} do not say how they were "
-            f"drawn, such as {lacking.name}, and the others do; keep them apart"
-        )
-    common = {name: found[0].get(name) for name in _SETTINGS}
-    for file, settings in zip(pictures.files, found, strict=True):
-        for name, value in common.items():
-            if settings.get(name) != value:
-                raise EvaluationError(
-                    f"{pictures.path} holds pictures of two settings: {name} is {value} in "
-                    f"{pictures.files[0].name} and {settings.get(name)} in {file.name}"
-                )
-    try:
-        classes = np.array([int(settings["class"]) for settings in found], np.int64)
-        seeds = [int(settings["seed"]) for settings in found]
-    except (KeyError, TypeError, ValueError):
-        raise EvaluationError(f"the settings in {pictures.path}'s files are not aim's") from None
-    repeated = [seed for seed, times in Counter(seeds).items() if times > 1]
-    if repeated:
-        raise EvaluationError(
-            f"{pictures.path} holds more than one picture of the seed {repeated[0]} "
-            f"({len(repeated)} seeds are repeated): such pictures do not vary as samples must"
-        )
-    names = {
-        int(settings["class"]): str(settings["class_name"])
-        for settings in found
-        if "class_name" in settings
-    }
-    return SampleSettings(common, classes, names, seeds)
-
-
 def open_pictures(path: Path, fit: Fit | None = None) -> PictureSet:
     """The set at a path: a folder, that of `aim sample` among them, or an .npz file.
 
     Raises EvaluationError when there is none.
     """
     if path.is_dir():
-        drawn = path / "images"
-        return PictureFolder.scan(drawn if (path / "sample.json").is_file() else path, fit)
+        drawn = path / IMAGES
+        return PictureFolder.scan(drawn if (path / RECORD).is_file() else path, fit)
     if not path.exists():
         raise EvaluationError(f"{path} does not exist; expected a folder of pictures or an .npz")
     pictures = PictureArray.open(path)

@@ -31,6 +31,24 @@ def test_the_distance_is_that_of_thumbnails_in_grey_levels() -> None:
     assert find_nearest(picture, [checkered]).distance[0] < 1e-3
 
 
+def test_no_window_is_missed() -> None:
+    """Against the plain search through all windows."""
+    pictures, references = blobs(5, SIZE, 1), blobs(40, 72, 2)
+    found = find_nearest(pictures, [references[:17], references[17:]])
+    small = pictures.reshape(5, 32, 2, 32, 2, 3).mean((2, 4))
+    for index, picture in enumerate(small):
+        least = min(
+            np.square(
+                one[top : top + SIZE, left : left + SIZE].reshape(32, 2, 32, 2, 3).mean((1, 3))
+                - picture
+            ).mean()
+            for one in references
+            for top in range(9)
+            for left in range(9)
+        )
+        assert found.distance[index] == pytest.approx(np.sqrt(least), abs=1e-3)
+
+
 def test_chunks_do_not_matter() -> None:
     pictures, references = blobs(6, SIZE, 1), blobs(11, 70, 2)
     whole = find_nearest(pictures, [references])

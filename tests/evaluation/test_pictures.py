@@ -18,8 +18,8 @@ from aim_evaluation.picture_sets import (
     PictureFolder,
     PictureSet,
     open_pictures,
-    read_sample_settings,
 )
+from aim_evaluation.sample_settings import read_sample_settings
 from aim_runtime import save_png
 from aim_training.data import Crop, ResidentImages, centre_draws, load_image
 
