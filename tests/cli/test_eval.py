@@ -124,7 +124,7 @@ def test_a_bundle_is_drawn_and_compared(cli: Cli, folder: Path, box: Box) -> Non
     expected = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "preset": "fid"}
     assert {name: settings[name] for name in expected} == expected
     assert (settings["seeds"], settings["backend"]) == ("5 to 55", "cpu")
-    assert (settings["precision"], settings["weights"]) == ("fp32", "fp16")
+    assert (settings["precision"], settings["weights"]) == ("fp32", "fp32")
     assert settings["position_offset"] == 0
     assert report["samples"]["pictures"] == report["real"]["pictures"] == LEAST
     assert "1.125 times" in report["real"]["resizing"]
