@@ -154,9 +154,7 @@ def how_options(function: Function) -> Function:
             help="How real pictures are cut to the size of generated ones: out of the middle, "
             "anywhere as training does (by --seed), or not at all.",
         ),
-        click.option(
-            "--download", is_flag=True, help="Fetch the features' weights where they are missing."
-        ),
+        click.option("--download", is_flag=True, help="Fetch weights that are not here."),
         click.option(
             "--weights",
             type=_PATH,

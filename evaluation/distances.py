@@ -26,7 +26,7 @@ DENSITY_NEIGHBOURS = 5
 """k of density and coverage (arXiv 2002.09797)."""
 ADM_SPLIT = 5000
 """Pictures that the inception score is computed of at a time, as ADM's evaluator does."""
-_BLOCK = 2048
+_BLOCK = 512
 
 
 @dataclass(frozen=True)

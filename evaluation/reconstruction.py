@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_evaluation.distances import Moments, frechet_distance
+from aim_evaluation.errors import EvaluationError
 from aim_evaluation.features import Features
 from aim_evaluation.picture_files import Pixels
+from aim_runtime.quoting import first_line
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Distances (B, 1, 1, 1) of pictures (B, 3, height, width) in [-1, 1]."""
@@ -90,8 +92,17 @@ def psnr(errors: Sequence[float]) -> dict[str, float]:
 
 
 def ssim(pictures: Pixels, drawn: Pixels) -> list[float]:
-    """Structural similarity of each of `drawn`: a Gaussian window of 11, deviation 1.5."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    """Structural similarity of each of `drawn`: a Gaussian window of 11, deviation 1.5.
+
+    Raises EvaluationError where torchmetrics cannot be imported.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another PyTorch
+        raise EvaluationError(
+            f"torchmetrics cannot be used ({first_line(error, 80)}): install it, and a torchvision "
+            "that belongs to this PyTorch or none"
+        ) from error
 
     values = structural_similarity_index_measure(
         _unit(drawn), _unit(pictures), data_range=1.0, reduction="none"

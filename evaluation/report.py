@@ -65,25 +65,25 @@ def head(seconds: float) -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write `report.json` and `report.md`, each whole or not at all."""
+    """Write the report as JSON and as Markdown, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "report.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n",
-        "report.md": markdown(report) + "\n",
+        "json": json.dumps(report, indent=2, ensure_ascii=False) + "\n",
+        "md": markdown(report) + "\n",
     }
-    for name, text in texts.items():
-        with replacing(folder / name) as new:
+    for ending, text in texts.items():
+        with replacing(folder / f"report.{ending}") as new:
             new.write_text(text, encoding="utf-8")
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables: figures, classes, and what they were measured with."""
+def markdown(report: Mapping[str, Any], *, classes: bool = True) -> str:
+    """The report as tables: figures, with `classes` a row for each, and all they depend on."""
     parts = [
         *_comparison(report),
         *_memorisation(report),
         *_reconstruction(report),
         *_likelihood(report),
-        *_classes(report),
+        *(_classes(report) if classes else ()),
         *_measured_with(report),
     ]
     return "\n\n".join(parts)

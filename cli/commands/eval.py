@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from aim_runtime.request import RequestOptions
 
 _MAX_IMAGES = 10_000_000
+_MOST_CLASSES = 30
+"""Classes that have a row each on standard output; of more the table is in the report alone."""
 
 
 @click.command("eval")
@@ -84,24 +86,24 @@ def command(
     aim eval BUNDLE -n 50000 --real VIRTUAL_imagenet256_labeled.npz --features inception
     aim eval BUNDLE --ckpt model.safetensors --reconstruction val --likelihood val
     aim eval --ckpt tokenizer.safetensors --reconstruction val
+    aim eval -n 500 --real val --crop centre                        the model in the box
 
     SAMPLES is a folder of pictures, that of 'aim sample' or an .npz of such. Compared with --real
     they get FID, KID, inception score, precision and recall, density and coverage, and how near
     they come to single pictures. Of a BUNDLE -n pictures are drawn first.
 
-    DIR/report.json and DIR/report.md hold the figures with all that they depend on: checksums of
-    bundle, pictures and features, settings and seeds, resizing. What was stopped goes on when the
-    same command is given again. docs/evaluation.md tells what each figure means.
+    DIR holds the report, as JSON and as Markdown: the figures with all that they depend on, such as
+    checksums of bundle, pictures and features, settings, seeds and resizing. What was stopped goes
+    on when the same command is given again. docs/evaluation.md tells what each figure means.
     """
     with requires("eval", "aim eval"):
         import torch
-        import torchmetrics  # noqa: F401 - said now, not after an hour of drawing
     started = time.perf_counter()
     limit_torch_threads()
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
     drawing = Drawing(count, preset, asked, backend, engine)
-    chosen = checked_target(target, ckpt, wanted)
+    chosen = checked_target(target, ckpt, wanted, count)
     try:
         report = evaluate(chosen, wanted, how, drawing, out, quiet=quiet)
     except KeyboardInterrupt:
@@ -110,12 +112,22 @@ def command(
 
     report = head(time.perf_counter() - started) | report
     write_report(out, report)
-    text = as_json(report, indent=2) if as_object else markdown(report)
+    few = len(report.get("classes", [])) <= _MOST_CLASSES
+    text = as_json(report, indent=2) if as_object else markdown(report, classes=few)
     finish(text, f"the report is in {out}")
 
 
-def checked_target(target: Path | None, ckpt: Path | None, wanted: Wanted) -> Target:
-    """What is to be measured. Raises UsageError where that is not enough for what is asked."""
+def checked_target(
+    target: Path | None, ckpt: Path | None, wanted: Wanted, count: int | None
+) -> Target:
+    """What is to be measured; without a target, but pictures to draw, the model in the box.
+
+    Raises UsageError where that is not enough for what is asked.
+    """
+    if target is None and count is not None:
+        from aim_runtime import Bundle
+
+        target = Bundle.open(None).path
     found = Target.of(target, ckpt)
     if not (wanted.real or wanted.reconstruction or wanted.likelihood):
         raise click.UsageError(

@@ -21,6 +21,19 @@ def test_a_copy_is_found_where_it_was_cut() -> None:
     assert found.distance.max() < 1e-4
 
 
+@pytest.mark.parametrize(("size", "margin", "step"), [(32, 4, 1), (128, 16, 2)])
+def test_the_neighbour_of_a_crop_is_the_picture_it_was_cut_from(
+    size: int, margin: int, step: int
+) -> None:
+    shape = (4, size + margin, size + margin, 3)
+    references = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    places = [(0, 0, 0), (2, margin, step), (3, 2 * step, margin), (2, step, 0)]
+    crops = np.stack([references[i, t : t + size, s : s + size] for i, t, s in places])
+    found = find_nearest(crops, [references])
+    assert list(zip(found.index, found.top, found.left, strict=True)) == places
+    assert found.distance == pytest.approx(0, abs=1e-4)
+
+
 def test_the_distance_is_that_of_thumbnails_in_grey_levels() -> None:
     picture = np.full((1, SIZE, SIZE, 3), 100, np.uint8)
     other = picture + np.uint8(7)
