@@ -8,6 +8,7 @@ which references are worth it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from aim_evaluation.picture_files import Pixels
 
 THUMBNAIL, COARSE = 32, 8
 """Sides of the thumbnails, in pixels: those that are compared, and those that choose."""
-_CHOSEN = 4
-"""References of a chunk that are compared with a picture."""
+_CHOSEN, _LOOKED_AT = 4, 3
+"""References of a chunk that are compared with a picture, and windows of each."""
 
 Values = NDArray[np.float32]
 Places = NDArray[np.int64]
@@ -116,22 +117,31 @@ def find_nearest(
     top, left = np.zeros_like(index), np.zeros_like(index)
     done = 0
     for chunk in references:
-        apart = _coarse_distances(sketched, coarse.means(chunk), coarse)  # (N, M)
+        sketches = coarse.means(chunk)
+        apart = _coarse_distances(sketched, sketches, coarse)  # (N, M)
         if leave_out_itself:
             own = np.arange(min(done, count), min(count, done + len(chunk)))
             apart[own, own - done] = np.inf
         chosen = np.argsort(apart, axis=1, kind="stable")[:, :_CHOSEN]  # (N, at most _CHOSEN)
         which, column = np.nonzero(np.take_along_axis(apart, chosen, 1) < best[:, None])
         found = chosen[which, column]
-        squared, rows, columns = _fine_distances(wanted[which], fine.means(chunk), found, fine)
-        for place, candidate in enumerate(which):
-            if squared[place] < best[candidate]:
-                best[candidate], index[candidate] = squared[place], found[place] + done
-                top[candidate] = rows[place] * fine.stride
-                left[candidate] = columns[place] * fine.stride
+        means, windows = fine.means(chunk), fine.windows(fine.means(chunk[:1]).shape)
+        bounds = _bounds(sketched[which], sketches, found, coarse)[:, : len(windows)]  # (P, W)
+        # A copy's bound is about 0 where it was cut: only the most promising windows are looked at.
+        rank = np.argsort(np.argsort(bounds, axis=1, kind="stable"), axis=1, kind="stable")
+        for place, (rows, columns) in enumerate(windows):
+            pairs = np.flatnonzero((rank[:, place] < _LOOKED_AT) & (bounds[:, place] < best[which]))
+            there, of = np.unique(found[pairs], return_inverse=True)
+            window = _flat(means[:, rows, columns][there])[of]
+            squared = np.square(window - wanted[which[pairs]]).mean(1, dtype=np.float64)
+            for pair, value in zip(pairs, squared, strict=True):
+                picture = which[pair]
+                if value < best[picture]:
+                    best[picture], index[picture] = value, found[pair] + done
+                    top[picture], left[picture] = rows.start, columns.start
         done += len(chunk)
         progress(done)
-    return Nearest(np.sqrt(best) * 255, index, top, left)
+    return Nearest(np.sqrt(best) * 255, index, top * fine.stride, left * fine.stride)
 
 
 def _coarse_distances(wanted: Values, means: Values, grid: _Grid) -> Values:
@@ -145,37 +155,38 @@ def _coarse_distances(wanted: Values, means: Values, grid: _Grid) -> Values:
     return least / wanted.shape[1]
 
 
-def _fine_distances(
-    wanted: Values, means: Values, found: Places, grid: _Grid
-) -> tuple[NDArray[np.float64], Places, Places]:
-    """For pairs of a picture and a reference: the nearest window's difference and place.
+def _bounds(wanted: Values, means: Values, found: Places, grid: _Grid) -> Values:
+    """For pairs of a picture and a reference: what each window's difference is at least, (P, W).
 
     Differences are taken directly: of large products the small ones would be lost to rounding.
     """
-    best = np.full(len(wanted), np.inf)
-    top, left = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
-    for rows, columns in grid.windows(means.shape):
-        window = _flat(means[:, rows, columns])
-        squared = np.square(window[found] - wanted).mean(1, dtype=np.float64)
-        closer = squared < best
-        best[closer], top[closer], left[closer] = squared[closer], rows.start, columns.start
-    return best, top, left
+    parts = [
+        np.square(_flat(means[:, rows, columns])[found] - wanted).mean(1)
+        for rows, columns in grid.windows(means.shape)
+    ]
+    # What rounding may add must not hide a window.
+    return np.stack(parts, 1) * np.float32(1 - 1e-4) - np.float32(1e-7)
 
 
 def _means(pictures: Pixels, factor: int, stride: int) -> Values:
     """Means over squares of `factor` pixels, one every `stride`: (N, h, w, 3), 0 is white."""
     count, height, width, _ = pictures.shape
     whole = pictures[:, : height - height % stride, : width - width % stride]
-    ink = 1 - whole.astype(np.float32) / 255
-    small: Values = ink.reshape(count, height // stride, stride, width // stride, stride, 3).mean(
-        (2, 4)
-    )
+    small = np.zeros((count, height // stride, width // stride, 3), np.float32)
+    for row in range(stride):
+        for column in range(stride):
+            small += whole[:, row::stride, column::stride]
+    small = 1 - small / (255 * stride**2)
     apart = factor // stride
     rows, columns = (side - apart + 1 for side in small.shape[1:3])
-    down = np.mean([small[:, first : first + rows] for first in range(apart)], 0)
-    found: Values = np.mean([down[:, :, first : first + columns] for first in range(apart)], 0)
+    down, found = small[:, :rows].copy(), np.zeros((count, rows, columns, 3), np.float32)
+    for first in range(1, apart):
+        down += small[:, first : first + rows]
+    for first in range(apart):
+        found += down[:, :, first : first + columns]
+    found /= apart**2
     return found
 
 
 def _flat(values: Values) -> Values:
-    return np.ascontiguousarray(values.reshape(len(values), -1))
+    return np.ascontiguousarray(values).reshape(len(values), math.prod(values.shape[1:]))
