@@ -25,6 +25,7 @@ from aim_evaluation.picture_files import CropKind, Fit, Pixels
 from aim_evaluation.picture_sets import (
     PictureFolder,
     PictureSet,
+    holds_pictures,
     open_pictures,
 )
 from aim_evaluation.reconstruction import Reconstruction, code_use
@@ -72,8 +73,7 @@ class Measuring:
 
     def spread_over(self, pictures: PictureSet) -> tuple[NDArray[np.int64], Pixels]:
         """At most `_MOST_COMPARED` pictures, evenly spread, and their places."""
-        count = min(len(pictures), _MOST_COMPARED)
-        places = np.linspace(0, len(pictures) - 1, count).round().astype(np.int64)
+        places = _spread(len(pictures), min(len(pictures), _MOST_COMPARED))
         if isinstance(pictures, PictureFolder):
             found = np.concatenate(list(pictures.part(places.tolist()).batches(_REFERENCES)))
             return places, found
@@ -128,13 +128,7 @@ def measure_comparison(
     measuring: Measuring, samples: Samples, real_path: Path, *, allow_duplicates: bool
 ) -> tuple[dict[str, Any], PictureSet | None]:
     """The figures of generated against real pictures; and the real pictures, if there are any."""
-    statistics: StoredStatistics | None = None
-    real: PictureSet | None = None
-    if real_path.suffix.lower() == ".npz":
-        statistics = read_statistics(real_path)
-    own = samples.pictures.fit
-    if statistics is None:
-        real = open_pictures(real_path, measuring.fit(own.height, own.width))
+    statistics, real = _opened_real(measuring, real_path, samples.pictures.fit)
     compared = compare(
         samples.pictures,
         real,
@@ -148,7 +142,10 @@ def measure_comparison(
     found, around = figures(compared)
     part: dict[str, Any] = {
         "samples": samples.describe(),
-        "real": (real or statistics).describe(),  # type: ignore[union-attr]
+        "real": {
+            **({} if statistics is None else statistics.describe()),
+            **({} if real is None else real.describe()),
+        },
         "features": measuring.features.describe(),
         "figures": found,
         "notes": _notes(compared, measuring.features),
@@ -157,6 +154,18 @@ def measure_comparison(
     if real is not None and around is not None and real.labels is not None and known is not None:
         part["classes"] = class_table(around, known, (real.labels, real.class_names))
     return part, real
+
+
+def _opened_real(
+    measuring: Measuring, path: Path, own: Fit
+) -> tuple[StoredStatistics | None, PictureSet | None]:
+    """The statistics or the pictures at a path, or both, which ADM's files hold."""
+    statistics = None
+    if path.suffix.lower() == ".npz":
+        statistics = read_statistics(path)
+        if statistics is not None and not holds_pictures(path):
+            return statistics, None
+    return statistics, open_pictures(path, measuring.fit(own.height, own.width))
 
 
 def _notes(compared: Compared, features: Features) -> list[str]:
@@ -256,6 +265,11 @@ def _write_pairs(path: Path, pictures: Pixels, nearest: Nearest, references: Pic
     contact_sheet([Image.fromarray(cell) for cell in cells], _SHEET_COLUMNS).save(path)
 
 
+def _spread(total: int, count: int) -> NDArray[np.int64]:
+    """`count` of the numbers below `total`, evenly spread."""
+    return np.linspace(0, total - 1, count).round().astype(np.int64)
+
+
 class Coded:
     """Held-out pictures, encoded once for what is measured of them.
 
@@ -264,12 +278,16 @@ class Coded:
         codes: (N, T).
     """
 
-    def __init__(self, measuring: Measuring, model: Model, path: Path) -> None:
+    def __init__(
+        self, measuring: Measuring, model: Model, path: Path, most: int | None = None
+    ) -> None:
         size = model.size
         whole = PictureFolder.scan(path)
         if size is None:  # a tokenizer alone takes any size
             size = (whole.fit.height, whole.fit.width)
         self.pictures = PictureFolder.scan(path, measuring.fit(*size))
+        if most is not None and most < len(self.pictures):
+            self.pictures = self.pictures.part(_spread(len(self.pictures), most).tolist())
         self._measuring, self._model = measuring, model
 
     @cached_property

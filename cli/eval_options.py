@@ -24,12 +24,14 @@ class Wanted:
         train: pictures that the model was trained on.
         reconstruction: pictures that go through the tokenizer.
         likelihood: pictures whose cost is measured.
+        most: pictures of the last two that are taken, spread evenly; None for all.
     """
 
     real: Path | None
     train: Path | None
     reconstruction: Path | None
     likelihood: Path | None
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,22 @@ def wanted_options(function: Function) -> Function:
         train: Path | None,
         reconstruction: Path | None,
         likelihood: Path | None,
+        most: int | None,
         **kwargs: Any,
     ) -> Any:
-        wanted = Wanted(real, train, reconstruction, likelihood)
+        wanted = Wanted(real, train, reconstruction, likelihood, most)
         return function(*args, wanted=wanted, **kwargs)
 
     command: Any = gathered
     for decorator in (
+        click.option(
+            "--max-pictures",
+            "most",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Pictures of --reconstruction and --likelihood to take, spread evenly over their "
+            "classes. [default: all]",
+        ),
         click.option(
             "--likelihood",
             type=_PATH,
@@ -97,7 +108,7 @@ def wanted_options(function: Function) -> Function:
             type=_PATH,
             metavar="DIR|NPZ",
             help="Real pictures: a folder, or a folder per class, which gives a table of classes; "
-            "or an .npz with arr_0 or, as ADM publishes it, mu and sigma, which give FID alone.",
+            "or an .npz with arr_0 or, as ADM publishes it, mu and sigma, to which FID then is.",
         ),
     ):
         command = decorator(command)

@@ -77,6 +77,12 @@ class Drawing:
     backend: str
     engine: EngineOptions
 
+    @property
+    def changes_pictures(self) -> bool:
+        """Whether anything was asked that has no meaning for pictures that are there."""
+        given = (value for name, value in self.asked.items() if name != "seed")
+        return self.count is not None or any(value is not None for value in given)
+
 
 def draw_sample(bundle: Path, drawing: Drawing, out: Path, *, quiet: bool) -> None:
     """Draw what is missing of a sample in `out`, as `aim sample` does."""

@@ -162,11 +162,10 @@ class PictureArray(PictureSet):
 
         Raises EvaluationError when it holds no pictures.
         """
-        with opened_npz(path) as archive:
-            if f"{ARRAY}.npy" not in archive.namelist():
-                raise EvaluationError(f"{path} holds no pictures under {ARRAY!r}")
-            with archive.open(f"{ARRAY}.npy") as member:
-                shape = _shape(member, path)
+        if not holds_pictures(path):
+            raise EvaluationError(f"{path} holds no pictures under {ARRAY!r}")
+        with opened_npz(path) as archive, archive.open(f"{ARRAY}.npy") as member:
+            shape = _shape(member, path)
         return cls(path, shape[0], Fit(shape[1], shape[2]))
 
     def __len__(self) -> int:
@@ -215,6 +214,12 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether an .npz file has pictures. Raises EvaluationError when it is none."""
+    with opened_npz(path) as archive:
+        return f"{ARRAY}.npy" in archive.namelist()
 
 
 def opened_npz(path: Path) -> zipfile.ZipFile:

@@ -103,7 +103,7 @@ def command(
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
     drawing = Drawing(count, preset, asked, backend, engine)
-    chosen = checked_target(target, ckpt, wanted, count)
+    chosen = checked_target(target, ckpt, wanted, drawing)
     try:
         report = evaluate(chosen, wanted, how, drawing, out, quiet=quiet)
     except KeyboardInterrupt:
@@ -118,13 +118,13 @@ def command(
 
 
 def checked_target(
-    target: Path | None, ckpt: Path | None, wanted: Wanted, count: int | None
+    target: Path | None, ckpt: Path | None, wanted: Wanted, drawing: Drawing
 ) -> Target:
     """What is to be measured; without a target, but pictures to draw, the model in the box.
 
     Raises UsageError where that is not enough for what is asked.
     """
-    if target is None and count is not None:
+    if target is None and drawing.count is not None:
         from aim_runtime import Bundle
 
         target = Bundle.open(None).path
@@ -135,6 +135,11 @@ def checked_target(
         )
     if wanted.real and not (found.samples or found.bundle):
         raise click.UsageError("--real compares pictures: name their folder, an .npz or a bundle")
+    if found.samples and drawing.changes_pictures:
+        raise click.UsageError(
+            f"{found.samples} holds pictures that are drawn already: -n and the options of drawing "
+            "are for a bundle"
+        )
     if wanted.train and not wanted.real:
         raise click.UsageError("--train tells of generated pictures, and takes --real beside it")
     for path in (wanted.real, wanted.train, wanted.reconstruction, wanted.likelihood):
@@ -194,7 +199,7 @@ def measure_model(
     coded: dict[Path, measure.Coded] = {}
     for path in (wanted.reconstruction, wanted.likelihood):
         if path is not None and path not in coded:
-            coded[path] = measure.Coded(measuring, model, path)
+            coded[path] = measure.Coded(measuring, model, path, wanted.most)
     if wanted.reconstruction is not None:
         of = coded[wanted.reconstruction]
         report["reconstruction"] = measure.measure_reconstruction(measuring, model, of)

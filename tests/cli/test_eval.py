@@ -191,6 +191,13 @@ def test_statistics_in_the_place_of_pictures(cli: Cli, folder: Path, box: Box) -
     assert abs(report["figures"]["fid"]) < 1e-2
     assert "kid" not in report["figures"]
     assert report["real"]["statistics"] == "mu and sigma as stored"
+    np.savez("adm.npz", arr_0=pictures, mu=values.mean(0) + 2, sigma=np.cov(values, rowvar=False))
+    assert cli("eval", box.real, "--real", "adm.npz").exit_code == 0
+    both = report_of(folder / "aim-eval")
+    assert both["figures"]["fid"] == pytest.approx(12 * 4, abs=0.1)  # to the statistics
+    assert both["figures"]["precision"] == 1  # of the pictures
+    assert both["real"]["statistics"] == "mu and sigma as stored"
+    assert both["real"]["pictures"] == LEAST
     np.savez("adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     refused(cli("eval", box.real, "--real", "adm.npz"), "2048 features", "ADM's are of --features")
 
@@ -231,6 +238,14 @@ def test_checkpoint_and_bundle_measure_alike(cli: Cli, folder: Path, box: Box) -
         assert 0 < costs[0] < 8
         assert one["likelihood"][side]["bits_per_picture"] == pytest.approx(64 * costs[0])
     assert (Path("one") / "reconstructions.png").is_file()
+
+
+def test_fewer_pictures(cli: Cli, folder: Path, box: Box) -> None:
+    held_out = write(Path("val"), *squares(9, SIZE, 9))
+    args = ("eval", box.checkpoint, "--likelihood", held_out, "--max-pictures", 3)
+    assert cli(*args).exit_code == 0
+    found = report_of(folder / "aim-eval")["likelihood"]["pictures"]
+    assert (found["pictures"], found["classes"]) == (3, 3)
 
 
 def test_bits_are_those_of_the_logits(box: Box) -> None:
@@ -274,6 +289,8 @@ def test_a_tokenizer_alone(cli: Cli, folder: Path) -> None:
         (("bundle", "--real", "real"), "-n says how many"),
         (("bundle", "--likelihood", "real"), "--ckpt is missing"),
         (("real", "--train", "real", "--likelihood", "real"), "--train tells of generated"),
+        (("real", "--real", "real", "-n", "60"), "drawn already"),
+        (("real", "--real", "real", "--top-k", "5"), "drawn already"),
         (("few", "--real", "real"), "there are 3 generated pictures, too few"),
         (("real", "--real", "few"), "there are 3 real pictures, too few"),
         (("small", "--real", "real"), "--crop centre or --crop random"),
