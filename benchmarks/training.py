@@ -51,8 +51,8 @@ SECTIONS = (
 )
 # Steps before those that are timed, the first of which compiles.
 WARM_UP = 4
-# Memory of the smaller cards that sharding is for, GiB: some of theirs is not PyTorch's to take.
-SMALL_CARD_GIB = 38.0
+# What PyTorch may take of cards of 40 and of 24 GB, GiB: some is the driver's and NCCL's.
+CARD_40_GIB, CARD_24_GIB = 36.0, 21.0
 # One small geometry for curves in float32.
 SMALL = {"d_model": 256, "num_layers": 4, "vocab_size": 512, "num_classes": 10, "num_tokens": 256}
 
@@ -98,11 +98,11 @@ def main(
     shared = tempfile.mkdtemp()
     found: dict[str, Any] = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
 
-    def add(name: str, function: Callable[..., None], *args: Any) -> None:
+    def add(name: str, function: Callable[..., None], *args: Any, **how: Any) -> None:
         with tempfile.TemporaryDirectory() as fresh:
             # As on a machine that has never trained; the others share what they compile.
             os.environ["TRITON_CACHE_DIR"] = fresh if name in ("speed", "eager") else shared
-            result = in_process(function, *args, limit_s=limit)
+            result = in_process(function, *args, limit_s=limit, **how)
         found.setdefault(name, []).append(result)
         click.echo(f"{name}: {json.dumps(result)[:6000]}")
         if target is not None:
@@ -130,8 +130,13 @@ def main(
             for processes, share in ((1, images), (gpus(), images), (gpus(), images // gpus())):
                 add("scaling", measure_several, size, share, steps, processes)
         if "sharded" in sections:
-            for sharded, most_gib in ((True, SMALL_CARD_GIB), (False, None), (True, None)):
-                add("sharded", measure_several, size, images, steps, gpus(), sharded, most_gib)
+            for how in (
+                {"sharded": True},
+                {"sharded": False},
+                {"sharded": True, "most_gib": CARD_40_GIB},
+                {"sharded": True, "most_gib": CARD_24_GIB, "checkpoint_activations": True},
+            ):
+                add("sharded", measure_several, size, images, steps, gpus(), **how)
         if "published" in sections and checkouts:
             add("published", measure_published_step, *checkouts, size, images, steps)
         if "profile" in sections:
@@ -316,8 +321,10 @@ def measure_several(
     share: int,
     steps: int,
     processes: int,
+    *,
     sharded: bool = False,
     most_gib: float | None = None,
+    checkpoint_activations: bool = False,
 ) -> None:
     """Our network in so many processes, one a GPU, each with `share` images a step.
 
@@ -328,16 +335,18 @@ def measure_several(
         steps: timed.
         processes: one a GPU.
         sharded: each keeps its share of the states only.
-        most_gib: what a process may take of its GPU.
+        most_gib: what PyTorch may take of each GPU.
+        checkpoint_activations: as in `AiM`.
     """
     import torch.multiprocessing
 
     keep(model=size, processes=processes, images=share * processes)
-    keep(sharded=sharded, most_gib=most_gib)
+    how = (sharded, most_gib, checkpoint_activations)
+    keep(sharded=sharded, most_gib=most_gib, checkpoint_activations=checkpoint_activations)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rank0.json"
         meeting = f"file://{folder}/meeting"
-        arguments = (processes, meeting, str(result), size, share, steps, sharded, most_gib)
+        arguments = (processes, meeting, str(result), size, share, steps, *how)
         torch.multiprocessing.spawn(one_of_several, arguments, nprocs=processes)
         found = json.loads(result.read_text(encoding="utf-8"))
     found["images_per_second"] *= processes
@@ -355,6 +364,7 @@ def one_of_several(
     steps: int,
     sharded: bool,
     most_gib: float | None,
+    checkpoint_activations: bool,
 ) -> None:
     """One process of `measure_several`; the first writes what it measured."""
     import torch
@@ -374,7 +384,7 @@ def one_of_several(
             device_id=torch.device("cuda", rank),
         )
     found: dict[str, Any] = {}
-    network = our_network(size)
+    network = our_network(size, checkpoint_activations=checkpoint_activations)
     step = ShardedStep(network, rank) if sharded else our_step(network)
     measure_step(found.update, step, share, steps)
     found["at_once"] = None if step.gradients is None else step.gradients.at_once
