@@ -34,7 +34,7 @@ from aim_training.sharded_learner import ShardedLearner
 from aim_training.sharding import gathered, local
 
 # Odd, so that the processes' shards differ, and one layer's heads are fewer than three processes.
-CODES, CLASSES, TOKENS, IMAGES, STEPS = 33, 6, 16, 12, 4
+CODES, CLASSES, TOKENS, IMAGES, STEPS = 33, 6, 16, 12, 2
 
 
 def options_with(**changes: Any) -> ModelTrainingOptions:
@@ -67,7 +67,7 @@ class Trained:
         **network: Any,
     ) -> None:
         config = ModelConfig(
-            CODES, CLASSES, TOKENS, 32, 3, d_state=16, head_dim=16, adaln_groups=groups
+            CODES, CLASSES, TOKENS, 32, 2, d_state=16, head_dim=16, adaln_groups=groups
         )
         torch.manual_seed(RANK)  # the first process's weights are everybody's
         model = AiM(config, **network).initialise()
