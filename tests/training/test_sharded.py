@@ -19,7 +19,7 @@ from aim_training.train_tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
 CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-TINY = {
+TINY: dict[str, Any] = {
     "size": 32,
     "d_model": 32,
     "layers": 2,
@@ -30,8 +30,8 @@ TINY = {
     "warmup_steps": 0,
     "variants": 2,
     "sample_count": 1,
-    "save_every": 2,
-    "eval_every": 2,
+    "save_every": 1,
+    "eval_every": 1,
     "workers": 0,
 }
 
@@ -62,7 +62,6 @@ def assert_all_passed(said: str, names: list[str]) -> None:
 CHECKS = [
     "memory",
     "training",
-    "own modulations",
     "parts",
     "activations again",
     "dropout",
@@ -80,12 +79,6 @@ CHECKS = [
 def test_two_processes_train_in_shards_what_they_train_whole(tmp_path: Path) -> None:
     said = launched(2, HERE / "sharded_processes.py", tmp_path, *CHECKS, **CPU)
     assert_all_passed(said, CHECKS)
-
-
-def test_shards_need_not_be_equal(tmp_path: Path) -> None:
-    checks = ["training", "resume"]
-    said = launched(3, HERE / "sharded_processes.py", tmp_path, *checks, **CPU)
-    assert_all_passed(said, checks)
 
 
 @pytest.mark.gpu
@@ -152,30 +145,31 @@ def assert_same(ours: Any, theirs: Any, place: str = "") -> None:
 def test_a_sharded_run_goes_on_exactly_and_with_any_number_of_processes(
     squares: Path, held_out: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    options = TINY | {"tokenizer": tokenizer, "val_data": held_out}
+    options = TINY | {"tokenizer": tokenizer, "val_data": held_out, "cache": tmp_path / "codes"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    model = ["-m", "aim_cli", "train", "model", squares, *flags]
+    model = ["-m", "aim_cli", "train", "model", squares, *flags, "--shard-states"]
 
-    def trained(run: str, steps: int, count: int, *more: str, by: str = "torchrun") -> str:
-        out = ["--out", tmp_path / run, "--cache", tmp_path / "codes", f"--steps={steps}"]
-        return launched(count, *model, *out, *more, by=by, **CPU)
+    def trained(run: str, steps: int, count: int, by: str = "torchrun") -> str:
+        return launched(count, *model, "--out", tmp_path / run, f"--steps={steps}", by=by, **CPU)
 
-    trained("straight", 4, 2, "--shard-states")
-    trained("halted", 2, 2, "--shard-states")
-    assert "Resuming" in trained("halted", 4, 2, "--shard-states", by="accelerate")
-    assert_same(state(tmp_path / "halted", 4), state(tmp_path / "straight", 4))
-    # The weights that are exported, and the scores by which they were chosen.
-    for name in ("model.safetensors", "samples/step-00000004.png"):
-        ours, theirs = (tmp_path / run / name for run in ("halted", "straight"))
-        assert ours.read_bytes() == theirs.read_bytes()
-    # Another number of processes, then one that shards nothing, then in shards again.
-    for steps, count, more in ((6, 3, ["--shard-states"]), (8, 1, []), (10, 2, ["--shard-states"])):
-        said = trained("halted", steps, count, *more)
-        assert said.count("Resuming") == 1
-        assert "changed since: shard_states" not in said
-    trained("whole", 10, 1)
-    ours, theirs = (load_checkpoint(tmp_path / run).model for run in ("halted", "whole"))
-    assert ours is not None
-    assert theirs is not None
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+    trained("straight", 2, 2)
+    trained("halted", 1, 2)
+    assert "Resuming" in trained("halted", 2, 2, by="accelerate")
+    halted, straight = tmp_path / "halted", tmp_path / "straight"
+    assert_same(state(halted, 2), state(straight, 2))
+    for name in ("model.safetensors", "samples/step-00000002.png"):
+        assert (halted / name).read_bytes() == (straight / name).read_bytes()
+    # Another number of processes, and then one that shards nothing.
+    said = trained("halted", 3, 3)
+    assert "Resuming" in said
+    assert "changed since: shard" not in said
+    alone = ModelTrainingOptions(data=squares, out=halted, steps=4, **options)
+    exported = load_checkpoint(trainer.train_model(alone))
+    assert exported.metadata["training"]["exported_step"] == 4
+    assert state(halted, 4)["step"] == 4
+    sizes = {
+        name: tensor.shape
+        for name, tensor in state(straight, 2)["learners"]["model"]["network"].items()
+    }
+    assert exported.model is not None
+    assert {name: tensor.shape for name, tensor in exported.model.state_dict().items()} == sizes
