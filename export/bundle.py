@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from onnx import ModelProto
 
@@ -27,9 +27,11 @@ from aim_export.manifest import (
     state_pairs,
 )
 from aim_export.onnx.decoder import lower_decoder
-from aim_export.onnx.graph import Precision, write_graph
+from aim_export.onnx.graph import PRECISIONS, Precision, write_graph
 from aim_export.onnx.lowering import lower_prologue, lower_step
+from aim_export.onnx.packed import pack_step
 from aim_export.parity import ParityReport, Progress, check_parity
+from aim_export.quantization import quantised
 from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
@@ -83,7 +85,8 @@ def export_bundle(
         checkpoint: AiM weights in any layout that `load_checkpoint` reads.
         out: folder to make.
         tokenizer: VQ tokenizer, where the checkpoint does not bring its own.
-        precision: how large weights are stored; arithmetic on a CPU is float32 either way.
+        precision: how large weights are stored. `fp32` and `fp16` are computed in float32 on a
+            CPU; what every step reads may be `int8` or `int4`, which is computed as such.
         position_offset: 0 or 1; None takes what the checkpoint says, or else the published 1.
         class_names: one a class; None takes the checkpoint's own, ImageNet's for 1000 classes, or
             else numbers.
@@ -149,18 +152,20 @@ def write_graphs(
             report(f"lowering the {graph}")
         lowered = lower()
         specs[graph] = _graph_spec(graph, lowered)
-        write_graph(lowered, folder, graph, precision)
+        if graph == "step" and precision in ("int8", "int4"):
+            pack_step(lowered, quantised(lowered))
+        write_graph(lowered, folder, graph, "fp32" if precision == "fp32" else "fp16")
     return specs
 
 
 def _checked_options(
-    precision: str,
+    precision: Precision,
     position_offset: int | None,
     sampling: SamplingOptions | Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """The sampling settings by name; ValueError for what is out of range."""
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it may be one of {', '.join(PRECISIONS)}")
     if position_offset not in (None, 0, 1):
         raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
     chosen = asdict(sampling) if isinstance(sampling, SamplingOptions) else dict(sampling or {})
@@ -202,9 +207,12 @@ def _lowered(
     graphs_dir.mkdir()
     for path in included:
         shutil.copyfile(path, graphs_dir / path.name)
-    precision: Precision = "fp16" if draft.precision == "fp16" else "fp32"
     specs = write_graphs(
-        *_networks(source, holder), draft.model.position_offset, precision, graphs_dir, say
+        *_networks(source, holder),
+        draft.model.position_offset,
+        cast("Precision", draft.precision),
+        graphs_dir,
+        say,
     )
     if step_graph_can_be_tried():
         say("fusing the step for the backend cpu")

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aim_export.agreement import TOLERANCES
+from aim_export.agreement import TOLERANCES, best_token_agreement, mean_divergence
 from aim_export.agreement import relative_error as _relative_error
 from aim_export.agreement import token_agreement as _token_agreement
 from aim_export.cpu import step_engines
@@ -49,6 +49,9 @@ class ParityReport:
         logits_max_error: largest absolute difference of one logit.
         token_agreement: share of draws with the same token, given the same past and noise.
         psnr_db: decoded pixels against PyTorch's; infinite (reported as 999) when equal.
+        divergence: mean Kullback-Leibler divergence of the tokens' probabilities from PyTorch's,
+            in nats, guidance on, temperature 1.
+        best_token_agreement: share of places with the same best token.
         step_graphs: the step graphs that were compared; figures are those of the worst.
     """
 
@@ -60,6 +63,8 @@ class ParityReport:
     logits_max_error: float
     token_agreement: float
     psnr_db: float
+    divergence: float
+    best_token_agreement: float
     step_graphs: tuple[str, ...] = ("plain",)
 
     @property
@@ -67,7 +72,7 @@ class ParityReport:
         """One sentence for each rung that does not hold; what is not a number never does."""
         limit = TOLERANCES[self.precision]
         failures = []
-        for name in ("sequence_error", "logits_error"):
+        for name in ("sequence_error", "logits_error", "divergence"):
             measured, allowed = getattr(self, name), getattr(limit, name)
             if not measured <= allowed:  # also catches NaN
                 failures.append(f"{name} is {measured:.2e}, at most {allowed:.0e} is allowed")
@@ -75,8 +80,9 @@ class ParityReport:
             measured, needed = getattr(self, name), getattr(limit, name)
             if not measured >= needed:
                 failures.append(f"{name} is {measured:.4g}, at least {needed:g} is needed")
-        if not math.isfinite(self.logits_max_error):
-            failures.append(f"logits_max_error is {self.logits_max_error}, a number is needed")
+        for name in ("logits_max_error", "best_token_agreement"):
+            if not math.isfinite(measured := getattr(self, name)):
+                failures.append(f"{name} is {measured}, a number is needed")
         return failures
 
     def to_dict(self) -> dict[str, str | int | float | list[str]]:
@@ -120,7 +126,7 @@ def check_parity(
         _forced(Generator(bundle, engine), tokens, classes, options, noise, reference)
         for engine in engines.values()
     ]
-    errors, largest, agreements = zip(*by_graph, strict=True)
+    errors, largest, divergences, best, agreements = zip(*by_graph, strict=True)
     decode = engines["plain"].decode
     pixels = np.concatenate([decode(row[None]) for row in tokens.numpy()])
     expected = torch.cat([tokenizer.decode(row[None]) for row in tokens])
@@ -132,6 +138,8 @@ def check_parity(
         # Whatever is no number comes out on top.
         logits_error=float(np.max(errors)),
         logits_max_error=float(np.max(largest)),
+        divergence=float(np.max(divergences)),
+        best_token_agreement=float(np.min(best)),
         token_agreement=float(np.min(agreements)),
         psnr_db=_psnr_db(pixels, expected),
         step_graphs=tuple(engines),
@@ -145,13 +153,18 @@ def _forced(
     options: SamplingOptions,
     noise: NDArray[np.float64],
     reference: NDArray[np.float32],
-) -> tuple[float, float, float]:
-    """Error of the logits of `tokens` (N, T), the largest of one, and the share of same draws."""
+) -> tuple[float, float, float, float, float]:
+    """What the logits of `tokens` (N, T) differ by from the `reference` (N, T, V).
+
+    Their error, the largest of one, the divergence, the share of same best tokens and same draws.
+    """
     drawn = tokens.numpy()
     logits = generator.logits(drawn, classes.tolist(), cfg_scale=options.cfg_scale)  # (N, T, V)
     return (
         _relative_error(logits, reference),
         float(np.abs(logits - reference).max()),
+        mean_divergence(logits, reference),
+        best_token_agreement(logits, reference),
         _token_agreement(logits, noise, options, drawn),
     )
 

@@ -23,6 +23,7 @@ from aim_runtime.cores import usable_cores
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
+    check_precision,
     failed,
     import_failure,
     make_session,
@@ -32,9 +33,8 @@ from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph, chosen_step
 from aim_runtime.engines.slots import drained
-from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.errors import BundleError
 from aim_runtime.onnx_graph import CheckedGraph
-from aim_runtime.quoting import shown
 from aim_runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def load(
 
     `threads` defaults to every core this process may use.
     """
-    if precision not in ("auto", "fp32"):
-        raise BackendError(
-            f"precision is {shown(precision)}; the cpu backend computes in 'fp32' only"
-        )
+    check_precision("cpu", bundle, precision)
     threads = usable_cores() if threads is None else threads
     step = chosen_step(bundle).step
     try:
