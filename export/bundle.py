@@ -12,7 +12,9 @@ from typing import Any, cast
 
 from onnx import ModelProto
 
+from aim_export.calibration import Setting
 from aim_export.cpu import WANTED, step_graph_can_be_tried, write_step_graph
+from aim_export.drawing import guided
 from aim_export.errors import ExportError
 from aim_export.manifest import (
     PUBLISHED_SAMPLING,
@@ -29,9 +31,9 @@ from aim_export.manifest import (
 from aim_export.onnx.decoder import lower_decoder
 from aim_export.onnx.graph import PRECISIONS, Precision, write_graph
 from aim_export.onnx.lowering import lower_prologue, lower_step
-from aim_export.onnx.packed import pack_step
+from aim_export.onnx.packed import Matrix, pack
 from aim_export.parity import ParityReport, Progress, check_parity
-from aim_export.quantization import quantised
+from aim_export.quantization import int4_matrices, int8_matrices
 from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
@@ -126,7 +128,7 @@ def export_bundle(
     draft = draft_manifest(source, holder, wishes, offset, precision, say)
 
     with _scratch_beside(out) as scratch:
-        lowered = _lowered(source, holder, draft, included, scratch, say)
+        lowered = _lowered(source, holder, draft, included, scratch, say, progress)
         parity = _compared(source, holder, lowered, say, progress)
         provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
         final = replace(lowered.manifest, provenance=provenance)
@@ -140,8 +142,12 @@ def write_graphs(
     precision: Precision,
     folder: Path,
     report: Report | None = None,
+    packed: Mapping[str, Matrix] | None = None,
 ) -> dict[str, GraphSpec]:
-    """Lower both networks and write the three graphs into `folder`; returns what they are."""
+    """Lower both networks and write the three graphs into `folder`; returns what they are.
+
+    `packed` are matrices of few bits, by name.
+    """
     specs = {}
     for graph, lower in (
         ("prologue", lambda: lower_prologue(model)),
@@ -152,8 +158,7 @@ def write_graphs(
             report(f"lowering the {graph}")
         lowered = lower()
         specs[graph] = _graph_spec(graph, lowered)
-        if graph == "step" and precision in ("int8", "int4"):
-            pack_step(lowered, quantised(lowered))
+        pack(lowered, packed or {})
         write_graph(lowered, folder, graph, "fp32" if precision == "fp32" else "fp16")
     return specs
 
@@ -201,18 +206,22 @@ def _lowered(
     included: Sequence[Path],
     scratch: Path,
     say: Report,
+    progress: Progress | None,
 ) -> Bundle:
     """The bundle that `draft` describes, in `scratch`, checked as others' runtimes will."""
+    model, vq = _networks(source, holder)
     graphs_dir = scratch / "graphs"
     graphs_dir.mkdir()
     for path in included:
         shutil.copyfile(path, graphs_dir / path.name)
     specs = write_graphs(
-        *_networks(source, holder),
+        model,
+        vq,
         draft.model.position_offset,
         cast("Precision", draft.precision),
         graphs_dir,
         say,
+        _packed(model, draft, say, progress),
     )
     if step_graph_can_be_tried():
         say("fusing the step for the backend cpu")
@@ -223,6 +232,18 @@ def _lowered(
     lowered = write_bundle(replace(draft, graphs=specs), graphs_dir, scratch / "bundle")
     checked_graphs(lowered)  # the one for the CPU is checked where it is loaded
     return lowered
+
+
+def _packed(
+    model: AiM, draft: Manifest, say: Report, progress: Progress | None
+) -> dict[str, Matrix]:
+    """The matrices of few bits, if the draft's precision is one of few bits."""
+    if draft.precision == "int8":
+        return int8_matrices(model)
+    if draft.precision == "int4":
+        setting = Setting(draft.model.position_offset, guided(draft.sampling))
+        return int4_matrices(model, setting, say, progress)
+    return {}
 
 
 def _compared(

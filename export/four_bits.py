@@ -36,7 +36,7 @@ def int4_matrix(weight: Floats, moments: NDArray[np.float64]) -> Int4Matrix:
         part = slice(index * BLOCK, (index + 1) * BLOCK)
         inside = factor[part, part]
         block, errors = rest[:, part], np.zeros((outputs, BLOCK), np.float32)
-        scale, zero = _levels(block, 1 / np.diag(inside) ** 2)
+        scale, zero = _levels(block, np.diag(inside) ** -2)
         for column in range(BLOCK):
             levels = np.clip(np.rint(block[:, column] / scale) + zero, 0, _LEVELS)
             values[:, part.start + column] = levels

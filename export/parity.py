@@ -14,7 +14,6 @@ The images are drawn by the PyTorch model itself, by the bundle's own sampler an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,16 +25,13 @@ from aim_export.agreement import TOLERANCES, best_token_agreement, mean_divergen
 from aim_export.agreement import relative_error as _relative_error
 from aim_export.agreement import token_agreement as _token_agreement
 from aim_export.cpu import step_engines
-from aim_export.errors import ExportError
+from aim_export.drawing import Progress, draw, guided
 from aim_export.onnx.decoder import Pictures
 from aim_runtime import Bundle, Generator, SamplingOptions
 from aim_runtime.noise import uniforms
-from aim_runtime.sampling import guide, row_classes, sample
+from aim_runtime.sampling import row_classes
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
-
-# Called with steps done and steps in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -110,15 +106,13 @@ def check_parity(
     """
     config, manifest = model.config, bundle.manifest
     engines = step_engines(bundle)
-    options = manifest.sampling
+    options = guided(manifest.sampling)
     offset = manifest.model.position_offset
     classes = np.unique([0, config.num_classes - 1]).astype(np.int64)
-    if options.rows_per_image == 1:  # both halves of the guidance must be looked at
-        options = options.replace(cfg_scale=2.0)
 
     rows = torch.from_numpy(row_classes(classes, options.cfg_scale, config.num_classes))
     noise = uniforms(range(len(classes)), config.num_tokens)
-    tokens, row_logits, reference = _draw(model, rows, noise, offset, options, progress)
+    tokens, row_logits, reference = draw(model, rows, noise, offset, options, progress)
     row_tokens = tokens.repeat(len(rows) // len(classes), 1)  # (R, T)
     whole = model(row_tokens, rows, position_offset=offset)  # (R, T, V)
 
@@ -167,37 +161,6 @@ def _forced(
         best_token_agreement(logits, reference),
         _token_agreement(logits, noise, options, drawn),
     )
-
-
-def _draw(
-    model: AiM,
-    rows: Tensor,
-    noise: NDArray[np.float64],
-    offset: int,
-    options: SamplingOptions,
-    progress: Progress | None,
-) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
-    """Draw with noise (N, T): tokens (N, T), logits of every row (R, T, V), guided (N, T, V)."""
-    images, steps = noise.shape
-    conditioning, state = model.prologue(rows), model.init_state(len(rows))
-    token = torch.zeros(len(rows), dtype=torch.int64)
-    tokens, logits, guided = [], [], []
-    for step in range(steps):
-        position = torch.full_like(token, step)
-        scores, state = model.step(token, position, conditioning, state, offset)
-        if not scores.isfinite().all():
-            raise ExportError(
-                f"the model's own scores are not finite at step {step} of {steps}: its weights "
-                "overflow float32, so nothing can be drawn with them"
-            )
-        guided.append(guide(scores.numpy(), images, options.cfg_scale))
-        drawn = torch.from_numpy(sample(guided[-1], noise[:, step], options))
-        token = drawn.repeat(len(rows) // images)
-        tokens.append(drawn)
-        logits.append(scores)
-        if progress is not None:
-            progress(step + 1, steps)
-    return torch.stack(tokens, 1), torch.stack(logits, 1), np.stack(guided, 1)
 
 
 def _psnr_db(ours: NDArray[np.uint8], reference: Tensor) -> float:

@@ -151,7 +151,8 @@ def write_graph(model: ModelProto, directory: Path, name: str, precision: Stored
     graph_file, weights_file = directory / f"{name}.onnx", directory / f"{name}.weights"
     with weights_file.open("wb") as stream:
         for tensor in model.graph.initializer:
-            raw = numpy_helper.to_array(tensor).tobytes()
+            # Of 4 bits two are a byte, as they lie there; an array would have a byte for each.
+            raw = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
             if len(raw) < _INLINE_BELOW_BYTES:
                 continue
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))

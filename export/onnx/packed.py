@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits in the step's graph: how they are stored, and what plain engines see.
+"""Weights of 8 and 4 bits in the graphs: how they are stored, and what plain engines see.
 
 The bytes lie in the order that the products of ONNX Runtime's CPU provider want, since a step there
 should read nothing but them. The plain graph has the same bytes behind `DequantizeLinear`, which
@@ -70,8 +70,9 @@ class Int4Matrix:
 
     def matrix(self) -> NDArray[np.float32]:
         """What it stands for (N, K)."""
-        zero, scale = (np.repeat(part, BLOCK, axis=1) for part in (self.zero, self.scale))
-        return (self.values.astype(np.float32) - zero) * scale
+        zero = np.repeat(self.zero, BLOCK, axis=1).astype(np.float32)
+        made: NDArray[np.float32] = (self.values - zero) * np.repeat(self.scale, BLOCK, axis=1)
+        return made
 
     def tensors(self, name: str) -> list[TensorProto]:
         """What is stored of it: two weights a byte, the first in the low half."""
@@ -82,13 +83,12 @@ class Int4Matrix:
         ]
 
     def nodes(self, name: str) -> list[NodeProto]:
-        """How the plain graph makes NAME (K, N) of it."""
-        inputs, whole = [name + INT4, name + SCALE, name + ZERO], f"{name}/rows"
+        """How the plain graph makes NAME (N, K) of it."""
+        inputs = [name + INT4, name + SCALE, name + ZERO]
         return [
             helper.make_node(
-                "DequantizeLinear", inputs, [whole], f"{name}/float", axis=1, block_size=BLOCK
-            ),
-            helper.make_node("Transpose", [whole], [name], f"{name}/turned", perm=[1, 0]),
+                "DequantizeLinear", inputs, [name], f"{name}/float", axis=1, block_size=BLOCK
+            )
         ]
 
 
@@ -103,14 +103,15 @@ def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
     return Int8Matrix(np.ascontiguousarray(values.T), scale[:, 0])
 
 
-def pack_step(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
-    """Store the `matrices` of a plain step, by name, in few bits; what computes with them follows.
+def pack(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
+    """Store those of `matrices` that a plain graph has in few bits; what takes them follows.
 
     Args:
-        plain: the step, weights inside; it is changed.
+        plain: the graph, weights inside; it is changed.
         matrices: by the name of the weight whose place each takes.
     """
     graph = plain.graph
+    matrices = {t.name: matrices[t.name] for t in graph.initializer if t.name in matrices}
     kept = [t for t in graph.initializer if t.name not in matrices]
     packed = [t for name, matrix in matrices.items() for t in matrix.tensors(name)]
     nodes = [node for name, matrix in matrices.items() for node in matrix.nodes(name)]
@@ -157,7 +158,7 @@ def _over_packed(node: NodeProto, matrices: Mapping[str, Matrix]) -> Iterator[No
     if node.op_type == "Gather" and table in matrices:
         yield from looked_up(table, node.input[1], node.output[0])
         return
-    if node.op_type == "Gemm" and node.input[1] in matrices:
+    if node.op_type == "Gemm" and isinstance(matrices.get(node.input[1]), Int8Matrix):
         (turned,) = (a for a in node.attribute if a.name == "transB")
         turned.i = 0
     yield node

@@ -109,6 +109,7 @@ def _load(
             providers=[("CPUExecutionProvider", {})],
             stopping=stopping,
             arena=arena,
+            often=name != "prologue",
         )
 
     # ONNX Runtime loads on one core: the small graphs are ready before the step is.

@@ -31,6 +31,7 @@ from aim_runtime.batching import (
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import FEW_BITS, GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
+from aim_runtime.engines.onnxruntime.freed import give_back
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older, log_level
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph
@@ -280,12 +281,15 @@ def make_session(
     providers: Sequence[tuple[str, Mapping[str, str]]],
     stopping: Stopping,
     arena: bool = False,
+    often: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Make a session for `graph`, whose checked file is `model`.
 
     `providers` are names with their options, the best first.
     `arena` plans working memory on the host and keeps it until a run gives it back. Without it,
     each value of a run is memory that the system clears first.
+    `often`: weights of few bits that the graph dequantises become float32 once, when it is loaded;
+    of a graph that runs now and then they stay what they are.
     `stopping` ends it, with a BundleError.
     Raises BundleError for a graph that ONNX Runtime refuses or that is not the manifest's.
     """
@@ -298,8 +302,7 @@ def make_session(
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = log_level()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Weights of few bits that a plain graph dequantises become float32 once, and not at every step.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.disable_quant_qdq", "1" if often else "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
     stopping.by(lambda: options.set_load_cancellation_flag(True))
 
@@ -318,6 +321,7 @@ def make_session(
     try:
         with bundle.reading(graph.weights) as weights:
             session = load(weights)
+        give_back()
     except BundleError:
         raise
     except Exception as error:  # its exception types share no base but this
