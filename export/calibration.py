@@ -6,7 +6,7 @@ Nothing is needed but the model: it draws images of its own classes, with guidan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,12 +63,12 @@ def moments(
             for name, part in _inputs(layer.mixer).items():
                 hooks.enter_context(_looking(part, f"layer_{index}.{name}", seen))
         for start in range(0, images, _AT_ONCE):
-            part = chosen[start : start + _AT_ONCE].astype(np.int64)
-            noise = uniforms(range(start, start + len(part)), count)
-            rows = torch.from_numpy(row_classes(part, scale, classes))
+            drawn = chosen[start : start + _AT_ONCE].astype(np.int64)
+            noise = uniforms(range(start, start + len(drawn)), count)
+            rows = torch.from_numpy(row_classes(drawn, scale, classes))
             for step, _ in enumerate(steps(model, rows, noise, setting.offset, setting.options)):
                 if progress is not None:
-                    progress(start * count + len(part) * (step + 1), images * count)
+                    progress(start * count + len(drawn) * (step + 1), images * count)
     return sums
 
 
@@ -117,12 +117,12 @@ def _inputs(mixer: Mixer) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _looking(part: nn.Module, name: str, seen: object) -> Iterator[None]:
+def _looking(part: nn.Module, name: str, seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         value = inputs[0]
         if name.endswith("out_proj"):  # the norm's weight is inside the graph's matrix
             value = F.rms_norm(value, value.shape[-1:], eps=EPS)
-        seen(name, value)  # type: ignore[operator]
+        seen(name, value)
 
     handle = part.register_forward_pre_hook(look)
     try:
@@ -134,9 +134,9 @@ def _looking(part: nn.Module, name: str, seen: object) -> Iterator[None]:
 @contextlib.contextmanager
 def _weights(model: AiM, weights: Mapping[str, NDArray[np.float32]]) -> Iterator[None]:
     """The model with other weights, of the graph's names, for the time being."""
-    before: list[tuple[nn.Parameter, Tensor]] = []
+    before: list[tuple[Tensor, Tensor]] = []
 
-    def put(parameter: nn.Parameter, value: Tensor) -> None:
+    def put(parameter: Tensor, value: Tensor) -> None:
         before.append((parameter, parameter.data))
         parameter.data = value
 
