@@ -49,14 +49,15 @@ def moments(
     """
     count, classes = model.config.num_tokens, model.config.num_classes
     chosen = np.arange(images) * max(classes // images, 1) % classes
-    sums: dict[str, NDArray[np.float64]] = {}
+    sums: dict[str, Tensor] = {}
     scale = setting.options.cfg_scale
 
     def seen(name: str, value: Tensor) -> None:
         wanted, other = value.chunk(2)
         rows = torch.cat([wanted, other, scale * wanted - (scale - 1) * other])
-        found = (rows.T @ rows).double().numpy()
-        sums[name] = sums[name] + found if name in sums else found
+        if name not in sums:
+            sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        sums[name].addmm_(rows.T, rows)
 
     with contextlib.ExitStack() as hooks:
         for index, layer in enumerate(model.backbone.layers):
@@ -69,7 +70,7 @@ def moments(
             for step, _ in enumerate(steps(model, rows, noise, setting.offset, setting.options)):
                 if progress is not None:
                     progress(start * count + len(drawn) * (step + 1), images * count)
-    return sums
+    return {name: found.double().numpy() for name, found in sums.items()}
 
 
 class HeldOut:
