@@ -15,7 +15,13 @@ from PIL import Image
 
 from aim_cli.eval_subject import Model
 from aim_cli.terminal import Show, progress_bar
-from aim_evaluation.comparison import Compared, class_table, compare, figures
+from aim_evaluation.comparison import (
+    Compared,
+    check_comparable,
+    class_table,
+    compare,
+    figures,
+)
 from aim_evaluation.distances import StoredStatistics, read_statistics
 from aim_evaluation.errors import EvaluationError
 from aim_evaluation.features import Features
@@ -122,6 +128,14 @@ class Samples:
         if self.classes is not None:
             described["classes"] = len(np.unique(self.classes[0]))
         return described | {"settings": settings}
+
+
+def check_before_drawing(
+    measuring: Measuring, size: tuple[int, int], count: int, real_path: Path
+) -> None:
+    """Raise EvaluationError where `count` pictures of `size` could not be compared when drawn."""
+    statistics, real = _opened_real(measuring, real_path, Fit(*size))
+    check_comparable(count, real, statistics, measuring.features)
 
 
 def measure_comparison(

@@ -89,8 +89,7 @@ def draw_sample(bundle: Path, drawing: Drawing, out: Path, *, quiet: bool) -> No
     from aim_cli.commands.sample import preset_options
     from aim_runtime.request import check_seed
 
-    if drawing.count is None:
-        raise click.UsageError("-n says how many pictures are drawn of a bundle; it is missing")
+    assert drawing.count is not None
     with load_generator(bundle, drawing.backend, drawing.engine, quiet=quiet) as generator:
         asked: Any = {name: value for name, value in drawing.asked.items() if name != "seed"}
         with bad_arguments():

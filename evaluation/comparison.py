@@ -60,6 +60,29 @@ class Compared:
     moments: Moments
 
 
+def check_comparable(
+    generated: int, real: PictureSet | None, statistics: StoredStatistics | None, features: Features
+) -> None:
+    """Raise EvaluationError where `generated` pictures cannot be compared with the real ones.
+
+    For there are too few of either, a real picture is not of their size, or the statistics are of
+    other features.
+    """
+    for name, count in (("generated", generated), ("real", None if real is None else len(real))):
+        if count is not None and count < LEAST_PICTURES:
+            raise EvaluationError(
+                f"there are {count} {name} pictures, too few for any of these figures: "
+                f"{LEAST_PICTURES} is the least, and thousands are usual"
+            )
+    if real is not None:
+        next(real.batches(1))
+    if statistics is not None and len(statistics.moments.mean) != features.size:
+        raise EvaluationError(
+            f"the statistics in {statistics.path} are of {len(statistics.moments.mean)} features "
+            f"and '{features.name}' has {features.size}; ADM's are of --features inception"
+        )
+
+
 def compare(
     generated: PictureSet,
     real: PictureSet | None,
@@ -87,17 +110,7 @@ def compare(
         EvaluationError: there are too few pictures, or equal ones among those generated, or the
             statistics are of other features.
     """
-    for name, pictures in (("generated", generated), ("real", real)):
-        if pictures is not None and len(pictures) < LEAST_PICTURES:
-            raise EvaluationError(
-                f"there are {len(pictures)} {name} pictures, too few for any of these figures: "
-                f"{LEAST_PICTURES} is the least, and thousands are usual"
-            )
-    if statistics is not None and len(statistics.moments.mean) != features.size:
-        raise EvaluationError(
-            f"the statistics in {statistics.path} are of {len(statistics.moments.mean)} features "
-            f"and '{features.name}' has {features.size}; ADM's are of --features inception"
-        )
+    check_comparable(len(generated), real, statistics, features)
     found = []
     for name, pictures in (("generated", generated), ("real", real)):
         if pictures is None:

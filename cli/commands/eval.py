@@ -167,6 +167,8 @@ def evaluate(
         how.batch_size,
         quiet,
     )
+    if wanted.real and target.bundle is not None:
+        check_before_drawing(measuring, target.bundle, wanted.real, drawing)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {}
     if wanted.reconstruction or wanted.likelihood:
@@ -186,6 +188,18 @@ def evaluate(
             measuring, samples, real, wanted.train
         )
     return report
+
+
+def check_before_drawing(measuring: Measuring, bundle: Path, real: Path, drawing: Drawing) -> None:
+    """Say now, not after hours of drawing, why pictures could not be compared."""
+    from aim_cli import eval_measure as measure
+    from aim_runtime import Bundle
+
+    if drawing.count is None:
+        raise click.UsageError("-n says how many pictures are drawn of a bundle; it is missing")
+    model = Bundle.open(bundle).manifest.model
+    size = (model.image_height, model.image_width)
+    measure.check_before_drawing(measuring, size, drawing.count, real)
 
 
 def measure_model(

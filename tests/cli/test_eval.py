@@ -277,6 +277,10 @@ def test_a_tokenizer_alone(cli: Cli, folder: Path) -> None:
     refused(cli(*args, "--likelihood", held_out), "holds no model")
 
 
+def drawn_too_early(*args: object, **more: object) -> None:
+    raise AssertionError("what is wrong is said before pictures are drawn")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -287,6 +291,9 @@ def test_a_tokenizer_alone(cli: Cli, folder: Path) -> None:
         (("real", "--real", "missing"), "missing does not exist"),
         (("real", "--reconstruction", "real"), "--ckpt is missing"),
         (("bundle", "--real", "real"), "-n says how many"),
+        (("bundle", "--real", "few", "-n", "60"), "there are 3 real pictures, too few"),
+        (("bundle", "--real", "real", "-n", "6"), "there are 6 generated pictures, too few"),
+        (("bundle", "--real", "real", "-n", "60"), "--crop centre or --crop random"),
         (("bundle", "--likelihood", "real"), "--ckpt is missing"),
         (("real", "--train", "real", "--likelihood", "real"), "--train tells of generated"),
         (("real", "--real", "real", "-n", "60"), "drawn already"),
@@ -301,13 +308,21 @@ def test_a_tokenizer_alone(cli: Cli, folder: Path) -> None:
         (("empty", "--real", "real"), "holds no pictures"),
     ],
 )
-def test_refusals(cli: Cli, folder: Path, box: Box, args: tuple[str, ...], words: str) -> None:
+def test_refusals(
+    cli: Cli,
+    folder: Path,
+    box: Box,
+    args: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     write(Path("few"), *squares(3, 18, 0))
     write(Path("small"), *squares(LEAST, 17, 0))
     write(Path("same"), np.repeat(squares(1, 18, 0)[0], LEAST, 0), ["red"] * LEAST)
     Path("empty").mkdir()
     Path("real").symlink_to(box.real)
     Path("bundle").symlink_to(box.bundle)
+    monkeypatch.setattr("aim_cli.commands.eval.draw_sample", drawn_too_early)
     sentence = refused(cli("eval", *args), words)
     assert len(sentence) <= 320
     assert not (folder / "aim-eval" / "report.json").exists()
