@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from aim_runtime.arguments import instance, number, whole_number
 from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.memory import share_mib
 from aim_runtime.quoting import shown
 
 # The decoder's working memory in bytes for each pixel of the image. Measured on the published
@@ -20,8 +21,10 @@ _STATE_TEMPORARIES = 3
 # The sampler's copies of one image's scores: guided float32, weights, their order and sums.
 _SAMPLER_BYTES_PER_SCORE = 4 + 4 * 8
 
-DEFAULT_MEMORY_LIMIT_MB = 512
-"""Working memory of one request on a CPU, in MiB, where nobody says otherwise."""
+# Where nobody sets a limit: one image that takes no more than that is drawn whatever is free, and
+# no more images advance together than that, since more draw no faster.
+_ALWAYS_MB = 1024
+_ENOUGH_IMAGES = 64
 
 _MAX_LIMIT_MB = 2**40  # an exbibyte
 _LIMIT_ALLOWED = "a number above 0 of MiB, up to 2**40"
@@ -69,32 +72,38 @@ def plan_batches(
 
     These are the figures of the CPU and of ONNX Runtime; an engine on a GPU has its own `plan`.
     `cfg_scale` is as in `SamplingOptions`; None takes the bundle's default. `memory_limit_mb` None
-    means 512.
+    means a quarter of what is free now (see `aim_runtime.memory`) for at most 64 images at a time,
+    and 1024 for one image at least.
     Raises ValueError for arguments out of range, or when not even one image fits.
     """
     n = whole_number("n", n, 1, 2**31)
     instance("manifest", manifest, Manifest, "the manifest of a bundle")
-    if memory_limit_mb is None:
-        memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
-    memory_limit_mb = check_memory_limit(memory_limit_mb)
+    if memory_limit_mb is not None:
+        memory_limit_mb = check_memory_limit(memory_limit_mb)
     options = manifest.sampling.replace(cfg_scale=cfg_scale)
-    return batches_within(manifest, n, options.rows_per_image, memory_limit_mb)
+    return batches_within(manifest, n, options.rows_per_image, memory_limit_mb, share_mib())
 
 
 def batches_within(
     manifest: Manifest,
     n: int,
     rows_per_image: int,
-    memory_limit_mb: float,
+    memory_limit_mb: float | None,
+    share_mb: float,
     decoder_bytes: int = 0,
 ) -> BatchPlan:
     """`plan_batches` for images of `rows_per_image` rows, with checked arguments.
 
-    `decoder_bytes` is what this decoder takes, if it is known to be more than usual.
+    `share_mb` takes the place of a limit that nobody has set. `decoder_bytes` is what this decoder
+    takes, if it is known to be more than usual.
     """
     image, decoder = memory_needed(manifest, rows_per_image)
     decoder = max(decoder, decoder_bytes)
-    largest = int((memory_limit_mb * 2**20 - decoder) // image)
+    most = n
+    if memory_limit_mb is None:
+        memory_limit_mb = max(share_mb, min(_ALWAYS_MB, -(-(image + decoder) // 2**20)))
+        most = _ENOUGH_IMAGES
+    largest = min(most, int((memory_limit_mb * 2**20 - decoder) // image))
     if largest < 1:
         raise limit_too_low(memory_limit_mb, image + decoder)
     return BatchPlan.split(n, largest, image, decoder)

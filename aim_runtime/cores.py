@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
+
+from aim_runtime.control_groups import control_groups
 
 
 def usable_cores() -> int:
@@ -29,36 +29,8 @@ def granted_cores(root: Path = Path("/")) -> float | None:
 
     `root` is where the file system begins, for tests.
     """
-    quotas = [quota for folder in _groups(root) if (quota := _quota(folder)) is not None]
-    return min(quotas, default=None)
-
-
-def _groups(root: Path) -> Iterator[Path]:
-    """The folders of the process's CPU control groups and of all above them that can be seen."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text(errors="replace").splitlines()
-    except OSError:  # no Linux, or a /proc that is hidden
-        return
-    paths: dict[str, str] = {}  # of the group, by the name of its controller; "" in version 2
-    for line in groups:
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        paths |= dict.fromkeys(controllers.split(","), path)
-    for line in mounts:
-        # id, parent, device, root, mount point, options, any more, "-", type, source, options
-        mount, _, system = line.partition(" - ")
-        kind, _, options = [*system.split(" ", 2), "", ""][:3]
-        name = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        fields = mount.split(" ")
-        if name not in paths or len(fields) < 5 or (name and name not in options.split(",")):
-            continue
-        top = root / _unescaped(fields[4]).lstrip("/")
-        path, above = paths[name], _unescaped(fields[3])
-        # Inside a container the mount may begin at its own group, named as the host names it.
-        inside = os.path.relpath(path, above) if Path(path).is_relative_to(above) else "."
-        group = top / inside if ".." not in Path(inside).parts else top
-        yield group
-        yield from (folder for folder in group.parents if folder.is_relative_to(top))
+    quotas = map(_quota, control_groups("cpu", root))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota(group: Path) -> float | None:
@@ -73,8 +45,3 @@ def _quota(group: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return cores if cores > 0 else None
-
-
-def _unescaped(field: str) -> str:
-    """A path of mountinfo, in which a space is \\040."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)

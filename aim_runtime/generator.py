@@ -99,7 +99,7 @@ class Generator:
                 have it; "auto" leaves it to the backend.
             threads: CPU threads; None for all cores this process may use.
             memory_limit_mb: Working memory of one request, in MiB; longer ones are split. None
-                means 512 on a CPU and most of what is free on a GPU.
+                means a quarter of what is free on a CPU and most of it on a GPU.
 
         A backend that should work but fails is passed over under "auto", with a RuntimeWarning.
         After a fork, the child loads the model again when it first uses it; on a GPU it cannot,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from aim_runtime.arguments import number, whole_number
 from aim_runtime.errors import BackendError
+from aim_runtime.nucleus import nucleus, weights
 
 MAX_CFG_SCALE = 1000
 """The most guidance of a request and of a bundle's defaults; scores overflow sooner or later."""
@@ -107,19 +108,16 @@ def sample(
 def _draw(
     row: NDArray[np.float32], best: np.float32, u: np.float64, options: SamplingOptions
 ) -> int:
-    kept = np.arange(row.size)
+    kept: NDArray[np.intp] | None = None  # all
     if 0 < options.top_k < row.size:
         kth = np.partition(row, -options.top_k)[-options.top_k]
         kept = np.flatnonzero(row >= kth)  # ties with the k-th stay
-    with np.errstate(over="ignore"):  # tiny temperatures send all but the best to -inf
-        weights = np.exp((row[kept].astype(np.float64) - best) / options.temperature)
+        row = row[kept]
     if options.top_p < 1:
-        # A token falls iff all tokens no likelier than it share at most 1 - top_p. So the tokens
-        # that stay are those at least as likely as the first, from below, to exceed that share.
-        ascending = np.sort(weights)
-        share = np.cumsum(ascending)
-        first = np.searchsorted(share, (1 - options.top_p) * share[-1], side="right")
-        stays = weights >= ascending[min(first, ascending.size - 1)]
-        kept, weights = kept[stays], weights[stays]
-    cumulative = np.cumsum(weights)
-    return int(kept[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+        stays, values = nucleus(row, best, options.temperature, options.top_p)
+        kept = stays if kept is None else kept[stays]
+    else:
+        values = weights(row, best, options.temperature)
+    cumulative = np.cumsum(values)
+    drawn = np.searchsorted(cumulative, u * cumulative[-1], side="right")
+    return int(drawn if kept is None else kept[drawn])

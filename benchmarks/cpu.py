@@ -33,6 +33,7 @@ from aim_cli.options import EngineOptions
 from aim_runtime import Bundle
 
 if TYPE_CHECKING:
+    from aim_export.onnx.graph import Precision
     from aim_training.model import AiM
 
 IMPORTS = 5
@@ -166,16 +167,17 @@ def command_seconds(bundle: Path | None, threads: int | None) -> float:
         return time.perf_counter() - started
 
 
-def random_bundle(preset: str, cache: Path) -> Path:
+def random_bundle(preset: str, cache: Path, precision: Precision = "fp32") -> Path:
     """A bundle of a published size with random weights and tokenizer, made once."""
-    path = cache / f"random-{preset.lower()}"
+    suffix = "" if precision == "fp32" else f"-{precision}"
+    path = cache / f"random-{preset.lower()}{suffix}"
     if not path.exists():
         say(f"nothing yet: exporting a random AiM-{preset} into {path}")
-        in_fresh_process(export_random, preset, path)
+        in_fresh_process(export_random, preset, path, precision)
     return path
 
 
-def export_random(preset: str, path: Path) -> None:
+def export_random(preset: str, path: Path, precision: Precision) -> None:
     """Initialise both networks and export them, parity report included."""
     import torch
 
@@ -195,6 +197,7 @@ def export_random(preset: str, path: Path) -> None:
         export_bundle(
             checkpoint,
             path,
+            precision=precision,
             name=f"AiM-{preset}, random weights",
             description="Draws noise. For measurements of speed.",
             license="MIT",

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,6 +43,7 @@ SECTIONS = (
     "eager",
     "memory",
     "scaling",
+    "sharded",
     "tokenizer",
     "published",
     "curves",
@@ -49,6 +51,8 @@ SECTIONS = (
 )
 # Steps before those that are timed, the first of which compiles.
 WARM_UP = 4
+# What PyTorch may take of cards of 40 and of 24 GB, GiB: some is the driver's and NCCL's.
+CARD_40_GIB, CARD_24_GIB = 36.0, 21.0
 # One small geometry for curves in float32.
 SMALL = {"d_model": 256, "num_layers": 4, "vocab_size": 512, "num_classes": 10, "num_tokens": 256}
 
@@ -94,11 +98,11 @@ def main(
     shared = tempfile.mkdtemp()
     found: dict[str, Any] = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
 
-    def add(name: str, function: Callable[..., None], *args: Any) -> None:
+    def add(name: str, function: Callable[..., None], *args: Any, **how: Any) -> None:
         with tempfile.TemporaryDirectory() as fresh:
             # As on a machine that has never trained; the others share what they compile.
             os.environ["TRITON_CACHE_DIR"] = fresh if name in ("speed", "eager") else shared
-            result = in_process(function, *args, limit_s=limit)
+            result = in_process(function, *args, limit_s=limit, **how)
         found.setdefault(name, []).append(result)
         click.echo(f"{name}: {json.dumps(result)[:6000]}")
         if target is not None:
@@ -125,6 +129,14 @@ def main(
         if "scaling" in sections:
             for processes, share in ((1, images), (gpus(), images), (gpus(), images // gpus())):
                 add("scaling", measure_several, size, share, steps, processes)
+        if "sharded" in sections:
+            for how in (
+                {"sharded": True},
+                {"sharded": False},
+                {"sharded": True, "most_gib": CARD_40_GIB},
+                {"sharded": True, "most_gib": CARD_24_GIB, "checkpoint_activations": True},
+            ):
+                add("sharded", measure_several, size, images, steps, gpus(), **how)
         if "published" in sections and checkouts:
             add("published", measure_published_step, *checkouts, size, images, steps)
         if "profile" in sections:
@@ -303,15 +315,38 @@ def count_gpus(keep: Keep) -> None:
     keep(gpus=torch.cuda.device_count())
 
 
-def measure_several(keep: Keep, size: str, share: int, steps: int, processes: int) -> None:
-    """Our network in so many processes, one a GPU, each with `share` images a step."""
+def measure_several(
+    keep: Keep,
+    size: str,
+    share: int,
+    steps: int,
+    processes: int,
+    *,
+    sharded: bool = False,
+    most_gib: float | None = None,
+    checkpoint_activations: bool = False,
+) -> None:
+    """Our network in so many processes, one a GPU, each with `share` images a step.
+
+    Args:
+        keep: stores figures.
+        size: of the published ones.
+        share: images of a process.
+        steps: timed.
+        processes: one a GPU.
+        sharded: each keeps its share of the states only.
+        most_gib: what PyTorch may take of each GPU.
+        checkpoint_activations: as in `AiM`.
+    """
     import torch.multiprocessing
 
     keep(model=size, processes=processes, images=share * processes)
+    how = (sharded, most_gib, checkpoint_activations)
+    keep(sharded=sharded, most_gib=most_gib, checkpoint_activations=checkpoint_activations)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rank0.json"
         meeting = f"file://{folder}/meeting"
-        arguments = (processes, meeting, str(result), size, share, steps)
+        arguments = (processes, meeting, str(result), size, share, steps, *how)
         torch.multiprocessing.spawn(one_of_several, arguments, nprocs=processes)
         found = json.loads(result.read_text(encoding="utf-8"))
     found["images_per_second"] *= processes
@@ -320,7 +355,16 @@ def measure_several(keep: Keep, size: str, share: int, steps: int, processes: in
 
 
 def one_of_several(
-    rank: int, processes: int, meeting: str, result: str, size: str, share: int, steps: int
+    rank: int,
+    processes: int,
+    meeting: str,
+    result: str,
+    size: str,
+    share: int,
+    steps: int,
+    sharded: bool,
+    most_gib: float | None,
+    checkpoint_activations: bool,
 ) -> None:
     """One process of `measure_several`; the first writes what it measured."""
     import torch
@@ -328,6 +372,9 @@ def one_of_several(
 
     torch.cuda.set_device(rank)
     torch.set_float32_matmul_precision("high")
+    if most_gib is not None:
+        card = torch.cuda.get_device_properties(rank).total_memory
+        torch.cuda.set_per_process_memory_fraction(most_gib * 2**30 / card)
     if processes > 1:
         distributed.init_process_group(
             "nccl",
@@ -337,11 +384,49 @@ def one_of_several(
             device_id=torch.device("cuda", rank),
         )
     found: dict[str, Any] = {}
-    measure_step(found.update, our_step(our_network(size)), share, steps)
+    network = our_network(size, checkpoint_activations=checkpoint_activations)
+    step = ShardedStep(network, rank) if sharded else our_step(network)
+    measure_step(found.update, step, share, steps)
+    found["at_once"] = None if step.gradients is None else step.gradients.at_once
     if rank == 0:
         Path(result).write_text(json.dumps(found), encoding="utf-8")
     if processes > 1:
         distributed.destroy_process_group()
+
+
+class ShardedStep:
+    """A step of `aim train model --shard-states` on random codes."""
+
+    def __init__(self, network: Any, rank: int) -> None:
+        import torch
+
+        from aim_training.kernels.cross_entropy import cross_entropy
+        from aim_training.learner import autocast
+        from aim_training.options import ModelTrainingOptions
+        from aim_training.sharded_gradients import ShardedGradients
+        from aim_training.sharded_learner import ShardedLearner
+
+        device = torch.device("cuda", rank)
+        here = Path()
+        options = ModelTrainingOptions(data=here, out=here, tokenizer=here, ema_decay=0.9999)
+        # What of an Accelerator a learner asks.
+        process: Any = SimpleNamespace(device=device, is_main_process=rank == 0)
+
+        def loss(codes: Tensor, classes: Tensor) -> Tensor:
+            with autocast(options, device, keeps_casts=False):
+                logits = network(codes, classes)
+            return cross_entropy(logits, codes)
+
+        self.network = network
+        self.learner = ShardedLearner(network, process, options, average=True)
+        reserve = self.learner.moments_bytes
+        self.gradients = ShardedGradients(network, loss, reserve=reserve, say=click.echo)
+
+    def __call__(self, codes: Tensor, classes: Tensor) -> Tensor:
+        """The loss before the step."""
+        value = self.gradients(codes, classes)
+        self.learner.apply_gradients()
+        return value
 
 
 def measure_published_step(
@@ -359,7 +444,7 @@ def measure_published_step(
     measure_step(keep, published_step(network), images, steps)
 
 
-def measure_step(keep: Keep, step: Step, images: int, steps: int) -> None:
+def measure_step(keep: Keep, step: Step | ShardedStep, images: int, steps: int) -> None:
     """Milliseconds, memory and how long the first step takes."""
     import torch
     import triton

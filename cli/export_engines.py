@@ -190,7 +190,10 @@ def _whole_if_interrupted(bundle_dir: Path, without: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def late_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears with the first (done, in all) and goes once all is done."""
+    """A progress bar that appears with the first (done, in all) and goes once all is done.
+
+    Then another may begin.
+    """
     with contextlib.ExitStack() as bar:
         show: Show | None = None
 
@@ -201,5 +204,6 @@ def late_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
             show(done)
             if done == total:
                 bar.close()
+                show = None  # what comes next has a bar of its own
 
         yield progress

@@ -40,6 +40,7 @@ class AimGroup(LazyGroup):
         LazyCommand("info", "What a bundle is, holds and needs.", "aim_cli.commands.info"),
         LazyCommand("serve", "Serve a bundle to many, over HTTP.", "aim_cli.commands.serve"),
         LazyCommand("sample", "Draw a data set for FID, restartable.", "aim_cli.commands.sample"),
+        LazyCommand("eval", "Measure pictures and models.", "aim_cli.commands.eval"),
         LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.commands.bench"),
         LazyCommand("export", "Turn a checkpoint into a bundle.", "aim_cli.commands.export"),
         LazyCommand("train", "Train a tokenizer or a model.", "aim_cli.commands.train"),

@@ -113,7 +113,8 @@ def engine_options(function: Function) -> Function:
             type=click.IntRange(min=1),
             metavar="MB",
             help="Memory for images in the making. More images than fit are drawn in batches; the "
-            "pictures are the same. [default: 512 on a CPU, most of what is free on a GPU]",
+            "pictures are the same. [default: a quarter of what is free on a CPU, most of it on a "
+            "GPU]",
         ),
         click.option(
             "--threads",

@@ -142,6 +142,20 @@ class Sample:
 
     def run(self, batch_size: int, *, quiet: bool) -> str:
         """Draw what is missing, then pack all; returns the summary."""
+        drawing, kept = self.draw(batch_size, quiet=quiet)
+        write_npz(self.archive, self.pixels(quiet=quiet), self.shape)
+        self.remove_smaller_archives()
+        lines = [("images", f"{self.out / 'images'}/"), ("archive", str(self.archive))]
+        lines.append(("record", str(self.out / sample_record.NAME)))
+        new = self.count - kept
+        speed = f" ({human.rate(new / drawing, 'images')})" if new else ""
+        kept_text = f"; {kept:,} were there already" if kept else ""
+        lines.append(("time", f"{human.duration(drawing)}{speed}{kept_text}"))
+        lines.append(("backend", f"{self.drawer.backend}, in {self.drawer.precision}"))
+        return fields(lines)
+
+    def draw(self, batch_size: int, *, quiet: bool) -> tuple[float, int]:
+        """Draw what is missing; returns the seconds that took and how many were there already."""
         started = time.perf_counter()
         missing = self.missing(quiet=quiet)
         self.finished = self.count - len(missing)
@@ -158,16 +172,7 @@ class Sample:
                 for batch, pictures in drawn:
                     self.keep(batch, pictures)
                     report(0)
-        drawing = time.perf_counter() - started
-        write_npz(self.archive, self.pixels(quiet=quiet), self.shape)
-        self.remove_smaller_archives()
-        lines = [("images", f"{self.out / 'images'}/"), ("archive", str(self.archive))]
-        lines.append(("record", str(self.out / sample_record.NAME)))
-        speed = f" ({human.rate(len(missing) / drawing, 'images')})" if missing else ""
-        kept_text = f"; {kept:,} were there already" if kept else ""
-        lines.append(("time", f"{human.duration(drawing)}{speed}{kept_text}"))
-        lines.append(("backend", f"{self.drawer.backend}, in {self.drawer.precision}"))
-        return fields(lines)
+        return time.perf_counter() - started, kept
 
     def asked(self, batch: range) -> dict[str, Any]:
         """The request for images with adjoining numbers, as keywords of `Generator.request`."""

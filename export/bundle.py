@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from onnx import ModelProto
 
+from aim_export.calibration import Setting
 from aim_export.cpu import WANTED, step_graph_can_be_tried, write_step_graph
+from aim_export.drawing import guided
 from aim_export.errors import ExportError
 from aim_export.manifest import (
     PUBLISHED_SAMPLING,
@@ -27,9 +29,11 @@ from aim_export.manifest import (
     state_pairs,
 )
 from aim_export.onnx.decoder import lower_decoder
-from aim_export.onnx.graph import Precision, write_graph
+from aim_export.onnx.graph import PRECISIONS, Precision, write_graph
 from aim_export.onnx.lowering import lower_prologue, lower_step
+from aim_export.onnx.packed import Matrix, pack
 from aim_export.parity import ParityReport, Progress, check_parity
+from aim_export.quantization import int4_matrices, int8_matrices
 from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
@@ -83,7 +87,8 @@ def export_bundle(
         checkpoint: AiM weights in any layout that `load_checkpoint` reads.
         out: folder to make.
         tokenizer: VQ tokenizer, where the checkpoint does not bring its own.
-        precision: how large weights are stored; arithmetic on a CPU is float32 either way.
+        precision: how large weights are stored. `fp32` and `fp16` are computed in float32 on a
+            CPU; what every step reads may be `int8` or `int4`, which is computed as such.
         position_offset: 0 or 1; None takes what the checkpoint says, or else the published 1.
         class_names: one a class; None takes the checkpoint's own, ImageNet's for 1000 classes, or
             else numbers.
@@ -123,7 +128,7 @@ def export_bundle(
     draft = draft_manifest(source, holder, wishes, offset, precision, say)
 
     with _scratch_beside(out) as scratch:
-        lowered = _lowered(source, holder, draft, included, scratch, say)
+        lowered = _lowered(source, holder, draft, included, scratch, say, progress)
         parity = _compared(source, holder, lowered, say, progress)
         provenance: dict[str, Any] = {**draft.provenance, "parity": parity.to_dict()}
         final = replace(lowered.manifest, provenance=provenance)
@@ -137,8 +142,12 @@ def write_graphs(
     precision: Precision,
     folder: Path,
     report: Report | None = None,
+    packed: Mapping[str, Matrix] | None = None,
 ) -> dict[str, GraphSpec]:
-    """Lower both networks and write the three graphs into `folder`; returns what they are."""
+    """Lower both networks and write the three graphs into `folder`; returns what they are.
+
+    `packed` are matrices of few bits, by name.
+    """
     specs = {}
     for graph, lower in (
         ("prologue", lambda: lower_prologue(model)),
@@ -149,18 +158,19 @@ def write_graphs(
             report(f"lowering the {graph}")
         lowered = lower()
         specs[graph] = _graph_spec(graph, lowered)
-        write_graph(lowered, folder, graph, precision)
+        pack(lowered, packed or {})
+        write_graph(lowered, folder, graph, "fp32" if precision == "fp32" else "fp16")
     return specs
 
 
 def _checked_options(
-    precision: str,
+    precision: Precision,
     position_offset: int | None,
     sampling: SamplingOptions | Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """The sampling settings by name; ValueError for what is out of range."""
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"precision is {precision!r}; it may be 'fp32' or 'fp16'")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it may be one of {', '.join(PRECISIONS)}")
     if position_offset not in (None, 0, 1):
         raise ValueError(f"position_offset is {position_offset!r}; it may be 0 or 1")
     chosen = asdict(sampling) if isinstance(sampling, SamplingOptions) else dict(sampling or {})
@@ -196,15 +206,22 @@ def _lowered(
     included: Sequence[Path],
     scratch: Path,
     say: Report,
+    progress: Progress | None,
 ) -> Bundle:
     """The bundle that `draft` describes, in `scratch`, checked as others' runtimes will."""
+    model, vq = _networks(source, holder)
     graphs_dir = scratch / "graphs"
     graphs_dir.mkdir()
     for path in included:
         shutil.copyfile(path, graphs_dir / path.name)
-    precision: Precision = "fp16" if draft.precision == "fp16" else "fp32"
     specs = write_graphs(
-        *_networks(source, holder), draft.model.position_offset, precision, graphs_dir, say
+        model,
+        vq,
+        draft.model.position_offset,
+        cast("Precision", draft.precision),
+        graphs_dir,
+        say,
+        _packed(model, draft, say, progress),
     )
     if step_graph_can_be_tried():
         say("fusing the step for the backend cpu")
@@ -215,6 +232,18 @@ def _lowered(
     lowered = write_bundle(replace(draft, graphs=specs), graphs_dir, scratch / "bundle")
     checked_graphs(lowered)  # the one for the CPU is checked where it is loaded
     return lowered
+
+
+def _packed(
+    model: AiM, draft: Manifest, say: Report, progress: Progress | None
+) -> dict[str, Matrix]:
+    """The matrices of few bits, if the draft's precision is one of few bits."""
+    if draft.precision == "int8":
+        return int8_matrices(model)
+    if draft.precision == "int4":
+        setting = Setting(draft.model.position_offset, guided(draft.sampling))
+        return int4_matrices(model, setting, say, progress)
+    return {}
 
 
 def _compared(

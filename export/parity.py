@@ -14,7 +14,6 @@ The images are drawn by the PyTorch model itself, by the bundle's own sampler an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,20 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aim_export.agreement import TOLERANCES
+from aim_export.agreement import TOLERANCES, best_token_agreement, mean_divergence
 from aim_export.agreement import relative_error as _relative_error
 from aim_export.agreement import token_agreement as _token_agreement
 from aim_export.cpu import step_engines
-from aim_export.errors import ExportError
+from aim_export.drawing import Progress, draw, guided
 from aim_export.onnx.decoder import Pictures
 from aim_runtime import Bundle, Generator, SamplingOptions
 from aim_runtime.noise import uniforms
-from aim_runtime.sampling import guide, row_classes, sample
+from aim_runtime.sampling import row_classes
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
-
-# Called with steps done and steps in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,9 @@ class ParityReport:
         logits_max_error: largest absolute difference of one logit.
         token_agreement: share of draws with the same token, given the same past and noise.
         psnr_db: decoded pixels against PyTorch's; infinite (reported as 999) when equal.
+        divergence: mean Kullback-Leibler divergence of the tokens' probabilities from PyTorch's,
+            in nats, guidance on, temperature 1.
+        best_token_agreement: share of places with the same best token.
         step_graphs: the step graphs that were compared; figures are those of the worst.
     """
 
@@ -60,6 +59,8 @@ class ParityReport:
     logits_max_error: float
     token_agreement: float
     psnr_db: float
+    divergence: float
+    best_token_agreement: float
     step_graphs: tuple[str, ...] = ("plain",)
 
     @property
@@ -67,7 +68,7 @@ class ParityReport:
         """One sentence for each rung that does not hold; what is not a number never does."""
         limit = TOLERANCES[self.precision]
         failures = []
-        for name in ("sequence_error", "logits_error"):
+        for name in ("sequence_error", "logits_error", "divergence"):
             measured, allowed = getattr(self, name), getattr(limit, name)
             if not measured <= allowed:  # also catches NaN
                 failures.append(f"{name} is {measured:.2e}, at most {allowed:.0e} is allowed")
@@ -75,8 +76,9 @@ class ParityReport:
             measured, needed = getattr(self, name), getattr(limit, name)
             if not measured >= needed:
                 failures.append(f"{name} is {measured:.4g}, at least {needed:g} is needed")
-        if not math.isfinite(self.logits_max_error):
-            failures.append(f"logits_max_error is {self.logits_max_error}, a number is needed")
+        for name in ("logits_max_error", "best_token_agreement"):
+            if not math.isfinite(measured := getattr(self, name)):
+                failures.append(f"{name} is {measured}, a number is needed")
         return failures
 
     def to_dict(self) -> dict[str, str | int | float | list[str]]:
@@ -104,15 +106,13 @@ def check_parity(
     """
     config, manifest = model.config, bundle.manifest
     engines = step_engines(bundle)
-    options = manifest.sampling
+    options = guided(manifest.sampling)
     offset = manifest.model.position_offset
     classes = np.unique([0, config.num_classes - 1]).astype(np.int64)
-    if options.rows_per_image == 1:  # both halves of the guidance must be looked at
-        options = options.replace(cfg_scale=2.0)
 
     rows = torch.from_numpy(row_classes(classes, options.cfg_scale, config.num_classes))
     noise = uniforms(range(len(classes)), config.num_tokens)
-    tokens, row_logits, reference = _draw(model, rows, noise, offset, options, progress)
+    tokens, row_logits, reference = draw(model, rows, noise, offset, options, progress)
     row_tokens = tokens.repeat(len(rows) // len(classes), 1)  # (R, T)
     whole = model(row_tokens, rows, position_offset=offset)  # (R, T, V)
 
@@ -120,7 +120,7 @@ def check_parity(
         _forced(Generator(bundle, engine), tokens, classes, options, noise, reference)
         for engine in engines.values()
     ]
-    errors, largest, agreements = zip(*by_graph, strict=True)
+    errors, largest, divergences, best, agreements = zip(*by_graph, strict=True)
     decode = engines["plain"].decode
     pixels = np.concatenate([decode(row[None]) for row in tokens.numpy()])
     expected = torch.cat([tokenizer.decode(row[None]) for row in tokens])
@@ -132,6 +132,8 @@ def check_parity(
         # Whatever is no number comes out on top.
         logits_error=float(np.max(errors)),
         logits_max_error=float(np.max(largest)),
+        divergence=float(np.max(divergences)),
+        best_token_agreement=float(np.min(best)),
         token_agreement=float(np.min(agreements)),
         psnr_db=_psnr_db(pixels, expected),
         step_graphs=tuple(engines),
@@ -145,46 +147,20 @@ def _forced(
     options: SamplingOptions,
     noise: NDArray[np.float64],
     reference: NDArray[np.float32],
-) -> tuple[float, float, float]:
-    """Error of the logits of `tokens` (N, T), the largest of one, and the share of same draws."""
+) -> tuple[float, float, float, float, float]:
+    """What the logits of `tokens` (N, T) differ by from the `reference` (N, T, V).
+
+    Their error, the largest of one, the divergence, the share of same best tokens and same draws.
+    """
     drawn = tokens.numpy()
     logits = generator.logits(drawn, classes.tolist(), cfg_scale=options.cfg_scale)  # (N, T, V)
     return (
         _relative_error(logits, reference),
         float(np.abs(logits - reference).max()),
+        mean_divergence(logits, reference),
+        best_token_agreement(logits, reference),
         _token_agreement(logits, noise, options, drawn),
     )
-
-
-def _draw(
-    model: AiM,
-    rows: Tensor,
-    noise: NDArray[np.float64],
-    offset: int,
-    options: SamplingOptions,
-    progress: Progress | None,
-) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
-    """Draw with noise (N, T): tokens (N, T), logits of every row (R, T, V), guided (N, T, V)."""
-    images, steps = noise.shape
-    conditioning, state = model.prologue(rows), model.init_state(len(rows))
-    token = torch.zeros(len(rows), dtype=torch.int64)
-    tokens, logits, guided = [], [], []
-    for step in range(steps):
-        position = torch.full_like(token, step)
-        scores, state = model.step(token, position, conditioning, state, offset)
-        if not scores.isfinite().all():
-            raise ExportError(
-                f"the model's own scores are not finite at step {step} of {steps}: its weights "
-                "overflow float32, so nothing can be drawn with them"
-            )
-        guided.append(guide(scores.numpy(), images, options.cfg_scale))
-        drawn = torch.from_numpy(sample(guided[-1], noise[:, step], options))
-        token = drawn.repeat(len(rows) // images)
-        tokens.append(drawn)
-        logits.append(scores)
-        if progress is not None:
-            progress(step + 1, steps)
-    return torch.stack(tokens, 1), torch.stack(logits, 1), np.stack(guided, 1)
 
 
 def _psnr_db(ours: NDArray[np.uint8], reference: Tensor) -> float:

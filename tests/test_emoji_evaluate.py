@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from aim_cli.main import aim
 from aim_export import export_bundle
-from aim_runtime import Generator
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import ModelConfig, TokenizerConfig
-from aim_training.data import Crop, ImageFolder, ResidentImages, centre_draws
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
 
@@ -42,7 +40,6 @@ classifier = load_script("classifier")
 evaluation = load_script("evaluate")
 
 CPU = torch.device("cpu")
-CROP = Crop(32, flip=False)
 COLOURS = {"blue-square": (0, 0, 200), "green-square": (0, 160, 0), "red-square": (200, 0, 0)}
 TOKENIZER = TokenizerConfig(
     codebook_size=16,
@@ -71,11 +68,11 @@ def squares(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Box:
-    """A data set, a checkpoint that was never trained, and its bundle."""
+    """A data set, a checkpoint that was never trained, and pictures of its bundle."""
 
     data: Path
     checkpoint: Path
-    bundle: Path
+    sample: Path
 
 
 @pytest.fixture(scope="module")
@@ -100,68 +97,10 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
         },
     )
     export_bundle(checkpoint, root / "bundle")
-    return Box(root / "data", checkpoint, root / "bundle")
-
-
-# ---- reconstruction and codes -------------------------------------------------------------------
-
-
-def test_psnr_of_a_known_error():
-    pictures = np.full((2, 8, 8, 3), 100, np.uint8)
-    drawn = pictures.copy()
-    drawn[0] += 5
-    drawn[1] -= 20
-    found = evaluation.psnr(pictures, drawn)
-    five, twenty = 20 * math.log10(255 / 5), 20 * math.log10(255 / 20)
-    assert found["psnr_db"] == pytest.approx((five + twenty) / 2)
-    assert found["pooled_psnr_db"] == pytest.approx(10 * math.log10(255**2 / ((25 + 400) / 2)))
-
-
-def test_psnr_of_identical_pictures_is_finite():
-    pictures = np.zeros((1, 8, 8, 3), np.uint8)
-    assert evaluation.psnr(pictures, pictures)["psnr_db"] == pytest.approx(78.13, abs=0.01)
-
-
-def test_pictures_are_cropped_as_the_trainers_crop_them():
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 36, 36, 3), np.uint8)
-    (batch,) = ResidentImages(torch.from_numpy(pictures), CROP).batches(
-        [centre_draws(np.arange(3))]
-    )
-    cut = evaluation.centre_crop(pictures, CROP)
-    assert np.array_equal(cut, batch.add(1).mul(127.5).round().permute(0, 2, 3, 1).numpy())
-
-
-def test_code_use_counts_codes_that_occur_and_their_evenness():
-    assert evaluation.code_use(np.array([[3, 3, 3, 3]]), 8) == {
-        "share_used": 1 / 8,
-        "perplexity": pytest.approx(1),
-    }
-    assert evaluation.code_use(np.array([[0, 1], [2, 3]], np.uint16), 8) == {
-        "share_used": 1 / 2,
-        "perplexity": pytest.approx(4),
-    }
-
-
-# ---- bits ---------------------------------------------------------------------------------------
-
-
-def test_a_model_that_knows_nothing_needs_log2_v_bits_a_token():
-    model = AiM(MODEL).initialise().eval()
-    torch.nn.init.zeros_(model.backbone.embeddings.word_embeddings.weight)  # the tied head
-    codes = np.random.default_rng(0).integers(0, 16, (5, 64)).astype(np.uint16)
-    found = evaluation.bits_per_token(model, codes, np.array([0, 1, 2, 0, 1]), "test")
-    assert found == {"given_class": pytest.approx(4), "without_class": pytest.approx(4)}
-
-
-def test_bits_are_those_of_the_codes_probabilities():
-    probabilities = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]]])
-    assert evaluation.bits(probabilities.log(), torch.tensor([[1, 0]])) == pytest.approx(2 + 3)
-
-
-def test_code_frequencies_come_from_the_training_codes():
-    train = np.array([[0] * 6 + [1] * 2])  # with one added to each count of 4: 7, 3, 1, 1 of 12
-    found = evaluation.frequency_bits(np.array([[0, 2]], np.uint16), train, 4)
-    assert found == pytest.approx((math.log2(12 / 7) + math.log2(12)) / 2)
+    sample = root / "sample"
+    args = ["sample", "-n", "6", "--bundle", root / "bundle", "--out", sample, "--seed", "5"]
+    assert CliRunner().invoke(aim, list(map(str, args))).exit_code == 0
+    return Box(root / "data", checkpoint, sample)
 
 
 # ---- classifier ---------------------------------------------------------------------------------
@@ -188,7 +127,7 @@ def test_the_classifier_learns_colours_and_is_the_same_every_time(tmp_path):
         classifier.train_classifier(pictures, labels, 3, 32, options, CPU) for _ in range(2)
     ]
     new, new_labels = squares(8, seed=1)
-    new = evaluation.centre_crop(new, CROP)
+    new = new[:, 2:34, 2:34]
     logits = classifier.classify(networks[0], new)
     assert evaluation.accuracy(logits, new_labels)["top1"] == 1
     assert np.array_equal(logits, classifier.classify(networks[1], new))
@@ -213,27 +152,7 @@ def test_large_pictures_are_averaged_down():
     assert (small == 100).all()
 
 
-# ---- neighbours ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "margin", "step"), [(32, 4, 1), (128, 16, 2)])
-def test_the_neighbour_of_a_crop_is_the_picture_it_was_cut_from(size, margin, step):
-    references = np.random.default_rng(0).integers(
-        0, 256, (4, size + margin, size + margin, 3), np.uint8
-    )
-    places = [(0, 0, 0), (2, margin, step), (3, 2 * step, margin), (2, step, 0)]
-    crops = np.stack([references[i, t : t + size, s : s + size] for i, t, s in places])
-    found = evaluation.find_neighbours(crops, references, CPU)
-    assert list(zip(found.index, found.top, found.left, strict=True)) == places
-    assert found.distance == pytest.approx(0, abs=1e-4)
-    assert np.array_equal(found.windows(references, size), crops)
-
-
-def test_distance_is_in_grey_levels():
-    references = np.full((1, 36, 36, 3), 100, np.uint8)
-    pictures = np.full((1, 32, 32, 3), 107, np.uint8)
-    found = evaluation.find_neighbours(pictures, references, CPU)
-    assert found.distance == pytest.approx(7, abs=1e-3)
+# ---- copies -------------------------------------------------------------------------------------
 
 
 def test_copies_are_those_within_the_threshold():
@@ -244,27 +163,16 @@ def test_copies_are_those_within_the_threshold():
     }
 
 
-# ---- generated pictures -------------------------------------------------------------------------
+# ---- pictures to look at ------------------------------------------------------------------------
 
 
-def test_generated_pictures_can_be_drawn_alone_and_are_kept(box, tmp_path, monkeypatch):
-    with Generator.load(box.bundle, threads=1) as generator:
-        first = evaluation.generate_pictures(generator, 2, 5, tmp_path)
-        assert first.shape == (6, 32, 32, 3)
-        # Picture 3 is the second of class 1.
-        assert np.array_equal(generator.generate(1, seed=5 + 3).array[0], first[3])
-
-        (folder,) = tmp_path.iterdir()
-        (folder / "0001.npy").unlink()
-        drawn = []
-        generate = generator.generate
-        monkeypatch.setattr(
-            generator, "generate", lambda c, **more: drawn.append(c) or generate(c, **more)
-        )
-        assert np.array_equal(evaluation.generate_pictures(generator, 2, 5, tmp_path), first)
-        assert drawn == [[1, 1]]
-        evaluation.generate_pictures(generator, 2, 6, tmp_path)
-        assert len(drawn) == 4
+def test_the_sheet_has_a_row_a_class():
+    pictures, labels = squares(3, seed=0)
+    pictures = pictures[:, :32, :32]
+    with evaluation.sheet(pictures[:-1], labels[:-1], list(COLOURS)) as found:
+        # The name and as many pictures as the class with the fewest has, on three rows.
+        assert found.width == found.height
+        assert found.width // 32 == 3
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -278,12 +186,11 @@ def run(box: Box) -> Callable[..., Result]:
         values = {
             "data": box.data,
             "ckpt": box.checkpoint,
-            "bundle": box.bundle,
+            "sample": box.sample,
             "work": work,
-            "images-per-class": 2,
             "train-images": 8,
             "classifier-epochs": 1,
-            "threads": 1,
+            "device": "cpu",
         } | changes
         data = values.pop("data")
         options = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
@@ -296,21 +203,18 @@ def test_the_script_writes_all_figures_and_repeats_them(box, run, tmp_path, monk
     result = run(tmp_path)
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "evaluation.json").read_text())
-    assert figures["data"]["held_out_images"] == 6
-    assert figures["checkpoint"]["file"] == "model.safetensors"
+    assert figures["sample"]["settings"]["seeds"] == "5 to 10"
+    assert figures["checkpoint"]["checkpoint"] == "model.safetensors"
+    assert figures["data_sha256"] == json.loads((box.data / "dataset.json").read_text())["sha256"]
     assert str(tmp_path) not in json.dumps(figures)
-    bits = figures["bits_per_token"]
-    assert bits["uniform"] == 4
-    assert bits["bundle"]["given_class"] == pytest.approx(
-        bits["bundle"]["given_class_by_checkpoint"], abs=1e-4
-    )
     assert figures["copies"]["known_copies"]["nearly_identical"] == pytest.approx(0.95, abs=0.1)
     for part in ("held_out", "train", "generated"):
         assert 0 <= figures["classifier"][part]["top1"] <= 1
-    assert f"| {figures['reconstruction']['held_out']['psnr_db']:.2f} dB |" in result.stdout
-    for sheet in ("generated", "neighbours", "closest", "reconstructions"):
-        with Image.open(tmp_path / f"{sheet}.png") as image:
-            assert image.width > 32
+    assert figures["classifier"]["held_out"]["images"] == 6
+    assert f"| {figures['copies']['threshold']:.1f} " not in result.stdout
+    assert f"| {figures['copies']['generated']['median_distance']:.1f} |" in result.stdout
+    with Image.open(tmp_path / "generated.png") as image:
+        assert image.width > 32
 
     def refuse(*args: Any) -> None:
         raise AssertionError("the classifier was trained before")
@@ -329,7 +233,7 @@ def test_another_checkpoint_than_the_bundles_is_refused(box, run, tmp_path):
     )
     result = run(tmp_path / "work", ckpt=other)
     assert result.exit_code == 2
-    assert "was exported from a checkpoint with sha256" in result.stderr
+    assert "are of a checkpoint with sha256" in result.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -352,16 +256,19 @@ def test_a_data_set_that_was_changed_is_refused(box, run, tmp_path):
     assert "build the data set anew" in result.stderr
 
 
-def test_a_missing_bundle_is_one_sentence(run, tmp_path):
-    result = run(tmp_path / "work", bundle=tmp_path / "none")
+def test_pictures_that_are_no_sample_are_refused(box, run, tmp_path):
+    result = run(tmp_path / "work", sample=box.data / "val")
     assert result.exit_code == 2
-    assert result.stderr.startswith("Error: ")
+    assert "is no sample" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_an_image_folder_can_be_cut_to_some_pictures(box):
-    folder = ImageFolder.scan(box.data / "train")
-    part = evaluation.part_of(folder, np.array([1, 5]))
-    assert part.paths == (folder.paths[1], folder.paths[5])
-    assert part.labels.tolist() == [0, 1]
-    assert part.class_names == folder.class_names
+def test_a_data_set_of_other_classes_is_refused(box, run, tmp_path):
+    data = tmp_path / "data"
+    for path in (box.data / "train").rglob("*.png"):
+        target = data / "train" / f"other-{path.parent.name}" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    result = run(tmp_path / "work", data=data)
+    assert result.exit_code == 2
+    assert "the classes of" in result.stderr

@@ -18,7 +18,7 @@ from aim_training.errors import is_out_of_memory
 from aim_training.step_graph import StepGraph
 
 # Of the card, left to evaluations, sample pictures and what the allocator cannot use.
-_SPARE = 1 / 16
+SPARE = 1 / 16
 
 
 class BatchGradients:
@@ -63,15 +63,11 @@ class BatchGradients:
         """
         if batch[0].is_cuda and self._graph is None:
             self._record(batch)
-        images = len(batch[0])
-        at_once = min(self.at_once or images, images)
-        if images % at_once:
-            raise ValueError(f"{images} images are no whole number of parts of {at_once}")
-        parts = images // at_once
-        summed = parts > 1 or self._processes > 1
+        parts = parts_of(batch, self.at_once)
+        summed = len(parts) > 1 or self._processes > 1
         values = []
-        for part in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
-            values.append(self._compute(part, parts))
+        for part in parts:
+            values.append(self._compute(part, len(parts)))
             if summed:
                 self._add(first=len(values) == 1)
         if self._processes > 1:
@@ -130,10 +126,7 @@ class BatchGradients:
             raise torch.OutOfMemoryError(f"{size} images at once do not fit the GPU")
         self._graph, self.at_once = graph, size
         if parts > 1 and len(sizes) > 1:
-            self._say(
-                f"A step's {images} images do not fit this GPU at once: they are computed in "
-                f"{parts} parts of {size}."
-            )
+            self._say(in_parts_line(images, size))
 
     def _fits(
         self, graph: StepGraph, part: tuple[Tensor, ...], held: int, device: torch.device
@@ -142,7 +135,7 @@ class BatchGradients:
         fits, place = True, None
         try:
             _, card = torch.cuda.mem_get_info(device)
-            place = torch.empty(int(held + _SPARE * card), dtype=torch.uint8, device=device)
+            place = torch.empty(int(held + SPARE * card), dtype=torch.uint8, device=device)
             graph.record(*part)
         except Exception as error:
             if not _out_of_memory(error):
@@ -159,6 +152,27 @@ class BatchGradients:
             gc.collect()
         torch.cuda.empty_cache()
         return fits
+
+
+def parts_of(batch: tuple[Tensor, ...], at_once: int | None) -> list[tuple[Tensor, ...]]:
+    """A batch in parts of `at_once` images, or as one.
+
+    Raises:
+        ValueError: it is no whole number of them.
+    """
+    images = len(batch[0])
+    at_once = min(at_once or images, images)
+    if images % at_once:
+        raise ValueError(f"{images} images are no whole number of parts of {at_once}")
+    return list(zip(*(tensor.split(at_once) for tensor in batch), strict=True))
+
+
+def in_parts_line(images: int, at_once: int) -> str:
+    """What the user is told of a batch that does not fit at once."""
+    return (
+        f"A step's {images} images do not fit this GPU at once: they are computed in "
+        f"{images // at_once} parts of {at_once}."
+    )
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

@@ -84,4 +84,6 @@ class Best:
         """Take up what `state` gave."""
         if state is not None:
             self.step, self.scores = state["step"], state["scores"]
-            self.weights, self.stale = state["weights"], state["stale"]
+            # Copies, as the checkpoint may be mapped, and goes when there are newer ones.
+            self.weights = {name: tensor.clone() for name, tensor in state["weights"].items()}
+            self.stale = state["stale"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as distributed
 from accelerate import Accelerator
 
 from aim_training.data.errors import one_line
@@ -71,6 +73,16 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
 def device_name(device: torch.device) -> str:
     """What a person calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def largest(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The largest that any process has of each number; all of them must ask."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(numbers)
+    shared = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    found: list[float] = shared.tolist()
+    return found
 
 
 def processes_here() -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import astuple
 
 import torch
 from torch import nn
 
 from aim_training import memory
-from aim_training.devices import processes_here
+from aim_training.devices import largest, processes_here
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions
 from aim_training.progress import duration
@@ -57,9 +58,12 @@ def rehearse(
             extra[name].copy_(tensor)
 
     at_once = task.at_once(share)
-    needs = memory.measure(step, at_once)
+    # One answer for all processes, of which the one with the least room decides.
+    measured, room = memory.measure(step, at_once), memory.ceiling(processes_here())
+    *largest_needs, lack = largest([*astuple(measured), -room], torch.device("cpu"))
+    needs, most = memory.Needs(*largest_needs), -lack
     moments = sum(learner.moments_bytes() for learner in task.learners.values())
-    takes, most = needs.bytes(at_once) + moments, memory.ceiling(processes_here())
+    takes = needs.bytes(at_once) + moments
     in_parts = ""
     if takes > most:
         fits = needs.most_images(most - moments)

@@ -26,6 +26,7 @@ _HOUSEKEEPING = frozenset(
         "log_with",
         "micro_batch",
         "checkpoint_activations",
+        "shard_states",
     )
 )
 # Parts of a fingerprint that `--allow-changed-data` lets differ.

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from aim_training.ema import Ema
+from aim_training.ema import Average, Ema
 from aim_training.finite import first_not_finite
 from aim_training.options import TrainingOptions
 
@@ -28,8 +28,12 @@ class Learner(Generic[Network]):
     Attributes:
         network: the plain network.
         ema: its average, or None.
+        sharded: every process has a part of it, see `aim_training.sharded_learner`.
         rehearsing: gradients are computed but not followed (`rehearsal`).
     """
+
+    ema: Average | None
+    sharded = False
 
     def __init__(
         self,
@@ -39,16 +43,21 @@ class Learner(Generic[Network]):
         *,
         average: bool,
     ) -> None:
-        self.network = network.to(accelerator.device)
-        self.ema = Ema(network, options.ema_decay) if average else None
-        if options.compile:
-            # Shapes never change in training, and kernels for any shape are slower.
-            network.compile(dynamic=False)
+        self.network = network
+        self._accelerator = accelerator
+        self._begin(options, average=average)
         self.optimizer = make_optimizer(network, options)
         self.peak_rate = options.learning_rate
         self.grad_clip = options.grad_clip
         self.rehearsing = False
-        self._accelerator = accelerator
+
+    def _begin(self, options: TrainingOptions, *, average: bool) -> None:
+        """Bring the network to its device, and make its average."""
+        self.network.to(self._accelerator.device)
+        self.ema = Ema(self.network, options.ema_decay) if average else None
+        if options.compile:
+            # Shapes never change in training, and kernels for any shape are slower.
+            self.network.compile(dynamic=False)
 
     @functools.cached_property
     def wrapped(self) -> nn.Module:
@@ -59,8 +68,14 @@ class Learner(Generic[Network]):
     @property
     def averaged(self) -> Network:
         """The average of the network, in evaluation mode; for learners made to keep one."""
-        assert self.ema is not None
-        return self.ema.module
+        assert isinstance(self.ema, Ema)
+        module: Network = self.ema.module
+        return module
+
+    @contextlib.contextmanager
+    def average_at_hand(self) -> Iterator[None]:
+        """Inside, the first process may use `averaged`; all processes must enter."""
+        yield
 
     def update(self, loss: Tensor) -> Tensor:
         """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
@@ -70,13 +85,16 @@ class Learner(Generic[Network]):
 
     def apply_gradients(self) -> Tensor:
         """One step down the parameters' gradients; returns their norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        norm = self._clip()
         if self.rehearsing:
             return norm
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.network)
         return norm
+
+    def _clip(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -108,15 +126,19 @@ class Learner(Generic[Network]):
 
     def first_not_finite(self) -> str | None:
         """Name of a tensor of the weights, their average or the optimizer that is no number."""
+        return first_not_finite(self._kept())
+
+    def _kept(self) -> dict[str, Tensor]:
+        """All tensors that a checkpoint keeps, by names for people."""
         tensors = dict(self.network.state_dict())
         if self.ema is not None:
-            average = self.ema.module.state_dict()
-            tensors |= {f"{name} (averaged)": tensor for name, tensor in average.items()}
+            average = self.ema.tensors().items()
+            tensors |= {f"{name} (averaged)": tensor for name, tensor in average}
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         for parameter, moments in self.optimizer.state.items():
             for moment, tensor in moments.items():
                 tensors[f"{moment} of {names[id(parameter)]}"] = tensor
-        return first_not_finite(tensors)
+        return tensors
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -125,20 +147,23 @@ class Learner(Generic[Network]):
             "optimizer": self.optimizer.state_dict(),
         }
         if self.ema is not None:
-            state["ema"] = self.ema.module.state_dict()
+            state["ema"] = self.ema.tensors()
             state["ema_updates"] = self.ema.updates
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave; rates and decays stay those of the options."""
-        ours = [dict(group) for group in self.optimizer.param_groups]
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, chosen in zip(self.optimizer.param_groups, ours, strict=True):
-            group["weight_decay"] = chosen["weight_decay"]
-        if self.ema is not None:
+        self._load_optimizer(state["optimizer"])
+        if isinstance(self.ema, Ema):
             self.ema.module.load_state_dict(state["ema"])
             self.ema.updates = state["ema_updates"]
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        ours = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(dict(state))
+        for group, chosen in zip(self.optimizer.param_groups, ours, strict=True):
+            group["weight_decay"] = chosen["weight_decay"]
 
 
 def make_optimizer(network: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
@@ -152,10 +177,18 @@ def make_optimizer(network: nn.Module, options: TrainingOptions) -> torch.optim.
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
-def autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
-    """The arithmetic of the networks: bf16 on a GPU unless told otherwise."""
+def autocast(
+    options: TrainingOptions, device: torch.device, *, keeps_casts: bool = True
+) -> torch.autocast:
+    """The arithmetic of the networks: bf16 on a GPU unless told otherwise.
+
+    Args:
+        options: of the training.
+        device: that computes.
+        keeps_casts: keep the bf16 form of each weight until the end of the pass.
+    """
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=keeps_casts)
 
 
 def rate_fraction(options: TrainingOptions, step: int, progress: float) -> float:

@@ -95,7 +95,9 @@ class _Run:
         self.options = options
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
-        self.saves = Saves(options.out)
+        # Then every process has a part of what the main one writes.
+        self.sharded = any(learner.sharded for learner in task.learners.values())
+        self.saves = Saves(options.out, mapped=self.sharded)
         self.watch = Watch(accelerator.device)
         self.best = Best(task.judge)
         self.step = 0
@@ -201,7 +203,7 @@ class _Run:
             better = self._evaluate()
             if not ended and self._gives_up():
                 ended = "early"
-            if ended and self.scores:
+            if ended and self.task.held_out_digest() is not None:
                 self._save()  # with the scores
         if saves or better or ended:
             self._export()
@@ -236,9 +238,8 @@ class _Run:
         """The main process's first number and the sum of all processes' second."""
         if self.accelerator.num_processes == 1:
             return mains, anybodys
-        numbers = torch.tensor(
-            [mains if self.main else 0.0, anybodys], device=self.accelerator.device
-        )
+        ours = [mains if self.main else 0.0, anybodys]
+        numbers = torch.tensor(ours, device=self.accelerator.device)
         first, second = self.accelerator.reduce(numbers, "sum").tolist()
         return first, second
 
@@ -248,7 +249,7 @@ class _Run:
             return
         if self.main:
             learners = self.task.learners.values()
-            weights = foresight.bytes_of(self.task.averaged())
+            weights = foresight.bytes_of(next(iter(learners)).network)
             kept = sum(learner.state_bytes() for learner in learners)
             kept += weights if self.task.held_out_digest() else 0
             if warning := check_room(self.options.out, kept, weights):
@@ -275,32 +276,34 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """Score the averaged weights; say whether they are the best so far."""
+        if self.task.held_out_digest() is None:
+            return False
         better = False
-        if self.main:
-            self.scores = self.task.evaluate()
+        with self.task.averages_at_hand():
+            if self.main:
+                self.scores = self.task.evaluate()
             self.evaluated_at = self.step
-            if self.scores:
+            if self.main:
                 line = "  ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
                 self.progress.say(f"step {self.step}  held-out: {line}")
-                scores = {f"held_out/{name}": value for name, value in self.scores.items()}
-                self.log.write(self.step, scores)
+                self.log.write(self.step, {f"held_out/{n}": v for n, v in self.scores.items()})
                 better = self.best.offer(self.step, self.scores, self.task.averaged())
                 if warning := self.best.warning(self.options, exported=self._exports_best()):
                     self.progress.say(warning)
-        self.accelerator.wait_for_everyone()
-        return better
+        return bool(self._shared(float(better), 0.0)[0])  # the others wait for it
 
     def _draw(self) -> None:
-        if self.main:
-            try:
-                picture = self.task.picture()
-            except Diverged as error:
-                way_on = self._way_on(self.step + 1)
-                raise TrainingError(f"{error} after step {self.step}; {way_on}") from error
-            folder = self.options.out / "samples"
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"step-{self.step:08d}.png")
-            self.log.picture(self.step, picture)
+        with self.task.averages_at_hand():
+            if self.main:
+                try:
+                    picture = self.task.picture()
+                except Diverged as error:
+                    way_on = self._way_on(self.step + 1)
+                    raise TrainingError(f"{error} after step {self.step}; {way_on}") from error
+                folder = self.options.out / "samples"
+                folder.mkdir(exist_ok=True)
+                picture.save(folder / f"step-{self.step:08d}.png")
+                self.log.picture(self.step, picture)
         self.accelerator.wait_for_everyone()
 
     def _exports_best(self) -> bool:
@@ -310,8 +313,6 @@ class _Run:
 
     def _export(self) -> None:
         """Write the weights that the run has to show for itself by now."""
-        if not self.main:
-            return
         best = self._exports_best()
         facts = {
             "trained_steps": self.step,
@@ -324,7 +325,9 @@ class _Run:
             "history": self.history,
             "torch": torch.__version__,
         }
-        self.task.export(self.best.weights if best else None, facts)
+        with self.task.averages_at_hand():
+            if self.main:
+                self.task.export(self.best.weights if best else None, facts)
 
     def _check(self, numbers: Mapping[str, float], *, weights: bool = False) -> None:
         """Raise TrainingError, with a way on that works, once something is not finite."""
@@ -361,7 +364,7 @@ class _Run:
         """
         self._check({}, weights=True)
         self.saved_s = self.elapsed_s
-        if not self.main:
+        if not (self.main or self.sharded):
             return
         state = {
             "fingerprint": json.dumps(self.task.fingerprint(), sort_keys=True),
@@ -376,7 +379,8 @@ class _Run:
             "learners": {name: learner.state() for name, learner in self.task.learners.items()},
             "extra": self.task.extra_state(),
         }
-        self.saves.write(self.step, state)
+        if self.main:
+            self.saves.write(self.step, state)
         self.saved_at = self.step
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
@@ -414,7 +418,7 @@ class _Run:
             self.history.append({"step": self.step, "changes": changed})
         self.resumed_slower = self.options.learning_rate < before.get("learning_rate", 0)
         if state.get("held_out") == self.task.held_out_digest():
-            self.best.load_state(state.get("best"))
+            self.best.load_state(state.get("best") if self.main else None)
         elif state.get("best"):
             self.progress.say("changed since: the held-out images; what was best is forgotten")
 
@@ -426,8 +430,9 @@ class _Run:
 
     def _fail(self, error: Exception) -> None:
         """End the run by an error that is not about what was trained: that is saved first."""
-        kept = ""
-        if self.main:
+        # Of shards, the other processes have theirs, and are busy elsewhere.
+        kept = self._goes_on() if self.sharded else ""
+        if self.main and not self.sharded:
             try:
                 if self.step not in self.saves.steps() and self.step:
                     self._save()

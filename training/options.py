@@ -319,6 +319,11 @@ class ModelTrainingOptions(TrainingOptions):
         "Compute each layer once more for the gradient instead of keeping what it computed: less "
         "memory, slower.",
     )
+    shard_states: bool = _option(
+        False,
+        "For models that one GPU does not hold: of weights, gradients, optimizer and average each "
+        "process keeps its share only. Takes several processes (torchrun).",
+    )
     variants: int = _option(
         8, "Augmented versions of every image that are encoded and cached.", least=1, most=100_000
     )

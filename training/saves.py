@@ -21,10 +21,17 @@ _KEYS = ("fingerprint", "step", "elapsed_s", "scores", "learners", "extra")
 
 
 class Saves:
-    """`RUN/checkpoints`; files of other names are nobody's business here."""
+    """`RUN/checkpoints`; files of other names are nobody's business here.
 
-    def __init__(self, out: Path) -> None:
+    Args:
+        out: RUN.
+        mapped: let what is read stay in its file until it is used, for several processes that
+            use a part each.
+    """
+
+    def __init__(self, out: Path, *, mapped: bool = False) -> None:
         self.folder = out / "checkpoints"
+        self._mapped = mapped
 
     def steps(self) -> dict[int, Path]:
         """The checkpoints by their step."""
@@ -87,7 +94,7 @@ class Saves:
             else f"remove it to go on from the checkpoint after step {before}"
         )
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except Exception as caught:  # a damaged file can raise nearly anything
             error: Exception = caught
             if is_out_of_memory(error) or isinstance(error, PermissionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,14 @@ class Task(ABC):
     @abstractmethod
     def blank(self, count: int) -> Any:
         """A batch of `count` blank images, for a rehearsal."""
+
+    @contextlib.contextmanager
+    def averages_at_hand(self) -> Iterator[None]:
+        """Inside, the first process may evaluate, draw and export; all processes must enter."""
+        with contextlib.ExitStack() as stack:
+            for learner in self.learners.values():
+                stack.enter_context(learner.average_at_hand())
+            yield
 
     def at_once(self, images: int) -> int:
         """How many of a process's images of a step are computed at once."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from aim_training.sampling import sample
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import VQTokenizer, channels_last
 
+if TYPE_CHECKING:
+    from aim_training.sharded_gradients import ShardedGradients
+
 # Sizes that a laptop without a GPU trains in an hour or so, over any codes and classes.
 _SMALL = {"d_model": 256, "num_layers": 8, "d_state": 64, "head_dim": 64, "adaln_groups": 2}
 _SMALLER = (
@@ -66,6 +69,7 @@ def train_model(options: ModelTrainingOptions) -> Path:
     try:
         with explained(_SMALLER):
             accelerator = make_accelerator(options)
+            _check_shards(options, accelerator)
             folders = (options.data, options.val_data)
             with run_folder(options.out, *folders, main=accelerator.is_main_process):
                 torch.manual_seed(options.seed)
@@ -95,6 +99,26 @@ def model_config(
         head_dim=options.head_dim,
         adaln_groups=options.adaln_groups,
     )
+
+
+def _check_shards(options: ModelTrainingOptions, accelerator: Accelerator) -> None:
+    if options.shard_states and accelerator.num_processes == 1:
+        raise TrainingError(
+            "shard_states is True, and one process has nobody to share with; start several, one a "
+            "GPU (torchrun --nproc-per-node N -m aim_cli train model ...), or leave it out"
+        )
+
+
+def _ways(
+    options: ModelTrainingOptions,
+) -> tuple[type[Learner[AiM]], type[BatchGradients | ShardedGradients]]:
+    """How the network is kept, and how its gradients are computed."""
+    if not options.shard_states:
+        return Learner, BatchGradients
+    from aim_training.sharded_gradients import ShardedGradients
+    from aim_training.sharded_learner import ShardedLearner
+
+    return ShardedLearner, ShardedGradients
 
 
 class CodeBatch(NamedTuple):
@@ -147,7 +171,8 @@ class ModelTask(Task):
         self.held_out: CodeBatch | None = None
         self.resident: Tensor | None = None
         self.labels = torch.from_numpy(self.folder.labels).to(self.device)
-        self.model = Learner(network, accelerator, options, average=True)
+        learner, gradients = _ways(options)
+        self.model = learner(network, accelerator, options, average=True)
         self.learners = {"model": self.model}
         self.share = max(1, options.batch_size // accelerator.num_processes)
         if options.micro_batch and self.share % options.micro_batch:
@@ -155,7 +180,7 @@ class ModelTask(Task):
                 f"micro_batch is {options.micro_batch}; it must divide the {self.share} images of "
                 "a step that a process computes"
             )
-        self.gradients = BatchGradients(
+        self.gradients = gradients(
             network,
             self._loss,
             at_once=options.micro_batch,
@@ -302,7 +327,8 @@ class ModelTask(Task):
         }
 
     def _loss(self, codes: Tensor, classes: Tensor) -> Tensor:
-        with autocast(self.options, self.device):
+        # Casts of weights in shards would be a whole copy of them.
+        with autocast(self.options, self.device, keeps_casts=not self.options.shard_states):
             logits = self.model.network(codes, classes)  # (B, T, V)
         return cross_entropy(logits, codes)
 

@@ -47,12 +47,14 @@ from aim_runtime.sampling import SamplingOptions
 __all__ = [
     "DTYPE_BYTES",
     "ENGINES_FOLDER",
+    "FEW_BITS",
     "FORMAT",
     "FORMAT_VERSION",
     "GRAPHS",
     "MAX_FILES",
     "MAX_FILE_BYTES",
     "MAX_MANIFEST_BYTES",
+    "PRECISIONS",
     "ROWS",
     "FileEntry",
     "GraphSpec",
@@ -67,8 +69,12 @@ __all__ = [
 ]
 
 FORMAT = "aim-bundle"
-FORMAT_VERSION = 2
-"""The newest format that is read. 2 is 1 and `engines/`: only bundles with engine files say 2."""
+FORMAT_VERSION = 3
+"""The newest format that is read. 2 is 1 and `engines/`: only bundles with engine files say 2 or
+more. 3 is 2 and weights of few bits: only bundles that have them say so."""
+PRECISIONS = ("fp32", "fp16")
+FEW_BITS = ("int8", "int4")
+"""What `precision` may be, and what it may be from format 3 on."""
 GRAPHS = ("prologue", "step", "decoder")
 
 # Far above any model of this family, far below what would exhaust a machine by accident.
@@ -106,6 +112,7 @@ class Manifest:
         they can run.
         """
         version = 1 if all(is_plain_file_name(name) for name in self.files) else 2
+        version = 3 if self.precision in FEW_BITS else version
         head = {"format": FORMAT, "format_version": version}
         body = head | dataclasses.asdict(self)
         return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -168,7 +175,9 @@ def _manifest(value: Any) -> Manifest:
             text_from_json(item, f"class_names[{index}]", 1024)
             for index, item in enumerate(JSON.items(top["class_names"], "class_names", 1, 1 << 20))
         ),
-        precision=JSON.choice(top["precision"], "precision", ("fp32", "fp16")),
+        precision=JSON.choice(
+            top["precision"], "precision", PRECISIONS + (FEW_BITS if version >= 3 else ())
+        ),
         provenance=_provenance(top["provenance"]),
         files=files_from_json(top["files"], version),
     )

@@ -18,6 +18,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -25,15 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.arguments import whole_number
-from aim_runtime.batching import (
-    DEFAULT_MEMORY_LIMIT_MB,
-    BatchPlan,
-    batches_within,
-    check_memory_limit,
-)
+from aim_runtime.batching import BatchPlan, batches_within, check_memory_limit
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.slots import Slots, StaticSlots
 from aim_runtime.forks import abandon_in_children, check_process
+from aim_runtime.memory import share_mib
 from aim_runtime.noise import check_noise
 from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 
@@ -216,9 +213,14 @@ class Engine(ABC):
 
         The figures are those of the CPU; engines whose device has its own memory replace it.
         """
-        if memory_limit_mb is None:
-            memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
-        return batches_within(self.manifest, n, rows_per_image, memory_limit_mb)
+        return batches_within(
+            self.manifest, n, rows_per_image, memory_limit_mb, self._memory_share_mib
+        )
+
+    @cached_property
+    def _memory_share_mib(self) -> int:
+        """Of what was free when the first request was planned: the next are planned alike."""
+        return share_mib()
 
     @abstractmethod
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:

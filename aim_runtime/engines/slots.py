@@ -193,18 +193,15 @@ class HostSlots(Slots):
             self._join(rows, [c for image in self._joining for c in image.classes])
             self._joining = []
         logits = self._advance(len(self._owners))  # (R, V)
-        groups: dict[SamplingOptions, list[_Image]] = {}
-        for image in self._images.values():
-            groups.setdefault(image.options, []).append(image)
         decided: dict[int, NDArray[np.int64] | BackendError] = {}
-        for options, images in groups.items():
-            for image, token in zip(images, _sampled(logits, images, options), strict=True):
-                decided[image.slot] = token
-                if isinstance(token, BackendError):
-                    continue
-                image.position += 1
-                self._token[image.rows] = token
-                self._position[image.rows] = image.position
+        for image in self._images.values():
+            token = decided[image.slot] = _sampled(logits, image)
+            if isinstance(token, BackendError):
+                continue  # the others shall not suffer from it
+            image.position += 1
+            for row in image.rows:
+                self._token[row] = token[0]
+                self._position[row] = image.position
         for slot, token in decided.items():
             if isinstance(token, BackendError) or self._images[slot].position == len(
                 self._images[slot].noise
@@ -228,20 +225,16 @@ class HostSlots(Slots):
         """
 
 
-def _sampled(
-    logits: NDArray[np.float32], images: Sequence[_Image], options: SamplingOptions
-) -> list[NDArray[np.int64] | BackendError]:
-    """The next token (1,) of each image, whose scores are among `logits` (R, V)."""
-    rows = [[image.rows[which] for image in images] for which in range(options.rows_per_image)]
-    scores = guide(logits[np.concatenate(rows)], len(images), options.cfg_scale)  # (n, V)
-    u = np.array([image.noise[image.position] for image in images])  # (n,)
+def _sampled(logits: NDArray[np.float32], image: _Image) -> NDArray[np.int64] | BackendError:
+    """The next token (1,) of an image, whose scores are among `logits` (R, V).
+
+    Each by itself: one image's scores stay in the first caches from guidance to draw.
+    """
+    scores = guide(logits[image.rows], 1, image.options.cfg_scale)  # (1, V)
     try:
-        return list(sample(scores, u, options)[:, None])
-    except BackendError as error:
-        if len(images) == 1:
-            return [error]
-        # One image's scores are not finite: the others shall not suffer from it.
-        return [token for image in images for token in _sampled(logits, [image], options)]
+        return sample(scores, image.noise[image.position : image.position + 1], image.options)
+    except BackendError as error:  # they are not finite
+        return error
 
 
 class StaticSlots(Slots):

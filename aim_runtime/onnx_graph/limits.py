@@ -17,6 +17,9 @@ _DECODER_WORK_PER_PIXEL = 1 << 24
 # Values as wide as the model that a step may make in each layer and at either end.
 _ACTIVATIONS = 1 << 7
 _WORK_A_PARAMETER = 1 << 4
+# How many float32 a stored byte may become, in what the engine folds and keeps. One, for numbers of
+# 8 bits; half precision takes less.
+_FLOATS_A_BYTE = {"int4": 2}
 _FREE_FIXED_BYTES = 1 << 20
 _FREE_FIXED_WORK = 1 << 26
 
@@ -60,8 +63,7 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     return GraphLimits(
         planned_row_bytes=planned,
         row_bytes=row_bytes,
-        # Half precision is cast, and folded into what the engine keeps.
-        fixed_bytes=4 * stored + _FREE_FIXED_BYTES,
+        fixed_bytes=_FLOATS_A_BYTE.get(manifest.precision, 1) * 4 * stored + _FREE_FIXED_BYTES,
         row_work=row_work,
         fixed_work=_WORK_A_PARAMETER * stored + _FREE_FIXED_WORK,
     )

@@ -9,6 +9,7 @@ graphs, repeat, call out, draw numbers or make as much as their data say are not
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from aim_runtime.onnx_graph.layout_operators import LAYOUT
 from aim_runtime.onnx_graph.model import BOOL, FLOAT, INT32, INT64, UINT8
@@ -29,6 +30,7 @@ MICROSOFT = "com.microsoft"
 # Convolutions over one or two dimensions, as decoders have them.
 _CONV_RANKS = (3, 4)
 _MAX_BLOCK = 1 << 10  # weights that share a scale
+_EIGHT_BIT_SUMS = 4  # MatMulNBits' accuracy level at which it never makes float32 of its weights
 
 
 def _grouped(call: Call) -> list[Value]:
@@ -128,18 +130,51 @@ def _matmul_of_few_bits(call: Call) -> list[Value]:
         raise GraphRefused(f"a product in it is of {bits} bits in blocks of {block}")
     if (len(call.inputs) > 4 and call.inputs[4] is not None) or call.integer("weight_prepacked", 0):
         raise GraphRefused("a product in it has weights in another order")
+    call.input(1), call.input(2)  # weights and scales must be there
     if columns < 1 or terms < 1 or value.shape[-1:] != (fixed(terms),):
         raise GraphRefused("a product in it is of other sizes than it says")
     blocks = -(-terms // block)
-    stored = (columns, blocks, block * bits // 8)
-    for index, size in ((1, math.prod(stored)), (2, columns * blocks)):
-        if count(call.input(index).shape) != (0, size):
-            raise GraphRefused("a product in it has weights of other sizes than it says")
+    points = call.given(3)  # two or more a byte, or one float32 each
+    packed = points is None or points.dtype == UINT8
+    sizes = {
+        1: {columns * blocks * (block * bits // 8)},
+        2: {columns * blocks},
+        3: {columns * (-(-blocks * bits // 8) if packed else blocks)},
+        5: {columns},
+    }
+    _check_sizes(call, sizes)
     shape = (*value.shape[:-1], fixed(columns))
     call.work(_times(count(shape), fixed(terms)))
-    # What it packs and quantises on the way.
+    # What it packs and quantises on the way, or all weights as float32.
     call.scratch(Value(value.shape, INT64).bytes)
+    if call.integer("accuracy_level", 0) != _EIGHT_BIT_SUMS:
+        call.scratch((0, 4 * columns * terms))
     return [Value(shape, value.dtype)]
+
+
+def _integers_to_float(scales: int, point: int, bias: int) -> Rule:
+    """A product of whole numbers, times scales: one, or one a column, in the inputs so numbered.
+
+    Kernels read as many numbers of a bias as there are columns, whatever there are.
+    """
+    product = _multiplied(0, 1, dtype=FLOAT)
+
+    def rule(call: Call) -> list[Value]:
+        (made,) = product(call)
+        columns = made.shape[-1].constant
+        one_each = {1, columns}
+        _check_sizes(call, {scales: one_each, point: one_each, bias: {columns}})
+        return [made]
+
+    return rule
+
+
+def _check_sizes(call: Call, sizes: Mapping[int, set[int]]) -> None:
+    """Inputs, by number, must have one of so many elements; those left out need not be there."""
+    for index, allowed in sizes.items():
+        value = call.given(index)
+        if value is not None and count(value.shape) not in {(0, size) for size in allowed}:
+            raise GraphRefused("a product in it has weights of other sizes than it says")
 
 
 def _convolved(x: int, w: int, *, dtype: int | None = None, unrolled: bool = False) -> Rule:
@@ -307,8 +342,8 @@ _MICROSOFT: dict[str, Rule] = {
     **_each("SimplifiedLayerNormalization SkipSimplifiedLayerNormalization", _normalised),
     **_each("FusedGemm FusedMatMul", _multiplied(0, 1)),
     "FusedConv": _convolved(0, 1),
-    "DynamicQuantizeMatMul": _multiplied(0, 1, dtype=FLOAT),
-    "MatMulIntegerToFloat": _multiplied(0, 1, dtype=FLOAT),
+    "DynamicQuantizeMatMul": _integers_to_float(2, 3, 4),
+    "MatMulIntegerToFloat": _integers_to_float(3, 5, 6),
     "MatMulNBits": _matmul_of_few_bits,
     "QGemm": _multiplied(0, 3, dtype=FLOAT),
     **_each("QLinearAdd QLinearMul", _stretched(3, 0)),

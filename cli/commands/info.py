@@ -41,7 +41,7 @@ def command(path: Path | None, classes: bool, everything: bool) -> None:
 
 
 def memory_plans(bundle: Bundle) -> dict[int, BatchPlan]:
-    """How requests of some sizes would be batched and what memory they take.
+    """How requests of some sizes would be batched and what memory they take on a CPU.
 
     An image may alone exceed the default limit: then nothing is returned.
     """
@@ -51,6 +51,13 @@ def memory_plans(bundle: Bundle) -> dict[int, BatchPlan]:
         return {n: plan_batches(bundle.manifest, n) for n in _REQUESTS}
     except ValueError:
         return {}
+
+
+def default_limit_bytes() -> int:
+    """What a request may take here on a CPU where no limit is given."""
+    from aim_runtime.memory import share_mib
+
+    return share_mib() << 20
 
 
 def model_bytes(bundle: Bundle) -> int:
@@ -114,6 +121,7 @@ def as_dict(bundle: Bundle) -> dict[str, Any]:
         **manifest,
         "memory": {
             "model_bytes": model_bytes(bundle),
+            "default_limit_bytes": default_limit_bytes(),
             "state_bytes_per_row": bundle.manifest.state_bytes_per_row,
             "requests": [
                 {
@@ -190,7 +198,10 @@ def card(bundle: Bundle) -> str:
 
 def _memory(bundle: Bundle) -> str:
     state = human.size(bundle.manifest.state_bytes_per_row)
-    lines = [f"{human.size(model_bytes(bundle))} for the model; state {state} a row"]
+    lines = [
+        f"{human.size(model_bytes(bundle))} for the model; state {state} a row",
+        f"{human.size(default_limit_bytes())} of what is free now for images that a CPU draws",
+    ]
     rows = [("images", "at once", "memory on top")]
     for n, plan in memory_plans(bundle).items():
         rows.append((str(n), str(plan.batch_size), human.size(plan.total)))

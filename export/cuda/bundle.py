@@ -32,6 +32,7 @@ from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
 from aim_export.cuda.tuning import TUNING
 from aim_export.cuda.weights import CONSTANTS_FILE, Constants, converted, step_weights
 from aim_export.errors import ExportError
+from aim_export.wide import check_wide
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
 from aim_runtime.bundle.manifest import ModelCard
@@ -92,6 +93,7 @@ def compile_engines(
 ) -> None:
     """Write plans, constants and kernels of `bundle` to `out_dir` (see `add_engines`)."""
     say = report or (lambda line: None)
+    check_wide(bundle, "CUDA kernels")
     constants = Constants()
     drafts = [
         draft_plan(bundle, precision, constants, capabilities=capabilities)

@@ -10,6 +10,7 @@ one without their checkpoint. What differs from the plain step:
 - `SimplifiedLayerNormalization` is an RMSNorm, also of the gated value, and
   `SkipSimplifiedLayerNormalization` one behind the residual's addition. `QuickGelu` with alpha 1 is
   silu.
+- Weights of few bits are multiplied as they are stored (`aim_export.onnx.products`).
 
 The convolution stays plain: `CausalConvWithState` is not faster, neither at 2 rows nor at 32.
 """
@@ -23,15 +24,16 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from aim_export.errors import ExportError
-from aim_export.onnx.graph import HALF_SUFFIX, NORM_EPS, ROWS, GraphBuilder, Shape
+from aim_export.onnx.graph import HALF_SUFFIX, MICROSOFT, NORM_EPS, ROWS, GraphBuilder, Shape
 from aim_export.onnx.names import CLASS_EMBEDDING, FINAL, MODULATION, next_name, state_names
+from aim_export.onnx.packed import BLOCK, INT4, INT8, SCALE, ZERO, as_bytes
+from aim_export.onnx.products import int4_product, int8_product, int8_rows
 from aim_runtime.bundle.manifest import GraphSpec, ModelCard, StatePair, TensorSpec
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, StepGraph
 
 FIRST_ONNXRUNTIME = "1.26"
 """The first ONNX Runtime whose CPU provider has all the operators."""
 
-_MICROSOFT = "com.microsoft"
 # Of an RMSNorm in a bundle that does not say.
 _USUAL_EPS = 1e-5
 # exp of it is 0 in float32, and it is finite.
@@ -81,7 +83,7 @@ class _FusedStep:
         self.tensors = {tensor.name: tensor for tensor in plain.graph.initializer}
         self.cast: set[str] = set()
         self.g = GraphBuilder("aim_fused_step")
-        self.g.domain(_MICROSOFT, 1)
+        self.g.domain(MICROSOFT, 1)
         self.eps = _USUAL_EPS
         if NORM_EPS in self.tensors:
             # The shortest number that is it in float32: attributes are printed by some tools.
@@ -117,7 +119,7 @@ class _FusedStep:
                 "SkipSimplifiedLayerNormalization",
                 *(change, residual, weight),
                 results=["", None, None, ""],
-                domain=_MICROSOFT,
+                domain=MICROSOFT,
                 epsilon=self.eps,
             )
         g.scope("head")
@@ -165,7 +167,7 @@ class _FusedStep:
         x, b, c = g.ops("Split", activated, sizes, results=[""] * 3, axis=2)
         y = self._scanned(layer, x, b, c, dt)
         gated = g.op("Mul", y, self._silu(z))
-        return self._product(self._norm(gated, inner), f"layer_{layer}.out_proj")
+        return self._product(self._norm(gated, inner), f"layer_{layer}.out_proj", normed=True)
 
     def _convolved(self, layer: int, xbc: str) -> str:
         """Causal convolution over the last K inputs, then silu."""
@@ -194,7 +196,7 @@ class _FusedStep:
             "LinearAttention",
             *(c, b, shaped(values, -1, 1, self.inner), state, decay),
             results=["", next_name(state)],
-            domain=_MICROSOFT,
+            domain=MICROSOFT,
             update_rule="gated",
             q_num_heads=1,
             kv_num_heads=heads,
@@ -210,14 +212,34 @@ class _FusedStep:
         g = self.g
         shift, scale = g.ops("Split", FINAL, results=["", ""], axis=1, num_outputs=2)
         hidden = g.op("Mul", self._norm(hidden, self.model.d_model), scale)
-        hidden = g.op("Squeeze", g.op("Add", hidden, shift), self.one)
+        hidden = g.op("Add", hidden, shift)
+        if "word_table" + INT8 in self.tensors:
+            logits = self._product(hidden, "word_table")
+            g.op("Squeeze", logits, self.one, result="logits")
+            return
+        hidden = g.op("Squeeze", hidden, self.one)
         g.op("Gemm", hidden, self._weight("word_table"), transB=1, result="logits")
 
-    def _product(self, value: str, weight: str) -> str:
+    def _product(self, value: str, weight: str, *, normed: bool = False) -> str:
+        """`value` (R, 1, K) times a weight (N, K), however it is stored: (R, 1, N)."""
+        g = self.g
+        if weight + INT8 in self.tensors:
+            terms = self.tensors[weight + INT8].dims[0]
+            stored = [g.stored(self.tensors[weight + part]) for part in (INT8, SCALE)]
+            return int8_product(g, value, stored[0], stored[1], terms, normed=normed)
+        if weight + INT4 in self.tensors:
+            rows, terms = self.tensors[weight + INT4].dims
+            packed, zero = (
+                g.stored(as_bytes(self.tensors[weight + part], shape))
+                for part, shape in (
+                    (INT4, [rows, terms // BLOCK, BLOCK // 2]),
+                    (ZERO, [rows, terms // BLOCK // 2]),
+                )
+            )
+            scale = self._weight(weight + SCALE)
+            return int4_product(g, value, (packed, scale, zero), (rows, terms))
         weight = self._weight(weight)
-        return self.g.ops("FusedMatMul", value, weight, results=[""], domain=_MICROSOFT, transB=1)[
-            0
-        ]
+        return g.ops("FusedMatMul", value, weight, results=[""], domain=MICROSOFT, transB=1)[0]
 
     def _norm(self, value: str, width: int) -> str:
         """`value` over the root of its mean square."""
@@ -225,7 +247,7 @@ class _FusedStep:
         return self.g.op("SimplifiedLayerNormalization", value, ones, axis=-1, epsilon=self.eps)
 
     def _silu(self, value: str) -> str:
-        return self.g.ops("QuickGelu", value, results=[""], domain=_MICROSOFT, alpha=1.0)[0]
+        return self.g.ops("QuickGelu", value, results=[""], domain=MICROSOFT, alpha=1.0)[0]
 
     def _ones(self, width: int) -> str:
         return self.g.weight(f"ones_{width}", np.ones(width, np.float32))
@@ -241,7 +263,10 @@ class _FusedStep:
         return name
 
     def _looked_up(self, name: str, index: str) -> str:
-        """Rows of a table; of one in half precision only these are cast."""
+        """Rows of a table; of one in fewer bits only these are cast."""
+        if name + INT8 in self.tensors:
+            stored = [self.g.stored(self.tensors[name + part]) for part in (INT8, SCALE)]
+            return int8_rows(self.g, stored[0], stored[1], index)
         if name in self.tensors:
             return self.g.op("Gather", self.g.stored(self.tensors[name]), index, axis=0)
         half = self.g.stored(self._tensor(name + HALF_SUFFIX, name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -16,6 +16,8 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, nump
 
 # 20 is the oldest opset with everything used here; TensorRT 10.9 and later read it.
 OPSET = 20
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 # Name of the symbolic dimension that counts rows.
 ROWS = "rows"
 # Weights start on this boundary, so that a mapped file can be read with vector loads.
@@ -30,7 +32,10 @@ NORM_EPS = "norm_eps"
 # Below this many elements half precision saves nothing worth its rounding.
 _HALF_FROM_ELEMENTS = 4096
 
-Precision = Literal["fp32", "fp16"]
+Stored = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+"""How large weights are stored. Of few bits are those that every step reads, the rest is fp16."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Shape = Sequence[int | str]
 
 
@@ -131,7 +136,7 @@ class GraphBuilder:
         )
 
 
-def write_graph(model: ModelProto, directory: Path, name: str, precision: Precision) -> None:
+def write_graph(model: ModelProto, directory: Path, name: str, precision: Stored) -> None:
     """Write `name.onnx` and `name.weights`, then let the ONNX checker judge them.
 
     Args:
@@ -146,7 +151,8 @@ def write_graph(model: ModelProto, directory: Path, name: str, precision: Precis
     graph_file, weights_file = directory / f"{name}.onnx", directory / f"{name}.weights"
     with weights_file.open("wb") as stream:
         for tensor in model.graph.initializer:
-            raw = numpy_helper.to_array(tensor).tobytes()
+            # Of 4 bits two are a byte, as they lie there; an array would have a byte for each.
+            raw = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
             if len(raw) < _INLINE_BELOW_BYTES:
                 continue
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))

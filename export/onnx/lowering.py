@@ -108,6 +108,32 @@ def lower_step(model: AiM, position_offset: int) -> ModelProto:
     return _StepGraph(model).build(position_offset)
 
 
+def step_matrices(model: AiM) -> dict[str, np.ndarray]:
+    """The matrices (outputs, inputs) that a step reads all of, by their names in its graph."""
+    found = {"word_table": _array(model.backbone.embeddings.word_embeddings.weight)}
+    for index, layer in enumerate(model.backbone.layers):
+        found[f"layer_{index}.in_proj"] = _array(layer.mixer.in_proj.weight)
+        found[f"layer_{index}.out_proj"] = _out_proj(layer.mixer)
+    return found
+
+
+def adaln_matrices(model: AiM) -> dict[str, np.ndarray]:
+    """The matrices (outputs, inputs) of the layers' adaLN, by their names in the prologue."""
+    net = model.backbone
+    if model.config.adaln_groups:
+        return {"adaln_group.weight": _array(net.adaln_group.linear.weight)}
+    return {
+        f"adaln.{index}.weight": _array(layer.adaLN_modulation.linear.weight)
+        for index, layer in enumerate(net.layers)
+    }
+
+
+def _out_proj(mixer: Mixer) -> np.ndarray:
+    """The second projection (D, I), the weight of the norm before it inside."""
+    inside: np.ndarray = _array(mixer.out_proj.weight) * _array(mixer.norm.weight)
+    return inside
+
+
 class _StepGraph:
     """The step, part by part, each from value names to value names."""
 
@@ -182,8 +208,7 @@ class _StepGraph:
             **PLUGIN_ATTRIBUTES,
         )
         # The norm's weight is inside the matrix and its factor is one number a row, so it can wait.
-        out_weight = _array(mixer.out_proj.weight) * _array(mixer.norm.weight)
-        mixed = g.op("Gemm", gated, stored("out_proj", out_weight), transB=1)
+        mixed = g.op("Gemm", gated, stored("out_proj", _out_proj(mixer)), transB=1)
         total = g.op("ReduceSum", squares, self.one, keepdims=1)
         mean_square = g.op("Mul", total, g.constant(1.0 / self.config.d_inner))
         return g.op("Mul", mixed, self._inverse_rms(mean_square))

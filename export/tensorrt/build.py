@@ -18,6 +18,7 @@ from onnx import ModelProto
 from aim_export.errors import EnginesUnavailable, ExportError
 from aim_export.onnx.state_scan import NAME
 from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_graph
+from aim_export.wide import check_wide
 from aim_runtime import BackendError, Bundle, BundleError
 from aim_runtime.bundle import add_engine
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, GRAPHS, GraphSpec
@@ -95,6 +96,7 @@ def build_engines(
         ExportError: TensorRT cannot build one of them.
         aim_runtime.BundleError: the bundle is damaged.
     """
+    check_wide(bundle, "TensorRT engines")
     cache_name = f"{ENGINES_FOLDER}/{name}/{_TIMING_CACHE}"
     cache = bytes(bundle.read(cache_name)) if cache_name in bundle.manifest.files else b""
     for graph in GRAPHS:

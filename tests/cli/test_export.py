@@ -102,6 +102,25 @@ def test_export_reports_parity_and_the_bundle_draws(
     refused(cli("export", "--ckpt", checkpoint, "--out", "made"), "made", "holds a bundle already")
 
 
+def test_weights_of_few_bits(cli: Cli, checkpoint: Path, folder: Path) -> None:
+    done = cli("export", "--ckpt", checkpoint, "--out", "made", "--precision", "int8")
+    assert done.exit_code == 0
+    assert "Kullback-Leibler divergence, nats" in done.stdout
+    assert "2e-03" in done.stdout
+    assert "same best token" in done.stdout
+    assert "weights in int8" in cli("info", "made").stdout
+    assert cli("generate", "--bundle", "made", "-c", "0").exit_code == 0
+    (png,) = (folder / "aim-images").glob("*.png")
+    with Image.open(png) as saved:
+        assert json.loads(saved.text["aim"])["precision"] == "int8"  # type: ignore[attr-defined]
+    refused(cli("generate", "--bundle", "made", "--precision", "fp32"), "in 'int8' only")
+    for option in ("--cuda", "--trt"):
+        words = f"--precision int4 is for CPUs; {option} takes --precision fp32 or fp16"
+        asked = ("--precision", "int4", option)
+        refused(cli("export", "--ckpt", checkpoint, "--out", "other", *asked), words)
+    assert not (folder / "other").exists()
+
+
 class Code:
     """What a malicious checkpoint would hold."""
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import ModelProto
 
 from aim_export import ExportError, export_bundle
@@ -19,38 +18,9 @@ from aim_export.cpu import add_step_graph, step_engines
 from aim_export.onnx import fused_step
 from aim_runtime import Bundle, BundleError, Generator
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, STEP_FILE, chosen_step
-from aim_training.checkpoint import save_checkpoint
-from aim_training.config import ModelConfig, TokenizerConfig
-from aim_training.model import AiM
-from aim_training.tokenizer import VQTokenizer
 
 from ..runtime.tiny_bundle import write_tiny_bundle
 from .conftest import Exported, Golden
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that exports in no time, whose layers take part."""
-    config = ModelConfig(
-        vocab_size=32, num_classes=3, num_tokens=9, d_model=64, num_layers=2, d_state=16
-    )
-    tokenizer = TokenizerConfig(
-        codebook_size=32,
-        channels=32,
-        channel_multipliers=(1, 1),
-        z_channels=32,
-        encoder_blocks=1,
-        decoder_blocks=1,
-    )
-    torch.manual_seed(0)
-    model = AiM(config).initialise()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "adaLN" in name:  # it starts with every gate closed
-                parameter.normal_(0.0, 0.5)
-    names = {"class_names": ["cat", "dog", "red panda"]}
-    path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    return save_checkpoint(path, model, VQTokenizer(tokenizer), names)
 
 
 def without_step_graph(bundle: Bundle, out: Path) -> Path:

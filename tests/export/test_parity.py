@@ -23,7 +23,7 @@ from aim_training.checkpoint import load_checkpoint
 
 from .conftest import Exported, Golden
 
-GOOD = ParityReport("fp32", 2, 9, 1e-7, 1e-7, 1e-6, 1.0, 999.0)
+GOOD = ParityReport("fp32", 2, 9, 1e-7, 1e-7, 1e-6, 1.0, 999.0, 1e-12, 1.0)
 NAN = float("nan")
 
 

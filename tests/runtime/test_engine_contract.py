@@ -19,19 +19,22 @@ import pytest
 from aim_runtime import BackendError, Bundle, BundleError, SamplingOptions, available_backends
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
+from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
+from aim_runtime.engines.onnxruntime.step_graph import chosen_step
 from aim_runtime.engines.slots import Slots
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import sample
 
+from .few_bits_bundle import write_int8_bundle
 from .playing import ids, onnxruntime_cuda_on_the_host, play
 from .simulated_tensorrt import simulated_tensorrt_engine
 from .toy_cuda import toy_engine, toy_plan, write_toy_bundle
 
 # The largest error of a score, relative to the largest score of the model.
-SCORE_TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
+SCORE_TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "int8": 5e-3}
 # The share of draws that must be those of the NumPy sampler for the engine's own scores: in half
 # precision the last bits of a sum decide here and there.
-DRAW_AGREEMENT = {"fp32": 1.0, "fp16": 0.98}
+DRAW_AGREEMENT = {"fp32": 1.0, "fp16": 0.98, "int8": 1.0}
 PIXEL_TOLERANCE = 2  # levels of 255
 
 STATUSES = available_backends()
@@ -43,9 +46,10 @@ AVAILABLE = [status.name for status in STATUSES if status.available]
 CASES = [
     (name, precision)
     for name in (*AVAILABLE, ON_THE_HOST, SIMULATED, SIMULATED_TENSORRT)
-    for precision in SCORE_TOLERANCE
+    for precision in ("fp32", "fp16")
     if precision == "fp32" or name not in FP32_ONLY
 ]
+CASES += [(name, "int8") for name in ("cpu", ON_THE_HOST)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Case:
 
 # For tests of what half precision, which rounds differently in other batches, does not promise.
 full_precision = pytest.mark.parametrize(
-    "case", [case for case in CASES if case[1] == "fp32"], indirect=True, ids="-".join
+    "case", [case for case in CASES if case[1] != "fp16"], indirect=True, ids="-".join
 )
 
 
@@ -100,10 +104,17 @@ def case(
         engine, bundle = simulated_tensorrt_engine(tiny, folder)
         yield Case(engine, load_engine(bundle, backend="cpu"), bundle)
         return
-    if name == ON_THE_HOST:
+    if precision == "int8":
+        # Held against the plain graph of the same weights, which computes in float32.
+        bundle = Bundle.open(write_int8_bundle(tiny, tmp_path_factory.mktemp("contract") / "int8"))
+        if name == "cpu":
+            yield Case(load_engine(bundle, threads=2), OnnxRuntimeCpu(bundle, 2), bundle)
+            return
+    elif name == ON_THE_HOST:
         bundle = Bundle.open(tiny)
+    if name == ON_THE_HOST:
         with onnxruntime_cuda_on_the_host(bundle) as engine:
-            yield Case(engine, load_engine(bundle, backend="cpu"), bundle)
+            yield Case(engine, OnnxRuntimeCpu(bundle, 2), bundle)
         return
     bundle = bundle_for(name, tiny)
     try:
@@ -350,7 +361,9 @@ def test_a_request_is_planned(case: Case) -> None:
 def test_what_it_says_of_itself(case: Case) -> None:
     assert case.engine.backend in [status.name for status in STATUSES]
     assert case.engine.device.partition(":")[0] in ("cpu", "cuda")
-    assert case.engine.manifest == case.bundle.manifest
+    expected = case.bundle.manifest
+    step = chosen_step(case.bundle).step if case.engine.backend == "cpu" else None
+    assert case.engine.manifest == (expected if step is None else step.applied(expected))
 
 
 def test_bad_arguments_are_named(case: Case) -> None:

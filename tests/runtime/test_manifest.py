@@ -429,3 +429,17 @@ def test_deep_places_make_short_sentences(document: dict[str, Any]) -> None:
         place = place["k" * 128]
     place["x"] = "\0" * 5000
     assert len(refused(document)) < 300
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_of_few_bits_are_of_format_3(tiny: Path, precision: str) -> None:
+    """Older runtimes ask to be upgraded, instead of complaining about a word."""
+    wide = Manifest.from_json((tiny / "manifest.json").read_text(encoding="utf-8"))
+    text = dataclasses.replace(wide, precision=precision).to_json()
+    document = json.loads(text)
+    assert document["format_version"] == 3
+    assert Manifest.from_json(text).precision == precision
+    for version in (1, 2):
+        reason = refused(document | {"format_version": version})
+        assert f"precision is '{precision}'" in reason
+        assert "'fp32', 'fp16'" in reason

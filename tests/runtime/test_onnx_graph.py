@@ -6,6 +6,7 @@ Each is the tiny bundle's with one thing changed, under honest checksums.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -702,6 +703,31 @@ FUSED: dict[str, list[Any]] = {
             block_size=16,
         )
     ],
+    "few bits, 8 of each": [
+        node(
+            *("MatMulNBits", "old wide_packed scales points", "logits", "com.microsoft"),
+            N=16,
+            K=16,
+            bits=8,
+            block_size=16,
+            accuracy_level=4,
+        )
+    ],
+    "two digits": [
+        node("QuantizeLinear", "old scale point", "q"),
+        node(
+            *("MatMulIntegerToFloat", "q w8 scale column_scales point point column_bias", "logits"),
+            "com.microsoft",
+        ),
+    ],
+    "dequantised by columns": [
+        node("DequantizeLinear", "w8 column_scales", "wide", axis=1),
+        node("MatMul", "old wide", "logits"),
+    ],
+    "dequantised by blocks of 4 bits": [
+        node("DequantizeLinear", "halves scales middles", "wide", axis=1, block_size=16),
+        node("Gemm", "old wide", "logits", transB=1),
+    ],
     "activation": [node("QuickGelu", "old", "logits", "com.microsoft", alpha=1.7)],
     "fused product": [node("FusedMatMul", "old square", "logits", "com.microsoft", alpha=0.5)],
     "recurrence": [
@@ -752,6 +778,17 @@ def test_fused_and_quantised_operators(edited: Callable[..., Path], name: str) -
         constant(model, "gain", np.ones(16), np.float32)
         constant(model, "packed", np.full((16, 1, 8), 0x79), np.uint8)
         constant(model, "scales", np.full((16, 1), 0.1), np.float32)
+        constant(model, "wide_packed", np.full((16, 1, 16), 0x79), np.uint8)
+        constant(model, "points", np.full((16, 1), 0x80), np.uint8)
+        constant(model, "column_scales", np.full(16, 0.1), np.float32)
+        constant(model, "column_bias", np.full(16, 0.1), np.float32)
+        for tensor_name, shape in (("halves", (16, 16)), ("middles", (16, 1))):
+            raw = bytes([0x87]) * (math.prod(shape) // 2)
+            tensor = helper.make_tensor(tensor_name, TensorProto.UINT4, shape, raw, raw=True)
+            model.graph.initializer.append(tensor)
+        if "by blocks" in name:
+            (own,) = (opset for opset in model.opset_import if not opset.domain)
+            own.version = 21
         constant(model, "square", np.eye(16), np.float32)
         constant(model, "kernels", np.ones((4, 1, 4)), np.float32)
         constant(model, "bias", np.zeros(4), np.float32)
@@ -783,6 +820,57 @@ def test_fused_and_quantised_operators(edited: Callable[..., Path], name: str) -
         pytest.skip("this ONNX Runtime lacks the operator")
     with generator:
         assert generator.generate([0, 1]).array.shape == (2, 6, 6, 3)
+
+
+ROWS = Size(1, 0)
+
+
+def of(*sizes: int, dtype: int = TensorProto.FLOAT) -> Value:
+    return Value(tuple(Size(0, size) for size in sizes), dtype)
+
+
+X = Value((ROWS, Size(0, 64)), TensorProto.FLOAT)
+BITS = {"N": 8, "K": 64, "bits": 4, "block_size": 32, "accuracy_level": 4}
+PACKED, SCALES = of(8, 2, 16, dtype=TensorProto.UINT8), of(8, 2)
+POINTS = of(8, 1, dtype=TensorProto.UINT8)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("MatMulNBits", [X, of(8, 2, 8, dtype=TensorProto.UINT8), SCALES]),
+        ("MatMulNBits", [X, PACKED, of(8, 1)]),
+        ("MatMulNBits", [X, PACKED, SCALES, of(4, dtype=TensorProto.UINT8)]),
+        ("MatMulNBits", [X, PACKED, SCALES, of(8, 1)]),
+        ("MatMulNBits", [X, PACKED, SCALES, POINTS, None, of(7)]),
+        ("MatMulNBits", [X, PACKED, None]),
+        ("MatMulIntegerToFloat", [X, of(64, 8), of(), of(7)]),
+        ("MatMulIntegerToFloat", [X, of(64, 8), of(), of(8), of(), of(2)]),
+        ("MatMulIntegerToFloat", [X, of(64, 8), of(), of(8), of(), None, of(1)]),
+        ("DynamicQuantizeMatMul", [X, of(64, 8), of(9)]),
+        ("DynamicQuantizeMatMul", [X, of(64, 8), of(8), None, of(7)]),
+    ],
+)
+def test_what_belongs_to_weights_of_few_bits_has_their_sizes(
+    name: str, inputs: list[Value | None]
+) -> None:
+    """Kernels take some of these on trust, and would read beyond their end."""
+    call = Call(name, inputs, BITS if name == "MatMulNBits" else {}, 1)
+    with pytest.raises(GraphRefused, match=r"of other sizes than it says|lacks an input"):
+        OPERATORS["com.microsoft"][name](call)
+
+
+def test_what_products_of_few_bits_cost() -> None:
+    rule = OPERATORS["com.microsoft"]["MatMulNBits"]
+    cost = []
+    for level in (4, 1):
+        call = Call(
+            "MatMulNBits", [X, PACKED, SCALES, POINTS], {**BITS, "accuracy_level": level}, 1
+        )
+        assert rule(call) == [Value((ROWS, Size(0, 8)), TensorProto.FLOAT)]
+        assert call.operations == (8 * 64, 0)
+        cost.append(call.extra)
+    assert cost == [(64 * 8, 0), (64 * 8, 64 * 8 * 4)]  # as float32 beside them
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,14 @@ from aim_runtime.engines.gpu import libcuda, probing
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
+    check_precision,
     import_failure,
     make_session,
 )
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.errors import BackendError
 from aim_runtime.onnx_graph import CheckedGraph
-from aim_runtime.quoting import shortened, shown
+from aim_runtime.quoting import shortened
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -76,10 +77,7 @@ def load(
     bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
 ) -> OnnxRuntimeCuda:
     """Load `bundle`; `threads` are for what little is left to the host, 1 by default."""
-    if precision not in ("auto", "fp32"):
-        raise BackendError(
-            f"precision is {shown(precision)}; the onnxruntime-cuda backend computes in 'fp32' only"
-        )
+    check_precision("onnxruntime-cuda", bundle, precision)
     gpu = probing.chosen_gpu(device)
     said = _preload_libraries()
     try:

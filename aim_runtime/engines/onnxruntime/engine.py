@@ -22,21 +22,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.batching import (
-    DEFAULT_MEMORY_LIMIT_MB,
-    BatchPlan,
-    batches_within,
-    memory_needed,
-)
+from aim_runtime.batching import BatchPlan, batches_within, memory_needed
 from aim_runtime.bundle import Bundle
-from aim_runtime.bundle.manifest import GraphSpec, TensorSpec
+from aim_runtime.bundle.manifest import FEW_BITS, GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
+from aim_runtime.engines.onnxruntime.freed import give_back
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older, log_level
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph
 from aim_runtime.errors import BackendError, BundleError
+from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph, checked_graphs
-from aim_runtime.quoting import first_line, shortened
+from aim_runtime.quoting import first_line, shortened, shown
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -78,8 +75,6 @@ class OnnxRuntimeEngine(Engine):
         in_place: The inputs of those states whose new value is written where the old one is read.
     """
 
-    precision = "fp32"
-
     def __init__(
         self,
         bundle: Bundle,
@@ -89,12 +84,14 @@ class OnnxRuntimeEngine(Engine):
     ) -> None:
         """`step` takes the place of the bundle's plain step."""
         super().__init__(bundle.manifest if step is None else step.applied(bundle.manifest))
+        self.precision = computed_in(bundle)
         self.memory = memory
         self.in_place: frozenset[str] = frozenset()
         # All are judged before ONNX Runtime sees the first.
         graphs = checked_graphs(bundle, self.manifest.graphs)
         stopping = Stopping()
         self._sessions = interruptible(lambda: load(bundle, graphs, stopping), stopping)
+        give_back()  # the weights as they were before ONNX Runtime packed them
         _, usual = memory_needed(self.manifest, rows_per_image=1)
         self._decoder_bytes = max(usual, graphs["decoder"].row_bytes)
 
@@ -109,10 +106,13 @@ class OnnxRuntimeEngine(Engine):
         return onnxruntime.OrtValue.ortvalue_from_numpy(_zeros(spec, rows), *self.memory)
 
     def _batching(self, n: int, rows_per_image: int, memory_limit_mb: float | None) -> BatchPlan:
-        if memory_limit_mb is None:
-            memory_limit_mb = DEFAULT_MEMORY_LIMIT_MB
         return batches_within(
-            self.manifest, n, rows_per_image, memory_limit_mb, self._decoder_bytes
+            self.manifest,
+            n,
+            rows_per_image,
+            memory_limit_mb,
+            self._memory_share_mib,
+            self._decoder_bytes,
         )
 
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
@@ -241,6 +241,22 @@ class Binding:
         self._session.run_with_iobinding(self._binding)
 
 
+def computed_in(bundle: Bundle) -> str:
+    """What products of the step are: float32 unless its weights have few bits."""
+    stored = bundle.manifest.precision
+    return stored if stored in FEW_BITS else "fp32"
+
+
+def check_precision(backend: str, bundle: Bundle, precision: str) -> None:
+    """Raise BackendError unless `precision` is what `bundle` is computed in, or "auto"."""
+    found = computed_in(bundle)
+    if precision not in ("auto", found):
+        raise BackendError(
+            f"precision is {shown(precision)}; the {backend} backend computes this bundle in "
+            f"{found!r} only"
+        )
+
+
 def import_failure() -> str | None:
     """None if ONNX Runtime imports here, otherwise why not and what to do."""
     try:
@@ -265,12 +281,15 @@ def make_session(
     providers: Sequence[tuple[str, Mapping[str, str]]],
     stopping: Stopping,
     arena: bool = False,
+    often: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Make a session for `graph`, whose checked file is `model`.
 
     `providers` are names with their options, the best first.
     `arena` plans working memory on the host and keeps it until a run gives it back. Without it,
     each value of a run is memory that the system clears first.
+    `often`: weights of few bits that the graph dequantises become float32 once, when it is loaded;
+    of a graph that runs now and then they stay what they are.
     `stopping` ends it, with a BundleError.
     Raises BundleError for a graph that ONNX Runtime refuses or that is not the manifest's.
     """
@@ -283,6 +302,7 @@ def make_session(
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = log_level()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_quant_qdq", "1" if often else "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
     stopping.by(lambda: options.set_load_cancellation_flag(True))
 
@@ -301,6 +321,7 @@ def make_session(
     try:
         with bundle.reading(graph.weights) as weights:
             session = load(weights)
+        give_back()
     except BundleError:
         raise
     except Exception as error:  # its exception types share no base but this

@@ -1,0 +1,178 @@
+"""Weights of 8 and 4 bits in the graphs: how they are stored, and what plain engines see.
+
+The bytes lie in the order that the products of ONNX Runtime's CPU provider want, since a step there
+should read nothing but them. The plain graph has the same bytes behind `DequantizeLinear`, which
+is ONNX's own operator: engines turn it into float32 when they load.
+
+Names: a matrix that graphs know as NAME is stored as NAME/int8 or NAME/int4 and what belongs to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+INT8, INT4 = "/int8", "/int4"
+SCALE, ZERO = "/scale", "/zero"
+BLOCK = 32
+"""Weights of 4 bits that share a scale."""
+# The first opset whose DequantizeLinear takes blocks and 4 bits.
+_BLOCKS_OPSET = 21
+
+
+@dataclass(frozen=True)
+class Int8Matrix:
+    """A matrix (N, K), one scale an output: float32 is values · scale, transposed.
+
+    Attributes:
+        values: int8 (K, N), from -127 to 127.
+        scale: float32 (N,).
+    """
+
+    values: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """What it stands for (N, K)."""
+        return np.ascontiguousarray((self.values * self.scale).T)
+
+    def tensors(self, name: str) -> list[TensorProto]:
+        """What is stored of it."""
+        return [
+            numpy_helper.from_array(self.values, name + INT8),
+            numpy_helper.from_array(self.scale, name + SCALE),
+        ]
+
+    def nodes(self, name: str) -> list[NodeProto]:
+        """How the plain graph makes NAME (K, N) of it."""
+        inputs = [name + INT8, name + SCALE]
+        return [helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=1)]
+
+
+@dataclass(frozen=True)
+class Int4Matrix:
+    """A matrix (N, K), a scale and a zero point each `BLOCK` weights of a row.
+
+    Attributes:
+        values: uint8 (N, K), from 0 to 15.
+        scale: float32 (N, K / BLOCK), of numbers that float16 has.
+        zero: uint8 (N, K / BLOCK), from 0 to 15.
+    """
+
+    values: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    zero: NDArray[np.uint8]
+
+    def matrix(self) -> NDArray[np.float32]:
+        """What it stands for (N, K)."""
+        zero = np.repeat(self.zero, BLOCK, axis=1).astype(np.float32)
+        made: NDArray[np.float32] = (self.values - zero) * np.repeat(self.scale, BLOCK, axis=1)
+        return made
+
+    def tensors(self, name: str) -> list[TensorProto]:
+        """What is stored of it: two weights a byte, the first in the low half."""
+        return [
+            _nibbles(self.values, name + INT4),
+            numpy_helper.from_array(self.scale, name + SCALE),
+            _nibbles(self.zero, name + ZERO),
+        ]
+
+    def nodes(self, name: str) -> list[NodeProto]:
+        """How the plain graph makes NAME (N, K) of it."""
+        inputs = [name + INT4, name + SCALE, name + ZERO]
+        return [
+            helper.make_node(
+                "DequantizeLinear", inputs, [name], f"{name}/float", axis=1, block_size=BLOCK
+            )
+        ]
+
+
+Matrix = Int8Matrix | Int4Matrix
+
+
+def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
+    """`weight` (N, K), every row to the nearest of 255 steps."""
+    largest = np.abs(weight).max(axis=1, keepdims=True)  # (N, 1)
+    scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127)
+    values = np.rint(weight / scale).astype(np.int8)
+    return Int8Matrix(np.ascontiguousarray(values.T), scale[:, 0])
+
+
+def pack(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
+    """Store those of `matrices` that a plain graph has in few bits; what takes them follows.
+
+    Args:
+        plain: the graph, weights inside; it is changed.
+        matrices: by the name of the weight whose place each takes.
+    """
+    graph = plain.graph
+    matrices = {t.name: matrices[t.name] for t in graph.initializer if t.name in matrices}
+    kept = [t for t in graph.initializer if t.name not in matrices]
+    packed = [t for name, matrix in matrices.items() for t in matrix.tensors(name)]
+    nodes = [node for name, matrix in matrices.items() for node in matrix.nodes(name)]
+    for node in graph.node:
+        nodes += _over_packed(node, matrices)
+    _replace(graph.initializer, [*kept, *packed])
+    _replace(graph.node, nodes)
+    if any(isinstance(matrix, Int4Matrix) for matrix in matrices.values()):
+        for opset in (*plain.opset_import, *(f.opset_import[0] for f in plain.functions)):
+            if not opset.domain:
+                opset.version = max(opset.version, _BLOCKS_OPSET)
+
+
+def as_bytes(tensor: TensorProto, shape: Sequence[int]) -> TensorProto:
+    """A tensor of 4-bit numbers as uint8 of `shape`, in the place where it lies."""
+    found = TensorProto.FromString(tensor.SerializeToString())
+    found.data_type = TensorProto.UINT8
+    del found.dims[:]
+    found.dims.extend(shape)
+    return found
+
+
+def looked_up(table: str, index: str, result: str) -> list[NodeProto]:
+    """Nodes that look rows (R, K) up in an int8 matrix: an output of it is a row."""
+
+    def node(op_type: str, inputs: Sequence[str], made: str, **attributes: Any) -> NodeProto:
+        name = f"{result}/{op_type}_{made.rpartition('/')[2]}"
+        return helper.make_node(op_type, list(inputs), [made], name, **attributes)
+
+    part = {key: f"{result}/{key}" for key in ("columns", "rows", "float", "scale", "factor")}
+    return [
+        node("Gather", [table + INT8, index], part["columns"], axis=1),  # (K, R)
+        node("Transpose", [part["columns"]], part["rows"], perm=[1, 0]),
+        node("Cast", [part["rows"]], part["float"], to=TensorProto.FLOAT),
+        node("Gather", [table + SCALE, index], part["scale"], axis=0),
+        node("Unsqueeze", [part["scale"], "const/int64/1/[1]"], part["factor"]),
+        node("Mul", [part["float"], part["factor"]], result),
+    ]
+
+
+def _over_packed(node: NodeProto, matrices: Mapping[str, Matrix]) -> Iterator[NodeProto]:
+    """What stands in the plain step for a node that may read one of the matrices."""
+    table = node.input[0] if node.input else ""
+    if node.op_type == "Gather" and table in matrices:
+        yield from looked_up(table, node.input[1], node.output[0])
+        return
+    if node.op_type == "Gemm" and isinstance(matrices.get(node.input[1]), Int8Matrix):
+        (turned,) = (a for a in node.attribute if a.name == "transB")
+        turned.i = 0
+    yield node
+
+
+def _nibbles(values: NDArray[np.uint8], name: str) -> TensorProto:
+    flat = values.ravel()
+    flat = np.pad(flat, (0, flat.size % 2))
+    raw = (flat[0::2] | flat[1::2] << 4).tobytes()
+    return helper.make_tensor(name, TensorProto.UINT4, values.shape, raw, raw=True)
+
+
+def _replace(field: Any, messages: Sequence[Any]) -> None:
+    """Make `messages`, some of which may be in it, all of a repeated field."""
+    copies = [type(message).FromString(message.SerializeToString()) for message in messages]
+    del field[:]
+    field.extend(copies)

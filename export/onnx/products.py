@@ -1,0 +1,82 @@
+"""Products of a few rows with weights of 8 and 4 bits, for ONNX Runtime's CPU provider.
+
+An 8-bit weight has one scale an output, so a product is one of whole numbers, and the value that
+is multiplied must become whole numbers too. 8 bits of it are too few: guidance multiplies what two
+rows differ by, and with it the error of either. So a value is written with two digits to the base
+128, from -64 to 64, which are two rows of one product: weights are read once, sums are exact, and
+nothing depends on the kernel, the number of rows or threads. With 7 bits a digit two products fit
+into 16 bits, where processors without VNNI add them up.
+
+The steps of the digits are fixed, for values whose root mean square is 1: none of K such values is
+beyond the root of K.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from onnx import TensorProto
+
+from aim_export.onnx.graph import MICROSOFT, GraphBuilder
+from aim_export.onnx.packed import BLOCK
+
+_BASE, _LARGEST = 128, 64
+# Added to a mean square: a row of zeros stays one.
+_TINY = 1e-20
+
+
+def int8_product(
+    g: GraphBuilder, value: str, weight: str, scale: str, terms: int, *, normed: bool
+) -> str:
+    """`value` (R, 1, K) times int8 `weight` (K, N) and `scale` (N,): (R, 1, N).
+
+    `normed`: the root mean square of a row is at most 1 already. `terms` is K.
+    """
+    step = math.sqrt(terms) / (_BASE * _LARGEST)
+    steps = [[step * _BASE, step]]
+    factors = g.constant(steps)  # (1, 2)
+    if not normed:
+        ones = g.weight(f"ones_{terms}", np.ones(terms, np.float32))
+        value, inverse = g.ops(
+            "SimplifiedLayerNormalization", value, ones, results=["", ""], axis=-1, epsilon=_TINY
+        )
+        factors = g.op("Div", factors, inverse)  # (R, 1, 2)
+    middle = g.constant(_LARGEST, np.uint8)
+    coarse = g.constant(step * _BASE)
+    high = g.op("QuantizeLinear", value, coarse, middle)
+    rest = g.op("Sub", value, g.op("DequantizeLinear", high, coarse, middle))
+    low = g.op("QuantizeLinear", rest, g.constant(step), middle)
+    digits = g.op("Concat", high, low, axis=1)  # (R, 2, K)
+    inputs = (digits, weight, g.constant(1), scale, middle)
+    products = g.ops("MatMulIntegerToFloat", *inputs, results=[""], domain=MICROSOFT)[0]
+    return g.op("MatMul", factors, products)
+
+
+def int4_product(
+    g: GraphBuilder, value: str, weight: tuple[str, str, str], shape: tuple[int, int]
+) -> str:
+    """`value` (R, 1, K) times a 4-bit weight of `shape` (N, K): (R, 1, N).
+
+    `weight` is its bytes, scales and zero points. The value is rounded to 8 bits, each block of
+    `BLOCK` by itself (accuracy level 4).
+    """
+    return g.ops(
+        "MatMulNBits",
+        *(value, *weight),
+        results=[""],
+        domain=MICROSOFT,
+        N=shape[0],
+        K=shape[1],
+        bits=4,
+        block_size=BLOCK,
+        accuracy_level=4,
+    )[0]
+
+
+def int8_rows(g: GraphBuilder, table: str, scale: str, index: str) -> str:
+    """Rows (R, K) of a table that is stored as int8 (K, N)."""
+    columns = g.op("Gather", table, index, axis=1)  # (K, R)
+    rows = g.op("Cast", g.op("Transpose", columns, perm=[1, 0]), to=TensorProto.FLOAT)
+    factor = g.op("Unsqueeze", g.op("Gather", scale, index, axis=0), g.constant([1], np.int64))
+    return g.op("Mul", rows, factor)

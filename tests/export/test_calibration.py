@@ -1,0 +1,86 @@
+"""Rounding to 4 bits: what is learned from a model's own images, and what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aim_export import quantization
+from aim_export.calibration import HeldOut, Setting, moments
+from aim_export.four_bits import int4_matrix
+from aim_export.onnx.lowering import step_matrices
+from aim_export.onnx.packed import BLOCK, Int4Matrix, Int8Matrix
+from aim_export.quantization import int4_matrices, int8_matrices
+from aim_runtime import SamplingOptions
+from aim_training.checkpoint import load_checkpoint
+from aim_training.model import AiM
+
+SETTING = Setting(0, SamplingOptions(cfg_scale=3.0))
+
+
+@pytest.fixture(scope="module")
+def model(small: Path) -> AiM:
+    found = load_checkpoint(small).model
+    assert found is not None
+    return found
+
+
+def test_products_stay_nearer_than_those_of_weights_to_the_nearest() -> None:
+    rng = np.random.default_rng(1)
+    mixing = rng.standard_normal((128, 128)) * np.geomspace(1, 0.01, 128)
+    samples = rng.standard_normal((2048, 128)) @ mixing.T
+    weight = rng.standard_normal((24, 128)).astype(np.float32)
+    seen = samples.T @ samples
+
+    def error(matrix: np.ndarray) -> float:
+        return float(np.linalg.norm(samples @ (matrix - weight).T))
+
+    careful, nearest = (int4_matrix(weight, m) for m in (seen, np.eye(128)))
+    assert error(careful.matrix()) < 0.7 * error(nearest.matrix())
+    for made in (careful, nearest):
+        assert made.values.max() <= 15
+        assert made.zero.max() <= 15
+        assert made.scale.shape == (24, 128 // BLOCK)
+        np.testing.assert_array_equal(made.scale, made.scale.astype(np.float16))
+    assert not int4_matrix(np.zeros((2, 64), np.float32), np.eye(64)).matrix().any()
+
+
+def test_what_projections_multiply_is_seen_for_all(model: AiM) -> None:
+    seen = moments(model, SETTING, 3)
+    weights = step_matrices(model)
+    assert seen.keys() == weights.keys() - {"word_table"}
+    for name, found in seen.items():
+        assert found.shape == (weights[name].shape[1],) * 2
+        np.testing.assert_allclose(found, found.T, rtol=1e-4, atol=1e-4 * np.abs(found).max())
+    # Behind the norm the root mean square is 1: each of a row's two halves adds K, and
+    # their combination some more.
+    places = 3 * model.config.num_tokens
+    traces = [np.trace(seen[n]) / len(seen[n]) / places for n in seen if n.endswith("out_proj")]
+    assert all(trace > 2.99 for trace in traces)
+
+
+def test_weights_that_are_tried_are_put_back(model: AiM) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    held_out, weights = HeldOut(model, SETTING), step_matrices(model)
+    assert held_out.divergence(weights, ()) < 1e-9
+    rounded = held_out.divergence(weights, list(weights))
+    coarse = {name: matrix.matrix() for name, matrix in int8_matrices(model).items()}
+    assert 0 < rounded < 1e-2
+    assert 0 < held_out.divergence(coarse, ()) < 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("share", "narrow"), [(0.7, 4), (0.0, 0)])
+def test_as_many_have_4_bits_as_the_bound_lets(
+    model: AiM, monkeypatch: pytest.MonkeyPatch, share: float, narrow: int
+) -> None:
+    monkeypatch.setattr(quantization, "_SHARE", share)
+    lines: list[str] = []
+    made = int4_matrices(model, SETTING, lines.append)
+    kinds = [type(matrix) for name, matrix in made.items() if name.endswith("_proj")]
+    assert kinds.count(Int4Matrix) == narrow
+    assert kinds.count(Int8Matrix) == 4 - narrow
+    assert lines[-1] == f"{narrow} of 4 projections have 4 bits, the others 8"

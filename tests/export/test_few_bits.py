@@ -1,0 +1,157 @@
+"""Weights of 8 and 4 bits: what is stored, what each backend makes of it, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from aim_export import ExportError, ParityReport, agreement, export_bundle
+from aim_export.cpu import add_step_graph
+from aim_export.cuda.bundle import compile_engines
+from aim_export.onnx.packed import int8_matrix
+from aim_export.wide import check_wide
+from aim_runtime import BackendError, Bundle
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.onnxruntime import step_graph
+from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
+from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, chosen_step
+
+from ..runtime.playing import play
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def few_bits(
+    request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, ParityReport]:
+    out = tmp_path_factory.mktemp("few") / request.param
+    return export_bundle(small, out, precision=request.param)
+
+
+def test_a_matrix_of_8_bits_is_the_nearest_there_is() -> None:
+    weight = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    weight[3] = 0
+    found = int8_matrix(weight)
+    assert (found.values.shape, found.scale.shape) == ((64, 5), (5,))
+    assert np.abs(found.values).max() == 127
+    assert (np.abs(found.matrix() - weight) <= found.scale[:, None] / 2 * 1.0001).all()
+    assert not found.matrix()[3].any()
+
+
+def test_it_is_near_enough_and_says_how_near(few_bits: tuple[Bundle, ParityReport]) -> None:
+    bundle, parity = few_bits
+    assert parity.precision == bundle.manifest.precision
+    assert parity.step_graphs == ("plain", "cpu")
+    assert 0 < parity.divergence <= agreement.TOLERANCES[parity.precision].divergence
+    recorded = bundle.manifest.provenance["parity"]
+    assert recorded["divergence"] == parity.divergence
+    assert recorded["best_token_agreement"] == parity.best_token_agreement
+
+
+def test_no_matrix_of_the_step_is_stored_twice(
+    few_bits: tuple[Bundle, ParityReport], small: Path, tmp_path: Path
+) -> None:
+    bundle, _ = few_bits
+    plain, own = (
+        onnx.load(bundle.path / name, load_external_data=False)
+        for name in ("step.onnx", GRAPH_FILE)
+    )
+    places = [
+        {tuple((e.key, e.value) for e in t.external_data) for t in m.graph.initializer} - {()}
+        for m in (plain, own)
+    ]
+    assert places[0] == places[1]
+    half, _ = export_bundle(small, tmp_path / "half", precision="fp16")
+    sizes = [b.manifest.files["step.weights"].size for b in (half, bundle)]
+    assert sizes[1] < 0.62 * sizes[0]
+
+
+def test_the_manifest_says_so_in_a_format_that_older_runtimes_refuse(
+    few_bits: tuple[Bundle, ParityReport],
+) -> None:
+    bundle, _ = few_bits
+    text = (bundle.path / "manifest.json").read_text(encoding="utf-8")
+    assert '"format_version": 3' in text
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
+
+
+def test_the_cpu_computes_in_it_and_nothing_else(few_bits: tuple[Bundle, ParityReport]) -> None:
+    bundle, _ = few_bits
+    precision = bundle.manifest.precision
+    for asked in ("auto", precision):
+        assert load_engine(bundle, backend="cpu", precision=asked).precision == precision
+    with pytest.raises(BackendError, match=f"computes this bundle in '{precision}' only"):
+        load_engine(bundle, backend="cpu", precision="fp32")
+
+
+def test_an_older_onnxruntime_takes_the_plain_graph(
+    few_bits: tuple[Bundle, ParityReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = few_bits
+    monkeypatch.setattr(step_graph, "installed_version", lambda: "1.24.1")
+    choice = chosen_step(bundle)
+    assert choice.step is None
+    assert "onnxruntime 1.24.1 lacks operators" in choice.reason
+    engine = load_engine(bundle, backend="cpu")
+    names = [spec.name for spec in engine.manifest.graphs["step"].inputs]
+    assert engine.manifest.graphs["step"].file == "step.onnx"
+    assert "ssm_state_0" in names
+    assert engine.precision == bundle.manifest.precision
+
+
+def test_rows_do_not_depend_on_neighbours_or_threads(
+    few_bits: tuple[Bundle, ParityReport],
+) -> None:
+    """To the last bit; in int4 from two rows on, since one alone has a kernel of its own."""
+    bundle, _ = few_bits
+    model = bundle.manifest.model
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, model.vocab_size, (64, 4))
+    classes = rng.integers(0, model.num_classes + 1, 64)
+    step = chosen_step(bundle).step
+    assert step is not None
+    expected = play(OnnxRuntimeCpu(bundle, 1, step), classes, tokens)
+    fewest = 1 if bundle.manifest.precision == "int8" else 2
+    for threads in (1, 2):
+        engine = OnnxRuntimeCpu(bundle, threads, step)
+        for rows in (fewest, 2, 3, 10, 33, 64):
+            found = play(engine, classes[:rows], tokens[:rows])
+            np.testing.assert_array_equal(found, expected[:rows])
+
+
+def test_the_graph_for_the_cpu_can_be_made_again(
+    few_bits: tuple[Bundle, ParityReport], tmp_path: Path
+) -> None:
+    import shutil
+
+    bundle, _ = few_bits
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    add_step_graph(copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_nothing_for_gpus_is_made_of_it(
+    few_bits: tuple[Bundle, ParityReport], tmp_path: Path
+) -> None:
+    bundle, _ = few_bits
+    with pytest.raises(ExportError, match="for CPUs; CUDA kernels are made of a bundle"):
+        compile_engines(bundle, tmp_path)
+    with pytest.raises(ExportError, match="--precision fp32 or fp16"):
+        check_wide(bundle, "TensorRT engines")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_differs_too_much_is_not_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    from dataclasses import replace
+
+    limit = replace(agreement.TOLERANCES[precision], divergence=1e-12)
+    monkeypatch.setitem(agreement.TOLERANCES, precision, limit)
+    with pytest.raises(ExportError, match=r"nothing was written: divergence is .*, at most 1e-12"):
+        export_bundle(small, tmp_path / "out", precision=precision)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
