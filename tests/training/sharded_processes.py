@@ -327,6 +327,25 @@ def check_foretold() -> None:
             assert taken(max(computed)) + allowed / 16 <= min(free, allowed)
 
 
+def check_measured_as_written() -> None:
+    """Parts that are only measured are not compiled: compiling would take seconds for each size."""
+    trained = Trained(sharded=True)
+    for layer in trained.learner.network.backbone.layers:
+        layer.compile(backend=pytest.fail, dynamic=False)
+    gradients: Any = trained.gradients
+    plain = gradients._compute
+    with figures_of_a_gpu(480, 1600, lambda count: 200 + 50 * count) as computed:
+
+        def compute(parts: list[tuple[Tensor, ...]]) -> Tensor:
+            computed.append(len(parts[0][0]))
+            return plain(parts)
+
+        with mock.patch.object(gradients, "_compute", compute):
+            gradients._find_at_once(share(0))
+        assert set(computed) >= {1, 3}
+    assert gradients.at_once == 3
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "memory": lambda folder: check_memory(),
     "training": lambda folder: check_training(),
@@ -342,6 +361,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "rehearsal": lambda folder: check_rehearsal(),
     "compiled": lambda folder: check_compiled(),
     "foretold": lambda folder: check_foretold(),
+    "measured as written": lambda folder: check_measured_as_written(),
     "what fits": lambda folder: check_what_fits(),
 }
 
