@@ -131,10 +131,10 @@ def main(
                 add("scaling", measure_several, size, share, steps, processes)
         if "sharded" in sections:
             for how in (
-                {"sharded": True},
-                {"sharded": False},
                 {"sharded": True, "most_gib": CARD_40_GIB},
                 {"sharded": True, "most_gib": CARD_24_GIB, "checkpoint_activations": True},
+                {"sharded": True},
+                {"sharded": False},
             ):
                 add("sharded", measure_several, size, images, steps, gpus(), **how)
         if "published" in sections and checkouts:

@@ -184,3 +184,18 @@ def test_a_rival_that_does_not_run_is_not_measured(tmp_path: Path) -> None:
     recorded = [line for line in out.splitlines() if line.startswith("| published")]
     assert recorded
     assert all("recorded earlier, NOT measured in this run" in line for line in recorded)
+
+
+def start_another(keep: Callable[..., None]) -> None:
+    """A section that starts a process and does not end."""
+    other = subprocess.Popen(["sleep", "60"])
+    keep(other=other.pid)
+    other.wait()
+
+
+def test_a_section_stopped_takes_with_it_what_it_started(part: Part) -> None:
+    found = part("sections").in_process(start_another, limit_s=8)
+    assert "stopped" in found["error"]
+    status = Path(f"/proc/{found['other']}/status")
+    # Nobody may be there to bury it.
+    assert not status.exists() or "Z (zombie)" in status.read_text()

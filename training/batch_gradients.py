@@ -15,10 +15,8 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from aim_training.errors import is_out_of_memory
+from aim_training.gpu_memory import spare
 from aim_training.step_graph import StepGraph
-
-# Of the card, left to evaluations, sample pictures and what the allocator cannot use.
-SPARE = 1 / 16
 
 
 class BatchGradients:
@@ -134,8 +132,7 @@ class BatchGradients:
         """Record a part while `held` bytes are taken; whether all processes could."""
         fits, place = True, None
         try:
-            _, card = torch.cuda.mem_get_info(device)
-            place = torch.empty(int(held + SPARE * card), dtype=torch.uint8, device=device)
+            place = torch.empty(held + spare(device), dtype=torch.uint8, device=device)
             graph.record(*part)
         except Exception as error:
             if not _out_of_memory(error):

@@ -12,16 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from aim_training.batch_gradients import SPARE, in_parts_line, parts_of
+from aim_training import gpu_memory
+from aim_training.batch_gradients import in_parts_line, parts_of
 from aim_training.devices import largest
-from aim_training.sharding import join_gradients
+from aim_training.part_size import largest_part
+from aim_training.sharding import local
 
 
 class ShardedGradients:
     """Computes a batch's mean loss and leaves its gradients in a network's parameters, as shards.
 
-    Of a batch in several parts, only the last one joins the processes; until then each keeps the
-    sum of its own gradients whole.
+    Every part's gradients are summed over the processes, and of the sum each keeps its shard. To
+    do that once a batch would cost a whole gradient on every GPU, most of all where it is small,
+    and save a third of what the processes say to each other: weights are gathered for every part,
+    on its way forward and on its way back.
 
     Args:
         network: sharded (`aim_training.sharding`).
@@ -59,8 +63,7 @@ class ShardedGradients:
     def _compute(self, parts: list[tuple[Tensor, ...]]) -> Tensor:
         self._network.zero_grad(set_to_none=True)
         values = []
-        for number, part in enumerate(parts, 1):
-            join_gradients(self._network, number == len(parts))
+        for part in parts:
             loss = self._loss(*part)
             # FSDP takes the mean over the processes.
             loss.backward(torch.full_like(loss, 1 / len(parts)))
@@ -68,48 +71,29 @@ class ShardedGradients:
         return torch.stack(values).mean()
 
     def _find_at_once(self, batch: tuple[Tensor, ...]) -> None:
-        """Measure larger and larger parts, as long as the next is foretold to fit every GPU."""
+        """The largest part that fits every GPU; all processes decide from the same figures."""
         images, device = len(batch[0]), batch[0].device
+
+        def compute(count: int) -> None:
+            if count:
+                self._compute([tuple(tensor[:count] for tensor in batch)])
+
+        def peak(count: int) -> int:
+            self._network.zero_grad(set_to_none=True)
+            taken = gpu_memory.peak(lambda: compute(count))
+            most, least = largest([taken, -taken], device)
+            return int(most) if count else int(-least)
+
+        # Nothing is compiled but for the size chosen: each size costs seconds, and after eight
+        # PyTorch compiles no more. A layer that is not compiled keeps no less.
         # Trying draws no random numbers: what dropout draws in the first step is its own.
-        with torch.random.fork_rng([device]):
-            self._peak(batch, 1)  # kernels are compiled and libraries set up
-            measured = [(0, self._peak(batch, 0)), (1, self._peak(batch, 1))]
-            while (last := measured[-1][0]) < images:
-                count = min(2 * last, images)
-                if not self._fits(count, images, measured, device):
-                    break
-                measured.append((count, self._peak(batch, count)))
-        self._peak(batch, 0)  # gives it all back
-        divisors = (size for size in range(images, 1, -1) if images % size == 0)
-        fit = (size for size in divisors if self._fits(size, images, measured, device))
-        self.at_once = next(fit, 1)
+        with torch.random.fork_rng([device]), torch.compiler.set_stance("force_eager"):
+            compute(1)  # kernels are compiled and libraries set up
+            (lack,) = largest([self._reserve() - gpu_memory.room(device)], device)
+            trained = (p for p in self._network.parameters() if p.requires_grad)
+            # Held from part to part, and not yet while one is measured.
+            (sums,) = largest([sum(local(p).nbytes for p in trained)], device)
+            self.at_once = largest_part(images, peak, whole=int(-lack), in_parts=int(-lack - sums))
+            peak(0)  # gives it all back
         if self.at_once < images:
             self._say(in_parts_line(images, self.at_once))
-
-    def _peak(self, batch: tuple[Tensor, ...], count: int) -> int:
-        """Bytes of the GPU taken at most for a part of so many images, or what is left after."""
-        self._network.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        if count:
-            self._compute([tuple(tensor[:count] for tensor in batch)])
-        return torch.cuda.max_memory_reserved()
-
-    def _fits(
-        self, count: int, images: int, measured: list[tuple[int, int]], device: torch.device
-    ) -> bool:
-        """Whether so many images at once fit every GPU, told from the last two parts measured."""
-        (fewer, less), (more, most) = measured[-2:]
-        takes = most + (most - less) / (more - fewer) * (count - more)
-        if count < images:  # the sum of the parts' gradients
-            takes += sum(p.numel() * p.element_size() for p in self._trained())
-        free, card = torch.cuda.mem_get_info(device)
-        has = min(
-            free + torch.cuda.memory_reserved(device),
-            card * torch.cuda.get_per_process_memory_fraction(device),
-        )
-        (lacking,) = largest([takes + self._reserve() + SPARE * card - has], device)
-        return lacking <= 0
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._network.parameters() if parameter.requires_grad]

@@ -13,13 +13,12 @@ whole at any time; what belongs to no unit is whole from a step's forward pass t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from aim_training.model import Mixer, Modulation
@@ -43,14 +42,6 @@ def shard(network: nn.Module, device: torch.device) -> None:
                 tensor.data = tensor.data.to(device)
                 distributed.broadcast(tensor.data, 0)
         fully_shard(module, mesh=mesh)
-
-
-def join_gradients(network: nn.Module, joined: bool) -> None:
-    """Whether the next gradients of a sharded network are summed over the processes, and sharded.
-
-    Those that are not stay whole, and are added to the next ones.
-    """
-    cast("FSDPModule", network).set_requires_gradient_sync(joined)
 
 
 def local(tensor: Tensor) -> Tensor:

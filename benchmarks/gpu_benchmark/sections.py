@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,11 @@ def in_process(
         path = Path(folder) / "found.json"
         process = get_context("spawn").Process(target=_work, args=(function, path, args, extra))
         process.start()
-        process.join(limit_s)
-        late = process.is_alive()
-        if late:
-            process.kill()
-            process.join()
+        try:
+            process.join(limit_s)
+        finally:
+            late = process.is_alive()
+            _kill_family(process)
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if late:
         found["error"] = f"stopped after {limit_s:.0f} s"
@@ -45,7 +49,17 @@ def in_process(
     return found
 
 
+def _kill_family(process: BaseProcess) -> None:
+    """End it and what it started, which would go on using the GPU beside the next section."""
+    process.kill()
+    process.join()
+    # None is left, or it had not yet begun.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+
+
 def _work(function: Callable[..., None], path: Path, args: Any, extra: Any) -> None:
+    os.setpgid(0, 0)  # one group with all that it starts
     found: dict[str, Any] = {}
 
     def keep(**values: Any) -> None:

@@ -104,8 +104,10 @@ def test_an_older_onnxruntime_takes_the_plain_graph(
 def test_rows_do_not_depend_on_neighbours_or_threads(
     few_bits: tuple[Bundle, ParityReport],
 ) -> None:
-    """To the last bit; in int4 from two rows on, since one alone has a kernel of its own."""
+    """To the last bit in int8, whose sums are whole numbers; `MatMulNBits` promises nothing."""
     bundle, _ = few_bits
+    if bundle.manifest.precision != "int8":
+        pytest.skip("sums of float32 in kernels that depend on the number of rows")
     model = bundle.manifest.model
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, model.vocab_size, (64, 4))
@@ -113,10 +115,9 @@ def test_rows_do_not_depend_on_neighbours_or_threads(
     step = chosen_step(bundle).step
     assert step is not None
     expected = play(OnnxRuntimeCpu(bundle, 1, step), classes, tokens)
-    fewest = 1 if bundle.manifest.precision == "int8" else 2
     for threads in (1, 2):
         engine = OnnxRuntimeCpu(bundle, threads, step)
-        for rows in (fewest, 2, 3, 10, 33, 64):
+        for rows in (1, 2, 3, 10, 33, 64):
             found = play(engine, classes[:rows], tokens[:rows])
             np.testing.assert_array_equal(found, expected[:rows])
 

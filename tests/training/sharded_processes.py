@@ -35,6 +35,7 @@ from aim_training.sharding import gathered, local
 
 # Odd, so that the processes' shards differ; a layer's table of one row is one process's.
 CODES, CLASSES, TOKENS, IMAGES, STEPS = 33, 6, 16, 12, 2
+MB = 10**6
 
 
 def options_with(**changes: Any) -> ModelTrainingOptions:
@@ -280,33 +281,69 @@ def check_what_fits() -> None:
     assert [most.gradients.at_once, least.gradients.at_once] == [IMAGES // PROCESSES, 1]
 
 
+@contextlib.contextmanager
+def figures_of_a_gpu(free: int, allowed: float, taken: Callable[[int], int]) -> Iterator[list[int]]:
+    """PyTorch's, of a card of 1600 MB; yields where the images computed are to be noted."""
+    card, computed = 1600 * MB, [0]
+    figures: dict[str, Callable[..., Any]] = {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: computed.append(0),
+        "max_memory_reserved": lambda: taken(computed[-1]) * MB,
+        "memory_reserved": lambda device: 0,
+        "mem_get_info": lambda device: (free * MB, card),
+        "get_per_process_memory_fraction": lambda device: allowed / 1600,
+    }
+    no_random = mock.patch("torch.random.fork_rng", return_value=contextlib.nullcontext())
+    with mock.patch.multiple("torch.cuda", **figures), no_random:
+        yield computed
+
+
 def check_foretold() -> None:
     """How many images fit is told without ever computing more than do, for all alike."""
     gradients: Any = Trained(sharded=True).gradients
-    card, computed = 1600, [0]
-    for free, fits in ((1000, 6), (500, 3), (430, 2), (360, 1)):
-        room = free if RANK == PROCESSES - 1 else card  # one has less than the others
-        of_a_gpu: dict[str, Callable[..., Any]] = {
-            "empty_cache": lambda: None,
-            "reset_peak_memory_stats": lambda: computed.append(0),
-            "max_memory_reserved": lambda: 200 + 50 * computed[-1],
-            "memory_reserved": lambda device: 0,
-            "mem_get_info": lambda device, room=room: (room, card),
-            "get_per_process_memory_fraction": lambda device: 1.0,
-        }
-        with (
-            mock.patch.multiple("torch.cuda", **of_a_gpu),
-            mock.patch("torch.random.fork_rng", return_value=contextlib.nullcontext()),
-            mock.patch.object(gradients, "_reserve", int),
-            mock.patch.object(gradients, "_trained", list),
-            mock.patch.object(
-                gradients, "_compute", lambda parts: computed.append(len(parts[0][0]))
-            ),
-        ):
-            gradients._find_at_once((torch.zeros(IMAGES // 2),))
-        assert gradients.at_once == fits, (free, gradients.at_once)
-        assert 200 + 50 * max(computed) + card / 16 <= free
-        computed[:] = [0]
+    gradients._reserve = int
+    for free, allowed, gathered_mb, fits in (
+        (1000, 1600, 0, 6),
+        (500, 1600, 0, 3),
+        (430, 1600, 0, 2),
+        (360, 1600, 0, 1),
+        # What PyTorch may take is less than the card, and so is what is left of it.
+        (1600, 400, 0, 3),
+        (1600, 376, 0, 3),
+        # What every part takes is not what every image takes.
+        (640, 1600, 90, 3),
+    ):
+        room = free if RANK == PROCESSES - 1 else 1600  # one has less than the others
+
+        def taken(count: int, every: int = gathered_mb) -> int:
+            return 200 + 50 * count + (every if count else 0)
+
+        with figures_of_a_gpu(room, allowed, taken) as computed:
+            with mock.patch.object(
+                gradients, "_compute", lambda parts, to=computed: to.append(len(parts[0][0]))
+            ):
+                gradients._find_at_once((torch.zeros(IMAGES // 2),))
+            assert gradients.at_once == fits, (free, allowed, gradients.at_once)
+            assert taken(max(computed)) + allowed / 16 <= min(free, allowed)
+
+
+def check_measured_as_written() -> None:
+    """Parts that are only measured are not compiled: compiling would take seconds for each size."""
+    trained = Trained(sharded=True)
+    for layer in trained.learner.network.backbone.layers:
+        layer.compile(backend=pytest.fail, dynamic=False)
+    gradients: Any = trained.gradients
+    plain = gradients._compute
+    with figures_of_a_gpu(480, 1600, lambda count: 200 + 50 * count) as computed:
+
+        def compute(parts: list[tuple[Tensor, ...]]) -> Tensor:
+            computed.append(len(parts[0][0]))
+            return plain(parts)
+
+        with mock.patch.object(gradients, "_compute", compute):
+            gradients._find_at_once(share(0))
+        assert set(computed) >= {1, 3}
+    assert gradients.at_once == 3
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
@@ -324,6 +361,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "rehearsal": lambda folder: check_rehearsal(),
     "compiled": lambda folder: check_compiled(),
     "foretold": lambda folder: check_foretold(),
+    "measured as written": lambda folder: check_measured_as_written(),
     "what fits": lambda folder: check_what_fits(),
 }
 

@@ -73,6 +73,7 @@ CHECKS = [
     "not finite",
     "rehearsal",
     "foretold",
+    "measured as written",
 ]
 
 
