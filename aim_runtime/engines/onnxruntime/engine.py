@@ -26,7 +26,6 @@ from aim_runtime.batching import BatchPlan, batches_within, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import FEW_BITS, GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
-from aim_runtime.engines.onnxruntime.freed import give_back
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older, log_level
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph
@@ -91,7 +90,6 @@ class OnnxRuntimeEngine(Engine):
         graphs = checked_graphs(bundle, self.manifest.graphs)
         stopping = Stopping()
         self._sessions = interruptible(lambda: load(bundle, graphs, stopping), stopping)
-        give_back()  # the weights as they were before ONNX Runtime packed them
         _, usual = memory_needed(self.manifest, rows_per_image=1)
         self._decoder_bytes = max(usual, graphs["decoder"].row_bytes)
 
@@ -321,7 +319,7 @@ def make_session(
     try:
         with bundle.reading(graph.weights) as weights:
             session = load(weights)
-        give_back()
+        give_back()  # the weights as they were before ONNX Runtime packed them
     except BundleError:
         raise
     except Exception as error:  # its exception types share no base but this
