@@ -2,15 +2,18 @@
 
 Its working memory comes from the system, value by value, or is planned in an arena, which is kept
 from image to image or given back after each; the backend `cpu` does one or the other by the
-decoder's size. By turns, each in a process of its own, since it is about memory and pages too.
-Then what share of a run each kind of operator takes. `published` is the network of the published
-tokenizer with random weights, exported once into a cache folder, which needs the `export` extra.
-Ends in Markdown tables; with `--json` the rows are added to a file.
+decoder's size. With `--precision` the plain decoder and the one of 8-bit convolutions are compared
+instead, both in an arena. By turns, each in a process of its own, since it is about memory and
+pages too. Then what share of a run each kind of operator takes. `published` is the network of the
+published tokenizer with random weights, exported once into a cache folder; that, and convolutions
+of 8 bits, need the `export` extra. Ends in Markdown tables; with `--json` the rows are added to a
+file.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -25,15 +28,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cpu import in_fresh_process, say
+from cpu import in_fresh_process, random_bundle, say
 
 from aim_cli.commands.bench import machine
 from aim_runtime import Bundle
 
 MEMORY = ("system", "arena, kept", "arena, given back")
+USUAL = {"box": "arena, kept", "published": "arena, given back"}
 TURNS = {"box": 3, "published": 2}
 IMAGES = {"box": 10, "published": 2}  # a turn; the first is not counted
 OPERATORS = 8
+COMPARED = 6  # pictures
 TOKENS = 256
 
 
@@ -47,29 +52,36 @@ TOKENS = 256
     help="Where the random network is kept between runs.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--precision", is_flag=True, help="Compare number formats instead of memory.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Add the rows to this file.")
-def main(model: str, cache: Path, threads: int, out: Path | None) -> None:
+def main(model: str, cache: Path, threads: int, precision: bool, out: Path | None) -> None:
     """Measure the decoder."""
     folder = Bundle.open().path if model == "box" else random_decoder(cache)
-    graph = str(folder / "decoder.onnx")
-    found: dict[str, list[dict[str, float]]] = {memory: [] for memory in MEMORY}
+    if precision and model == "published":
+        folder = random_bundle("B", cache)
+    plain = str(folder / "decoder.onnx")
+    variants = [("fp32", plain, memory, {}) for memory in MEMORY]
+    if precision:
+        graph, distance = quantised(folder, cache)
+        variants = [("fp32", plain, USUAL[model], {}), ("int8", graph, USUAL[model], distance)]
+    found: dict[int, list[dict[str, float]]] = {number: [] for number in range(len(variants))}
     for turn in range(TURNS[model]):
-        for memory in MEMORY:
-            say(f"{model}: turn {turn + 1}, memory: {memory}")
-            found[memory].append(in_fresh_process(decoded, graph, memory, IMAGES[model], threads))
+        for number, (name, graph, memory, _) in enumerate(variants):
+            say(f"{model}: turn {turn + 1}, {name}, memory: {memory}")
+            found[number].append(in_fresh_process(decoded, graph, memory, IMAGES[model], threads))
     say(f"{model}: a run by operator")
-    shares = in_fresh_process(operator_shares, graph, threads)
+    shares = in_fresh_process(operator_shares, variants[-1][1], threads)
     common = machine() | {
         "date": datetime.now(UTC).date().isoformat(),
         "threads": threads,
         "model": f"decoder, {model}",
-        "precision": "fp32",
     }
     rows = [
         common
-        | {"memory": memory, "images": 1}
+        | {"precision": name, "memory": memory, "images": 1}
         | {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-        for memory, turns in found.items()
+        | distance
+        for turns, (name, _, memory, distance) in zip(found.values(), variants, strict=True)
     ]
     click.echo(markdown(rows, shares))
     if out is not None:
@@ -95,6 +107,34 @@ def random_decoder(cache: Path) -> Path:
             write_graph(model, made, "decoder", "fp32")
             made.rename(folder)
     return folder
+
+
+def quantised(bundle: Path, cache: Path) -> tuple[str, dict[str, float]]:
+    """The decoder of a bundle with all convolutions in 8 bits, and its PSNR from the plain one.
+
+    It is fitted to codes drawn at random and compared on others. Beside its weights, so that it can
+    be opened by its path.
+    """
+    from aim_export import decoder
+    from aim_export.onnx.quantised_decoder import quantise_decoder
+
+    folder = cache / f"quantised-{bundle.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = Bundle.open(bundle)
+    spec = opened.manifest.graphs["decoder"]
+    shutil.copyfile(bundle / spec.weights, folder / spec.weights)
+    source = decoder.decoder_source(opened)
+    vocabulary = opened.manifest.model.vocab_size
+    codes = np.random.default_rng(1).integers(0, vocabulary, (2 * COMPARED, TOKENS))
+    ranges = decoder.seen_ranges(opened, source, codes[:COMPARED])
+    graph = folder / "decoder-int8.onnx"
+    graph.write_bytes(quantise_decoder(source, ranges).SerializeToString())
+    pictures = []
+    for path in (bundle / spec.file, graph):
+        session = session_of(str(path), 2, arena=True)
+        found = [session.run(None, {"tokens": row[None]})[0] for row in codes[COMPARED:]]
+        pictures.append(np.concatenate(found))
+    return str(graph), {"psnr_db": decoder.psnr_db(*pictures)}
 
 
 def session_of(graph: str, threads: int, *, arena: bool, profile: str = "") -> Any:
@@ -174,11 +214,13 @@ def operator_shares(graph: str, threads: int) -> dict[str, float]:
 def markdown(rows: list[dict[str, Any]], shares: dict[str, float]) -> str:
     """The rows as tables for RESULTS.md."""
     lines = [f"{rows[0]['cpu']}, {rows[0]['threads']} threads", ""]
-    lines.append("| decoder | memory | ms | fastest | CPU ms | page faults | peak MiB | left |")
-    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    lines.append(
+        "| decoder | sums | memory | ms | fastest | CPU ms | page faults | peak MiB | left |"
+    )
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         lines.append(
-            f"| {row['model']} | {row['memory']} | {row['decode_ms']:.0f} "
+            f"| {row['model']} | {row['precision']} | {row['memory']} | {row['decode_ms']:.0f} "
             f"| {row['fastest_decode_ms']:.0f} | {row['cpu_ms']:.0f} | {row['page_faults']:.0f} "
             f"| {row['peak_mib']:.0f} | {row['left_mib']:.0f} |"
         )

@@ -29,6 +29,8 @@ class Engines:
         precisions: number formats to compile CUDA kernels for; none where none are wanted.
         capabilities: compute capabilities to compile them for, 90 stands for 9.0.
         cuda_options: the options that asked for the kernels, as they were typed.
+        cpu_decoder: with `cpu`, a decoder of 8-bit convolutions too, even where the bundle's
+            precision does not ask for it.
     """
 
     trt: bool = False
@@ -36,6 +38,7 @@ class Engines:
     precisions: tuple[str, ...] = ()
     capabilities: tuple[int, ...] = ()
     cuda_options: tuple[str, ...] = ()
+    cpu_decoder: bool = False
 
 
 def chosen_engines(
@@ -90,7 +93,8 @@ def add_engines(
     left_out: list[tuple[MissingExtra, tuple[str, ...]]] = []
     steps: list[tuple[tuple[str, ...], Callable[[], None]]] = []
     if engines.cpu:
-        steps.append((("--cpu",), lambda: _add_step_graph(bundle_dir, report)))
+        in_8_bits = engines.cpu_decoder
+        steps.append((("--cpu",), lambda: _add_cpu_graphs(bundle_dir, report, in_8_bits=in_8_bits)))
     if engines.precisions:
         steps.append(
             (engines.cuda_options, lambda: _add_kernels(bundle_dir, engines, report, quiet=quiet))
@@ -140,11 +144,14 @@ def _add_kernels(bundle_dir: Path, engines: Engines, report: Report | None, *, q
         )
 
 
-def _add_step_graph(bundle_dir: Path, report: Report | None) -> None:
+def _add_cpu_graphs(bundle_dir: Path, report: Report | None, *, in_8_bits: bool) -> None:
     with requires("export", "aim export --cpu"):
         from aim_export.cpu import add_step_graph
-    with _whole_if_interrupted(bundle_dir, "step graph"):
-        add_step_graph(bundle_dir, report)
+        from aim_export.decoder import EIGHT_BITS, add_decoder_graph
+    with _whole_if_interrupted(bundle_dir, "graphs for CPUs"):
+        bundle = add_step_graph(bundle_dir, report)
+        if in_8_bits or bundle.manifest.precision in EIGHT_BITS:
+            add_decoder_graph(bundle_dir, report)
 
 
 def _add_tensorrt(bundle_dir: Path, report: Report | None) -> None:

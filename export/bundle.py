@@ -14,6 +14,7 @@ from onnx import ModelProto
 
 from aim_export.calibration import Setting
 from aim_export.cpu import WANTED, step_graph_can_be_tried, write_step_graph
+from aim_export.decoder import with_decoder_graph
 from aim_export.drawing import guided
 from aim_export.errors import ExportError
 from aim_export.manifest import (
@@ -230,8 +231,8 @@ def _lowered(
     else:
         say(f"no fused step for the backend cpu: comparing it takes {WANTED}")
     lowered = write_bundle(replace(draft, graphs=specs), graphs_dir, scratch / "bundle")
-    checked_graphs(lowered)  # the one for the CPU is checked where it is loaded
-    return lowered
+    checked_graphs(lowered)  # those for the CPU are checked where they are loaded
+    return with_decoder_graph(lowered, draft.precision, scratch, say)
 
 
 def _packed(

@@ -28,6 +28,7 @@ from aim_runtime.bundle.manifest import (
     is_plain_file_name,
     sampling_from_json,
 )
+from aim_runtime.engines.onnxruntime.decoder_graph import DECODER_FILE, DECODER_GRAPH_FILE
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, STEP_FILE
 from aim_training.checkpoint import Checkpoint, CheckpointError
 from aim_training.config import ModelConfig
@@ -184,7 +185,7 @@ def check_extra_files(paths: Sequence[Path]) -> None:
         ExportError: one is no regular file, too large, not readable, or of a name that is taken.
     """
     taken = {f"{graph}.{part}" for graph in GRAPHS for part in ("onnx", "weights")}
-    taken |= {GRAPH_FILE, STEP_FILE}
+    taken |= {GRAPH_FILE, STEP_FILE, DECODER_GRAPH_FILE, DECODER_FILE}
     for path in paths:
         where = f"{shown(path, 150)} cannot go into the bundle"
         if not path.exists() or path.is_dir():

@@ -141,6 +141,17 @@ class Manifest:
         _check_step(changed, document)
         return changed
 
+    def with_decoder(self, graph: GraphSpec, document: CheckedJson) -> Manifest:
+        """This manifest with another graph for its decoder, as `document` of its bundle gives it.
+
+        Raises BundleError, which names the document, unless the graph may stand in the place of the
+        manifest's own.
+        """
+        changed = dataclasses.replace(self, graphs={**self.graphs, "decoder": graph})
+        _check_files(changed, "decoder", document)
+        _check_decoder(changed, document)
+        return changed
+
 
 # -- from JSON ------------------------------------------------------------------------------------
 
@@ -229,7 +240,8 @@ def _check_consistency(manifest: Manifest) -> None:
         )
     for graph_name in manifest.graphs:
         _check_files(manifest, graph_name, JSON)
-    _check_prologue_and_decoder(manifest)
+    _check_prologue(manifest)
+    _check_decoder(manifest, JSON)
     _check_step(manifest, JSON)
 
 
@@ -252,16 +264,18 @@ def _check_files(manifest: Manifest, graph_name: str, document: CheckedJson) -> 
             )
 
 
-def _check_prologue_and_decoder(manifest: Manifest) -> None:
-    model = manifest.model
-    prologue, decoder = manifest.graphs["prologue"], manifest.graphs["decoder"]
-    image = (ROWS, model.image_height, model.image_width, 3)
+def _check_prologue(manifest: Manifest) -> None:
     class_id = TensorSpec("class_id", "int64", (ROWS,))
+    _expect(manifest.graphs["prologue"].inputs, "graphs.prologue.inputs", [class_id], JSON)
+
+
+def _check_decoder(manifest: Manifest, document: CheckedJson) -> None:
+    model, decoder = manifest.model, manifest.graphs["decoder"]
+    image = (ROWS, model.image_height, model.image_width, 3)
     tokens = TensorSpec("tokens", "int64", (ROWS, model.num_tokens))
     pixels = TensorSpec("image", "uint8", image)
-    _expect(prologue.inputs, "graphs.prologue.inputs", [class_id], JSON)
-    _expect(decoder.inputs, "graphs.decoder.inputs", [tokens], JSON)
-    _expect(decoder.outputs, "graphs.decoder.outputs", [pixels], JSON)
+    _expect(decoder.inputs, "graphs.decoder.inputs", [tokens], document)
+    _expect(decoder.outputs, "graphs.decoder.outputs", [pixels], document)
 
 
 def _check_step(manifest: Manifest, document: CheckedJson) -> None:

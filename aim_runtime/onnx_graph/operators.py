@@ -177,30 +177,53 @@ def _check_sizes(call: Call, sizes: Mapping[int, set[int]]) -> None:
             raise GraphRefused("a product in it has weights of other sizes than it says")
 
 
-def _convolved(x: int, w: int, *, dtype: int | None = None, unrolled: bool = False) -> Rule:
-    """The input `x` (N, channels, ...) convolved with the kernels `w`."""
+def _convolved(
+    x: int,
+    w: int,
+    *,
+    bias: int | None = None,
+    each: tuple[int, ...] = (),
+    dtype: int | None = None,
+    unrolled: bool = False,
+    may_be_last: bool = False,
+) -> Rule:
+    """The input `x` (N, channels, ...) convolved with the kernels `w`.
+
+    The input numbered `bias` has a number for each channel made, those of `each` that or one.
+    Kernels read as many whatever there are. `may_be_last`: an attribute may say that the input is
+    (N, ..., channels) instead; kernels are laid out the same.
+    """
 
     def rule(call: Call) -> list[Value]:
         value, kernels = call.input(x), call.input(w)
         if len(value.shape) not in _CONV_RANKS or len(kernels.shape) != len(value.shape):
             raise GraphRefused("a convolution in it is over more than two dimensions")
-        if call.integer("channels_last", 0):
+        last = call.integer("channels_last", 0)
+        if last and not may_be_last:
             raise GraphRefused("a convolution in it has its channels last")
+        batch, *sizes = value.shape
+        if last:
+            sizes = [sizes[-1], *sizes[:-1]]
         dims = len(value.shape) - 2
         group = call.integer("group", 1)
         made, taken, *taps = (size.constant for size in kernels.shape)
         if group < 1 or made % group or min(made, taken, *taps) < 1:
             raise GraphRefused("a convolution in it has no kernels, or does not divide into groups")
-        if value.shape[1].constant != taken * group:
+        if sizes[0].constant != taken * group:
             raise GraphRefused("a convolution in it has kernels for other channels")
         if (said := call.integers("kernel_shape")) and said != taps:
             raise GraphRefused("a convolution in it has kernels of another shape than it says")
-        spatial = _windows(call, [size.constant for size in value.shape[2:]], taps, dims)
-        shape = (value.shape[0], fixed(made), *map(fixed, spatial))
+        _check_sizes(call, {index: {1, made} for index in each})
+        if bias is not None:
+            _check_sizes(call, {bias: {made}})
+        spatial = _windows(call, [size.constant for size in sizes[1:]], taps, dims)
+        windows = tuple(map(fixed, spatial))
+        channels = (fixed(made),)
+        shape = (batch, *(windows + channels if last else channels + windows))
         terms = taken * math.prod(taps)
         call.work(_times(count(shape), fixed(terms)))
-        if unrolled:  # each window is copied out first
-            call.scratch((0, group * terms * math.prod(spatial)))
+        if unrolled:  # each window is copied out first: with the rows, so that plans count it
+            call.scratch(_times(count((batch,)), fixed(group * terms * math.prod(spatial))))
         return [Value(shape, dtype or value.dtype)]
 
     return rule
@@ -325,9 +348,9 @@ _STANDARD: dict[str, Rule] = {
     "MatMul": _multiplied(0, 1),
     "MatMulInteger": _multiplied(0, 1, dtype=INT32),
     "QLinearMatMul": _multiplied(0, 3),
-    "Conv": _convolved(0, 1),
-    "ConvInteger": _convolved(0, 1, dtype=INT32, unrolled=True),
-    "QLinearConv": _convolved(0, 3, unrolled=True),
+    "Conv": _convolved(0, 1, bias=2),
+    "ConvInteger": _convolved(0, 1, each=(3,), dtype=INT32, unrolled=True),
+    "QLinearConv": _convolved(0, 3, bias=8, each=(4, 5), unrolled=True),
     **_each("DynamicQuantizeLinear QuantizeLinear", _quantised),
     "DequantizeLinear": _dequantised,
     "LinearAttention": _linear_attention,
@@ -341,12 +364,13 @@ _MICROSOFT: dict[str, Rule] = {
     **_each("GatedRMSNorm SkipLayerNormalization", _normalised),
     **_each("SimplifiedLayerNormalization SkipSimplifiedLayerNormalization", _normalised),
     **_each("FusedGemm FusedMatMul", _multiplied(0, 1)),
-    "FusedConv": _convolved(0, 1),
+    "FusedConv": _convolved(0, 1, bias=2),
     "DynamicQuantizeMatMul": _integers_to_float(2, 3, 4),
     "MatMulIntegerToFloat": _integers_to_float(3, 5, 6),
     "MatMulNBits": _matmul_of_few_bits,
     "QGemm": _multiplied(0, 3, dtype=FLOAT),
     **_each("QLinearAdd QLinearMul", _stretched(3, 0)),
+    "QLinearConv": _convolved(0, 3, bias=8, each=(4, 5), unrolled=True, may_be_last=True),
     "QLinearSigmoid": _same,
     "QuantizeLinear": _quantised,
     "DequantizeLinear": _dequantised,

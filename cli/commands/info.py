@@ -109,6 +109,24 @@ def cpu_step(bundle: Bundle) -> dict[str, str]:
     return {"graph": "plain" if choice.step is None else "fused", "reason": choice.reason}
 
 
+def cpu_decoder(bundle: Bundle) -> dict[str, Any]:
+    """Which decoder graph the backend `cpu` takes here, and why the plain one where it is that.
+
+    "graph" is "plain", or what most sums of the faster one are of, "int8" or "fp32"; then "psnr_db"
+    says how near its pictures are to the plain one's. What cannot be read is "unknown".
+    """
+    from aim_runtime.engines.onnxruntime.decoder_graph import chosen_decoder
+    from aim_runtime.quoting import sentence
+
+    try:
+        choice = chosen_decoder(bundle)
+    except Exception as error:  # without onnxruntime its import fails in many ways
+        return {"graph": "unknown", "psnr_db": None, "reason": sentence(str(error))}
+    if choice.decoder is None:
+        return {"graph": "plain", "psnr_db": None, "reason": choice.reason}
+    return {"graph": choice.decoder.precision, "psnr_db": choice.decoder.psnr_db, "reason": ""}
+
+
 def as_dict(bundle: Bundle) -> dict[str, Any]:
     """Everything `aim info` knows, as JSON values."""
     from aim_runtime import available_backends
@@ -134,6 +152,7 @@ def as_dict(bundle: Bundle) -> dict[str, Any]:
             ],
         },
         "cpu_step": cpu_step(bundle),
+        "cpu_decoder": cpu_decoder(bundle),
         "cuda_kernels": cuda_kernels(bundle),
         "backends": [
             {"name": s.name, "available": s.available, "reason": s.reason}
@@ -178,6 +197,7 @@ def card(bundle: Bundle) -> str:
         ("on disk", f"{human.size(stored)}, weights in {manifest.precision}"),
         ("memory", _memory(bundle)),
         ("provenance", _provenance(manifest.provenance)),
+        ("CPU decoder", _cpu_decoder(bundle)),
         ("CPU step", _cpu_step(bundle)),
         ("backends", _backends(bundle)),
     ]
@@ -214,6 +234,15 @@ def _cpu_step(bundle: Bundle) -> str:
     """The step graph of the backend `cpu` in one sentence."""
     step = cpu_step(bundle)
     return ": ".join(filter(None, (f"{step['graph']} graph", step["reason"])))
+
+
+def _cpu_decoder(bundle: Bundle) -> str:
+    """The decoder graph of the backend `cpu` in one sentence."""
+    decoder = cpu_decoder(bundle)
+    line = ": ".join(filter(None, (f"{decoder['graph']} graph", decoder["reason"])))
+    if decoder["psnr_db"] is not None:
+        line += f", {decoder['psnr_db']:.1f} dB PSNR from the plain one's pictures"
+    return line
 
 
 def _backends(bundle: Bundle) -> str:

@@ -254,6 +254,27 @@ def test_a_step_for_the_cpu_is_added_to_a_bundle_that_exists(
     refused(cli("export", "--bundle", packed, "--cpu"), "unpack it first")
 
 
+def test_a_decoder_of_8_bits_is_added_to_a_bundle_that_exists(
+    cli: Cli, wide_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aim_export.decoder.LEAST_PSNR_DB", 0.0)
+    monkeypatch.setattr("aim_export.decoder._WANTED_PSNR_DB", 0.0)
+    shutil.copytree(wide_bundle, "made")
+    assert json.loads(cli("info", "made", "--json").stdout)["cpu_decoder"]["graph"] == "plain"
+    assert "'aim export --bundle made --cpu --precision int8' adds it" in " ".join(
+        cli("info", "made").stdout.split()
+    )
+    before = tree(folder)
+    done = cli("export", "--bundle", "made", "--cpu", "--precision", "int8")
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"8-bit convolutions decode at \d+\.\d dB PSNR", done.stderr)
+    assert tree(folder) - before == {"made/decoder-cpu.json", "made/decoder-cpu.onnx"}
+    found = json.loads(cli("info", "made", "--json").stdout)["cpu_decoder"]
+    assert found["graph"] == "int8"
+    assert f"int8 graph, {found['psnr_db']:.1f} dB PSNR" in cli("info", "made").stdout
+    Bundle.open("made").verify()
+
+
 def engines_of(cli: Cli, bundle: str) -> list[str]:
     files = json.loads(cli("info", bundle, "--json").stdout)["files"]
     return sorted(name for name in files if name.startswith("engines/"))
@@ -381,6 +402,8 @@ def test_bad_arguments_for_kernels(cli: Cli, folder: Path, args: list[str], word
         (["--bundle", "made"], "--cpu"),
         (["--bundle", "made", "--cpu", "--top-k", "3"], "--top-k makes a new bundle"),
         (["--bundle", "made", "--cpu"], "made"),
+        (["--bundle", "made", "--trt", "--precision", "int8"], "--precision makes a new bundle"),
+        (["--bundle", "made", "--cpu", "--precision", "fp16"], "--precision makes a new bundle"),
         (["--bundle", "made", "--trt"], "no engines can be built: TensorRT is not installed"),
         (["--ckpt", "a.pt", "--trt", "--cuda"], "there is no checkpoint at a.pt"),
     ],

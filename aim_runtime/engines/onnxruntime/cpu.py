@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
 from aim_runtime.cores import usable_cores
+from aim_runtime.engines.onnxruntime.decoder_graph import DecoderGraph, chosen_decoder
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     Sessions,
@@ -55,17 +56,17 @@ def unavailable_reason(bundle: Bundle | None = None) -> str | None:
 def load(
     bundle: Bundle, *, device: str = "auto", threads: int | None = None, precision: str = "auto"
 ) -> OnnxRuntimeCpu:
-    """Load `bundle`, with the step graph made for this backend if there is one that runs here.
+    """Load `bundle`, with the graphs made for this backend where there are some that run here.
 
     `threads` defaults to every core this process may use.
     """
     check_precision("cpu", bundle, precision)
     threads = usable_cores() if threads is None else threads
-    step = chosen_step(bundle).step
+    step, decoder = chosen_step(bundle).step, chosen_decoder(bundle, precision).decoder
     try:
-        return OnnxRuntimeCpu(bundle, threads, step)
+        return OnnxRuntimeCpu(bundle, threads, step, decoder)
     except BundleError as error:
-        if step is None or not _LACKING.search(str(error.__cause__)):
+        if (step is None and decoder is None) or not _LACKING.search(str(error.__cause__)):
             raise
         return OnnxRuntimeCpu(bundle, threads)  # an ONNX Runtime built with fewer operators
 
@@ -77,9 +78,15 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
     device = "cpu"
     continuous = True
 
-    def __init__(self, bundle: Bundle, threads: int, step: StepGraph | None = None) -> None:
-        """`step` takes the place of the plain step."""
-        super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0), step)
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int,
+        step: StepGraph | None = None,
+        decoder: DecoderGraph | None = None,
+    ) -> None:
+        """`step` and `decoder` take the place of the plain ones."""
+        super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0), step, decoder)
         if step is not None and step.in_place:
             try:
                 works = works_in_place(self, self._sessions.step, step.in_place)

@@ -26,6 +26,7 @@ from aim_runtime.batching import BatchPlan, batches_within, memory_needed
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import FEW_BITS, GraphSpec, TensorSpec
 from aim_runtime.engines.base import Conditioning, Engine, Rows
+from aim_runtime.engines.onnxruntime.decoder_graph import DecoderGraph
 from aim_runtime.engines.onnxruntime.interruptible import Stopping, interruptible
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older, log_level
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph
@@ -80,9 +81,11 @@ class OnnxRuntimeEngine(Engine):
         load: Load,
         memory: tuple[str, int],
         step: StepGraph | None = None,
+        decoder: DecoderGraph | None = None,
     ) -> None:
-        """`step` takes the place of the bundle's plain step."""
-        super().__init__(bundle.manifest if step is None else step.applied(bundle.manifest))
+        """`step` and `decoder` take the place of the bundle's plain ones."""
+        manifest = bundle.manifest if step is None else step.applied(bundle.manifest)
+        super().__init__(manifest if decoder is None else decoder.applied(manifest))
         self.precision = computed_in(bundle)
         self.memory = memory
         self.in_place: frozenset[str] = frozenset()

@@ -1,0 +1,266 @@
+"""The decoder that the `cpu` backend takes instead of the plain one, made and held against it.
+
+As with the step, everything follows from the bundle. What 8 bits must hold is seen on pictures of
+the model's own codes; what they lose is measured on others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from aim_export.cuda.decoder_network import blocks, decoder_tensors, group_norms
+from aim_export.errors import ExportError
+from aim_export.onnx.decoder_ranges import ConvolutionRanges, Seen, convolution_ranges
+from aim_export.onnx.decoder_source import PREFIX, DecoderSource, follows_swish, level_of
+from aim_export.onnx.graph import HALF_SUFFIX
+from aim_export.onnx.quantised_decoder import observed_decoder, quantise_decoder
+from aim_runtime import Bundle
+from aim_runtime.bundle import add_files
+from aim_runtime.cores import usable_cores
+from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
+from aim_runtime.engines.onnxruntime.decoder_graph import (
+    DECODER_FILE,
+    DECODER_GRAPH_FILE,
+    EQUAL_PICTURES_DB,
+    DecoderGraph,
+)
+from aim_runtime.engines.onnxruntime.engine import make_session
+from aim_runtime.engines.onnxruntime.interruptible import Stopping
+from aim_runtime.engines.onnxruntime.library import installed_version, is_older
+from aim_runtime.engines.onnxruntime.step_graph import chosen_step
+from aim_runtime.errors import BundleError
+from aim_runtime.noise import uniforms
+from aim_runtime.onnx_graph import checked_graph
+from aim_runtime.onnx_graph.check import check_graph
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Report = Callable[[str], None]
+
+FIRST_ONNXRUNTIME = "1.24"
+"""The first ONNX Runtime that this graph was tried on."""
+LEAST_PSNR_DB = 40.0
+"""What pictures of a decoder in 8 bits must have, on average, against the plain one's."""
+
+EIGHT_BITS = ("int8", "int4")
+"""Precisions of a bundle whose decoder sums products of 8 bits on a CPU."""
+
+# The pictures that ranges are seen on, and those that it is compared on.
+_SEEN, _COMPARED = 8, 6
+# What is aimed at: other pictures may come out a little worse than those compared.
+_WANTED_PSNR_DB = LEAST_PSNR_DB + 1
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A decoder graph, what of it is in float32, and its PSNR against the plain one."""
+
+    model: onnx.ModelProto
+    kept: tuple[str, ...]
+    psnr_db: float
+
+
+def add_decoder_graph(bundle_dir: Path, report: Report | None = None) -> Bundle:
+    """Put a decoder of 8-bit convolutions into a bundle's folder; one that was there is replaced.
+
+    Args:
+        bundle_dir: the folder of a bundle.
+        report: told, line by line, what is being done and was measured.
+
+    Returns:
+        The bundle; as it was, if the pictures of such a decoder were too far from the plain one's.
+
+    Raises:
+        ExportError: the bundle is no folder, or its decoder is not one that `aim export` wrote; the
+            bundle is as it was.
+        aim_runtime.BundleError: there is no bundle folder, or it is damaged or cannot be written.
+    """
+    bundle = Bundle.open(bundle_dir)
+    if not bundle.path.is_dir():
+        raise ExportError(f"{bundle.path}: graphs are added to a bundle folder; unpack it first")
+    with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=".aim-cpu.") as folder:
+        return _added(bundle, Path(folder), report or (lambda line: None))
+
+
+def with_decoder_graph(bundle: Bundle, precision: str, scratch: Path, report: Report) -> Bundle:
+    """`bundle`, in a folder, with such a decoder if `precision` is one of `EIGHT_BITS`.
+
+    `scratch` is a folder beside the bundle's.
+    """
+    if precision not in EIGHT_BITS:
+        return bundle
+    made = scratch / "decoder"
+    made.mkdir()
+    return _added(bundle, made, report)
+
+
+def _added(bundle: Bundle, folder: Path, report: Report) -> Bundle:
+    """`bundle` with what fits into `folder` first."""
+    if not write_decoder_graph(bundle, folder, report):
+        return bundle
+    return add_files(bundle.path, folder)
+
+
+def write_decoder_graph(bundle: Bundle, folder: Path, report: Report | None = None) -> bool:
+    """Write a decoder of 8-bit convolutions over the weights of `bundle`, and what describes it.
+
+    The levels of lowest resolution, which cost least, stay in float32 as far as the pictures ask
+    for it.
+
+    Args:
+        bundle: an open one, whose decoder is one that `aim export` wrote.
+        folder: an existing one, for the two files.
+        report: told, line by line, what is being done and was measured.
+
+    Returns:
+        Whether there is one: pictures of less than `LEAST_PSNR_DB` are not worth their speed.
+
+    Raises:
+        ExportError: the decoder is not one that `aim export` wrote.
+        aim_runtime.BundleError: the bundle is damaged.
+    """
+    say = report or (lambda line: None)
+    if is_older(installed_version(), FIRST_ONNXRUNTIME):
+        say(f"the decoder stays the plain one: another takes onnxruntime {FIRST_ONNXRUNTIME}")
+        return False
+    source = decoder_source(bundle)
+    say(f"drawing {_SEEN + _COMPARED} images to fit the decoder's 8-bit convolutions to")
+    tokens = _codes(bundle, _SEEN + _COMPARED)
+    ranges = seen_ranges(bundle, source, tokens[:_SEEN])
+    say("comparing the decoder of 8-bit convolutions with the plain one")
+    best = _best(bundle, source, ranges, tokens[_SEEN:])
+    kept = f", with {', '.join(best.kept)} in float32," if best.kept else ""
+    if best.psnr_db < LEAST_PSNR_DB:
+        say(
+            f"the decoder stays the plain one: 8-bit convolutions{kept} reach "
+            f"{best.psnr_db:.1f} dB PSNR from its pictures, at least {LEAST_PSNR_DB:g} are needed"
+        )
+        return False
+    graph = replace(bundle.manifest.graphs["decoder"], file=DECODER_GRAPH_FILE)
+    described = DecoderGraph(graph, "int8", round(best.psnr_db, 2), FIRST_ONNXRUNTIME)
+    data = best.model.SerializeToString()
+    try:
+        check_graph(data, bundle, graph)
+    except BundleError as error:  # it takes more than a bundle of this geometry may
+        say(f"the decoder stays the plain one: {error}")
+        return False
+    (folder / DECODER_GRAPH_FILE).write_bytes(data)
+    (folder / DECODER_FILE).write_text(described.to_json(), encoding="utf-8")
+    say(f"8-bit convolutions{kept} decode at {best.psnr_db:.1f} dB PSNR from the plain decoder")
+    return True
+
+
+def decoder_source(bundle: Bundle) -> DecoderSource:
+    """What the decoder of `bundle` is made of. Raises ExportError for one of another make."""
+    plain = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"]))
+    names = {tensor.name.removesuffix(HALF_SUFFIX) for tensor in plain.graph.initializer}
+    try:
+        tensors, norms = decoder_tensors(bundle), group_norms(bundle)
+        order = list(blocks(tensors))
+        missing = {PREFIX + name for name in tensors} - names
+    except (ValueError, KeyError, IndexError) as error:
+        raise ExportError(f"the bundle's decoder is no known export: {error}") from None
+    if missing:
+        raise ExportError(f"the bundle's decoder has no weight called {min(missing)}")
+    return DecoderSource(
+        plain,
+        {name: tensor.values for name, tensor in tensors.items()},
+        order,
+        norms.groups,
+        norms.eps,
+        bundle.manifest.model.grid[0],
+    )
+
+
+def psnr_db(pictures: NDArray[np.uint8], others: NDArray[np.uint8]) -> float:
+    """Of 8-bit pictures (N, height, width, 3), the mean over them; 999 for equal ones."""
+    squares = np.square(pictures.astype(np.float64) - others).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        found = 10 * np.log10(255**2 / squares)
+    return float(np.minimum(found, EQUAL_PICTURES_DB).mean())
+
+
+def _codes(bundle: Bundle, images: int) -> NDArray[np.int64]:
+    """Codes (images, T) that the model draws, of classes spread over all of them."""
+    engine = OnnxRuntimeCpu(bundle, usable_cores(), chosen_step(bundle).step)
+    model, options = bundle.manifest.model, bundle.manifest.sampling
+    classes = np.linspace(0, model.num_classes - 1, images).astype(np.int64)
+    noise = uniforms(range(images), model.num_tokens)
+    at_once = engine.plan(images, options.rows_per_image).batch_size
+    drawn = []
+    for first in range(0, images, at_once):
+        some = slice(first, first + at_once)
+        blocks_of_codes = list(engine.draw(classes[some], noise[some], options))
+        drawn.append(np.concatenate(blocks_of_codes, axis=1))
+    return np.concatenate(drawn)
+
+
+def seen_ranges(
+    bundle: Bundle, source: DecoderSource, tokens: NDArray[np.int64]
+) -> dict[str, ConvolutionRanges]:
+    """Ranges for every convolution that can be in 8 bits, by pictures of `tokens` (N, T)."""
+    model, outputs = observed_decoder(source)
+    names = [name for found in outputs.values() for name in found]
+    session = _session(bundle, model)
+    runs = [session.run(names, {"tokens": row[None]}) for row in tokens]
+    seen: dict[str, NDArray[np.float32]] = {}
+    for index, name in enumerate(names):
+        combine = (np.min, np.max, np.mean)[index % 3]
+        seen[name] = combine(np.stack([run[index] for run in runs]), axis=0)
+    ranges = {}
+    for conv, found in outputs.items():
+        read, made = (Seen(*(seen[name] for name in found[at : at + 3])) for at in (0, 3))
+        ranges[conv] = convolution_ranges(read, made, activated=follows_swish(conv))
+    return ranges
+
+
+def _best(
+    bundle: Bundle,
+    source: DecoderSource,
+    ranges: Mapping[str, ConvolutionRanges],
+    tokens: NDArray[np.int64],
+) -> _Tried:
+    """The decoder with most in 8 bits whose pictures of `tokens` are near enough, or the nearest.
+
+    One level after the other goes back to float32, that of lowest resolution, the cheapest, first.
+    """
+    plain = _pictures(bundle, source.plain, tokens)
+    levels = list(dict.fromkeys(level_of(name) for name in ranges))
+    tried: list[_Tried] = []
+    for count in range(len(levels)):
+        kept = tuple(levels[:count])
+        chosen = {name: found for name, found in ranges.items() if level_of(name) not in kept}
+        model = quantise_decoder(source, chosen)
+        tried.append(_Tried(model, kept, psnr_db(_pictures(bundle, model, tokens), plain)))
+        if tried[-1].psnr_db >= _WANTED_PSNR_DB:
+            break
+    return max(tried, key=lambda one: one.psnr_db)
+
+
+def _pictures(
+    bundle: Bundle, model: onnx.ModelProto, tokens: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Pictures of `tokens` (N, T), decoded one by one."""
+    session = _session(bundle, model)
+    return np.concatenate([session.run(["image"], {"tokens": row[None]})[0] for row in tokens])
+
+
+def _session(bundle: Bundle, model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    return make_session(
+        bundle,
+        bundle.manifest.graphs["decoder"],
+        model.SerializeToString(),
+        threads=usable_cores(),
+        providers=[("CPUExecutionProvider", {})],
+        stopping=Stopping(),
+        arena=True,
+    )
