@@ -165,7 +165,7 @@ def test_bad_checkpoints(cli: Cli, checkpoint: Path, folder: Path, kind: str, wo
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--out", "made", "--precision", "int4"], "int4"),
+        (["--out", "made", "--precision", "int2"], "int2"),
         (["--out", "made", "--position-offset", "2"], "--position-offset"),
         (["--out", "made", "--tokenizer", "nowhere"], "no checkpoint at nowhere"),
         (["--out", "made", "--class-names", "nowhere"], "'nowhere' does not exist"),

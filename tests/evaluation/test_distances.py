@@ -56,7 +56,7 @@ def test_fid_is_the_formula_in_float64() -> None:
 
 
 def test_fid_is_torchmetrics() -> None:
-    from torchmetrics.image import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(Given(), normalize=True).set_dtype(torch.float64)
     metric.update(torch.from_numpy(ONE).double(), real=False)
