@@ -108,7 +108,7 @@ def test_an_engine_takes_no_more_threads_than_that(
 
     found: list[int] = []
     monkeypatch.setattr("aim_runtime.cores.granted_cores", lambda: 0.5)
-    monkeypatch.setattr(onnxruntime_cpu, "OnnxRuntimeCpu", lambda b, n, step: found.append(n))
+    monkeypatch.setattr(onnxruntime_cpu, "OnnxRuntimeCpu", lambda b, n, *graphs: found.append(n))
     onnxruntime_cpu.load(Bundle.open(tiny))
     onnxruntime_cpu.load(Bundle.open(tiny), threads=4)
     assert found == [1, 4]
