@@ -193,7 +193,11 @@ def start_another(keep: Callable[..., None]) -> None:
     other.wait()
 
 
-def test_a_section_stopped_takes_with_it_what_it_started(part: Part) -> None:
+def test_a_section_stopped_takes_with_it_what_it_started(
+    part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The new process imports this module, wherever pytest was started.
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
     found = part("sections").in_process(start_another, limit_s=8)
     assert "stopped" in found["error"]
     status = Path(f"/proc/{found['other']}/status")
