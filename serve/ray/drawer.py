@@ -13,6 +13,7 @@ from starlette.types import Message
 
 from aim_runtime import BackendError, Batcher, Generator
 from aim_serve.app import create_app
+from aim_serve.ray.once import FAILED
 from aim_serve.ray.options import Options
 from aim_serve.service import Service
 
@@ -52,6 +53,7 @@ class Drawer:
                 await self._app({**scope, "type": "http", "asgi": {}}, receive, messages.put)
             except Exception:
                 _log.exception("a request has failed")
+                messages.put_nowait({"type": FAILED})
             finally:
                 messages.put_nowait(None)
 

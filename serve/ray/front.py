@@ -36,14 +36,20 @@ from aim_serve import errors
 from aim_serve.errors import ApiError
 from aim_serve.ordering import random_seed
 from aim_serve.ray.metrics import FrontMetrics, merged
-from aim_serve.ray.once import Once
+from aim_serve.ray.once import FAILED, Once
 from aim_serve.schemas import Status
 from aim_serve.settings import Limits
 from aim_serve.stream import event
 
 _log = logging.getLogger("ray.serve")
 
+
+class _CutShort(Exception):
+    """An answer stopped before its end: Ray may end that of a killed replica without an error."""
+
+
 _DIED = (
+    _CutShort,
     ObjectLostError,
     RayActorError,
     ReplicaUnavailableError,
@@ -211,10 +217,13 @@ class Forwarded(Response):
     async def _hand_on(self, answer: Any, send: Send) -> bool:
         start = await anext(answer, None)
         if start is None:
-            raise errors.internal()
-        headers = dict(start["headers"])
+            raise _CutShort("no answer")
+        headers = dict(_alive(start)["headers"])
         if not headers.get(b"content-type", b"").startswith(b"text/event-stream"):
-            body = b"".join([message.get("body", b"") async for message in answer])
+            parts = [_alive(message) async for message in answer]
+            if not parts or parts[-1].get("more_body", False):
+                raise _CutShort("half an answer")
+            body = b"".join(part.get("body", b"") for part in parts)
             if start["status"] in _REFUSALS and self._may_try_again():
                 return False
             if self._once is None:
@@ -226,12 +235,15 @@ class Forwarded(Response):
         if self._once is None:
             self._once = Once()
             await send(start)
+        more = True
         async for message in answer:
-            chunk = message.get("body", b"")
+            chunk, more = _alive(message).get("body", b""), message.get("more_body", False)
             if chunk and self._once.passes(chunk):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             if self._once.ended:
                 break
+        if more and not self._once.ended:
+            raise _CutShort("half a stream")
         await self._end(b"", send)
         return True
 
@@ -247,6 +259,13 @@ class Forwarded(Response):
     @staticmethod
     async def _end(body: bytes, send: Send) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _alive(message: Message) -> Message:
+    """A message of an answer, unless it says that whoever answered has failed."""
+    if message["type"] == FAILED:
+        raise errors.internal()
+    return message
 
 
 def with_seed(body: bytes) -> bytes:

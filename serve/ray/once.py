@@ -6,6 +6,8 @@ import json
 
 _REPEATED = ("progress", "preview")
 """Events that tell how far it is: after a new beginning they begin again."""
+FAILED = "aim.failed"
+"""Type of the message in place of the rest of an answer, where the application raised."""
 LAST = ("done", "error")
 """Events after which there is none; OpenAI's streams have no such."""
 

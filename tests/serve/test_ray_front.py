@@ -20,7 +20,7 @@ from starlette.requests import Request
 from aim_serve.ray import front
 from aim_serve.ray.front import Front, with_seed
 from aim_serve.ray.metrics import FrontMetrics, merged
-from aim_serve.ray.once import Once
+from aim_serve.ray.once import FAILED, Once
 from aim_serve.ray.options import Options
 from aim_serve.settings import Limits
 from aim_serve.stream import event
@@ -35,12 +35,20 @@ def body(data: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
+END = {"type": "http.response.body", "body": b"", "more_body": False}
+CUT = object()
+"""Behind an answer that stops without an end and without an error."""
+
+
 def refusal(status: int) -> Answer:
     return [{**JSON, "status": status}, body(b'{"error": {"code": "queue_full"}}')]
 
 
 class Replicas:
-    """Gives the next of `answers` to each request; an exception in one is raised there."""
+    """Gives the next of `answers` to each request; an exception in one is raised there.
+
+    Answers end as those of an application do, unless `CUT` says otherwise.
+    """
 
     def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers
@@ -59,7 +67,10 @@ class Replicas:
         for message in answer:
             if isinstance(message, BaseException):
                 raise message
+            if message is CUT:
+                return
             yield message
+        yield END
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._messages
@@ -121,6 +132,24 @@ def test_a_stream_that_begins_again_tells_what_counts_once() -> None:
         ]
     )
     assert ask(replicas) == (200, ACCEPTED + progress + progress + DONE)
+
+
+def test_an_answer_that_stops_before_its_end_is_that_of_a_dead_replica() -> None:
+    half = [JSON, body(b"half of"), CUT]
+    replicas = Replicas([[CUT], half, [JSON, CUT], [JSON, body(b"the whole")]])
+    assert ask(replicas, "/v1/images/generations") == (200, b"the whole")
+    whole = [STREAM, body(ACCEPTED), body(DONE)]
+    replicas = Replicas([[CUT], [STREAM, body(ACCEPTED), CUT], whole])
+    assert ask(replicas) == (200, ACCEPTED + DONE)
+
+
+def test_a_replica_that_failed_is_not_asked_again() -> None:
+    failed = {"type": FAILED}
+    status, text = ask(Replicas([[JSON, body(b"half of"), failed]]), "/v1/images/generations")
+    assert (status, json.loads(text)["error"]["code"]) == (500, "internal_error")
+    assert ask(Replicas([[failed]]))[0] == 500
+    status, text = ask(Replicas([[STREAM, body(ACCEPTED), failed]]))
+    assert (status, b"internal_error" in text) == (200, True)
 
 
 def test_openai_streams_give_each_picture_once() -> None:
