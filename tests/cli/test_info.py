@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aim_runtime import BackendStatus, models_dir
-from aim_runtime.engines.onnxruntime import step_graph
+from aim_runtime.engines.onnxruntime import description
 from aim_runtime.engines.onnxruntime.step_graph import STEP_FILE
 
 from ..runtime.toy_cuda import toy_plan, write_toy_bundle
@@ -95,7 +95,7 @@ def test_the_cpus_step_graph(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyP
     assert f"CPU step {command} --cpu' adds it" in lines(bundle)
     assert "CPU step fused graph backends" in lines()
     assert json.loads(cli("info", "--json").stdout)["cpu_step"] == {"graph": "fused", "reason": ""}
-    monkeypatch.setattr(step_graph, "installed_version", lambda: "1.24.1")
+    monkeypatch.setattr(description, "installed_version", lambda: "1.24.1")
     assert "CPU step plain graph: onnxruntime 1.24.1 lacks operators" in lines()
 
 

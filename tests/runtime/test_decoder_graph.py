@@ -15,7 +15,7 @@ import pytest
 from aim_runtime import Bundle, BundleError
 from aim_runtime.bundle import add_files
 from aim_runtime.engines.backends import load_engine
-from aim_runtime.engines.onnxruntime import decoder_graph
+from aim_runtime.engines.onnxruntime import description
 from aim_runtime.engines.onnxruntime.decoder_graph import (
     DECODER_FILE,
     DECODER_GRAPH_FILE,
@@ -95,7 +95,7 @@ def test_an_older_onnxruntime_takes_the_plain_one(
     with_decoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(with_decoder(lambda document: document.update(onnxruntime="1.30")))
-    monkeypatch.setattr(decoder_graph, "installed_version", lambda: "1.29.1")
+    monkeypatch.setattr(description, "installed_version", lambda: "1.29.1")
     choice = chosen_decoder(bundle)
     assert choice.decoder is None
     assert "onnxruntime 1.29.1 lacks operators of the faster one, 1.30" in choice.reason

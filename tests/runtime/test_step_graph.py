@@ -19,7 +19,7 @@ from aim_runtime import BackendError, Bundle, BundleError, Generator, SamplingOp
 from aim_runtime.bundle import add_files
 from aim_runtime.bundle.manifest import StatePair
 from aim_runtime.engines.backends import load_engine
-from aim_runtime.engines.onnxruntime import step_graph
+from aim_runtime.engines.onnxruntime import description
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from aim_runtime.engines.onnxruntime.library import is_older
 from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
@@ -140,14 +140,14 @@ def test_an_older_onnxruntime_takes_the_plain_one(
     with_step: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(with_step(lambda document: document.update(onnxruntime="1.26")))
-    monkeypatch.setattr(step_graph, "installed_version", lambda: "1.25.1")
+    monkeypatch.setattr(description, "installed_version", lambda: "1.25.1")
     choice = chosen_step(bundle)
     assert choice.step is None
     assert "onnxruntime 1.25.1 lacks operators of the faster one, 1.26" in choice.reason
     engine = load_engine(bundle, backend="cpu")
     assert engine.manifest.state[0].input == "ssm_state_0"
     for version in ("1.26.0", "1.32.0", "2.0.1", "1.26.0.dev20260101"):
-        monkeypatch.setattr(step_graph, "installed_version", lambda version=version: version)
+        monkeypatch.setattr(description, "installed_version", lambda version=version: version)
         assert chosen_step(bundle).step is not None
 
 

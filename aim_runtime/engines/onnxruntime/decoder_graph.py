@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,7 @@ from aim_runtime.bundle.checked_json import CheckedJson
 from aim_runtime.bundle.limits import max_tensors
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.bundle.parts import GraphSpec, graph_from_json
-from aim_runtime.engines.onnxruntime.library import installed_version, is_older
-from aim_runtime.errors import BundleError
+from aim_runtime.engines.onnxruntime.description import Description, lacking
 
 DECODER_FILE = "decoder-cpu.json"
 """The file of a bundle that describes this backend's decoder graph. Other backends ignore it."""
@@ -32,10 +30,8 @@ PRECISIONS = ("int8", "fp32")
 EQUAL_PICTURES_DB = 999.0
 """What stands for the PSNR of pictures that are equal."""
 
-_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
-_MAX_BYTES = 1 << 20
-
 _JSON = CheckedJson(DECODER_FILE)
+_DESCRIPTION = Description(_JSON, "decoder graph", FORMAT, FORMAT_VERSION, most_bytes=1 << 20)
 
 
 @dataclass(frozen=True)
@@ -92,38 +88,13 @@ def chosen_decoder(bundle: Bundle, precision: str = "auto") -> DecoderChoice:
     if DECODER_FILE not in bundle.manifest.files:
         command = f"'aim export --bundle {bundle.path} --cpu --precision int8' adds it"
         return DecoderChoice(None, f"the bundle has none of 8-bit convolutions; {command}")
-    size = bundle.manifest.files[DECODER_FILE].size
-    if size > _MAX_BYTES:
-        raise BundleError(
-            f"{bundle.path}: {DECODER_FILE} has {size} bytes; at most {_MAX_BYTES} fit"
-        )
-    try:
-        value = _JSON.parse(str(bundle.read(DECODER_FILE), "utf-8"), _MAX_BYTES)
-        if _is_newer(value):
-            return DecoderChoice(
-                None, "the faster one is for a newer aim-runtime; upgrade aim-runtime"
-            )
-        decoder = _decoder_from_json(value, bundle.manifest)
-    except UnicodeDecodeError:
-        raise BundleError(f"{bundle.path}: {DECODER_FILE} is not UTF-8 text") from None
-    except BundleError as error:
-        raise BundleError(f"{bundle.path}: {error}") from None
+    decoder = _DESCRIPTION.read(bundle, DECODER_FILE, _decoder_from_json)
+    if decoder is None:
+        return DecoderChoice(None, "the faster one is for a newer aim-runtime; upgrade aim-runtime")
     if precision == "fp32" and decoder.precision != "fp32":
         return DecoderChoice(None, f"the faster one computes in {decoder.precision}")
-    if is_older(installed_version(), decoder.onnxruntime):
-        return DecoderChoice(
-            None,
-            f"onnxruntime {installed_version()} lacks operators of the faster one, "
-            f"{decoder.onnxruntime} or later has them; pip install --upgrade onnxruntime",
-        )
-    return DecoderChoice(decoder)
-
-
-def _is_newer(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise BundleError(f'{DECODER_FILE} is no decoder graph: it lacks "format": "{FORMAT}"')
-    version = _JSON.integer(value.get("format_version"), "format_version", 1, 1 << 31)
-    return version > FORMAT_VERSION
+    reason = lacking(decoder.onnxruntime)
+    return DecoderChoice(None, reason) if reason else DecoderChoice(decoder)
 
 
 def _decoder_from_json(value: Any, manifest: Manifest) -> DecoderGraph:
@@ -136,9 +107,7 @@ def _decoder_from_json(value: Any, manifest: Manifest) -> DecoderGraph:
         ),
         precision=_JSON.choice(top["precision"], "precision", PRECISIONS),
         psnr_db=_JSON.number(top["psnr_db"], "psnr_db", 0, EQUAL_PICTURES_DB),
-        onnxruntime=_JSON.matching(
-            top["onnxruntime"], "onnxruntime", _VERSION, "a version of two numbers, '1.24'"
-        ),
+        onnxruntime=_DESCRIPTION.onnxruntime(top["onnxruntime"], "1.24"),
     )
     decoder.applied(manifest)
     return decoder

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,7 @@ from aim_runtime.bundle.parts import (
     state_pair_from_json,
     tensor_name_from_json,
 )
-from aim_runtime.engines.onnxruntime.library import installed_version, is_older
-from aim_runtime.errors import BundleError
+from aim_runtime.engines.onnxruntime.description import Description, lacking
 
 STEP_FILE = "step-cpu.json"
 """The file of a bundle that describes this backend's step graph. Other backends ignore it."""
@@ -36,11 +34,9 @@ GRAPH_FILE = "step-cpu.onnx"
 FORMAT = "aim-step-graph"
 FORMAT_VERSION = 1
 
-_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
-# AiM-XL's takes 0.1 MB.
-_MAX_BYTES = 4 << 20
-
 _JSON = CheckedJson(STEP_FILE)
+# AiM-XL's takes 0.1 MB.
+_DESCRIPTION = Description(_JSON, "step graph", FORMAT, FORMAT_VERSION, most_bytes=4 << 20)
 
 
 @dataclass(frozen=True)
@@ -92,34 +88,13 @@ def chosen_step(bundle: Bundle) -> StepChoice:
     if STEP_FILE not in bundle.manifest.files:
         command = f"'aim export --bundle {bundle.path} --cpu' adds it"
         return StepChoice(None, f"the bundle has none of fused operators; {command}")
-    size = bundle.manifest.files[STEP_FILE].size
-    if size > _MAX_BYTES:
-        raise BundleError(f"{bundle.path}: {STEP_FILE} has {size} bytes; at most {_MAX_BYTES} fit")
-    try:
-        value = _JSON.parse(str(bundle.read(STEP_FILE), "utf-8"), _MAX_BYTES)
-        if _is_newer(value):
-            return StepChoice(
-                None, "that of fused operators is for a newer aim-runtime; upgrade aim-runtime"
-            )
-        step = _step_from_json(value, bundle.manifest)
-    except UnicodeDecodeError:
-        raise BundleError(f"{bundle.path}: {STEP_FILE} is not UTF-8 text") from None
-    except BundleError as error:
-        raise BundleError(f"{bundle.path}: {error}") from None
-    if is_older(installed_version(), step.onnxruntime):
+    step = _DESCRIPTION.read(bundle, STEP_FILE, _step_from_json)
+    if step is None:
         return StepChoice(
-            None,
-            f"onnxruntime {installed_version()} lacks operators of the faster one, "
-            f"{step.onnxruntime} or later has them; pip install --upgrade onnxruntime",
+            None, "that of fused operators is for a newer aim-runtime; upgrade aim-runtime"
         )
-    return StepChoice(step)
-
-
-def _is_newer(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise BundleError(f'{STEP_FILE} is no step graph: it lacks "format": "{FORMAT}"')
-    version = _JSON.integer(value.get("format_version"), "format_version", 1, 1 << 31)
-    return version > FORMAT_VERSION
+    reason = lacking(step.onnxruntime)
+    return StepChoice(None, reason) if reason else StepChoice(step)
 
 
 def _step_from_json(value: Any, manifest: Manifest) -> StepGraph:
@@ -138,9 +113,7 @@ def _step_from_json(value: Any, manifest: Manifest) -> StepGraph:
             tensor_name_from_json(item, f"in_place[{index}]", _JSON)
             for index, item in enumerate(names)
         ),
-        onnxruntime=_JSON.matching(
-            top["onnxruntime"], "onnxruntime", _VERSION, "a version of two numbers, '1.26'"
-        ),
+        onnxruntime=_DESCRIPTION.onnxruntime(top["onnxruntime"], "1.26"),
     )
     states = {pair.input for pair in step.state}
     for index, name in enumerate(step.in_place):
