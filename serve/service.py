@@ -85,11 +85,10 @@ class Service:
         self._draining = True
 
     async def close(self, timeout: float | None = None) -> None:
-        """Let the requests end, for `timeout` seconds at most, and give the memory back."""
+        """Let the drawings end, for `timeout` seconds at most, and give their memory back."""
         self.drain()
+        # What was drawn last is encoded after this: the threads end with the service.
         await asyncio.to_thread(self.batcher.close, timeout=timeout)
-        for threads in (self._threads, self._preview_thread):
-            threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self

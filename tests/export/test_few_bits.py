@@ -15,7 +15,7 @@ from aim_export.onnx.packed import int8_matrix
 from aim_export.wide import check_wide
 from aim_runtime import BackendError, Bundle
 from aim_runtime.engines.backends import load_engine
-from aim_runtime.engines.onnxruntime import step_graph
+from aim_runtime.engines.onnxruntime import description
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, chosen_step
 
@@ -90,7 +90,7 @@ def test_an_older_onnxruntime_takes_the_plain_graph(
     few_bits: tuple[Bundle, ParityReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, _ = few_bits
-    monkeypatch.setattr(step_graph, "installed_version", lambda: "1.24.1")
+    monkeypatch.setattr(description, "installed_version", lambda: "1.24.1")
     choice = chosen_step(bundle)
     assert choice.step is None
     assert "onnxruntime 1.24.1 lacks operators" in choice.reason

@@ -25,7 +25,7 @@ import httpx
 
 from aim_runtime import BackendError, Batcher, Generator
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
-from aim_serve import stream
+from aim_serve import draw, stream
 from aim_serve.errors import ApiError
 from aim_serve.service import Service
 
@@ -447,6 +447,19 @@ def test_a_drain_has_a_limit(live: Callable[..., Live], gate: Gate) -> None:
         gate.open()
     (name, data) = events(text)[-1]
     assert (name, data["error"]["code"]) == ("error", "shutting_down")
+
+
+def test_pictures_drawn_last_are_sent_after_the_close(service: Service, gate: Gate) -> None:
+    gate.open()
+
+    async def draw_and_close() -> list[bytes]:
+        job = await service.submit([1], class_param="classes")
+        await job
+        await service.close()
+        return [sent async for sent in draw._events(service, job, 0, "png")]
+
+    (*_, (name, data)) = events(b"".join(asyncio.run(draw_and_close())).decode())
+    assert (name, len(data["images"])) == ("done", 1)
 
 
 def test_a_stream_says_that_it_lives(
