@@ -27,6 +27,7 @@ import click
 from gpu_benchmark.agreement import compare_formats, draw_on_cpu
 from gpu_benchmark.bundles import make_box, make_bundle, prepare_all
 from gpu_benchmark.report import Report
+from gpu_benchmark.rival_llamagen import measure_llamagen
 from gpu_benchmark.rival_published import measure_published
 from gpu_benchmark.rival_torch import measure_torch
 from gpu_benchmark.sections import in_process
@@ -34,7 +35,7 @@ from gpu_benchmark.speed import measure_copy, measure_speed
 
 from aim_cli.dataclass_options import CommaSeparated
 
-SECTIONS = ("copy", "speed", "agreement", "torch", "published")
+SECTIONS = ("copy", "speed", "agreement", "torch", "published", "llamagen")
 
 
 @click.command()
@@ -97,6 +98,9 @@ SECTIONS = ("copy", "speed", "agreement", "torch", "published")
     help="A checkout of state-spaces/mamba for it. [default: the installed mamba_ssm]",
 )
 @click.option(
+    "--llamagen", type=click.Path(path_type=Path), help="A checkout of FoundationVision/LlamaGen."
+)
+@click.option(
     "--section", "sections", type=CommaSeparated(str), default=",".join(SECTIONS), show_default=True
 )
 @click.option("--json", "target", type=click.Path(path_type=Path), help="Write all figures here.")
@@ -115,6 +119,7 @@ def main(
     compared: int,
     published: Path | None,
     mamba: Path | None,
+    llamagen: Path | None,
     sections: tuple[str, ...],
     target: Path | None,
     prepare: bool,
@@ -169,6 +174,11 @@ def main(
             checkouts = str(published), str(mamba or "")
             found = in_process(measure_published, *checkouts, size, batches, repeats)
         report.add("published", found)
+    if "llamagen" in sections and bundle is None:
+        found = {"error": "not asked for; --llamagen names a checkout"}
+        if llamagen is not None:
+            found = in_process(measure_llamagen, str(llamagen), size, batches, repeats)
+        report.add("llamagen", found)
     report.finish()
 
 
