@@ -32,6 +32,8 @@ from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
 from aim_training.model import AiM  # noqa: E402
 from aim_training.tokenizer import VQTokenizer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("lowered_once")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
