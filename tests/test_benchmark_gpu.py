@@ -198,8 +198,11 @@ def test_a_section_stopped_takes_with_it_what_it_started(
 ) -> None:
     # The new process imports this module, wherever pytest was started.
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
-    found = part("sections").in_process(start_another, limit_s=8)
-    assert "stopped" in found["error"]
+    for limit_s in (8, 30, 120):  # on a busy machine a new process takes its time to begin
+        found = part("sections").in_process(start_another, limit_s=limit_s)
+        assert "stopped" in found["error"]
+        if "other" in found:
+            break
     status = Path(f"/proc/{found['other']}/status")
     # Nobody may be there to bury it.
     assert not status.exists() or "Z (zombie)" in status.read_text()

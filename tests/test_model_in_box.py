@@ -46,10 +46,9 @@ def test_an_image_is_the_same_in_any_batch(generator: Generator) -> None:
     """Image i of a large request, of a small one and alone: the same tokens and pixels."""
     classes = [13, 50, 13, 4, 88, 97, 0, 31]
     many = generator.generate(classes, seed=5)
-    again = generator.generate(classes, seed=5)
-    np.testing.assert_array_equal(many.array, again.array)
     few = generator.generate(classes[:3], seed=5)
     np.testing.assert_array_equal(few.tokens, many.tokens[:3])
+    np.testing.assert_array_equal(few.array, many.array[:3])
     alone = generator.generate(classes[4], seed=9)
     np.testing.assert_array_equal(alone.tokens[0], many.tokens[4])
     np.testing.assert_array_equal(alone.array[0], many.array[4])

@@ -27,6 +27,8 @@ from aim_training.tokenizer import VQTokenizer
 
 from .conftest import Cli, refused
 
+pytestmark = pytest.mark.usefixtures("lowered_once")
+
 CLASSES = ("blue", "green", "red")
 SIZE, LEAST = 16, 51
 TOKENIZER = TokenizerConfig(

@@ -32,6 +32,8 @@ from aim_training.config import ModelConfig, TokenizerConfig  # noqa: E402
 from aim_training.model import AiM  # noqa: E402
 from aim_training.tokenizer import VQTokenizer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("lowered_once")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
@@ -364,7 +366,7 @@ def test_help_names_what_kernels_are_compiled_for(cli: Cli) -> None:
 def test_kernels_need_triton(spawn: Spawn, folder: Path) -> None:
     program = "import sys; sys.modules['triton'] = None; from aim_cli.main import main; main()"
     process = spawn("export", "--bundle", "made", "--cuda", python=("-c", program))
-    assert process.communicate(timeout=60)[1] == (
+    assert process.communicate(timeout=120)[1] == (
         "Error: no kernels can be compiled: Triton is not installed; "
         "pip install 'aim-runtime[kernels]'\n"
     )
@@ -418,7 +420,7 @@ def test_bad_arguments_for_engines(
 
 def test_needs_no_training_packages(spawn: Spawn) -> None:
     program = "import sys; sys.modules['accelerate'] = None; import aim_export"
-    assert spawn(python=("-c", program)).communicate(timeout=60)[1] == ""
+    assert spawn(python=("-c", program)).communicate(timeout=120)[1] == ""
 
 
 def test_a_bundle_is_named_after_its_checkpoint(

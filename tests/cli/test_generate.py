@@ -241,7 +241,7 @@ def test_interrupted_in_the_middle(
     assert process.stderr.readline().startswith("Drawing 60,000 images")
     assert tree(folder)  # the hidden folder is there
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Traceback" not in err
     assert out == ""
@@ -417,7 +417,7 @@ def test_a_terminal_that_hangs_up_leaves_nothing(spawn: Spawn, bundle: Path, fol
     assert process.stderr is not None
     process.stderr.readline()
     process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGHUP
     assert tree(folder) == set()
 

@@ -135,7 +135,7 @@ def test_killed_and_started_again(
     while process.poll() is None and len(list((folder / "x").glob("images/*.png"))) < 5:
         pass
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -9)
     if number == signal.SIGINT:
         assert "of 400 images drawn; the same command goes on from there" in err
@@ -167,7 +167,7 @@ def test_a_folder_that_another_process_fills_is_left_to_it(
     refused(cli(*args), "x is in use: another process fills it")
     assert unfinished.exists()
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert cli(*args).exit_code == 0
     assert not list((folder / "x").rglob(".*"))
 

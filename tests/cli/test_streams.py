@@ -36,7 +36,7 @@ def aim(
     environment = {**ours, **(env or {})}
     if shell:
         command = ["bash", "-o", "pipefail", "-c", f'"$@" {shell}', "bash", *command]
-    return subprocess.run(command, capture_output=True, env=environment, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, env=environment, check=False, timeout=120)
 
 
 ENCODINGS = {

@@ -18,6 +18,8 @@ from .conftest import Cli, refused, tree
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.usefixtures("lowered_once")
+
 TOKENIZER = {
     "data": Path("data"),
     "out": Path("run"),

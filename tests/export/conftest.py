@@ -60,6 +60,11 @@ def make_golden(name: str, golden_dir: Path, folder: Path) -> Golden:
     return Golden(name, path, tensors, float(metadata["cfg_scale"]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _lowered_once(lowered_once: None) -> None:
+    """For all exports of this folder."""
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that exports in no time, whose layers take part."""

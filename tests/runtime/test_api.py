@@ -339,10 +339,10 @@ def test_a_class_that_is_unknown_is_found_out_quickly(tiny: Path) -> None:
     gen.class_names = tuple(f"animal, mammal number {index}" for index in range(100_000))
     gen.class_index(1)
     for text in ("animal " * 10**5, "animal mammal", "\0" * 1000):
-        started = time.perf_counter()
+        started = time.thread_time()  # whatever else the machine does
         with pytest.raises(ValueError, match="is unknown: it must be a class name") as caught:
             gen.class_index(text)
-        assert time.perf_counter() - started < 1
+        assert time.thread_time() - started < 1
         assert len(str(caught.value)) <= 300
 
 

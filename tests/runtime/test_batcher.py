@@ -609,7 +609,7 @@ batcher = aim_runtime.Batcher(aim_runtime.Generator.load(sys.argv[1], backend="c
 next(batcher.submit([0] * 1000).previews(every=1))
 """
     command = [sys.executable, "-c", program, str(tiny)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 

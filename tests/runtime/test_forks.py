@@ -68,7 +68,7 @@ time.sleep(0.3)
 def run(tiny: Path, threads: int, child: str, before: str = "", after: str = "") -> None:
     program = PROGRAM.format(child=child, before=before, after=after)
     arguments = [sys.executable, "-c", program, str(tiny), str(threads)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     path, method = sys.argv[1:]
     expected = draw(path)
     with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map_async(draw, [path] * 4).get(timeout=60) == [expected] * 4
+        assert pool.map_async(draw, [path] * 4).get(timeout=120) == [expected] * 4
 """
 
 

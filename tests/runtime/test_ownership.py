@@ -132,5 +132,5 @@ aim_runtime.Generator.load(sys.argv[1], threads=1)
 print(os.environ["ORT_DISABLE_TELEMETRY"])
 """
     command = [sys.executable, "-c", program, str(tiny)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == (f"{after}\n", "")

@@ -313,7 +313,7 @@ def test_a_client_that_stops_reading_is_dropped(
     while time.monotonic() < began + LONG and server.service.metrics.in_progress._value.get():
         client.socket.recv(1)
         time.sleep(0.05)
-    assert time.monotonic() < began + 10
+    assert time.monotonic() < began + LONG
     assert made < 20
     assert client.dropped()
     draws(Client(server.service))
@@ -356,7 +356,7 @@ def test_slow_heads_and_bodies_are_ended(live: Callable[..., Live], left_clean: 
         assert b"408 Request Timeout" in answer
         assert b"connection: close" in answer.lower()
         assert b"body_timeout" in answer
-        assert time.monotonic() < began + 10
+        assert time.monotonic() < began + LONG
 
 
 def test_bodies_that_end_early(
@@ -382,7 +382,7 @@ def test_a_second_head_may_be_slow_no_longer(live: Callable[..., Live]) -> None:
             while time.monotonic() < began + LONG:
                 client.sendall(b"G")
                 time.sleep(0.05)
-        assert time.monotonic() < began + 5
+        assert time.monotonic() < began + LONG
 
 
 @pytest.mark.parametrize("told", [True, False])

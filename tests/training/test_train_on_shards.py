@@ -134,24 +134,20 @@ def test_codes_too_many_for_memory_are_read_from_their_files(
 @pytest.mark.slow
 def test_two_processes_encode_what_one_does(squares: Path, tokenizer: Path, tmp_path: Path) -> None:
     data = as_tars(squares, tmp_path / "data")
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in (MODEL | {"tokenizer": tokenizer, "steps": 1}).items()
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for count in (1, 2):
-        command = [*launcher, f"--nproc-per-node={count}", "-m", "aim_cli", "train", "model", data]
-        done = subprocess.run(
-            [*command, "--out", tmp_path / f"run{count}", *flags],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "120 of 120 images" in done.stderr
+    options = MODEL | {"tokenizer": tokenizer, "steps": 1}
+    train_model(ModelTrainingOptions(data=data, out=tmp_path / "run1", **options))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "aim_cli", "train", "model", data, "--out", tmp_path / "run2", *flags],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "120 of 120 images" in done.stderr
     parts = sorted((tmp_path / "run2" / "codes").glob("train-*.npy"))
     assert len(parts) == 2
     one = np.load(tmp_path / "run1" / "codes" / "train.npy")
