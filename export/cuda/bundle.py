@@ -128,7 +128,7 @@ def draft_plan(
 
     Raises ExportError for a network that the kernels do not know.
     """
-    _check_sizes(bundle.manifest.model)
+    _check_sizes(bundle.manifest.model, precision)
     try:
         return _draft_plan(bundle, precision, constants, capabilities)
     except KeyError as error:
@@ -140,12 +140,19 @@ def draft_plan(
         raise ExportError(f"{bundle.path}: {shortened(str(error))}") from error
 
 
-def _check_sizes(model: ModelCard) -> None:
+def _check_sizes(model: ModelCard, precision: str) -> None:
     for name, size in (("head_dim", model.head_dim), ("d_state", model.d_state)):
         if size & (size - 1) or size < 16:
             raise ExportError(f"the kernels want a power of two from 16 for {name}, not {size}")
     if model.d_model % 64:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
+    heads = 2 * model.d_model // model.head_dim
+    if FORMATS[precision].quantised and heads % 4:
+        # A layer's factors, one for each output of in_proj, would begin at an odd address.
+        raise ExportError(
+            f"the kernels of {precision} want a multiple of 4 heads (2 d_model / head_dim), not "
+            f"{heads}; those of fp16 do not"
+        )
 
 
 def _draft_plan(

@@ -36,6 +36,8 @@ class StepBuilder:
     ) -> None:
         self.g, self.precision, self.rows, self.tuning = geometry, precision, rows, tuning
         self.overlaps = overlaps
+        if not tuning.dot and geometry.X % tuning.in_proj.outputs:
+            raise ValueError(f"a tile of {tuning.in_proj.outputs} does not divide {geometry.X}")
         self.block = triton.next_power_of_2(geometry.D)
         self.scan_cut = tuning.scan[precision.state]
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)

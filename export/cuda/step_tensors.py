@@ -14,7 +14,21 @@ from aim_export.cuda.kernels.sample import CANDIDATES
 from aim_export.cuda.launch import ABSENT_BUFFER
 from aim_export.cuda.precision import Format
 from aim_export.cuda.tuning import Tuning
-from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Tensor, step_interface
+from aim_runtime.engines.cuda.plan import (
+    DTYPE_BYTES,
+    POINTER_ALIGNMENT,
+    Tensor,
+    step_interface,
+)
+
+# Weights with a number for each head of a layer.
+OF_HEADS = ("dt_bias", "a", "d")
+
+
+def aligned(count: int) -> int:
+    """The least number of float32 from `count` on after which another layer's may begin."""
+    each = POINTER_ALIGNMENT // DTYPE_BYTES["float32"]
+    return -(-count // each) * each
 
 
 @dataclass
@@ -64,9 +78,8 @@ def weight_table(g: Geometry, precision: Format) -> TensorTable:
         found.add_rows("out_proj_scales", "float32", g.L, g.D)
     found.add_layers("conv_weight", "float32", g.L, g.K, g.X)
     found.add_layers("conv_bias", "float32", g.L, g.X)
-    found.add_layers("dt_bias", "float32", g.L, g.H)
-    found.add_layers("a", "float32", g.L, g.H)
-    found.add_layers("d", "float32", g.L, g.H)
+    for name in OF_HEADS:
+        found.add_layers(name, "float32", g.L, aligned(g.H))
     found.add("modulation", precision.table, g.groups * 3 * g.D, g.D)
     found.add("modulation_bias", "float32", g.groups * 3 * g.D)
     found.add("modulation_table", "float32", g.L, 3, g.D)

@@ -12,7 +12,7 @@ from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import convert
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
-from aim_export.cuda.step_tensors import weight_table
+from aim_export.cuda.step_tensors import OF_HEADS, aligned, weight_table
 from aim_export.cuda.stored import StoredTensor
 from aim_runtime.engines.cuda.plan import CAST_BLOCK, FOLDER, Part, Tensor, Weight
 
@@ -83,7 +83,9 @@ def step_weights(
         "norm": prologue["modulation_factor"].values[:, 1],
         "final_norm": prologue["final_factor"].values[1],
     }
-    vectors |= {name: stacked(name) for name in ("conv_weight", "conv_bias", "dt_bias", "a", "d")}
+    vectors |= {name: stacked(name) for name in ("conv_weight", "conv_bias")}
+    past = ((0, 0), (0, aligned(geometry.H) - geometry.H))
+    vectors |= {name: np.pad(stacked(name), past) for name in OF_HEADS}
     found = {}
     for name, tensor in weight_table(geometry, precision).tensors.items():
         if name in matrices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aim_export import ExportError, export_bundle
 from aim_runtime import Bundle, Generator, SamplingOptions
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
@@ -34,7 +36,7 @@ TOLERANCE = {"fp32": 2e-6, "fp16": 3e-3, "fp16-state16": 5e-3, "fp16-state8": 5e
 CHUNK, STEPS = 4, 7
 
 
-def tuning(rows: int) -> Tuning:
+def coarse(rows: int) -> Tuning:
     """Few programs, each of which costs the interpreter ten milliseconds.
 
     Most cost those of 16 rows, which are the tensor cores': they get shorter chunks.
@@ -55,7 +57,13 @@ class Reference:
     scores: np.ndarray
 
     def with_kernels(
-        self, folder: Path, precision: str, rows: int, *, decoder: bool = False
+        self,
+        folder: Path,
+        precision: str,
+        rows: int,
+        *,
+        decoder: bool = False,
+        tuning: Tuning | None = None,
     ) -> Path:
         """A copy of the bundle with kernels for the interpreter, for batches of ``rows`` rows.
 
@@ -74,7 +82,7 @@ class Reference:
             return DecoderPart({}, {}, Setup(), (DecoderBucket(1, buffers, ()),))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engines, "TUNING", {rows: tuning(rows)})
+            patch.setattr(engines, "TUNING", {rows: tuning or coarse(rows)})
             patch.setattr(engines, "lower_decoder", lower)
             patch.setattr(engines, "compile_kernels", binaries)
             engines.add_engines(out, precisions=[precision], capabilities=[90])
@@ -91,16 +99,15 @@ def interpreter() -> Iterator[Interpreter]:
 def references(exports: Callable[[str], Exported]) -> Callable[[str], Reference]:
     """The reference of a golden model's name."""
 
-    @cache
-    def make(name: str) -> Reference:
-        bundle = exports(name).bundle
-        cpu, model = load_engine(bundle, backend="cpu", threads=2), bundle.manifest.model
-        rng = np.random.default_rng(4)
-        classes = rng.integers(0, model.num_classes + 1, 16)
-        tokens = rng.integers(0, model.vocab_size, (16, STEPS))
-        return Reference(bundle, cpu, classes, tokens, play(cpu, classes, tokens))
+    return cache(lambda name: reference(exports(name).bundle))
 
-    return make
+
+def reference(bundle: Bundle) -> Reference:
+    cpu, model = load_engine(bundle, backend="cpu", threads=2), bundle.manifest.model
+    rng = np.random.default_rng(4)
+    classes = rng.integers(0, model.num_classes + 1, 16)
+    tokens = rng.integers(0, model.vocab_size, (16, STEPS))
+    return Reference(bundle, cpu, classes, tokens, play(cpu, classes, tokens))
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -140,6 +147,25 @@ def test_scores(
     classes, tokens = golden.classes[:rows], golden.tokens[:rows, :steps]
     found = interpreter.play(bundle, precision, classes, tokens)
     assert error(found, golden.scores[:rows, :steps]) <= TOLERANCE[precision]
+
+
+def test_layers_of_two_heads(interpreter: Interpreter, small: Path, tmp_path: Path) -> None:
+    """The second layer's numbers of each head begin where a pointer may, past the first's two."""
+    made, _ = export_bundle(small, tmp_path / "small")
+    found = reference(made)
+    tile = Tile(rows=2, outputs=32)
+    tuning = dataclasses.replace(coarse(2), in_proj=tile, out_proj=tile)
+    bundle = found.with_kernels(tmp_path, "fp32", 2, tuning=tuning)
+    scores = interpreter.play(bundle, "fp32", found.classes[:2], found.tokens[:2])
+    assert error(scores, found.scores[:2]) <= TOLERANCE["fp32"]
+
+
+def test_int8_wants_four_heads(small: Path, tmp_path: Path) -> None:
+    made, _ = export_bundle(small, tmp_path / "small")
+    with pytest.raises(ExportError, match=r"int8 want a multiple of 4 heads .*, not 2"):
+        engines.add_engines(made.path, precisions=["int8"], capabilities=[90])
+    assert made.path.joinpath("manifest.json").exists()
+    assert not made.path.joinpath("engines").exists()
 
 
 def test_rows_at_different_positions(
