@@ -1,4 +1,4 @@
-"""The figures of the emoji model: each piece on inputs whose answer is known, then the script."""
+"""The classifier that judges emoji: each piece on inputs whose answer is known, then the script."""
 
 from __future__ import annotations
 
@@ -68,10 +68,9 @@ def squares(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Box:
-    """A data set, a checkpoint that was never trained, and pictures of its bundle."""
+    """A data set, and pictures of a model of its classes that was never trained."""
 
     data: Path
-    checkpoint: Path
     sample: Path
 
 
@@ -100,7 +99,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     sample = root / "sample"
     args = ["sample", "-n", "6", "--bundle", root / "bundle", "--out", sample, "--seed", "5"]
     assert CliRunner().invoke(aim, list(map(str, args))).exit_code == 0
-    return Box(root / "data", checkpoint, sample)
+    return Box(root / "data", sample)
 
 
 # ---- classifier ---------------------------------------------------------------------------------
@@ -152,29 +151,6 @@ def test_large_pictures_are_averaged_down():
     assert (small == 100).all()
 
 
-# ---- copies -------------------------------------------------------------------------------------
-
-
-def test_copies_are_those_within_the_threshold():
-    assert evaluation.copies(np.array([1.0, 2.0, 3.0, 10.0]), 3.0) == {
-        "images": 4,
-        "median_distance": 2.5,
-        "nearly_identical": 0.75,
-    }
-
-
-# ---- pictures to look at ------------------------------------------------------------------------
-
-
-def test_the_sheet_has_a_row_a_class():
-    pictures, labels = squares(3, seed=0)
-    pictures = pictures[:, :32, :32]
-    with evaluation.sheet(pictures[:-1], labels[:-1], list(COLOURS)) as found:
-        # The name and as many pictures as the class with the fewest has, on three rows.
-        assert found.width == found.height
-        assert found.width // 32 == 3
-
-
 # ---- the script ---------------------------------------------------------------------------------
 
 
@@ -185,10 +161,8 @@ def run(box: Box) -> Callable[..., Result]:
     def call(work: Path, **changes: Any) -> Result:
         values = {
             "data": box.data,
-            "ckpt": box.checkpoint,
             "sample": box.sample,
             "work": work,
-            "train-images": 8,
             "classifier-epochs": 1,
             "device": "cpu",
         } | changes
@@ -199,22 +173,17 @@ def run(box: Box) -> Callable[..., Result]:
     return call
 
 
-def test_the_script_writes_all_figures_and_repeats_them(box, run, tmp_path, monkeypatch):
+def test_the_script_writes_its_figures_and_repeats_them(box, run, tmp_path, monkeypatch):
     result = run(tmp_path)
     assert result.exit_code == 0, result.output
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     assert figures["sample"]["settings"]["seeds"] == "5 to 10"
-    assert figures["checkpoint"]["checkpoint"] == "model.safetensors"
-    assert figures["data_sha256"] == json.loads((box.data / "dataset.json").read_text())["sha256"]
     assert str(tmp_path) not in json.dumps(figures)
-    assert figures["copies"]["known_copies"]["nearly_identical"] == pytest.approx(0.95, abs=0.1)
+    judged = figures["classifier"]
+    assert judged["data_sha256"] == json.loads((box.data / "dataset.json").read_text())["sha256"]
     for part in ("held_out", "train", "generated"):
-        assert 0 <= figures["classifier"][part]["top1"] <= 1
-    assert figures["classifier"]["held_out"]["images"] == 6
-    assert f"| {figures['copies']['threshold']:.1f} " not in result.stdout
-    assert f"| {figures['copies']['generated']['median_distance']:.1f} |" in result.stdout
-    with Image.open(tmp_path / "generated.png") as image:
-        assert image.width > 32
+        assert judged[part]["images"] == 6  # no more of the training pictures than were held out
+        assert f"| {judged[part]['top1']:.1%} | {judged[part]['top5']:.1%} |" in result.stdout
 
     def refuse(*args: Any) -> None:
         raise AssertionError("the classifier was trained before")
@@ -225,23 +194,6 @@ def test_the_script_writes_all_figures_and_repeats_them(box, run, tmp_path, monk
     for changing in ("date", "seconds"):
         del figures[changing], again[changing]
     assert again == figures
-
-
-def test_another_checkpoint_than_the_bundles_is_refused(box, run, tmp_path):
-    other = save_checkpoint(
-        tmp_path / "other.safetensors", AiM(MODEL).initialise(), VQTokenizer(TOKENIZER)
-    )
-    result = run(tmp_path / "work", ckpt=other)
-    assert result.exit_code == 2
-    assert "are of a checkpoint with sha256" in result.stderr
-    assert not (tmp_path / "work").exists()
-
-
-def test_a_checkpoint_without_its_tokenizer_is_refused(run, tmp_path):
-    half = save_checkpoint(tmp_path / "half.safetensors", AiM(MODEL).initialise())
-    result = run(tmp_path / "work", ckpt=half)
-    assert result.exit_code == 2
-    assert "holds no tokenizer" in result.stderr
 
 
 def test_a_data_set_that_was_changed_is_refused(box, run, tmp_path):

@@ -1,8 +1,8 @@
-"""What is special to the emoji: a classifier's verdict on generated pictures, and near copies.
+"""What is special to the emoji: how often a classifier names the class of generated pictures.
 
-Reconstruction, likelihood, FID and their kin are `aim eval`'s, which also draws the pictures that
-are judged here. Figures come in pairs: held-out emoji beside training emoji, generated pictures
-beside real ones, so that learning by heart shows.
+All other figures are `aim eval`'s, which also draws the pictures that are judged here. The
+classifier learned from the real training pictures. Its verdict on held-out emoji is what that on
+generated pictures compares with; its verdict on training pictures shows what it knows by heart.
 """
 
 from __future__ import annotations
@@ -28,46 +28,22 @@ from classifier import (
 )
 from make_dataset import tree_digest
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
-from aim_cli.eval_checkpoint import CheckpointModel
 from aim_cli.terminal import progress_bar
-from aim_evaluation.memorisation import find_nearest
 from aim_evaluation.picture_files import Fit, Pixels
 from aim_evaluation.picture_sets import PictureFolder, open_pictures
 from aim_evaluation.report import head, table
 from aim_evaluation.sample_settings import SampleSettings, read_sample_settings
-from aim_runtime import AimError, contact_sheet
-from aim_training.checkpoint import CheckpointError
-
-COPY_QUANTILE = 0.95
-"""Share of known copies that the threshold of "nearly identical" must recognise."""
-
-KNOWN_COPIES = 200
-"""Most training pictures that are made known copies."""
-
-SHEET_ROWS, SHEET_COLUMNS = 16, 10
-"""Classes of the sheet, and most pictures of each."""
+from aim_runtime import AimError
 
 JUDGED = {
     "held_out": "real pictures of held-out emoji",
-    "held_out_reconstructed": "the same after the tokenizer",
     "train": "real training pictures",
-    "train_reconstructed": "the same after the tokenizer",
     "generated": "generated pictures",
 }
 """Sets that the classifier judges, and how the table calls them."""
 
-COMPARED = {
-    "known_copies": "known copies",
-    "held_out": "real pictures of held-out emoji",
-    "held_out_reconstructed": "the same after the tokenizer",
-    "generated": "generated pictures",
-}
-"""Sets that are compared with the training pictures, and how the table calls them."""
-
-_BATCH = 32
-_REFERENCES = 256
+_BATCH = 256
 
 
 class EvaluationError(click.ClickException):
@@ -95,15 +71,9 @@ def data_digest(root: Path) -> str:
     return found
 
 
-def choose(total: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return `count` of the numbers below `total` drawn at random, ascending; or all."""
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(total, min(count, total), replace=False))
-
-
 def read(pictures: PictureFolder) -> Pixels:
     """Return all pictures of a set, (N, height, width, 3)."""
-    return np.concatenate(list(pictures.batches(_REFERENCES)))
+    return np.concatenate(list(pictures.batches(_BATCH)))
 
 
 def labels_of(pictures: PictureFolder, class_names: Sequence[str]) -> NDArray[np.int64]:
@@ -112,20 +82,6 @@ def labels_of(pictures: PictureFolder, class_names: Sequence[str]) -> NDArray[np
         raise EvaluationError(f"{pictures.path} has no folder per class")
     ids = {name: place for place, name in enumerate(class_names)}
     return np.array([ids[pictures.class_names[label]] for label in pictures.labels], np.int64)
-
-
-def through(model: CheckpointModel, pictures: Pixels, name: str) -> Pixels:
-    """Return pictures (N, size, size, 3) as the tokenizer gives them back."""
-    parts = []
-    with progress_bar(f"Encoding and decoding {name}", len(pictures)) as show:
-        for first in range(0, len(pictures), _BATCH):
-            batch = pictures[first : first + _BATCH]
-            parts.append(model.decode(model.encode(batch)))
-            show(first + len(batch))
-    return np.concatenate(parts)
-
-
-# ---- classifier ---------------------------------------------------------------------------------
 
 
 def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:
@@ -168,90 +124,29 @@ def get_classifier(
     return load_classifier(path, classes, options).to(device)
 
 
-# ---- copies -------------------------------------------------------------------------------------
-
-
-def distances(pictures: Pixels, references: Pixels) -> NDArray[np.float64]:
-    """Return how near each picture comes to a reference, in grey levels of their thumbnails."""
-    parts = np.array_split(references, -(-len(references) // _REFERENCES))
-    with progress_bar(f"Comparing with {len(references)} pictures", len(references)) as show:
-        return find_nearest(pictures, parts, progress=show).distance
-
-
-def copies(distance: NDArray[np.float64], threshold: float) -> dict[str, float]:
-    """Return how near a set's pictures come to a training picture, and how many are copies."""
-    return {
-        "images": len(distance),
-        "median_distance": float(np.median(distance)),
-        "nearly_identical": float((distance <= threshold).mean()),
-    }
-
-
-# ---- pictures to look at ------------------------------------------------------------------------
-
-
-def label(text: str, size: int) -> Image.Image:
-    """Return a white square that says `text`, broken after hyphens."""
-    image = Image.new("RGB", (size, size), "white")
-    ImageDraw.Draw(image).multiline_text(
-        (size - 4, size / 2),
-        text.replace("-", "-\n"),
-        fill="#333333",
-        font=ImageFont.load_default(size=max(8, size // 9)),
-        anchor="rm",
-        align="right",
-    )
-    return image
-
-
-def sheet(pictures: Pixels, labels: NDArray[np.int64], class_names: Sequence[str]) -> Image.Image:
-    """Return one picture with a row for each of at most `SHEET_ROWS` classes, spread evenly."""
-    size = pictures.shape[1]
-    there = np.unique(labels)
-    rows = there[np.linspace(0, len(there) - 1, min(len(there), SHEET_ROWS)).round().astype(int)]
-    columns = min(SHEET_COLUMNS, *(int((labels == row).sum()) for row in rows))
-    cells: list[Image.Image] = []
-    for row in rows:
-        found = pictures[labels == row][:columns]
-        cells += [label(class_names[row], size), *map(Image.fromarray, found)]
-    return contact_sheet(cells, columns=1 + columns)
-
-
-# ---- the whole ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the figures besides data, weights and the sample.
-
-    Attributes:
-        train_images: training pictures that are judged, drawn at random.
-        seed: of that draw, of known copies' places and of the classifier.
-        classifier_epochs: passes of the classifier's training.
-    """
-
-    train_images: int
-    seed: int
-    classifier_epochs: int
-
-
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: a data set, the tokenizer, and pictures that a bundle drew."""
+    """What is judged: a data set, and pictures that a model of it drew.
+
+    Attributes:
+        data: the folder that make_dataset.py built.
+        sample: the pictures.
+        drawn: how they were drawn, and their classes.
+        class_names: C names, of the training pictures.
+    """
 
     data: Path
-    model: CheckpointModel
     sample: PictureFolder
     drawn: SampleSettings
     class_names: tuple[str, ...]
 
     @classmethod
-    def open(cls, data: Path, checkpoint: Path, sample: Path, device: str) -> Subject:
-        """Look at all three.
+    def open(cls, data: Path, sample: Path) -> Subject:
+        """Look at both.
 
         Raises:
             EvaluationError: they do not belong together.
-            AimError, CheckpointError: one of them cannot be used.
+            AimError: one of them cannot be used.
         """
         pictures = open_pictures(sample)
         drawn = read_sample_settings(pictures) if isinstance(pictures, PictureFolder) else None
@@ -260,106 +155,60 @@ class Subject:
                 f"{sample} is no sample: name a folder of 'aim sample' or of "
                 "'aim eval', whose pictures say their classes"
             )
-        model = CheckpointModel(checkpoint, device)
-        if model.checkpoint.tokenizer is None:
-            raise EvaluationError(
-                f"{checkpoint} holds no tokenizer: name the model.safetensors that `aim train "
-                "model` wrote, which holds both halves"
-            )
-        source = drawn.common.get("checkpoint_sha256")
-        if source is not None and source != model.sha256:
-            raise EvaluationError(
-                f"the pictures in {sample} are of a checkpoint with sha256 {source}, and "
-                f"{checkpoint} has {model.sha256}: name the bundle's own checkpoint with --ckpt"
-            )
         names = PictureFolder.scan(data / "train").class_names
         if any(names[place : place + 1] != (name,) for place, name in drawn.class_names.items()):
             raise EvaluationError(
                 f"the classes of {data} are not those of the pictures in {sample}: name the data "
                 "set that the model was trained on"
             )
-        return cls(data, model, pictures, drawn, names)
+        return cls(data, pictures, drawn, names)
 
 
-def evaluate(subject: Subject, settings: Settings, work: Path) -> dict[str, Any]:
-    """Judge everything, write `generated.png` to `work` and return the figures."""
+def evaluate(
+    subject: Subject, options: ClassifierOptions, work: Path, device: torch.device
+) -> dict[str, Any]:
+    """Judge the sample beside real pictures; the classifier is kept in `work`."""
     size, names = subject.sample.fit.height, subject.class_names
     digest = data_digest(subject.data)
+    middle = Fit(size, size, "centre")
     train = PictureFolder.scan(subject.data / "train")  # whole: with room around
-    middle, anywhere = (Fit(size, size, crop, seed=settings.seed) for crop in ("centre", "random"))
-    some = choose(len(train), settings.train_images, settings.seed)
-    copied = some[choose(len(some), KNOWN_COPIES, settings.seed)]
-
-    def part(places: NDArray[np.int64], fit: Fit) -> PictureFolder:
-        return PictureFolder.scan(train.path, fit).part(places.tolist())
-
+    known = PictureFolder.scan(train.path, middle)
     held_out = PictureFolder.scan(subject.data / "val", middle)
-    generated = read(subject.sample)
-    sets = {"held_out": read(held_out), "train": read(part(some, middle)), "generated": generated}
-    for name in ("held_out", "train"):
-        sets[f"{name}_reconstructed"] = through(subject.model, sets[name], name)
-    # As a model that learned by heart would draw them: cut anywhere, through the tokenizer.
-    sets["known_copies"] = through(subject.model, read(part(copied, anywhere)), "known copies")
-    labels = {
-        "held_out": labels_of(held_out, names),
-        "train": labels_of(part(some, middle), names),
-        "generated": subject.drawn.classes,
-    }
-    everything = read(train)
-    options = ClassifierOptions(epochs=settings.classifier_epochs, seed=settings.seed)
-    device = next(subject.model.checkpoint.tokenizer.parameters()).device  # type: ignore[union-attr]
+    some = np.linspace(0, len(known) - 1, min(len(known), len(held_out))).round().astype(int)
+    known = known.part(some.tolist())
     classifier = get_classifier(
-        everything, labels_of(train, names), len(names), options, size, digest, work, device
+        read(train), labels_of(train, names), len(names), options, size, digest, work, device
     )
-    judged = {
-        name: accuracy(
-            classify(classifier, sets[name]), labels[name.removesuffix("_reconstructed")]
-        )
-        for name in JUDGED
+    sets = {
+        "held_out": (read(held_out), labels_of(held_out, names)),
+        "train": (read(known), labels_of(known, names)),
+        "generated": (read(subject.sample), subject.drawn.classes),
     }
-    apart = {name: distances(sets[name], everything) for name in COMPARED}
-    threshold = float(np.quantile(apart["known_copies"], COPY_QUANTILE))
-    sheet(generated, subject.drawn.classes, names).save(work / "generated.png")
     return {
         "data_sha256": digest,
-        "classifier": {
-            "parameters": sum(weight.numel() for weight in classifier.parameters()),
-            "options": asdict(options),
-            "chance": {"top1": 1 / len(names), "top5": min(5 / len(names), 1.0)},
-            **judged,
-        },
-        "copies": {
-            "threshold": threshold,
-            **{name: copies(distance, threshold) for name, distance in apart.items()},
+        "parameters": sum(weight.numel() for weight in classifier.parameters()),
+        "options": asdict(options),
+        "chance": {"top1": 1 / len(names), "top5": min(5 / len(names), 1.0)},
+        **{
+            name: accuracy(classify(classifier, pictures), labels)
+            for name, (pictures, labels) in sets.items()
         },
     }
 
 
-def markdown(figures: Mapping[str, Any]) -> str:
-    """Return the figures as the tables of a model card."""
-    judge, copied = figures["classifier"], figures["copies"]
+def markdown(judged: Mapping[str, Any]) -> str:
+    """Return the verdicts as a table for a model card."""
     rows = [
         [
             text,
-            str(judge[name]["images"]),
-            *(f"{judge[name][column]:.1%}" for column in ("top1", "top5", "class_mean")),
+            str(judged[name]["images"]),
+            *(f"{judged[name][column]:.1%}" for column in ("top1", "top5", "class_mean")),
         ]
         for name, text in JUDGED.items()
     ]
-    chance = judge["chance"]
+    chance = judged["chance"]
     rows.append(["Chance", "", f"{chance['top1']:.1%}", f"{chance['top5']:.1%}", ""])
-    near = [
-        [
-            text,
-            str(copied[name]["images"]),
-            f"{copied[name]['median_distance']:.1f}",
-            f"{copied[name]['nearly_identical']:.1%}",
-        ]
-        for name, text in COMPARED.items()
-    ]
-    judges = ("Classifier on", "Pictures", "Top-1", "Top-5", "Top-1, mean over classes")
-    nearest = ("Nearest training picture to", "Pictures", "Median distance", "Nearly identical")
-    return f"{table(judges, rows)}\n\n{table(nearest, near)}"
+    return table(("Classifier on", "Pictures", "Top-1", "Top-5", "Top-1, mean over classes"), rows)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -374,25 +223,11 @@ def markdown(figures: Mapping[str, Any]) -> str:
     help="The pictures to judge: a folder of `aim sample`, or OUT/sample of `aim eval`.",
 )
 @click.option(
-    "--ckpt",
-    required=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Checkpoint with both halves that the bundle was exported from: RUN/model.safetensors of "
-    "`aim train model`.",
-)
-@click.option(
     "--work",
     metavar="DIR",
     default=Path("runs/emoji-evaluation"),
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the results and for what a second run need not repeat.",
-)
-@click.option(
-    "--train-images",
-    default=600,
-    type=click.IntRange(min=1),
-    help="Training pictures to judge, drawn at random.",
+    help="Folder for the results, and for the classifier, which a second run need not train.",
 )
 @click.option(
     "--classifier-epochs",
@@ -401,66 +236,56 @@ def markdown(figures: Mapping[str, Any]) -> str:
     help="Passes of the classifier's training over the training pictures.",
 )
 @click.option(
-    "--seed", default=0, type=click.IntRange(min=0, max=2**32), help="Decides all that is random."
+    "--seed",
+    default=0,
+    type=click.IntRange(min=0, max=2**32),
+    help="Decides the classifier's first weights, order and augmentation.",
 )
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 def main(
-    data: Path,
-    sample: Path,
-    ckpt: Path,
-    work: Path,
-    train_images: int,
-    classifier_epochs: int,
-    seed: int,
-    device: str,
+    data: Path, sample: Path, work: Path, classifier_epochs: int, seed: int, device: str
 ) -> None:
     """Judge pictures of an emoji model on DATA, the folder that make_dataset.py built.
 
-    \b
-    classifier   how often a small classifier, trained on the real training
-                 pictures, names the class: of real pictures, of the same
-                 after the tokenizer, of generated ones
-    copies       how near generated pictures come to a training picture, and
-                 the share that is nearly identical: as near as 95 % of known
-                 copies, which are training pictures after the tokenizer
+    A small classifier is trained on the real training pictures. How often does it name the class
+    of a generated picture, and of a real one of an emoji that it never saw?
 
-    Tables go to the standard output in Markdown, all figures and what they were measured with to
-    WORK/evaluation.json, a sheet of the pictures to WORK/generated.png.
+    The table goes to the standard output in Markdown, all figures and what they were measured with
+    to WORK/evaluation.json.
 
     \b
     Example:
-      aim eval BUNDLE -n 784 --preset preview --real data/emoji/val --crop centre
-      python recipes/emoji/evaluate.py data/emoji --sample aim-eval/sample \\
-          --ckpt runs/emoji/model/model.safetensors
+      aim eval BUNDLE -n 1960 --preset preview --real data/emoji/val --crop centre
+      python recipes/emoji/evaluate.py data/emoji --sample aim-eval/sample
     """
     started = time.perf_counter()
-    settings = Settings(train_images, seed, classifier_epochs)
+    options = ClassifierOptions(epochs=classifier_epochs, seed=seed)
     try:
-        subject = Subject.open(data, ckpt, sample, pick_device(device))
+        subject = Subject.open(data, sample)
+        target = pick_device(device)
         work.mkdir(parents=True, exist_ok=True)
-        figures = evaluate(subject, settings, work)
-    except (AimError, CheckpointError, OSError) as error:
+        judged = evaluate(subject, options, work, target)
+    except (AimError, OSError) as error:
         raise EvaluationError(str(error)) from error
     record = head(time.perf_counter() - started) | {
-        "settings": asdict(settings),
         "sample": subject.sample.describe() | {"settings": subject.drawn.describe()},
-        "checkpoint": subject.model.describe(),
+        "classifier": judged,
     }
-    text = json.dumps(record | figures, indent=2) + "\n"
+    text = json.dumps(record, indent=2) + "\n"
     (work / "evaluation.json").write_text(text, encoding="utf-8")
-    click.echo(markdown(figures))
-    click.echo(f"Figures and pictures are in {work}.", err=True)
+    click.echo(markdown(judged))
+    click.echo(f"The figures are in {work / 'evaluation.json'}.", err=True)
 
 
-def pick_device(name: str) -> str:
-    """Return PyTorch's name of `auto`, `cpu` or `cuda`."""
+def pick_device(name: str) -> torch.device:
+    """Return the device of `auto`, `cpu` or `cuda`."""
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise EvaluationError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     # The same figures on every run: no kernels chosen by stopwatch, no shortened products.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
-    return "cuda" if name != "cpu" and there else "cpu"
+    return torch.device("cuda" if name != "cpu" and there else "cpu")
 
 
 if __name__ == "__main__":
