@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from aim_cli.main import aim
+from aim_evaluation.features import Features
 from aim_export import export_bundle
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import ModelConfig, TokenizerConfig
@@ -36,10 +37,8 @@ def load_script(name: str) -> ModuleType:
         sys.path.remove(str(RECIPE))
 
 
-classifier = load_script("classifier")
 evaluation = load_script("evaluate")
 
-CPU = torch.device("cpu")
 COLOURS = {"blue-square": (0, 0, 200), "green-square": (0, 160, 0), "red-square": (200, 0, 0)}
 TOKENIZER = TokenizerConfig(
     codebook_size=16,
@@ -118,37 +117,32 @@ def test_accuracy_counts_hits_over_pictures_and_over_classes():
     assert evaluation.accuracy(logits[:1], np.array([6]))["top5"] == 0
 
 
-def test_the_classifier_learns_colours_and_is_the_same_every_time(tmp_path):
-    torch.set_num_threads(1)
-    options = classifier.ClassifierOptions(epochs=12, batch_size=8, widths=(8, 16), ema_decay=0.9)
-    pictures, labels = squares(16, seed=0)
-    networks = [
-        classifier.train_classifier(pictures, labels, 3, 32, options, CPU) for _ in range(2)
-    ]
-    new, new_labels = squares(8, seed=1)
-    new = new[:, 2:34, 2:34]
-    logits = classifier.classify(networks[0], new)
-    assert evaluation.accuracy(logits, new_labels)["top1"] == 1
-    assert np.array_equal(logits, classifier.classify(networks[1], new))
-
-    classifier.save_classifier(tmp_path / "kept.safetensors", networks[0])
-    kept = classifier.load_classifier(tmp_path / "kept.safetensors", 3, options)
-    assert np.array_equal(logits, classifier.classify(kept, new))
+def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features (3 * count, 8) around a centre a class, one of them constant, and their classes."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), count)
+    features = rng.normal(size=(3 * count, 8)).astype(np.float32)
+    features[np.arange(3 * count), labels] += 8
+    features[:, 7] = 1
+    return features, labels
 
 
-def test_white_paper_stays_white_however_it_is_augmented():
-    white = torch.full((4, 3, 36, 36), 255, dtype=torch.uint8)
-    ink = classifier.augment(white, 32, torch.Generator().manual_seed(0))
-    assert ink.shape == (4, 3, 32, 32)
-    assert not ink.any()
+def test_the_classifier_learns_clusters_and_is_the_same_every_time():
+    features, labels = clusters(20, seed=0)
+    new, new_labels = clusters(20, seed=1)
+    logits = [evaluation.Classifier.fit(features, labels, 4)(new) for _ in range(2)]
+    assert logits[0].shape == (60, 4)  # a class without a training picture can be asked for
+    assert evaluation.accuracy(logits[0], new_labels)["top1"] == 1
+    assert np.array_equal(*logits)
 
 
-def test_large_pictures_are_averaged_down():
-    picture = np.zeros((1, 128, 128, 3), np.uint8)
-    picture[:, ::2] = 200
-    small = classifier.shrink(picture, classifier.shrink_factor(128))
-    assert small.shape == (1, 3, 64, 64)
-    assert (small == 100).all()
+def test_the_classifier_does_not_depend_on_the_scale_of_a_feature():
+    features, labels = clusters(20, seed=0)
+    scaled = features * np.array([1, 100, 0.01, 1, 1, 1, 1, 1], np.float32)
+    one, other = (
+        evaluation.Classifier.fit(given, labels, 3)(given) for given in (features, scaled)
+    )
+    np.testing.assert_allclose(one, other, atol=0.02)
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -163,7 +157,6 @@ def run(box: Box) -> Callable[..., Result]:
             "data": box.data,
             "sample": box.sample,
             "work": work,
-            "classifier-epochs": 1,
             "device": "cpu",
         } | changes
         data = values.pop("data")
@@ -176,24 +169,31 @@ def run(box: Box) -> Callable[..., Result]:
 def test_the_script_writes_its_figures_and_repeats_them(box, run, tmp_path, monkeypatch):
     result = run(tmp_path)
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    figures = json.loads((tmp_path / "classifier.json").read_text())
     assert figures["sample"]["settings"]["seeds"] == "5 to 10"
     assert str(tmp_path) not in json.dumps(figures)
     judged = figures["classifier"]
     assert judged["data_sha256"] == json.loads((box.data / "dataset.json").read_text())["sha256"]
-    for part in ("held_out", "train", "generated"):
-        assert judged[part]["images"] == 6  # no more of the training pictures than were held out
+    assert [judged[part]["images"] for part in evaluation.JUDGED] == [6, 12, 6]
+    for part in evaluation.JUDGED:
         assert f"| {judged[part]['top1']:.1%} | {judged[part]['top5']:.1%} |" in result.stdout
+    assert judged["features"]["name"] == "efficientnet-lite0"
 
     def refuse(*args: Any) -> None:
-        raise AssertionError("the classifier was trained before")
+        raise AssertionError("the features were computed before")
 
-    monkeypatch.setattr(evaluation, "train_classifier", refuse)
+    monkeypatch.setattr(Features, "__call__", refuse)
     assert run(tmp_path).exit_code == 0
-    again = json.loads((tmp_path / "evaluation.json").read_text())
+    again = json.loads((tmp_path / "classifier.json").read_text())
     for changing in ("date", "seconds"):
         del figures[changing], again[changing]
     assert again == figures
+
+
+def test_part_of_the_training_pictures_can_be_learned_from(run, tmp_path):
+    assert run(tmp_path, **{"train-pictures": 9}).exit_code == 0
+    figures = json.loads((tmp_path / "classifier.json").read_text())
+    assert figures["classifier"]["train"]["images"] == 9
 
 
 def test_a_data_set_that_was_changed_is_refused(box, run, tmp_path):

@@ -1,36 +1,34 @@
 """What is special to the emoji: how often a classifier names the class of generated pictures.
 
 All other figures are `aim eval`'s, which also draws the pictures that are judged here. The
-classifier learned from the real training pictures. Its verdict on held-out emoji is what that on
-generated pictures compares with; its verdict on training pictures shows what it knows by heart.
+classifier is a linear one over the features that `aim eval` compares pictures by. It learns from
+the real training pictures. Its verdict on held-out emoji is what that on generated pictures is to
+be compared with; its verdict on training pictures shows what it knows by heart.
+
+Letters: N pictures, D features, C classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from classifier import (
-    Classifier,
-    ClassifierOptions,
-    classify,
-    load_classifier,
-    save_classifier,
-    train_classifier,
-)
+import torch.nn.functional as F
 from make_dataset import tree_digest
 from numpy.typing import NDArray
+from torch import Tensor
 
 from aim_cli.terminal import progress_bar
-from aim_evaluation.picture_files import Fit, Pixels
+from aim_evaluation.feature_cache import set_features
+from aim_evaluation.features import Features, load_features
+from aim_evaluation.picture_files import Fit
 from aim_evaluation.picture_sets import PictureFolder, open_pictures
 from aim_evaluation.report import head, table
 from aim_evaluation.sample_settings import SampleSettings, read_sample_settings
@@ -43,10 +41,13 @@ JUDGED = {
 }
 """Sets that the classifier judges, and how the table calls them."""
 
-_BATCH = 256
+PENALTY = 1e-3
+"""Of the sum of squared weights: a class of few pictures is not to be learned by heart."""
+
+_ITERATIONS = 200
 
 
-class EvaluationError(click.ClickException):
+class RecipeError(click.ClickException):
     """The evaluation cannot go on; the message is one sentence for the user."""
 
     exit_code = 2
@@ -56,7 +57,7 @@ def data_digest(root: Path) -> str:
     """Return the sha256 of a data set's pictures, as `make_dataset.py` computes it.
 
     Raises:
-        EvaluationError: it is not what `dataset.json` says.
+        RecipeError: it is not what `dataset.json` says.
     """
     paths = (path for side in ("train", "val") for path in (root / side).rglob("*.png"))
     found = tree_digest({path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
@@ -64,24 +65,65 @@ def data_digest(root: Path) -> str:
     if record.is_file():
         expected = json.loads(record.read_text(encoding="utf-8"))["sha256"]
         if found != expected:
-            raise EvaluationError(
+            raise RecipeError(
                 f"the pictures in {root} have digest {found}, {record.name} says {expected}: "
                 "build the data set anew with make_dataset.py"
             )
     return found
 
 
-def read(pictures: PictureFolder) -> Pixels:
-    """Return all pictures of a set, (N, height, width, 3)."""
-    return np.concatenate(list(pictures.batches(_BATCH)))
-
-
 def labels_of(pictures: PictureFolder, class_names: Sequence[str]) -> NDArray[np.int64]:
     """Return the class (N,) of each picture, a place in `class_names`."""
     if pictures.labels is None:
-        raise EvaluationError(f"{pictures.path} has no folder per class")
+        raise RecipeError(f"{pictures.path} has no folder per class")
     ids = {name: place for place, name in enumerate(class_names)}
     return np.array([ids[pictures.class_names[label]] for label in pictures.labels], np.int64)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Multinomial logistic regression over standardised features.
+
+    Attributes:
+        mean: (D,) of the training features.
+        scale: (D,) their standard deviation.
+        weight: (D, C).
+        bias: (C,).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def fit(
+        cls, features: NDArray[np.float32], labels: NDArray[np.int64], classes: int
+    ) -> Classifier:
+        """Learn from features (N, D) of pictures of the classes (N,): the same every time."""
+        given, wanted = torch.from_numpy(features), torch.from_numpy(labels)
+        mean, scale = given.mean(0), given.std(0).clamp_min(1e-6)
+        given = (given - mean) / scale
+        weight = torch.zeros(given.shape[1], classes, requires_grad=True)
+        bias = torch.zeros(classes, requires_grad=True)
+        solver = torch.optim.LBFGS(
+            [weight, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe"
+        )
+
+        def cost() -> Tensor:
+            solver.zero_grad()
+            found = F.cross_entropy(given @ weight + bias, wanted)
+            found = found + PENALTY * weight.square().sum()
+            found.backward()
+            return found
+
+        solver.step(cost)
+        return cls(mean, scale, weight.detach(), bias.detach())
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits (N, C) of features (N, D)."""
+        given = (torch.from_numpy(features) - self.mean) / self.scale
+        return (given @ self.weight + self.bias).numpy()
 
 
 def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:
@@ -98,30 +140,6 @@ def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str
         "top5": float((order[:, :5] == labels[:, None]).any(1).mean()),
         "class_mean": float(np.mean([hits[labels == one].mean() for one in np.unique(labels)])),
     }
-
-
-def get_classifier(
-    pictures: Pixels,
-    labels: NDArray[np.int64],
-    classes: int,
-    options: ClassifierOptions,
-    size: int,
-    data_sha256: str,
-    work: Path,
-    device: torch.device,
-) -> Classifier:
-    """Return the classifier of training pictures (N, H, W, 3), trained now or before.
-
-    It is kept in `work`, under a name that stands for all that decides it.
-    """
-    decided = {"options": asdict(options), "size": size, "data_sha256": data_sha256}
-    key = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
-    path = work / f"classifier-{key}.safetensors"
-    if not path.exists():
-        with progress_bar("Training the classifier", options.epochs) as show:
-            network = train_classifier(pictures, labels, classes, size, options, device, show)
-        save_classifier(path, network)
-    return load_classifier(path, classes, options).to(device)
 
 
 @dataclass(frozen=True)
@@ -145,19 +163,19 @@ class Subject:
         """Look at both.
 
         Raises:
-            EvaluationError: they do not belong together.
+            RecipeError: they do not belong together.
             AimError: one of them cannot be used.
         """
         pictures = open_pictures(sample)
         drawn = read_sample_settings(pictures) if isinstance(pictures, PictureFolder) else None
         if drawn is None or not isinstance(pictures, PictureFolder):
-            raise EvaluationError(
+            raise RecipeError(
                 f"{sample} is no sample: name a folder of 'aim sample' or of "
                 "'aim eval', whose pictures say their classes"
             )
         names = PictureFolder.scan(data / "train").class_names
         if any(names[place : place + 1] != (name,) for place, name in drawn.class_names.items()):
-            raise EvaluationError(
+            raise RecipeError(
                 f"the classes of {data} are not those of the pictures in {sample}: name the data "
                 "set that the model was trained on"
             )
@@ -165,34 +183,34 @@ class Subject:
 
 
 def evaluate(
-    subject: Subject, options: ClassifierOptions, work: Path, device: torch.device
+    subject: Subject, train_pictures: int | None, network: Features, work: Path
 ) -> dict[str, Any]:
-    """Judge the sample beside real pictures; the classifier is kept in `work`."""
-    size, names = subject.sample.fit.height, subject.class_names
+    """Judge the sample beside real pictures; features are kept in `work`, as `aim eval` does."""
+    names, size = subject.class_names, (subject.sample.fit.height, subject.sample.fit.width)
     digest = data_digest(subject.data)
-    middle = Fit(size, size, "centre")
-    train = PictureFolder.scan(subject.data / "train")  # whole: with room around
-    known = PictureFolder.scan(train.path, middle)
-    held_out = PictureFolder.scan(subject.data / "val", middle)
-    some = np.linspace(0, len(known) - 1, min(len(known), len(held_out))).round().astype(int)
-    known = known.part(some.tolist())
-    classifier = get_classifier(
-        read(train), labels_of(train, names), len(names), options, size, digest, work, device
+    held_out, known = (
+        PictureFolder.scan(subject.data / side, Fit(*size, "centre")) for side in ("val", "train")
     )
-    sets = {
-        "held_out": (read(held_out), labels_of(held_out, names)),
-        "train": (read(known), labels_of(known, names)),
-        "generated": (read(subject.sample), subject.drawn.classes),
+    if train_pictures is not None and train_pictures < len(known):
+        places = np.random.default_rng(0).permutation(len(known))
+        known = known.part(places[:train_pictures].tolist())
+    labels = {
+        "held_out": labels_of(held_out, names),
+        "train": labels_of(known, names),
+        "generated": subject.drawn.classes,
     }
+    features: dict[str, NDArray[np.float32]] = {}
+    for name, pictures in zip(labels, (held_out, known, subject.sample), strict=True):
+        with progress_bar(f"Features of {JUDGED[name]}", len(pictures)) as show:
+            found = set_features(pictures, network, work / "features", progress=show)
+        features[name] = found.features
+    classifier = Classifier.fit(features["train"], labels["train"], len(names))
     return {
         "data_sha256": digest,
-        "parameters": sum(weight.numel() for weight in classifier.parameters()),
-        "options": asdict(options),
+        "features": network.describe(),
+        "penalty": PENALTY,
         "chance": {"top1": 1 / len(names), "top5": min(5 / len(names), 1.0)},
-        **{
-            name: accuracy(classify(classifier, pictures), labels)
-            for name, (pictures, labels) in sets.items()
-        },
+        **{name: accuracy(classifier(features[name]), labels[name]) for name in JUDGED},
     }
 
 
@@ -225,33 +243,25 @@ def markdown(judged: Mapping[str, Any]) -> str:
 @click.option(
     "--work",
     metavar="DIR",
-    default=Path("runs/emoji-evaluation"),
+    default=Path("aim-eval"),
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the results, and for the classifier, which a second run need not train.",
+    help="Folder for the result and for features: that of `aim eval` has most of them already.",
 )
 @click.option(
-    "--classifier-epochs",
-    default=ClassifierOptions.epochs,
+    "--train-pictures",
+    metavar="N",
     type=click.IntRange(min=1),
-    help="Passes of the classifier's training over the training pictures.",
-)
-@click.option(
-    "--seed",
-    default=0,
-    type=click.IntRange(min=0, max=2**32),
-    help="Decides the classifier's first weights, order and augmentation.",
+    help="Training pictures to learn from, drawn at random; without it all of them.",
 )
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
-def main(
-    data: Path, sample: Path, work: Path, classifier_epochs: int, seed: int, device: str
-) -> None:
+def main(data: Path, sample: Path, work: Path, train_pictures: int | None, device: str) -> None:
     """Judge pictures of an emoji model on DATA, the folder that make_dataset.py built.
 
-    A small classifier is trained on the real training pictures. How often does it name the class
-    of a generated picture, and of a real one of an emoji that it never saw?
+    A linear classifier learns from features of the real training pictures. How often does it name
+    the class of a generated picture, and of a real one of an emoji that it never saw?
 
     The table goes to the standard output in Markdown, all figures and what they were measured with
-    to WORK/evaluation.json.
+    to WORK/classifier.json.
 
     \b
     Example:
@@ -259,33 +269,29 @@ def main(
       python recipes/emoji/evaluate.py data/emoji --sample aim-eval/sample
     """
     started = time.perf_counter()
-    options = ClassifierOptions(epochs=classifier_epochs, seed=seed)
     try:
         subject = Subject.open(data, sample)
-        target = pick_device(device)
+        network = load_features(device=pick_device(device))
         work.mkdir(parents=True, exist_ok=True)
-        judged = evaluate(subject, options, work, target)
+        judged = evaluate(subject, train_pictures, network, work)
     except (AimError, OSError) as error:
-        raise EvaluationError(str(error)) from error
+        raise RecipeError(str(error)) from error
     record = head(time.perf_counter() - started) | {
         "sample": subject.sample.describe() | {"settings": subject.drawn.describe()},
         "classifier": judged,
     }
     text = json.dumps(record, indent=2) + "\n"
-    (work / "evaluation.json").write_text(text, encoding="utf-8")
+    (work / "classifier.json").write_text(text, encoding="utf-8")
     click.echo(markdown(judged))
-    click.echo(f"The figures are in {work / 'evaluation.json'}.", err=True)
+    click.echo(f"The figures are in {work / 'classifier.json'}.", err=True)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of `auto`, `cpu` or `cuda`."""
+def pick_device(name: str) -> str:
+    """Return PyTorch's name of `auto`, `cpu` or `cuda`."""
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        raise EvaluationError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    # The same figures on every run: no kernels chosen by stopwatch, no shortened products.
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda" if name != "cpu" and there else "cpu")
+        raise RecipeError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    return "cuda" if name != "cpu" and there else "cpu"
 
 
 if __name__ == "__main__":
