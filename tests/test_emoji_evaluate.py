@@ -108,13 +108,16 @@ def test_accuracy_counts_hits_over_pictures_and_over_classes():
     labels = np.array([0, 0, 0, 1])
     logits = np.zeros((4, 7), np.float32)
     logits[:, :6] = [6, 5, 4, 3, 2, 1]  # class 0 is always first, class 6 always last
-    assert evaluation.accuracy(logits, labels) == {
+    shares = np.array([0.1, 0.4, 0.5, 0, 0, 0, 0])  # no picture is of the third class here
+    assert evaluation.accuracy(logits, labels, shares) == {
         "images": 4,
         "top1": 0.75,
         "top5": 1.0,
         "class_mean": 0.5,
+        "held_out_mix": pytest.approx(0.2),
     }
-    assert evaluation.accuracy(logits[:1], np.array([6]))["top5"] == 0
+    last = evaluation.accuracy(logits[:1], np.array([6]), np.full(7, 1 / 7))
+    assert last["top1"] == last["top5"] == 0
 
 
 def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +135,7 @@ def test_the_classifier_learns_clusters_and_is_the_same_every_time():
     new, new_labels = clusters(20, seed=1)
     logits = [evaluation.Classifier.fit(features, labels, 4)(new) for _ in range(2)]
     assert logits[0].shape == (60, 4)  # a class without a training picture can be asked for
-    assert evaluation.accuracy(logits[0], new_labels)["top1"] == 1
+    assert (logits[0].argmax(1) == new_labels).all()
     assert np.array_equal(*logits)
 
 
@@ -177,6 +180,7 @@ def test_the_script_writes_its_figures_and_repeats_them(box, run, tmp_path, monk
     assert [judged[part]["images"] for part in evaluation.JUDGED] == [6, 12, 6]
     for part in evaluation.JUDGED:
         assert f"| {judged[part]['top1']:.1%} | {judged[part]['top5']:.1%} |" in result.stdout
+    assert judged["held_out"]["held_out_mix"] == pytest.approx(judged["held_out"]["top1"])
     assert judged["features"]["name"] == "efficientnet-lite0"
 
     def refuse(*args: Any) -> None:

@@ -41,6 +41,14 @@ JUDGED = {
 }
 """Sets that the classifier judges, and how the table calls them."""
 
+COLUMNS = (
+    ("top1", "Top-1"),
+    ("top5", "Top-5"),
+    ("class_mean", "Top-1, mean over classes"),
+    ("held_out_mix", "Top-1, classes as among held-out"),
+)
+"""Figures of a set, and how the table calls them."""
+
 PENALTY = 1e-3
 """Of the sum of squared weights: a class of few pictures is not to be learned by heart."""
 
@@ -126,19 +134,30 @@ class Classifier:
         return (given @ self.weight + self.bias).numpy()
 
 
-def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:
+def accuracy(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], shares: NDArray[np.float64]
+) -> dict[str, float]:
     """Return how often the best class, and one of the best five, is the right one.
 
-    `class_mean` is top-1 averaged over the classes that occur: comparable between sets that hold
-    a class in different proportions.
+    Sets hold the classes in different proportions, and classes differ in difficulty, so two means
+    of a class's top-1 can be compared between sets. `class_mean` counts each class that occurs
+    once; `held_out_mix` counts it by its share of the held-out pictures.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) the right classes.
+        shares: (C,) of the held-out pictures, by class.
     """
     order = np.argsort(-logits, axis=1, kind="stable")
     hits = order[:, 0] == labels
+    there = np.unique(labels)
+    by_class = np.array([hits[labels == one].mean() for one in there])
     return {
         "images": len(labels),
         "top1": float(hits.mean()),
         "top5": float((order[:, :5] == labels[:, None]).any(1).mean()),
-        "class_mean": float(np.mean([hits[labels == one].mean() for one in np.unique(labels)])),
+        "class_mean": float(by_class.mean()),
+        "held_out_mix": float(np.average(by_class, weights=shares[there])),
     }
 
 
@@ -205,12 +224,15 @@ def evaluate(
             found = set_features(pictures, network, work / "features", progress=show)
         features[name] = found.features
     classifier = Classifier.fit(features["train"], labels["train"], len(names))
+    shares = np.bincount(labels["held_out"], minlength=len(names)) / len(held_out)
+    if not shares[labels["generated"]].any():
+        raise RecipeError(f"no picture in {subject.sample.path} is of a class with held-out ones")
     return {
         "data_sha256": digest,
         "features": network.describe(),
         "penalty": PENALTY,
         "chance": {"top1": 1 / len(names), "top5": min(5 / len(names), 1.0)},
-        **{name: accuracy(classifier(features[name]), labels[name]) for name in JUDGED},
+        **{name: accuracy(classifier(features[name]), labels[name], shares) for name in JUDGED},
     }
 
 
@@ -220,13 +242,13 @@ def markdown(judged: Mapping[str, Any]) -> str:
         [
             text,
             str(judged[name]["images"]),
-            *(f"{judged[name][column]:.1%}" for column in ("top1", "top5", "class_mean")),
+            *(f"{judged[name][column]:.1%}" for column, _ in COLUMNS),
         ]
         for name, text in JUDGED.items()
     ]
     chance = judged["chance"]
-    rows.append(["Chance", "", f"{chance['top1']:.1%}", f"{chance['top5']:.1%}", ""])
-    return table(("Classifier on", "Pictures", "Top-1", "Top-5", "Top-1, mean over classes"), rows)
+    rows.append(["Chance", "", f"{chance['top1']:.1%}", f"{chance['top5']:.1%}", "", ""])
+    return table(("Classifier on", "Pictures", *(name for _, name in COLUMNS)), rows)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
