@@ -287,7 +287,7 @@ def main(data: Path, sample: Path, work: Path, train_pictures: int | None, devic
 
     \b
     Example:
-      aim eval BUNDLE -n 1960 --preset preview --real data/emoji/val --crop centre
+      aim eval BUNDLE -n 980 --preset preview --real data/emoji/val --crop centre
       python recipes/emoji/evaluate.py data/emoji --sample aim-eval/sample
     """
     started = time.perf_counter()
