@@ -1,4 +1,4 @@
-"""The figures of the emoji model: each piece on inputs whose answer is known, then the script."""
+"""The classifier that judges emoji: each piece on inputs whose answer is known, then the script."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from aim_cli.main import aim
+from aim_evaluation.features import Features
 from aim_export import export_bundle
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import ModelConfig, TokenizerConfig
@@ -36,10 +37,8 @@ def load_script(name: str) -> ModuleType:
         sys.path.remove(str(RECIPE))
 
 
-classifier = load_script("classifier")
 evaluation = load_script("evaluate")
 
-CPU = torch.device("cpu")
 COLOURS = {"blue-square": (0, 0, 200), "green-square": (0, 160, 0), "red-square": (200, 0, 0)}
 TOKENIZER = TokenizerConfig(
     codebook_size=16,
@@ -68,10 +67,9 @@ def squares(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Box:
-    """A data set, a checkpoint that was never trained, and pictures of its bundle."""
+    """A data set, and pictures of a model of its classes that was never trained."""
 
     data: Path
-    checkpoint: Path
     sample: Path
 
 
@@ -100,7 +98,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Box:
     sample = root / "sample"
     args = ["sample", "-n", "6", "--bundle", root / "bundle", "--out", sample, "--seed", "5"]
     assert CliRunner().invoke(aim, list(map(str, args))).exit_code == 0
-    return Box(root / "data", checkpoint, sample)
+    return Box(root / "data", sample)
 
 
 # ---- classifier ---------------------------------------------------------------------------------
@@ -110,69 +108,44 @@ def test_accuracy_counts_hits_over_pictures_and_over_classes():
     labels = np.array([0, 0, 0, 1])
     logits = np.zeros((4, 7), np.float32)
     logits[:, :6] = [6, 5, 4, 3, 2, 1]  # class 0 is always first, class 6 always last
-    assert evaluation.accuracy(logits, labels) == {
+    shares = np.array([0.1, 0.4, 0.5, 0, 0, 0, 0])  # no picture is of the third class here
+    assert evaluation.accuracy(logits, labels, shares) == {
         "images": 4,
         "top1": 0.75,
         "top5": 1.0,
         "class_mean": 0.5,
+        "held_out_mix": pytest.approx(0.2),
     }
-    assert evaluation.accuracy(logits[:1], np.array([6]))["top5"] == 0
+    last = evaluation.accuracy(logits[:1], np.array([6]), np.full(7, 1 / 7))
+    assert last["top1"] == last["top5"] == 0
 
 
-def test_the_classifier_learns_colours_and_is_the_same_every_time(tmp_path):
-    torch.set_num_threads(1)
-    options = classifier.ClassifierOptions(epochs=12, batch_size=8, widths=(8, 16), ema_decay=0.9)
-    pictures, labels = squares(16, seed=0)
-    networks = [
-        classifier.train_classifier(pictures, labels, 3, 32, options, CPU) for _ in range(2)
-    ]
-    new, new_labels = squares(8, seed=1)
-    new = new[:, 2:34, 2:34]
-    logits = classifier.classify(networks[0], new)
-    assert evaluation.accuracy(logits, new_labels)["top1"] == 1
-    assert np.array_equal(logits, classifier.classify(networks[1], new))
-
-    classifier.save_classifier(tmp_path / "kept.safetensors", networks[0])
-    kept = classifier.load_classifier(tmp_path / "kept.safetensors", 3, options)
-    assert np.array_equal(logits, classifier.classify(kept, new))
+def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features (3 * count, 8) around a centre a class, one of them constant, and their classes."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), count)
+    features = rng.normal(size=(3 * count, 8)).astype(np.float32)
+    features[np.arange(3 * count), labels] += 8
+    features[:, 7] = 1
+    return features, labels
 
 
-def test_white_paper_stays_white_however_it_is_augmented():
-    white = torch.full((4, 3, 36, 36), 255, dtype=torch.uint8)
-    ink = classifier.augment(white, 32, torch.Generator().manual_seed(0))
-    assert ink.shape == (4, 3, 32, 32)
-    assert not ink.any()
+def test_the_classifier_learns_clusters_and_is_the_same_every_time():
+    features, labels = clusters(20, seed=0)
+    new, new_labels = clusters(20, seed=1)
+    logits = [evaluation.Classifier.fit(features, labels, 4)(new) for _ in range(2)]
+    assert logits[0].shape == (60, 4)  # a class without a training picture can be asked for
+    assert (logits[0].argmax(1) == new_labels).all()
+    assert np.array_equal(*logits)
 
 
-def test_large_pictures_are_averaged_down():
-    picture = np.zeros((1, 128, 128, 3), np.uint8)
-    picture[:, ::2] = 200
-    small = classifier.shrink(picture, classifier.shrink_factor(128))
-    assert small.shape == (1, 3, 64, 64)
-    assert (small == 100).all()
-
-
-# ---- copies -------------------------------------------------------------------------------------
-
-
-def test_copies_are_those_within_the_threshold():
-    assert evaluation.copies(np.array([1.0, 2.0, 3.0, 10.0]), 3.0) == {
-        "images": 4,
-        "median_distance": 2.5,
-        "nearly_identical": 0.75,
-    }
-
-
-# ---- pictures to look at ------------------------------------------------------------------------
-
-
-def test_the_sheet_has_a_row_a_class():
-    pictures, labels = squares(3, seed=0)
-    pictures = pictures[:, :32, :32]
-    with evaluation.sheet(pictures[:-1], labels[:-1], list(COLOURS)) as found:
-        # The name and as many pictures as the class with the fewest has, on three rows.
-        assert found.width == found.height
-        assert found.width // 32 == 3
+def test_the_classifier_does_not_depend_on_the_scale_of_a_feature():
+    features, labels = clusters(20, seed=0)
+    scaled = features * np.array([1, 100, 0.01, 1, 1, 1, 1, 1], np.float32)
+    one, other = (
+        evaluation.Classifier.fit(given, labels, 3)(given) for given in (features, scaled)
+    )
+    np.testing.assert_allclose(one, other, atol=0.02)
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -185,11 +158,8 @@ def run(box: Box) -> Callable[..., Result]:
     def call(work: Path, **changes: Any) -> Result:
         values = {
             "data": box.data,
-            "ckpt": box.checkpoint,
             "sample": box.sample,
             "work": work,
-            "train-images": 8,
-            "classifier-epochs": 1,
             "device": "cpu",
         } | changes
         data = values.pop("data")
@@ -199,49 +169,35 @@ def run(box: Box) -> Callable[..., Result]:
     return call
 
 
-def test_the_script_writes_all_figures_and_repeats_them(box, run, tmp_path, monkeypatch):
+def test_the_script_writes_its_figures_and_repeats_them(box, run, tmp_path, monkeypatch):
     result = run(tmp_path)
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    figures = json.loads((tmp_path / "classifier.json").read_text())
     assert figures["sample"]["settings"]["seeds"] == "5 to 10"
-    assert figures["checkpoint"]["checkpoint"] == "model.safetensors"
-    assert figures["data_sha256"] == json.loads((box.data / "dataset.json").read_text())["sha256"]
     assert str(tmp_path) not in json.dumps(figures)
-    assert figures["copies"]["known_copies"]["nearly_identical"] == pytest.approx(0.95, abs=0.1)
-    for part in ("held_out", "train", "generated"):
-        assert 0 <= figures["classifier"][part]["top1"] <= 1
-    assert figures["classifier"]["held_out"]["images"] == 6
-    assert f"| {figures['copies']['threshold']:.1f} " not in result.stdout
-    assert f"| {figures['copies']['generated']['median_distance']:.1f} |" in result.stdout
-    with Image.open(tmp_path / "generated.png") as image:
-        assert image.width > 32
+    judged = figures["classifier"]
+    assert judged["data_sha256"] == json.loads((box.data / "dataset.json").read_text())["sha256"]
+    assert [judged[part]["images"] for part in evaluation.JUDGED] == [6, 12, 6]
+    for part in evaluation.JUDGED:
+        assert f"| {judged[part]['top1']:.1%} | {judged[part]['top5']:.1%} |" in result.stdout
+    assert judged["held_out"]["held_out_mix"] == pytest.approx(judged["held_out"]["top1"])
+    assert judged["features"]["name"] == "efficientnet-lite0"
 
     def refuse(*args: Any) -> None:
-        raise AssertionError("the classifier was trained before")
+        raise AssertionError("the features were computed before")
 
-    monkeypatch.setattr(evaluation, "train_classifier", refuse)
+    monkeypatch.setattr(Features, "__call__", refuse)
     assert run(tmp_path).exit_code == 0
-    again = json.loads((tmp_path / "evaluation.json").read_text())
+    again = json.loads((tmp_path / "classifier.json").read_text())
     for changing in ("date", "seconds"):
         del figures[changing], again[changing]
     assert again == figures
 
 
-def test_another_checkpoint_than_the_bundles_is_refused(box, run, tmp_path):
-    other = save_checkpoint(
-        tmp_path / "other.safetensors", AiM(MODEL).initialise(), VQTokenizer(TOKENIZER)
-    )
-    result = run(tmp_path / "work", ckpt=other)
-    assert result.exit_code == 2
-    assert "are of a checkpoint with sha256" in result.stderr
-    assert not (tmp_path / "work").exists()
-
-
-def test_a_checkpoint_without_its_tokenizer_is_refused(run, tmp_path):
-    half = save_checkpoint(tmp_path / "half.safetensors", AiM(MODEL).initialise())
-    result = run(tmp_path / "work", ckpt=half)
-    assert result.exit_code == 2
-    assert "holds no tokenizer" in result.stderr
+def test_part_of_the_training_pictures_can_be_learned_from(run, tmp_path):
+    assert run(tmp_path, **{"train-pictures": 9}).exit_code == 0
+    figures = json.loads((tmp_path / "classifier.json").read_text())
+    assert figures["classifier"]["train"]["images"] == 9
 
 
 def test_a_data_set_that_was_changed_is_refused(box, run, tmp_path):
