@@ -29,7 +29,8 @@ MICROSOFT = "com.microsoft"
 
 # Convolutions over one or two dimensions, as decoders have them.
 _CONV_RANKS = (3, 4)
-_MAX_BLOCK = 1 << 10  # weights that share a scale
+# Weights that share a scale. With larger blocks ONNX Runtime 1.24 hands out memory as it lay there.
+_MAX_BLOCK = 1 << 8
 _EIGHT_BIT_SUMS = 4  # MatMulNBits' accuracy level at which it never makes float32 of its weights
 
 
@@ -93,6 +94,8 @@ def _matmul_shape(a: Shape, b: Shape) -> tuple[Shape, Size]:
         raise GraphRefused("a matrix product in it has a factor without dimensions")
     rows = a[-2:-1]
     columns = b[-1:] if len(b) > 1 else ()
+    if a[-1] == fixed(0):  # kernels of whole numbers then hand out memory as it lay there
+        raise GraphRefused("a matrix product in it sums no terms")
     return broadcast([a[:-2], b[:-2]]) + rows + columns, a[-1]
 
 

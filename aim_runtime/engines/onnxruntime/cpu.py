@@ -30,12 +30,14 @@ from aim_runtime.engines.onnxruntime.engine import (
     import_failure,
     make_session,
 )
+from aim_runtime.engines.onnxruntime.half_weights import can_cast_in_runs, with_half_weights
 from aim_runtime.engines.onnxruntime.in_place import works_in_place
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
 from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph, chosen_step
 from aim_runtime.engines.slots import drained
 from aim_runtime.errors import BundleError
+from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph
 from aim_runtime.sampling import SamplingOptions
 
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 _LACKING = re.compile(
     r"is not a registered function/op|No Op registered for|Could not find an implementation"
 )
+# Weights of that many bytes are loaded beside each other and as fast as may be: the model in the
+# box is. Of larger ones memory counts.
+_SMALL_BYTES = 64 << 20
 
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
@@ -92,6 +97,7 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
                 works = works_in_place(self, self._sessions.step, step.in_place)
             except Exception as error:
                 raise failed(error) from error
+            give_back()  # the states of the trial
             if works:
                 self.in_place = frozenset(step.in_place)
 
@@ -109,10 +115,13 @@ def _load(
     threads: int, bundle: Bundle, graphs: Mapping[str, CheckedGraph], stopping: Stopping
 ) -> Sessions:
     def make(name: str, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
+        spec, data = graphs[name].spec, graphs[name].data
+        if name == "decoder" and size > _SMALL_BYTES and can_cast_in_runs():
+            data = with_half_weights(data)
         return make_session(
             bundle,
-            graphs[name].spec,
-            graphs[name].data,
+            spec,
+            data,
             threads=threads,
             providers=[("CPUExecutionProvider", {})],
             stopping=stopping,
@@ -120,10 +129,16 @@ def _load(
             often=name != "prologue",
         )
 
+    size = sum(bundle.manifest.files[graph.spec.weights].size for graph in graphs.values())
+    if size > _SMALL_BYTES:
+        # One after another: while one loads it takes two to three times what it keeps.
+        decoder = make("decoder", threads, arena=True)
+        step = make("step", threads, arena=True)
+        return Sessions(make("prologue", threads=1), step, decoder)
     # ONNX Runtime loads on one core: the small graphs are ready before the step is.
     with ThreadPoolExecutor(1, thread_name_prefix="aim-load") as beside:
         # It runs once an image and is small: one thread spares it a pool of its own.
         prologue = beside.submit(make, "prologue", threads=1)
-        decoder = beside.submit(make, "decoder", threads, arena=True)
+        other = beside.submit(make, "decoder", threads, arena=True)
         step = make("step", threads, arena=True)
-    return Sessions(prologue.result(), step, decoder.result())
+    return Sessions(prologue.result(), step, other.result())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from aim_runtime.bundle.manifest import TensorSpec
 from aim_runtime.engines.onnxruntime.engine import Binding, OnnxRuntimeEngine, failed
 from aim_runtime.engines.slots import HostSlots
+from aim_runtime.memory import give_back
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -55,6 +56,7 @@ class OnnxRuntimeSlots(HostSlots):
         """Give the memory back; the object is useless afterwards."""
         self._bindings.clear()
         self._states, self._conditioning = [], {}
+        give_back()  # decoding needs other memory
 
     def _join(self, rows: Sequence[int], class_ids: Sequence[int]) -> None:
         known = {} if self._no_class is None else {self._model.num_classes: self._no_class}
