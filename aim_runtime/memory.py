@@ -8,10 +8,12 @@ process and beside it, find some too.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from aim_runtime.control_groups import control_groups
 
@@ -49,10 +51,14 @@ def give_back() -> None:
     glibc keeps freed blocks of up to 32 MiB, which is most of a model's: without this a loaded
     model takes up to twice its size for as long as it lives.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(ctypes.c_size_t(0))
+    if (trim := _trim()) is not None:
+        trim(ctypes.c_size_t(0))
+
+
+@functools.cache
+def _trim() -> Any:
+    """glibc's `malloc_trim`; None elsewhere, musl included."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _free_of_system(root: Path) -> int | None:
