@@ -143,7 +143,8 @@ def test_texts_that_are_no_manifests() -> None:
     for (_, says), one in zip(NO_MANIFESTS, found, strict=True):
         assert says in one["message"]
         assert one["code"] == "bundle"
-        assert "\n" not in one["message"] and len(one["message"]) < 300
+        assert "\n" not in one["message"]
+        assert len(one["message"]) < 300
 
 
 def test_numbers_that_overflow_are_refused(tiny: Path) -> None:
@@ -225,7 +226,8 @@ def test_graphs_for_the_cpu_are_taken_or_left_as_in_python(tiny: Path) -> None:
         "decoder-cpu.json's precision is 'int4'; it must be one of 'int8', 'fp32'",
         "decoder-cpu.json's psnr_db is 1000000000.0; it must be a number from 0 to 999",
     ]
-    assert STEP_FILE == "step-cpu.json" and DECODER_FILE == "decoder-cpu.json"
+    assert STEP_FILE == "step-cpu.json"
+    assert DECODER_FILE == "decoder-cpu.json"
 
 
 def test_the_model_in_the_box_reads_as_in_python() -> None:
@@ -263,7 +265,8 @@ def test_downloads_are_counted_and_checked(tmp_path: Path) -> None:
         site.honest = False  # the connection breaks
         (broken,) = in_node("downloads", wanted=[wanted[1]])
     assert good["value"] == len(data)
-    assert good["seen"][0] == [0, len(data)] and good["seen"][-1] == [len(data), len(data)]
+    assert good["seen"][0] == [0, len(data)]
+    assert good["seen"][-1] == [len(data), len(data)]
     assert [one["code"] for one in (short, long, other, absent, nobody, broken)] == [
         "truncated",
         "altered",
