@@ -152,8 +152,10 @@ def test_orders_wait_for_one_another_and_are_cancelled(page: Page, tiny: Path) -
     page.load(tiny)
     page.page.evaluate(
         """() => { window.reactions = [(news) => {
-          if (news.type === "progress" && news.id === "a" && news.step === 1)
+          if (news.type === "progress" && news.id === "a" && news.step === 1) {
+            window.reactions = [];
             worker.postMessage({ type: "cancel", id: "a" });
+          }
         }]; }"""
     )
     long = {**ORDER, "classes": [0] * 1000, "seeds": [0] * 1000}
@@ -232,23 +234,31 @@ def test_a_server_that_is_gone(page: Page, tiny: Path) -> None:
     assert page.error()["code"] == "network"
 
 
+NO_MEMORY = "class { constructor() { throw new RangeError('could not allocate memory'); } }"
+
+
 @pytest.mark.parametrize(
-    ("lacks", "says"),
+    ("lacks", "code", "says"),
     [
-        ("self.WebAssembly = undefined;", "no WebAssembly"),
-        ("WebAssembly.validate = () => false;", "no SIMD"),
-        ("Object.defineProperty(self.crypto, 'subtle', { value: undefined });", "over HTTPS"),
+        ("self.WebAssembly = undefined;", "browser", "no WebAssembly"),
+        ("WebAssembly.validate = () => false;", "browser", "no SIMD"),
+        (
+            "Object.defineProperty(self.crypto, 'subtle', { value: undefined });",
+            "browser",
+            "over HTTPS",
+        ),
+        (f"WebAssembly.Memory = {NO_MEMORY};", "memory", "too little memory"),
     ],
 )
 def test_a_browser_that_lacks_something(
-    page: Page, site: Site, npm: Path, tiny: Path, lacks: str, says: str
+    page: Page, site: Site, npm: Path, tiny: Path, lacks: str, code: str, says: str
 ) -> None:
     """As the worker finds it: a module that runs before the worker's takes it away."""
-    folder = npm / "engine"
-    (folder / "lacking.js").write_text(f"{lacks}\nawait import('./worker.js');\n")
-    page.page.evaluate("(url) => start(url)", f"{site.url}/npm/engine/lacking.js?{says}")
-    page.page.wait_for_timeout(500)  # messages before the import has ended are lost
+    script = f"{lacks}\nawait import('./worker.js');\npostMessage({{ type: 'there' }});\n"
+    (npm / "engine" / f"lacking-{len(says)}.js").write_text(script)
+    page.page.evaluate("(url) => start(url)", f"{site.url}/npm/engine/lacking-{len(says)}.js")
+    page.until("there")
     page.load(tiny)
     error = page.error()
-    assert error["code"] == "browser"
+    assert error["code"] == code
     assert says in error["message"]

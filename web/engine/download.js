@@ -7,6 +7,9 @@ import { shortened } from "./quoting.js";
 
 /** @typedef {(loaded: number, total: number) => void} Progress */
 
+/** What stands for the name of ONNX Runtime's WebAssembly. */
+export const RUNTIME = "onnxruntime";
+
 // Between two reports of one file's progress.
 const REPORT_MS = 50;
 
@@ -184,5 +187,5 @@ function altered(name) {
 
 /** @param {string} name */
 function named(name) {
-  return `The model's file ${shortened(name, 80)}`;
+  return name === RUNTIME ? "ONNX Runtime" : `The model's file ${shortened(name, 80)}`;
 }

@@ -193,6 +193,7 @@ async function session(bundle, graph, { ort, backend }, outputs, often) {
   try {
     return await ort.InferenceSession.create(model, {
       executionProviders: [backend],
+      logSeverityLevel: 3, // errors: a page's console is not the place for warnings of graphs
       externalData: weights.length ? [{ path: graph.weights, data: weights }] : [],
       extra: { session: { disable_quant_qdq: often ? "1" : "0", load_model_format: "ONNX" } },
       ...(backend === "webgpu" && { preferredOutputLocation: outputs }),

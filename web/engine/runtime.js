@@ -1,6 +1,6 @@
 /** ONNX Runtime in a browser: which of its builds can run here, with how many threads. */
 
-import { download } from "./download.js";
+import { RUNTIME, download } from "./download.js";
 import { EngineError, wrapped } from "./errors.js";
 
 /**
@@ -44,7 +44,7 @@ export async function loadRuntime(files, wanted, threads, progress) {
   const chosen = backend === "webgpu" && files.webgpu ? files.webgpu : files;
   // One after the other: the module is small, and a name that is wrong is found before megabytes.
   const ort = await imported(chosen.module);
-  const binary = await download("onnxruntime", chosen.wasm, MAX_WASM_BYTES, progress);
+  const binary = await download(RUNTIME, chosen.wasm, MAX_WASM_BYTES, progress);
   ort.env.wasm.wasmBinary = binary.buffer;
   ort.env.wasm.numThreads = threadsFor(threads);
   ort.env.logLevel = "error";

@@ -1,6 +1,7 @@
 /** The worker: messages in, messages out (`types.js`), one drawing at a time. */
 
 import { Bundle } from "./bundle.js";
+import { RUNTIME } from "./download.js";
 import { draw } from "./drawing.js";
 import { Engine } from "./engine.js";
 import { EngineError, wrapped } from "./errors.js";
@@ -53,7 +54,7 @@ async function load({ files, runtime: wanted, threads = 0, backend = "auto" }) {
       opened.prefetch([prologue.weights, decoder.weights, step.weights]);
       return opened;
     }),
-    loadRuntime(wanted, backend, threads, (loaded, total) => progress("onnxruntime", loaded, total)),
+    loadRuntime(wanted, backend, threads, (loaded, total) => progress(RUNTIME, loaded, total)),
   ]);
   engine = await Engine.load(bundle, runtime);
   const { step, decoder } = engine.manifest.graphs;
