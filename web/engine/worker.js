@@ -104,7 +104,8 @@ function say(message, transfer = []) {
 
 /** @param {string} text */
 function sentence(text) {
-  const capital = text.charAt(0).toUpperCase() + text.slice(1);
+  // Names of files stay as they are.
+  const capital = /^[a-z]+[ ']/.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
   const line = capital.length > 300 ? `${capital.slice(0, 296)}...` : capital;
   return /[.!?]$/.test(line) ? line : `${line}.`;
 }

@@ -1,0 +1,3 @@
+self.WebAssembly = undefined;
+await import('./worker.js');
+postMessage({ type: 'there' });

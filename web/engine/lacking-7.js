@@ -1,0 +1,3 @@
+WebAssembly.validate = () => false;
+await import('./worker.js');
+postMessage({ type: 'there' });
