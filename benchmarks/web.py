@@ -179,6 +179,7 @@ def bytes_loaded(path: Path) -> dict[str, Any]:
     return row
 
 
+@functools.cache
 def brotli(file: Path) -> int:
     """Its size, packed by Node's Brotli at 9 of 11."""
     script = (
