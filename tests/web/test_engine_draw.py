@@ -150,10 +150,10 @@ def test_a_step_that_does_not_run_here_leaves_the_plain_one(
 
 
 def test_the_model_in_the_box(site: Site, tmp_path: Path) -> None:
-    """Two pictures; its step is the one of fused operators."""
+    """One picture; its step is the one of fused operators."""
     folder = tmp_path / "emoji"
     shutil.copytree(Bundle.open().path, folder)
-    order = {"classes": [12, 63], "seeds": [41, 42], "top_k": 1000}
+    order = {"classes": [12], "seeds": [41], "top_k": 1000}
     found = drawn(site, folder, order)
     assert found["graphs"] == ["step-cpu.onnx", "decoder.onnx"]
     expected = by_python(folder, order)
