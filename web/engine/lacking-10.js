@@ -1,3 +1,0 @@
-Object.defineProperty(self.crypto, 'subtle', { value: undefined });
-await import('./worker.js');
-postMessage({ type: 'there' });

@@ -1,3 +1,0 @@
-self.WebAssembly = undefined;
-await import('./worker.js');
-postMessage({ type: 'there' });

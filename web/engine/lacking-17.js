@@ -1,3 +1,0 @@
-WebAssembly.Memory = class { constructor() { throw new RangeError('could not allocate memory'); } };
-await import('./worker.js');
-postMessage({ type: 'there' });

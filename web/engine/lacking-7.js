@@ -1,3 +1,0 @@
-WebAssembly.validate = () => false;
-await import('./worker.js');
-postMessage({ type: 'there' });
