@@ -59,7 +59,7 @@ export class Drawing {
     const giveBack = await this.turns.take(signal);
     try {
       for await (const event of this.source.draw(this.order, signal)) {
-        if (event.type === "progress") group.progress(event.done, event.total);
+        if (event.type === "progress") group.progress(event);
         else if (event.type === "preview") group.preview(event.index, event.source, event.tokens);
         else if (event.type === "picture") group.picture(event.index, event.file);
         else group.finish();

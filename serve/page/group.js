@@ -4,7 +4,7 @@ import { Card } from "./card.js";
 import { announce, counted, element, iconButton } from "./dom.js";
 
 /** @import { CardActions } from "./card.js" */
-/** @import { Grid, Order, Settings } from "./types.js" */
+/** @import { Drawn, Grid, Order, Settings } from "./types.js" */
 
 /**
  * @typedef {object} GroupActions
@@ -76,18 +76,16 @@ export class Group {
     announce(`Drawing ${counted(this.count, "picture")} of ${this.title}.`);
   }
 
-  /**
-   * @param {number} done
-   * @param {number} total
-   */
-  progress(done, total) {
+  /** @param {{ done: number, total: number, of?: Drawn }} news */
+  progress({ done, total, of }) {
     if (!done) return;
     if (this.#state.firstChild) this.#state.firstChild.textContent = "Drawing";
     this.root.dataset["state"] = "drawing";
     this.#bar.max = total;
     this.#bar.value = done;
     // What is done of all images together; they draw side by side, and decoding comes last.
-    for (const card of this.cards) card.decided(Math.floor(done / this.count));
+    const { first, count, tokens } = of ?? { first: 0, count: this.count, tokens: done / this.count };
+    for (const card of this.#ordered.slice(first, first + count)) card.decided(Math.floor(tokens));
   }
 
   /**

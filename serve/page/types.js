@@ -37,11 +37,14 @@
  * @typedef {Order & { reference: (chosen: PictureClass) => string | number, every: number }} DrawOrder
  *   And how to name its classes, and the steps between two previews.
  *
- * @typedef {{ type: "progress", done: number, total: number }
+ * @typedef {{ type: "progress", done: number, total: number, of?: Drawn }
  *   | { type: "preview", index: number, tokens: number, source: string }
  *   | { type: "picture", index: number, file: Blob }
  *   | { type: "done" }} DrawEvent Progress counts the tokens of all images. A preview shows so many
  *   tokens; its source is an address. Of each image there is one picture, and one "done" after all.
+ *
+ * @typedef {{ first: number, count: number, tokens: number }} Drawn The images that are being drawn side
+ *   by side, if those are not all, and the tokens that each of them has.
  *
  * @typedef {object} Source Where pictures come from.
  * @property {number} atOnce Orders that it takes at a time; the page keeps the others waiting.
