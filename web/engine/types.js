@@ -2,8 +2,12 @@
  * The protocol between a page and `worker.js`, and what the engine's modules pass to each other.
  *
  * The worker is a module worker: `new Worker(url, { type: "module" })`. It takes one `load`, then any
- * number of orders, which it draws one after the other in the order in which they came. A worker whose
- * `load` failed may be asked again; `terminate()` ends one at any moment and gives its memory back.
+ * number of orders, which it draws one after the other in the order in which they came; they may come
+ * before it is ready. A worker whose `load` failed is of no more use. `terminate()` ends one at any
+ * moment and gives its memory back.
+ *
+ * A file that arrives damaged is fetched once more with `cache: "reload"`: a service worker then takes
+ * it from the network, and puts what comes in the place of what it has.
  *
  * @typedef {object} RuntimeFiles ONNX Runtime's, as npm's onnxruntime-web has them in `dist/`.
  * @property {string} module URL of `ort.wasm.bundle.min.mjs`.
@@ -93,7 +97,9 @@
  * @property {"error"} type
  * @property {number | string | null} id The order that ended with it; null if loading did.
  * @property {ErrorCode} code
- * @property {string} message One sentence for people, without a name or number that they need not know.
+ * @property {string} message One sentence for people.
+ * @property {string} [file] The file that is at fault, for codes "network", "truncated" and "altered";
+ *   whoever keeps a copy of it drops it.
  *
  * @typedef {LoadingNews | ReadyNews | ProgressNews | PreviewNews | PictureNews | DoneNews | CancelledNews
  *   | ErrorNews} FromWorker
