@@ -31,17 +31,21 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, an absolute one; it takes its place at the end.
 
     A folder that is there already is replaced in one go. When the block fails, or Ctrl-C ends it,
-    the new folder goes and `path` is as it was.
+    the new folder goes, with those above it that were made, and `path` is as it was.
     """
     staging = beside(path, "tmp")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
         replace_folder(staging, path)
-    finally:
-        # After success there is nothing left here; otherwise (also Ctrl-C) it must go.
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def replace_folder(new: Path, path: Path) -> None:

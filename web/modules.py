@@ -10,13 +10,15 @@ import aim_serve
 
 _WEB = Path(__file__).parent
 _SERVE = Path(aim_serve.__file__).parent
-# Where a folder of the repository is once installed; in a site it is called as in the repository,
-# so that modules find each other by the same relative names.
-_FOLDERS = {
+FOLDERS = {
     "serve/page": _SERVE / "page",
     "web/engine": _WEB / "engine",
     "web/page": _WEB / "page",
 }
+"""Where a folder of the repository is once installed.
+
+In a site it is called as in the repository, so that modules find each other by the same names.
+"""
 _STYLES = (
     "serve/page/style.css",
     "serve/page/form.css",
@@ -34,7 +36,7 @@ _IMPORT = re.compile(r'^(?:import|export|\})[^"\n]*"(\.[^"\n]+)";', re.MULTILINE
 def read(path: str) -> str:
     """The text of a file of a page by its name in the repository, such as `serve/page/dom.js`."""
     folder, _, name = path.rpartition("/")
-    return (_FOLDERS[folder] / name).read_text(encoding="utf-8")
+    return (FOLDERS[folder] / name).read_text(encoding="utf-8")
 
 
 def page_files() -> dict[str, str]:

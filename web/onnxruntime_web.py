@@ -13,8 +13,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from aim_runtime import AimError
@@ -60,7 +61,7 @@ class Pin:
         """As `npm pack` calls the package."""
         return f"{NAME}-{self.version}.tgz"
 
-    def matches(self, file: IO[bytes]) -> bool:
+    def matches(self, file: BufferedReader) -> bool:
         """Whether `file` is the package that was pinned."""
         digest = hashlib.file_digest(file, "sha512").digest()
         return base64.b64encode(digest).decode() == self.sha512
@@ -166,7 +167,7 @@ def _checked(registry: str) -> str:
     return registry.rstrip("/")
 
 
-def _download(url: str, file: IO[bytes], progress: Progress) -> None:
+def _download(url: str, file: BinaryIO, progress: Progress) -> None:
     """Write what `url` answers to `file`. Raises AimError unless all of it comes."""
     offline = f"'npm pack {NAME}@{Pin.read().version}' elsewhere, and --onnxruntime-web FILE"
     try:
@@ -203,7 +204,7 @@ def _members(packed: tarfile.TarFile, names: set[str]) -> dict[str, bytes]:
         if name not in names or not member.isfile():
             continue
         if member.size > _MOST_UNPACKED:
-            raise AimError(f"{name} in {packed.name} has {member.size} bytes, too many")
+            raise AimError(f"{name} of the package has {member.size} bytes, too many")
         content = packed.extractfile(member)
         assert content is not None
         found[name] = content.read()

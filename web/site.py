@@ -91,6 +91,11 @@ def check_target(out: Path) -> None:
     folder. Raises AimError otherwise.
     """
     out = Path(os.path.abspath(out))
+    parent = next(parent for parent in (*out.parents, Path("/")) if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise AimError(f"cannot write the site {out}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise AimError(f"cannot write the site {out}: no permission to write to {parent}")
     if not os.path.lexists(out):
         return
     if not out.is_dir():

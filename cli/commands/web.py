@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 from click.core import ParameterSource
@@ -19,8 +19,10 @@ from aim_cli.errors import Interrupted, requires
 from aim_cli.export_engines import late_bar
 from aim_cli.options import bundle_option
 from aim_cli.terminal import fields, finish
+from aim_cli.torch_threads import limit_torch_threads
 
 if TYPE_CHECKING:
+    from aim_export.onnx.graph import Precision
     from aim_runtime import Bundle
     from aim_web import Package, Site
 
@@ -179,43 +181,44 @@ def _made(out: Path, sources: Sources, *, webgpu: bool, quiet: bool) -> Site:
 
     try:
         check_target(out)
+        opened = None if sources.ckpt else _opened(sources.bundle, sources.precision)
         package = _package(sources.onnxruntime_web, sources.registry, quiet=quiet)
-        with _bundle(sources, quiet=quiet) as bundle:
+        with contextlib.nullcontext(opened) if opened else _exported(sources, quiet) as bundle:
             return write_site(bundle, package, out, webgpu=webgpu)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
 
 
-@contextlib.contextmanager
-def _bundle(sources: Sources, *, quiet: bool) -> Iterator[Bundle]:
-    """The bundle of the site, made for it where a checkpoint was given."""
+def _opened(path: Path | None, precision: str | None) -> Bundle:
+    """The bundle at `path`, which goes into the site as it is: rounding takes the checkpoint."""
     from aim_runtime import Bundle
 
-    if sources.ckpt is None:
-        bundle = Bundle.open(sources.bundle)
-        _check_precision(bundle, sources.precision)
-        yield bundle
-        return
-    with requires("export", "aim web --ckpt"):
-        from aim_export import export_bundle
-    with _temporary() as folder:
-        yield export_bundle(
-            sources.ckpt,
-            folder / "bundle",
-            tokenizer=sources.tokenizer,
-            precision=sources.precision or "fp16",
-            report=None if quiet else lambda line: click.echo(line, err=True),
-        )[0]
-
-
-def _check_precision(bundle: Bundle, precision: str | None) -> None:
-    """A bundle is put into the site as it is: rounding its weights takes the checkpoint."""
+    bundle = Bundle.open(path)
     found = bundle.manifest.precision
     if precision not in (None, found):
         raise click.UsageError(
             f"the bundle is stored in {found}; {precision} is made of its checkpoint: 'aim export "
             f"--ckpt CKPT --precision {precision} --out DIR', then --bundle DIR; or --ckpt here"
         )
+    return bundle
+
+
+@contextlib.contextmanager
+def _exported(sources: Sources, quiet: bool) -> Iterator[Bundle]:
+    """A bundle made of the checkpoint, for the time being."""
+    with requires("export", "aim web --ckpt"):
+        from aim_export import export_bundle
+
+        limit_torch_threads()
+    assert sources.ckpt is not None
+    with _temporary() as folder:
+        yield export_bundle(
+            sources.ckpt,
+            folder / "bundle",
+            tokenizer=sources.tokenizer,
+            precision=cast("Precision", sources.precision or "fp16"),
+            report=None if quiet else lambda line: click.echo(line, err=True),
+        )[0]
 
 
 def _package(path: Path | None, registry: str | None, *, quiet: bool) -> Package:

@@ -11,6 +11,7 @@ import { Page, prepare } from "./page.js";
 /** Browsers open six connections to a server; two are left for everything else. */
 const MOST_STREAMS = 4;
 const MOST_PREVIEWS = 16;
+const PICTURES = 4;
 /** Milliseconds between two tries to reach the server. */
 const PATIENCE = 2000;
 
@@ -25,6 +26,7 @@ function open(model, classes) {
   /** @type {Source} */
   const source = {
     atOnce: MOST_STREAMS,
+    atFirst: PICTURES,
     previews: MOST_PREVIEWS,
     draw: (order, signal) => api.draw(order, signal),
     trouble: (sentence) => health.trouble(sentence),

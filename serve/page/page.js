@@ -62,7 +62,7 @@ export class Page {
     byId("fewer", HTMLButtonElement).addEventListener("click", () => this.#step(-1));
     byId("more", HTMLButtonElement).addEventListener("click", () => this.#step(1));
     count.addEventListener("input", () => this.#formChanged());
-    count.value = String(Math.min(4, aim.limits.n));
+    count.value = String(Math.min(source.atFirst, aim.limits.n));
     drawButton.disabled = false;
     this.#formChanged();
   }

@@ -48,6 +48,7 @@
  *
  * @typedef {object} Source Where pictures come from.
  * @property {number} atOnce Orders that it takes at a time; the page keeps the others waiting.
+ * @property {number} atFirst Pictures that are offered at first.
  * @property {number} previews The most previews of a picture that are worth their time.
  * @property {(order: DrawOrder, signal: AbortSignal) => AsyncIterable<DrawEvent>} draw Throws
  *   DrawingError. Leaving the loop, or aborting, cancels the order.

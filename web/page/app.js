@@ -26,6 +26,7 @@ async function start() {
   const load = () => engine.load().catch(() => {});
   const page = new Page(site.model, site.classes, {
     atOnce: 1,
+    atFirst: 1,
     previews: MOST_PREVIEWS,
     draw: (order, signal) => engine.draw(order, signal),
     trouble: () => {},

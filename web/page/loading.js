@@ -1,6 +1,6 @@
-/** How far the model has come, above the pictures; and where pictures are drawn, below the form. */
+/** How far the model has come, above the pictures; and where they are drawn, below its name. */
 
-import { announce, byId, element, say } from "../../serve/page/dom.js";
+import { announce, element } from "../../serve/page/dom.js";
 
 /** @import { ReadyNews } from "../engine/types.js" */
 
@@ -26,22 +26,21 @@ export class Loading {
     this.#again.addEventListener("click", retry);
     this.#root.append(this.#text, this.#again, this.#bar);
     document.querySelector("main")?.prepend(this.#root);
-    byId("form", HTMLFormElement).after(this.#where);
-    this.#where.textContent = "Drawn in this browser: nothing you ask for leaves this device.";
+    document.querySelector("header.top")?.append(this.#where);
+    this.#say("in this browser");
   }
 
   /** It will be loaded with the first picture, for somebody who saves data. */
   later() {
-    this.#show(`The first picture loads ${megabytes(this.bytes)}; later ones need nothing.`, "later");
+    this.#text.textContent = `The first picture loads ${megabytes(this.bytes)}, later ones nothing.`;
+    this.#show("later");
   }
 
   begin() {
     this.#files.clear();
     this.#bar.removeAttribute("value");
-    this.#timer = window.setTimeout(
-      () => this.#show(`Loading the model, ${megabytes(this.bytes)}…`, "loading"),
-      SOON,
-    );
+    this.#text.textContent = `Loading the model, ${megabytes(this.bytes)}…`;
+    this.#timer = window.setTimeout(() => this.#show("loading"), SOON);
   }
 
   /**
@@ -71,25 +70,25 @@ export class Loading {
     if (!this.#root.hidden) announce("The model is loaded.");
     this.#root.hidden = true;
     const on = threads === 1 ? "one thread" : `${threads} threads`;
-    const by = backend === "webgpu" ? "its GPU" : on;
-    this.#where.textContent =
-      `Drawn in this browser, on ${by}: nothing you ask for leaves this device.` +
-      (note ? ` ${note}` : "");
+    this.#say(`in this browser, on ${backend === "webgpu" ? "the GPU" : on}`);
+    this.#where.title = note;
   }
 
   /** @param {string} sentence */
   failed(sentence) {
     window.clearTimeout(this.#timer);
-    this.#show(sentence, "failed");
+    this.#text.textContent = sentence;
+    this.#show("failed");
     announce(sentence);
   }
 
-  /**
-   * @param {string} sentence
-   * @param {"later" | "loading" | "failed"} state
-   */
-  #show(sentence, state) {
-    say(this.#text, sentence);
+  /** @param {string} place */
+  #say(place) {
+    this.#where.textContent = `Drawn ${place}. Nothing you ask for leaves this device.`;
+  }
+
+  /** @param {"later" | "loading" | "failed"} state */
+  #show(state) {
     this.#root.hidden = false;
     this.#root.dataset["state"] = state;
     this.#bar.hidden = state !== "loading";

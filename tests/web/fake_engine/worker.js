@@ -1,13 +1,11 @@
 /**
  * Speaks the engine's protocol and draws pictures made up on the spot: they follow from class and seed
  * alone. It loads all files, as the engine does, and compares their sizes with the manifest. A seed of
- * 666 fails as computing would, 667 as memory would; the top-k of an order slows each token (in ms).
+ * 666 fails as a wrong order does, 667 for want of memory, images from seed 600 on are drawn one after the
+ * other, and a guidance above 10 slows each token (in ms).
  */
 
-const SIDE = 64;
-const GRID = 4;
-const TOKENS = GRID * GRID;
-let manifest = { files: {}, name: "" };
+let manifest = { files: {}, model: { num_tokens: 0, image_width: 0 } };
 const cancelled = new Set();
 let before = Promise.resolve();
 
@@ -49,23 +47,29 @@ async function fetched(file, url, total) {
   return new Uint8Array(await new Blob(pieces).arrayBuffer());
 }
 
-async function draw({ id, classes, seeds, top_k, every }) {
+async function draw({ id, classes, seeds, guidance, every }) {
+  const { num_tokens } = manifest.model;
   const say = (news) => self.postMessage({ id, ...news });
-  for (let step = 1; step <= TOKENS; step++) {
-    await new Promise((resolve) => setTimeout(resolve, top_k));
-    if (cancelled.has(id)) return say({ type: "cancelled" });
-    say({ type: "progress", step, num_tokens: TOKENS, first: 0, count: classes.length });
-    if (step !== TOKENS / 2) continue;
-    if (seeds.includes(666)) return failed("request", "The order cannot be drawn.", id);
-    if (seeds.includes(667)) return failed("memory", "There is too little memory for it.", id);
-    if (every)
-      classes.forEach((one, index) => say({ type: "preview", step, ...picture(one, seeds[index], index, step) }));
+  const images = classes.map((one, index) => ({ one, seed: seeds[index], index }));
+  const batches = seeds[0] >= 600 ? images.map((image) => [image]) : [images];
+  for (const batch of batches) {
+    for (let step = 1; step <= num_tokens; step++) {
+      await new Promise((resolve) => setTimeout(resolve, guidance > 10 ? guidance : 0));
+      if (cancelled.has(id)) return say({ type: "cancelled" });
+      say({ type: "progress", step, num_tokens, first: batch[0].index, count: batch.length });
+      if (step !== Math.floor(num_tokens / 2)) continue;
+      if (seeds.includes(666)) return failed("request", "The order cannot be drawn.", id);
+      if (seeds.includes(667)) return failed("memory", "There is too little memory for it.", id);
+      if (every) for (const image of batch) say({ type: "preview", step, ...picture(image, step) });
+    }
+    for (const image of batch) say({ type: "picture", tokens: [], ...picture(image, num_tokens) });
   }
-  classes.forEach((one, index) => say({ type: "picture", tokens: [], ...picture(one, seeds[index], index, TOKENS) }));
   say({ type: "done", seconds: 1 });
 }
 
-function picture(one, seed, index, tokens) {
+function picture({ one, seed, index }, tokens) {
+  const { num_tokens, image_width: SIDE } = manifest.model;
+  const GRID = Math.sqrt(num_tokens);
   const rgba = new Uint8Array(4 * SIDE * SIDE).fill(255);
   for (let pixel = 0; pixel < SIDE * SIDE; pixel++) {
     const cell = Math.floor(pixel / SIDE / (SIDE / GRID)) * GRID + Math.floor((pixel % SIDE) / (SIDE / GRID));
