@@ -1,7 +1,7 @@
 /** Take values out of a stranger's JSON, each checked, or say in one sentence what is wrong. */
 
 import { EngineError } from "./errors.js";
-import { shortened, shown } from "./quoting.js";
+import { shortened, shown, shownNumber } from "./quoting.js";
 import { JsonFault, JsonNumber, parseJson } from "./strict_json.js";
 
 /** @import { JsonValue } from "./strict_json.js" */
@@ -175,5 +175,5 @@ function described(value) {
   if (Array.isArray(value)) return `a list of ${value.length} items`;
   if (isObject(value)) return `an object of ${Object.keys(value).length} keys`;
   if (!Number.isFinite(value.value) && !value.whole) return value.value < 0 ? "-inf" : "inf";
-  return shortened(value.text, 60);
+  return shownNumber(value.text);
 }

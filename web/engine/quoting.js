@@ -1,6 +1,8 @@
 /** Values of strangers in our sentences: short, printable, on one line, as the Python runtime has them. */
 
 const SHOWN = 60;
+const HEAD = 28;
+const TAIL = SHOWN - HEAD - 3;
 
 /**
  * A text in quotes, with what does not print escaped, its middle left out where it is long.
@@ -9,14 +11,24 @@ const SHOWN = 60;
  */
 export function shown(text) {
   const letters = [...text];
-  let line = quoted(letters.slice(0, SHOWN));
-  if ([...line].length > SHOWN) {
-    const head = Math.floor((SHOWN - 3) / 2);
-    const tail = SHOWN - 3 - head;
-    const ends = [...quoted([...letters.slice(0, head), ...letters.slice(-tail)])];
-    line = [...ends.slice(0, head), "...", ...ends.slice(-tail)].join("");
-  }
-  return shortened(line, SHOWN);
+  const line = quoted(letters.slice(0, SHOWN));
+  if ([...line].length <= SHOWN) return line;
+  return withoutMiddle(quoted([...letters.slice(0, HEAD), ...letters.slice(-TAIL)]));
+}
+
+/**
+ * The digits of a number, as many as fit.
+ *
+ * @param {string} digits
+ */
+export function shownNumber(digits) {
+  return digits.length <= SHOWN ? digits : withoutMiddle(digits);
+}
+
+/** @param {string} line */
+function withoutMiddle(line) {
+  const letters = [...line];
+  return [...letters.slice(0, HEAD), "...", ...letters.slice(-TAIL)].join("");
 }
 
 /**

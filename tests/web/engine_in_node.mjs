@@ -1,0 +1,112 @@
+/** Runs one part of the engine in Node: a task as JSON on standard input, its result as JSON out. */
+
+import { readFileSync } from "node:fs";
+
+const { engine, task, ...given } = JSON.parse(readFileSync(0, "utf8"));
+const load = (name) => import(`${engine}/${name}`);
+
+/** What a call returns, or how it refuses. */
+async function outcome(call) {
+  try {
+    return { value: await call() };
+  } catch (error) {
+    if (!error.code) throw error;
+    return { code: error.code, message: error.message, file: error.file };
+  }
+}
+
+const tasks = {
+  async noise({ seeds, steps }) {
+    const { uniform } = await load("noise.js");
+    return seeds.map((seed) =>
+      Array.from({ length: steps }, (_, step) => uniform(BigInt(seed), step)),
+    );
+  },
+
+  async sample({ rows }) {
+    const { guide, sample } = await load("sampling.js");
+    return rows.map(({ cond, uncond, u, options }) => {
+      const given = Float32Array.from(cond);
+      const scores = uncond ? guide(given, Float32Array.from(uncond), options.cfg_scale) : given;
+      return { scores: [...scores], token: sample(scores, u, options) };
+    });
+  },
+
+  async manifests({ texts }) {
+    const { manifestFromJson } = await load("manifest.js");
+    return Promise.all(texts.map((text) => outcome(() => manifestFromJson(text))));
+  },
+
+  async cpuGraphs({ manifest, steps, decoders, version }) {
+    const { manifestFromJson } = await load("manifest.js");
+    const { withCpuDecoder, withCpuStep } = await load("cpu_graphs.js");
+    const plain = manifestFromJson(manifest);
+    const taken = (changed, name) => changed && changed.graphs[name].file;
+    return {
+      steps: await Promise.all(
+        steps.map((text) => outcome(() => taken(withCpuStep(text, plain, version), "step"))),
+      ),
+      decoders: await Promise.all(
+        decoders.map((text) => outcome(() => taken(withCpuDecoder(text, plain, version), "decoder"))),
+      ),
+    };
+  },
+
+  async downloads({ wanted }) {
+    const { downloadChecked } = await load("download.js");
+    const found = [];
+    for (const { name, url, entry } of wanted) {
+      const seen = [];
+      const result = await outcome(() =>
+        downloadChecked(name, url, entry, (loaded, total) => seen.push([loaded, total])),
+      );
+      if (result.value) result.value = result.value.length;
+      found.push({ ...result, seen });
+    }
+    return found;
+  },
+
+  async orders({ manifest, orders }) {
+    const { manifestFromJson } = await load("manifest.js");
+    const { checkedOrder } = await load("order.js");
+    const checked = manifestFromJson(manifest);
+    return Promise.all(
+      orders.map((order) =>
+        outcome(() => {
+          const found = checkedOrder(order, checked);
+          return { ...found, seeds: found.seeds.map(String) };
+        }),
+      ),
+    );
+  },
+
+  async draw({ files, runtime, orders }) {
+    const { Bundle } = await load("bundle.js");
+    const { Engine } = await load("engine.js");
+    const { draw } = await load("drawing.js");
+    const { checkedOrder } = await load("order.js");
+    const { loadRuntime } = await load("runtime.js");
+    const bundle = await Bundle.open(files, () => {});
+    const ort = await loadRuntime(runtime, "wasm", 1, () => {});
+    const ready = await Engine.load(bundle, ort);
+    const drawn = [];
+    for (const order of orders) {
+      const pictures = [];
+      const previews = [];
+      const steps = [];
+      for await (const news of draw(ready, checkedOrder(order, ready.manifest))) {
+        const pixels = news.rgba && [...new Uint8Array(news.rgba)];
+        if (news.type === "picture") pictures[news.index] = { tokens: news.tokens, pixels };
+        else if (news.type === "preview")
+          previews.push({ index: news.index, step: news.step, pixels });
+        else steps.push([news.first, news.count, news.step]);
+      }
+      drawn.push({ pictures, previews, steps });
+    }
+    const { step, decoder } = ready.manifest.graphs;
+    await ready.dispose();
+    return { graphs: [step.file, decoder.file], sha256: bundle.sha256, drawn };
+  },
+};
+
+process.stdout.write(JSON.stringify(await tasks[task](given)), () => process.exit(0));
