@@ -89,7 +89,7 @@ def watched(browser: Any) -> Iterator[Watched]:
     yield watched
     for context in watched.contexts:
         context.close()
-    assert not watched.wrong
+    assert watched.wrong == []
 
 
 @pytest.fixture(scope="session")

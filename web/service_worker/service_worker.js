@@ -44,7 +44,7 @@ worker.addEventListener("fetch", (event) => {
     return;
   }
   const file = known.get(url.href);
-  if (file) event.respondWith(answer(event, url.href, file));
+  if (file) event.respondWith(answer(event, url.href, file, request.cache === "reload"));
 });
 
 worker.addEventListener("message", (event) => {
@@ -116,12 +116,13 @@ async function page(request) {
  * @param {FetchEvent} event
  * @param {string} url
  * @param {[string, number]} file
+ * @param {boolean} again Whether what is kept was not the right file.
  * @returns {Promise<Response>}
  */
-async function answer(event, url, file) {
-  const found = await fromCaches(url);
+async function answer(event, url, file, again) {
+  const found = !again && (await fromCaches(url));
   if (found) return found;
-  const response = await fetch(url, { cache: suspected.has(url) ? "reload" : "default" });
+  const response = await fetch(url, { cache: again || suspected.has(url) ? "reload" : "default" });
   if (response.status !== 200) return response;
   event.waitUntil(keep(url, file, response.clone()));
   return isolated(response);
