@@ -64,10 +64,11 @@ class Watched:
                 self.wrong.append(f"asked for {request.url}")
 
         def said(message: Any) -> None:
-            # Chromium itself reports answers that are errors; the page tells the person.
-            if (
-                message.type in ("error", "warning")
-                and "Failed to load resource" not in message.text
+            # Chromium itself reports answers that are errors, which the page tells the person, and
+            # ONNX Runtime what it finds odd about graphs.
+            usual = ("Failed to load resource", "[W:onnxruntime")
+            if message.type in ("error", "warning") and not any(
+                words in message.text for words in usual
             ):
                 self.wrong.append(message.text)
 

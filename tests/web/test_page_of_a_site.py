@@ -240,7 +240,7 @@ def test_no_room_to_keep_it_is_told_and_it_draws(watched: Watched, host: Host) -
     group(page)
 
 
-def test_over_plain_http_it_draws_and_keeps_nothing(watched: Watched, host: Host) -> None:
+def test_without_a_service_worker_it_draws_and_keeps_nothing(watched: Watched, host: Host) -> None:
     host.isolates = False  # browsers take no notice of such headers there, and complain
     page = watched.open(host.insecure_url)
     expect(page.locator(".where")).to_contain_text("on one thread")

@@ -119,8 +119,8 @@ def test_bad_files_are_one_sentence_and_are_got_over(
     drawn(page)
 
 
-def test_over_plain_http_it_draws_on_one_thread(watched: Watched, real: Host) -> None:
+def test_over_plain_http_it_says_what_is_wrong(watched: Watched, real: Host) -> None:
     real.isolates = False
     page = watched.open(f"{real.insecure_url}?class=dog&seed=3&draw=1")
-    drawn(page)
-    expect(page.locator(".where")).to_contain_text("on one thread")
+    expect(page.locator(".loading[data-state=failed]")).to_contain_text("HTTPS")
+    expect(page.locator(".group").first).to_have_attribute("data-state", "failed")
