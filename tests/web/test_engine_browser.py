@@ -152,11 +152,12 @@ def test_orders_wait_for_one_another_and_are_cancelled(page: Page, tiny: Path) -
     page.load(tiny)
     page.page.evaluate(
         """() => { window.reactions = [(news) => {
-          if (news.type === "progress" && news.id === "a" && news.step === 2)
+          if (news.type === "progress" && news.id === "a" && news.step === 1)
             worker.postMessage({ type: "cancel", id: "a" });
         }]; }"""
     )
-    page.tell(ORDER, {**ORDER, "id": "b"}, {**ORDER, "id": "c"}, {"type": "cancel", "id": "c"})
+    long = {**ORDER, "classes": [0] * 1000, "seeds": [0] * 1000}
+    page.tell(long, {**ORDER, "id": "b"}, {**ORDER, "id": "c"}, {"type": "cancel", "id": "c"})
     said = page.until("cancelled", 2)
     said = page.until("done")
     page.tell({"type": "cancel", "id": "nobody"}, {**ORDER, "id": "a"})
