@@ -39,6 +39,7 @@ class AimGroup(LazyGroup):
         LazyCommand("generate", "Draw images. Start here.", "aim_cli.commands.generate"),
         LazyCommand("info", "What a bundle is, holds and needs.", "aim_cli.commands.info"),
         LazyCommand("serve", "Serve a bundle to many, over HTTP.", "aim_cli.commands.serve"),
+        LazyCommand("web", "Make a web site that draws in browsers.", "aim_cli.commands.web"),
         LazyCommand("sample", "Draw a data set for FID, restartable.", "aim_cli.commands.sample"),
         LazyCommand("eval", "Measure pictures and models.", "aim_cli.commands.eval"),
         LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.commands.bench"),

@@ -22,8 +22,16 @@ ARROWS = {
     "aim_training": set[str](),
     "aim_export": {"aim_runtime", "aim_training"},
     "aim_serve": {"aim_runtime"},
+    "aim_web": {"aim_runtime", "aim_serve"},
     "aim_evaluation": {"aim_runtime"},
-    "aim_cli": {"aim_runtime", "aim_training", "aim_export", "aim_serve", "aim_evaluation"},
+    "aim_cli": {
+        "aim_runtime",
+        "aim_training",
+        "aim_export",
+        "aim_serve",
+        "aim_web",
+        "aim_evaluation",
+    },
 }
 # What each part of the engines may import of the others; `base` is open to all.
 ENGINES = {

@@ -76,6 +76,16 @@ class Bundle:
         """Where the bundle lies."""
         return self._source.path
 
+    def manifest_bytes(self) -> bytes:
+        """The manifest's file, to be handed on: the one that was checked.
+
+        Raises BundleError when it cannot be read any more, or has changed.
+        """
+        text = self._source.manifest_bytes()
+        if hashlib.sha256(text).hexdigest() != self.manifest_sha256:
+            raise BundleError(f"{self.path}: {MANIFEST_NAME} has changed since it was opened")
+        return text
+
     def read(self, name: str) -> memoryview:
         """The bytes of the file `name`, after comparing their sha256 with the manifest's.
 

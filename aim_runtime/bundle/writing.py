@@ -14,6 +14,8 @@ from aim_runtime.bundle.bundle import Bundle
 from aim_runtime.bundle.files import MANIFEST_NAME
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, FileEntry, Manifest, is_plain_file_name
 from aim_runtime.errors import BundleError
+from aim_runtime.replacing import beside as _beside
+from aim_runtime.replacing import replace_folder as _replace
 from aim_runtime.replacing import replacing
 
 
@@ -223,24 +225,3 @@ def _copy(path: Path, target: Path) -> FileEntry:
             digest.update(chunk)
             size += copy.write(chunk)
     return FileEntry(digest.hexdigest(), size)
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Put `staging` in the place of `out` (absent, or a folder to replace)."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = _beside(out, "old")
-    out.rename(old)
-    try:
-        staging.rename(out)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(out: Path, ending: str) -> Path:
-    """A hidden name for the time being; of a long name only the start, so that all of it fits."""
-    return out.with_name(f".{out.name[:40]}.{secrets.token_hex(6)}.{ending}")

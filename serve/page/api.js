@@ -1,20 +1,26 @@
 /** The server's interface, and the key that it may ask for. Addresses are relative to the page's. */
 
+import { DrawingError } from "./errors.js";
 import { serverEvents, withinSilence } from "./events.js";
 
-/** @import { DrawEvent, Model, Order, PictureClass } from "./types.js" */
+/** @import { DrawEvent, DrawOrder, Model, PictureClass } from "./types.js" */
 
-/** An answer that is an error, or none at all (status 0). The message is a sentence for people. */
-export class ApiError extends Error {
+/** Seconds to wait for a place in the queue, where the server does not say. */
+const SOON = 5;
+
+/** An answer that is an error, or none at all (status 0). */
+export class ApiError extends DrawingError {
   /**
    * @param {string} message
    * @param {number} status
    * @param {number} [retryAfter] seconds
    */
   constructor(message, status, retryAfter) {
-    super(message);
+    super(message, {
+      wait: status === 429 ? Math.max(1, retryAfter ?? SOON) : 0,
+      general: status === 0 || status === 503,
+    });
     this.status = status;
-    this.retryAfter = retryAfter;
   }
 }
 
@@ -62,14 +68,11 @@ export class Api {
   /**
    * Draw. Leaving the loop, or aborting, cancels it at the server.
    *
-   * @param {Order} order
-   * @param {(chosen: PictureClass) => number | string} reference How to name a class.
-   * @param {number} every Steps between two previews.
+   * @param {DrawOrder} order
    * @param {AbortSignal} signal
    * @returns {AsyncGenerator<DrawEvent>}
    */
-  async *draw(order, reference, every, signal) {
-    const { classes, seed, settings } = order;
+  async *draw({ classes, seed, settings, reference, every }, signal) {
     const response = await this.#request("v1/draw", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
@@ -85,8 +88,13 @@ export class Api {
             sentence(found.error.message),
             found.error.code === "draining" ? 503 : 500,
           );
-        yield { type: event, ...found };
-        if (event === "done") return;
+        if (event === "progress") yield { type: "progress", ...found };
+        else if (event === "preview") yield* found.images.map(preview);
+        else if (event === "done") {
+          yield* found.images.map(finished);
+          yield { type: "done" };
+          return;
+        }
       }
     } catch (error) {
       if (signal.aborted || error instanceof ApiError) throw error;
@@ -153,6 +161,25 @@ async function errorOf(response) {
     response.status,
     Number.isFinite(wait) ? wait : undefined,
   );
+}
+
+/**
+ * @param {{ index: number, done_tokens: number, b64_json: string, output_format: string }} image
+ * @returns {DrawEvent}
+ */
+function preview({ index, done_tokens, b64_json, output_format }) {
+  const source = `data:image/${output_format};base64,${b64_json}`;
+  return { type: "preview", index, tokens: done_tokens, source };
+}
+
+/**
+ * @param {{ index: number, b64_json: string, output_format: string }} image
+ * @returns {DrawEvent}
+ */
+function finished({ index, b64_json, output_format }) {
+  const bytes = Uint8Array.from(atob(b64_json), (letter) => letter.charCodeAt(0));
+  const file = new Blob([bytes], { type: `image/${output_format}` });
+  return { type: "picture", index, file };
 }
 
 /** @param {string} text */

@@ -17,6 +17,7 @@ export class Card {
   picture = null;
   #image = element("img", { alt: "" });
   #tokens = element("span", { class: "tokens" });
+  #dropped = false;
   /** Tokens that the preview shows. */
   #shown = 0;
   #press = element("button", { type: "button", class: "picture", disabled: true });
@@ -52,8 +53,9 @@ export class Card {
     this.#press.focus();
   }
 
-  /** Forget what was drawn, to draw again. */
+  /** Wait to be drawn, again if need be. What is drawn already would become the same. */
   begin() {
+    if (this.picture) return;
     this.#image.remove();
     this.#shown = 0;
     this.decided(0);
@@ -89,6 +91,7 @@ export class Card {
    * @param {number} tokens That it shows.
    */
   preview(source, tokens) {
+    if (this.picture) return;
     this.#show(source);
     this.#shown = tokens;
     this.decided(tokens);
@@ -102,6 +105,7 @@ export class Card {
 
   /** @param {Blob} file */
   finish(file) {
+    if (this.picture || this.#dropped) return;
     const picture = {
       class: this.class,
       seed: this.seed,
@@ -140,6 +144,7 @@ export class Card {
 
   /** Take it off the page and give its memory back. */
   drop() {
+    this.#dropped = true;
     this.root.remove();
     this.#image.removeAttribute("src");
     if (this.picture) URL.revokeObjectURL(this.picture.url);

@@ -1,23 +1,23 @@
 /** One order on its way: from the press of the button to pictures, or to a sentence why not. */
 
-import { ApiError } from "./api.js";
+import { DrawingError } from "./errors.js";
 
 /** @import { Group } from "./group.js" */
 /** @import { Turns } from "./turns.js" */
-/** @import { DrawEvent } from "./types.js" */
+/** @import { DrawOrder, Source } from "./types.js" */
 
 export class Drawing {
   #abort = new AbortController();
 
   /**
-   * @param {(signal: AbortSignal) => AsyncIterable<DrawEvent>} source
+   * @param {Source} source
+   * @param {DrawOrder} order
    * @param {Turns} turns
-   * @param {(error: ApiError) => void} trouble Hears of a server that does not take requests.
    */
-  constructor(source, turns, trouble) {
+  constructor(source, order, turns) {
     this.source = source;
+    this.order = order;
     this.turns = turns;
-    this.trouble = trouble;
   }
 
   cancel() {
@@ -41,11 +41,11 @@ export class Drawing {
         await this.#once(group, signal);
       } catch (error) {
         if (signal.aborted) group.fail("Cancelled.", "Draw it after all");
-        else if (!(error instanceof ApiError)) throw error;
-        else if (error.status === 429) wait = Math.max(1, error.retryAfter ?? 5);
+        else if (!(error instanceof DrawingError)) throw error;
+        else if (error.wait) wait = error.wait;
         else {
           group.fail(error.message, "Try again");
-          if (error.status === 0 || error.status === 503) this.trouble(error);
+          if (error.general) this.source.trouble(error.message);
         }
       }
     } while (wait && (await countdown(group, wait, signal)));
@@ -58,10 +58,11 @@ export class Drawing {
   async #once(group, signal) {
     const giveBack = await this.turns.take(signal);
     try {
-      for await (const event of this.source(signal)) {
-        if (event.type === "progress") group.progress(event.done, event.total);
-        else if (event.type === "preview") group.preview(event.images);
-        else if (event.type === "done") group.finish(event.images);
+      for await (const event of this.source.draw(this.order, signal)) {
+        if (event.type === "progress") group.progress(event);
+        else if (event.type === "preview") group.preview(event.index, event.source, event.tokens);
+        else if (event.type === "picture") group.picture(event.index, event.file);
+        else group.finish();
       }
     } finally {
       giveBack();

@@ -42,7 +42,7 @@ export class Gallery {
   removeCard(card) {
     const group = this.groups.find(({ cards }) => cards.includes(card));
     if (!group) return;
-    if (group.cards.length === 1) return this.remove(group);
+    if (group.cards.length === 1) return group.actions.remove();
     const focused = card.root.contains(document.activeElement);
     const index = group.cards.indexOf(card);
     group.cards.splice(index, 1);

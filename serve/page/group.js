@@ -4,7 +4,7 @@ import { Card } from "./card.js";
 import { announce, counted, element, iconButton } from "./dom.js";
 
 /** @import { CardActions } from "./card.js" */
-/** @import { DrawnImage, Grid, Order, PartialImage, Settings } from "./types.js" */
+/** @import { Drawn, Grid, Order, Settings } from "./types.js" */
 
 /**
  * @typedef {object} GroupActions
@@ -15,6 +15,8 @@ import { announce, counted, element, iconButton } from "./dom.js";
  */
 
 export class Group {
+  /** The cards by their place in the order; `cards` are those that are still there. */
+  #ordered;
   #state = element("p", { class: "state" });
   #time = element("span", { class: "time" });
   #bar = element("progress", { max: 1 });
@@ -36,6 +38,7 @@ export class Group {
     this.title = titleOf(order);
     this.count = order.classes.length;
     this.cards = order.classes.map((_, index) => new Card(order, index, grid, cardActions));
+    this.#ordered = [...this.cards];
     this.#pictures.append(...this.cards.map(({ root }) => root));
     this.#bar.setAttribute("aria-label", `Progress of ${this.title}`);
     const heading = element(
@@ -73,33 +76,37 @@ export class Group {
     announce(`Drawing ${counted(this.count, "picture")} of ${this.title}.`);
   }
 
-  /**
-   * @param {number} done
-   * @param {number} total
-   */
-  progress(done, total) {
+  /** @param {{ done: number, total: number, of?: Drawn }} news */
+  progress({ done, total, of }) {
     if (!done) return;
     if (this.#state.firstChild) this.#state.firstChild.textContent = "Drawing";
     this.root.dataset["state"] = "drawing";
     this.#bar.max = total;
     this.#bar.value = done;
     // What is done of all images together; they draw side by side, and decoding comes last.
-    for (const card of this.cards) card.decided(Math.floor(done / this.count));
+    const { first, count, tokens } = of ?? { first: 0, count: this.count, tokens: done / this.count };
+    for (const card of this.#ordered.slice(first, first + count)) card.decided(Math.floor(tokens));
   }
 
-  /** @param {PartialImage[]} images */
-  preview(images) {
-    for (const { index, done_tokens, b64_json, output_format } of images) {
-      this.cards[index]?.preview(`data:image/${output_format};base64,${b64_json}`, done_tokens);
-    }
+  /**
+   * @param {number} index
+   * @param {string} source
+   * @param {number} tokens
+   */
+  preview(index, source, tokens) {
+    this.#ordered[index]?.preview(source, tokens);
   }
 
-  /** @param {DrawnImage[]} images */
-  finish(images) {
-    for (const { index, b64_json, output_format } of images) {
-      const bytes = Uint8Array.from(atob(b64_json), (letter) => letter.charCodeAt(0));
-      this.cards[index]?.finish(new Blob([bytes], { type: `image/${output_format}` }));
-    }
+  /**
+   * @param {number} index
+   * @param {Blob} file
+   */
+  picture(index, file) {
+    this.#ordered[index]?.finish(file);
+  }
+
+  /** All pictures are there. */
+  finish() {
     this.#enter("done", duration(performance.now() - this.#started));
     this.#buttons.append(
       iconButton("more", `More like ${this.title}`, this.actions.again),

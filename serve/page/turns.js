@@ -1,4 +1,4 @@
-/** Who may open a stream to the server now. */
+/** Who may draw now. */
 
 export class Turns {
   /** @type {(() => void)[]} */

@@ -34,14 +34,25 @@
  * @property {Blob} file
  * @property {string} url Of `file`; whoever drops the picture revokes it.
  *
- * @typedef {{ index: number, b64_json: string, output_format: string }} DrawnImage
+ * @typedef {Order & { reference: (chosen: PictureClass) => string | number, every: number }} DrawOrder
+ *   And how to name its classes, and the steps between two previews.
  *
- * @typedef {DrawnImage & { done_tokens: number }} PartialImage
+ * @typedef {{ type: "progress", done: number, total: number, of?: Drawn }
+ *   | { type: "preview", index: number, tokens: number, source: string }
+ *   | { type: "picture", index: number, file: Blob }
+ *   | { type: "done" }} DrawEvent Progress counts the tokens of all images. A preview shows so many
+ *   tokens; its source is an address. Of each image there is one picture, and one "done" after all.
  *
- * @typedef {{ type: "accepted" }
- *   | { type: "progress", done: number, total: number }
- *   | { type: "preview", images: PartialImage[] }
- *   | { type: "done", seconds: number, images: DrawnImage[] }} DrawEvent
+ * @typedef {{ first: number, count: number, tokens: number }} Drawn The images that are being drawn side
+ *   by side, if those are not all, and the tokens that each of them has.
+ *
+ * @typedef {object} Source Where pictures come from.
+ * @property {number} atOnce Orders that it takes at a time; the page keeps the others waiting.
+ * @property {number} atFirst Pictures that are offered at first.
+ * @property {number} previews The most previews of a picture that are worth their time.
+ * @property {(order: DrawOrder, signal: AbortSignal) => AsyncIterable<DrawEvent>} draw Throws
+ *   DrawingError. Leaving the loop, or aborting, cancels the order.
+ * @property {(sentence: string) => void} trouble Hears why no order can be drawn now.
  */
 
 export {};

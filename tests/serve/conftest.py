@@ -4,5 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from ..browser import browser, npm, watched  # noqa: F401 - fixtures
+
 with contextlib.suppress(ModuleNotFoundError):
     from .parts import gate, gen, live, service, serving, tiny  # noqa: F401 - fixtures

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,80 +19,18 @@ from PIL import Image
 from aim_runtime.class_names import ClassNames
 from aim_runtime.images import read_settings
 
+from ..browser import PATIENCE_MS, PHONE, Watched
 from .page_server import LIMITS, PAGE, Behaviour, page_server
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-# For machines that do much else; what waits for nothing ends at once.
-PATIENCE_MS = 30_000
 expect.set_options(timeout=PATIENCE_MS)
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-if CHROMIUM is None:
-    pytest.skip("there is no Chromium here", allow_module_level=True)
-# As root, and in a container with a small /dev/shm.
-FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-AXE, TYPESCRIPT = "axe-core@4.14.1", "typescript@7.0.2"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Behaviour]:
     with page_server(tmp_path) as behaviour:
         yield behaviour
-
-
-class Watched:
-    """Contexts of a browser whose pages may not complain, nor ask another host for anything."""
-
-    def __init__(self, browser: Any) -> None:
-        self.browser = browser
-        self.contexts: list[Any] = []
-        self.wrong: list[str] = []
-
-    def open(self, url: str, *, ready: bool = True, **options: Any) -> Any:
-        context = self.browser.new_context(**options)
-        self.contexts.append(context)
-        context.set_default_timeout(PATIENCE_MS)
-        page = context.new_page()
-        origin = "/".join(url.split("/")[:3])
-
-        def asked(request: Any) -> None:
-            if not request.url.startswith((f"{origin}/", "data:image/", f"blob:{origin}/")):
-                self.wrong.append(f"asked for {request.url}")
-
-        def said(message: Any) -> None:
-            # Chromium itself reports answers that are errors; the page tells the person.
-            if (
-                message.type in ("error", "warning")
-                and "Failed to load resource" not in message.text
-            ):
-                self.wrong.append(message.text)
-
-        page.on("request", asked)
-        page.on("console", said)
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.goto(url)
-        if ready:
-            expect(page.locator("#draw")).to_be_enabled()
-        return page
-
-
-@pytest.fixture
-def watched(browser: Any) -> Iterator[Watched]:
-    watched = Watched(browser)
-    yield watched
-    for context in watched.contexts:
-        context.close()
-    assert not watched.wrong
 
 
 def choose(page: Any, *names: str) -> None:
@@ -485,19 +422,6 @@ def served(command: list[str]) -> Iterator[str]:
 def slots_in_use(page: Any) -> float:
     text = page.evaluate("fetch('metrics').then(answer => answer.text())")
     return float(re.findall(r"^aim_slots_in_use (\S+)", text, re.M)[0])
-
-
-@pytest.fixture(scope="session")
-def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which npm has installed what checks the page."""
-    folder = tmp_path_factory.mktemp("npm")
-    if shutil.which("npm") is None:
-        pytest.skip("there is no npm here")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "--prefix", folder]
-    made = subprocess.run([*command, AXE, TYPESCRIPT], capture_output=True, text=True, timeout=120)
-    if made.returncode:
-        pytest.skip(f"npm cannot install here: {made.stderr.strip()[-200:]}")
-    return folder / "node_modules"
 
 
 def test_types(npm: Path) -> None:
