@@ -27,8 +27,8 @@ from aim_runtime.onnx_graph.shapes import (
 
 MICROSOFT = "com.microsoft"
 
-# Convolutions over one or two dimensions, as decoders have them.
-_CONV_RANKS = (3, 4)
+# Convolutions over one to three dimensions, as decoders have them.
+_CONV_RANKS = (3, 4, 5)
 _MAX_BLOCK = 1 << 10  # weights that share a scale
 _EIGHT_BIT_SUMS = 4  # MatMulNBits' accuracy level at which it never makes float32 of its weights
 
