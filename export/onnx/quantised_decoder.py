@@ -98,6 +98,7 @@ class Decoder:
         self.taps: dict[str, str] = {}
 
     def build(self) -> ModelProto:
+        """The whole graph, its large weights outside as those of the plain one."""
         g, side = self.g, self.source.side
         g.input("tokens", np.int64, [ROWS, side * side])
         size = self._value(_CODEBOOK).shape[1]

@@ -20,6 +20,7 @@ the size of the one before it, so that in whatever order nodes run there is one 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -137,7 +138,7 @@ class WinogradConvolution:
         whole = 4 * self._points**2 * channels * self._tiles**2
         count = min(self._tiles, -(-whole // _STRIP_BYTES))
         ends = [round(self._tiles * number / count) for number in range(count + 1)]
-        return list(zip(ends, ends[1:], strict=False))
+        return list(itertools.pairwise(ends))
 
     def _strip(self, x: str, prepare: Prepare | None, first: int, last: int, before: str) -> str:
         """Lines of patches, without the last, to (rows, outputs, 4 · that many, 4 · patches).
