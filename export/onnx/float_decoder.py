@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from onnx import ModelProto
 
-from aim_export.onnx.decoder_source import LAST, DecoderSource
-from aim_export.onnx.quantised_decoder import Decoder, Map
+from aim_export.onnx.decoder_source import LAST, DecoderSource, Map
+from aim_export.onnx.quantised_decoder import Decoder
 from aim_export.onnx.winograd import Prepare, WinogradConvolution, in_fours, in_order, pays
 
 

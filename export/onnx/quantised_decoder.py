@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from aim_export.onnx.decoder_ranges import ConvolutionRanges, Range
-from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource
+from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource, Map
 from aim_export.onnx.graph import HALF_SUFFIX, ROWS, GraphBuilder
 from aim_export.onnx.integer_convolution import MIDDLE, integer_convolution
 
@@ -46,19 +46,6 @@ _NEAREST = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "flo
 # What is measured of maps, in the order of the fields of `Seen`.
 _MEASURES = ("ReduceMin", "ReduceMax", "ReduceMean")
 _WHAT_OF = ("read", "made")
-
-
-@dataclass
-class Map:
-    """A map as parts of channels, each (rows, C / parts, side²), float32.
-
-    `levels` is the same in 8 bits, (rows, side, side, C), where it was made of them.
-    """
-
-    parts: list[str]
-    channels: int
-    side: int
-    levels: tuple[str, Range] | None = None
 
 
 def quantise_decoder(source: DecoderSource, ranges: Mapping[str, ConvolutionRanges]) -> ModelProto:
