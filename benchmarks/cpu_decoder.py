@@ -2,12 +2,12 @@
 
 Its working memory comes from the system, value by value, or is planned in an arena, which is kept
 from image to image or given back after each; the backend `cpu` does one or the other by the
-decoder's size. With `--precision` the plain decoder and the one of 8-bit convolutions are compared
-instead, both in an arena. By turns, each in a process of its own, since it is about memory and
-pages too. Then what share of a run each kind of operator takes. `published` is the network of the
-published tokenizer with random weights, exported once into a cache folder; that, and convolutions
-of 8 bits, need the `export` extra. Ends in Markdown tables; with `--json` the rows are added to a
-file.
+decoder's size. With `--precision` the plain decoder, the one of fewer multiplications and the one
+of 8-bit convolutions are compared instead, all in an arena. By turns, each in a process of its own,
+since it is about memory and pages too. Then what share of a run each kind of operator takes.
+`published` is the network of the published tokenizer with random weights, exported once into a
+cache folder; that, and `--precision`, need the `export` extra. Ends in Markdown tables; with
+`--json` the rows are added to a file.
 """
 
 from __future__ import annotations
@@ -62,15 +62,16 @@ def main(model: str, cache: Path, threads: int, precision: bool, out: Path | Non
     plain = str(folder / "decoder.onnx")
     variants = [("fp32", plain, memory, {}) for memory in MEMORY]
     if precision:
-        graph, distance = quantised(folder, cache)
-        variants = [("fp32", plain, USUAL[model], {}), ("int8", graph, USUAL[model], distance)]
+        others = rewritten(folder, cache)
+        variants = [("fp32", plain, USUAL[model], {})]
+        variants += [(name, graph, USUAL[model], distance) for name, graph, distance in others]
     found: dict[int, list[dict[str, float]]] = {number: [] for number in range(len(variants))}
     for turn in range(TURNS[model]):
         for number, (name, graph, memory, _) in enumerate(variants):
             say(f"{model}: turn {turn + 1}, {name}, memory: {memory}")
             found[number].append(in_fresh_process(decoded, graph, memory, IMAGES[model], threads))
     say(f"{model}: a run by operator")
-    shares = in_fresh_process(operator_shares, variants[-1][1], threads)
+    shares = in_fresh_process(operator_shares, variants[1][1], threads)
     common = machine() | {
         "date": datetime.now(UTC).date().isoformat(),
         "threads": threads,
@@ -109,16 +110,18 @@ def random_decoder(cache: Path) -> Path:
     return folder
 
 
-def quantised(bundle: Path, cache: Path) -> tuple[str, dict[str, float]]:
-    """The decoder of a bundle with all convolutions in 8 bits, and its PSNR from the plain one.
+def rewritten(bundle: Path, cache: Path) -> list[tuple[str, str, dict[str, float]]]:
+    """The decoder of a bundle in float32 with fewer multiplications, and with all convolutions in 8
+    bits: name, graph, and its PSNR from the plain one.
 
-    It is fitted to codes drawn at random and compared on others. Beside its weights, so that it can
-    be opened by its path.
+    8 bits are fitted to codes drawn at random, both are compared on others. Beside their weights,
+    so that they can be opened by their paths.
     """
     from aim_export import decoder
+    from aim_export.onnx.float_decoder import rearrange_decoder
     from aim_export.onnx.quantised_decoder import quantise_decoder
 
-    folder = cache / f"quantised-{bundle.name}"
+    folder = cache / f"rewritten-{bundle.name}"
     folder.mkdir(parents=True, exist_ok=True)
     opened = Bundle.open(bundle)
     spec = opened.manifest.graphs["decoder"]
@@ -127,14 +130,24 @@ def quantised(bundle: Path, cache: Path) -> tuple[str, dict[str, float]]:
     vocabulary = opened.manifest.model.vocab_size
     codes = np.random.default_rng(1).integers(0, vocabulary, (2 * COMPARED, TOKENS))
     ranges = decoder.seen_ranges(opened, source, codes[:COMPARED])
-    graph = folder / "decoder-int8.onnx"
-    graph.write_bytes(quantise_decoder(source, ranges).SerializeToString())
-    pictures = []
-    for path in (bundle / spec.file, graph):
-        session = session_of(str(path), 2, arena=True)
+    models = {
+        "fp32, fewer products": rearrange_decoder(source),
+        "int8": quantise_decoder(source, ranges),
+    }
+
+    def pictures(graph: Path) -> Any:
+        session = session_of(str(graph), 2, arena=True)
         found = [session.run(None, {"tokens": row[None]})[0] for row in codes[COMPARED:]]
-        pictures.append(np.concatenate(found))
-    return str(graph), {"psnr_db": decoder.psnr_db(*pictures)}
+        return np.concatenate(found)
+
+    plain, made = pictures(bundle / spec.file), []
+    for name, model in models.items():
+        if model is None:  # its maps are too small
+            continue
+        graph = folder / f"decoder-{name[:4]}.onnx"
+        graph.write_bytes(model.SerializeToString())
+        made.append((name, str(graph), {"psnr_db": decoder.psnr_db(pictures(graph), plain)}))
+    return made
 
 
 def session_of(graph: str, threads: int, *, arena: bool, profile: str = "") -> Any:

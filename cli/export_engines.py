@@ -150,8 +150,8 @@ def _add_cpu_graphs(bundle_dir: Path, report: Report | None, *, in_8_bits: bool)
         from aim_export.decoder import EIGHT_BITS, add_decoder_graph
     with _whole_if_interrupted(bundle_dir, "graphs for CPUs"):
         bundle = add_step_graph(bundle_dir, report)
-        if in_8_bits or bundle.manifest.precision in EIGHT_BITS:
-            add_decoder_graph(bundle_dir, report)
+        in_8_bits = in_8_bits or bundle.manifest.precision in EIGHT_BITS
+        add_decoder_graph(bundle_dir, report, in_8_bits=in_8_bits)
 
 
 def _add_tensorrt(bundle_dir: Path, report: Report | None) -> None:

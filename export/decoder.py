@@ -1,7 +1,8 @@
 """The decoder that the `cpu` backend takes instead of the plain one, made and held against it.
 
-As with the step, everything follows from the bundle. What 8 bits must hold is seen on pictures of
-the model's own codes; what they lose is measured on others.
+As with the step, everything follows from the bundle. In float32 it is the same arithmetic in
+another order, and pictures of any codes show that. What 8 bits must hold is seen on pictures of the
+model's own codes; what they lose is measured on others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from aim_export.cuda.decoder_network import blocks, decoder_tensors, group_norms
 from aim_export.errors import ExportError
 from aim_export.onnx.decoder_ranges import ConvolutionRanges, Seen, convolution_ranges
 from aim_export.onnx.decoder_source import PREFIX, DecoderSource, follows_swish, level_of
+from aim_export.onnx.float_decoder import rearrange_decoder
 from aim_export.onnx.graph import HALF_SUFFIX
 from aim_export.onnx.quantised_decoder import observed_decoder, quantise_decoder
 from aim_runtime import Bundle
@@ -31,6 +33,7 @@ from aim_runtime.engines.onnxruntime.decoder_graph import (
     DECODER_GRAPH_FILE,
     EQUAL_PICTURES_DB,
     DecoderGraph,
+    chosen_decoder,
 )
 from aim_runtime.engines.onnxruntime.engine import make_session
 from aim_runtime.engines.onnxruntime.interruptible import Stopping
@@ -47,15 +50,19 @@ if TYPE_CHECKING:
 Report = Callable[[str], None]
 
 FIRST_ONNXRUNTIME = "1.24"
-"""The first ONNX Runtime that this graph was tried on."""
+"""The first ONNX Runtime that these graphs were tried on."""
 LEAST_PSNR_DB = 40.0
 """What pictures of a decoder in 8 bits must have, on average, against the plain one's."""
+LEAST_FLOAT_PSNR_DB = 60.0
+"""And those of one in float32."""
 
 EIGHT_BITS = ("int8", "int4")
 """Precisions of a bundle whose decoder sums products of 8 bits on a CPU."""
 
 # The pictures that ranges are seen on, and those that it is compared on.
 _SEEN, _COMPARED = 8, 6
+# In float32, where every picture is as near as the other.
+_COMPARED_IN_FLOAT = 3
 # What is aimed at: other pictures may come out a little worse than those compared.
 _WANTED_PSNR_DB = LEAST_PSNR_DB + 1
 
@@ -69,15 +76,19 @@ class _Tried:
     psnr_db: float
 
 
-def add_decoder_graph(bundle_dir: Path, report: Report | None = None) -> Bundle:
-    """Put a decoder of 8-bit convolutions into a bundle's folder; one that was there is replaced.
+def add_decoder_graph(
+    bundle_dir: Path, report: Report | None = None, *, in_8_bits: bool = True
+) -> Bundle:
+    """Put a faster decoder into a bundle's folder; one that was there is replaced.
 
     Args:
         bundle_dir: the folder of a bundle.
         report: told, line by line, what is being done and was measured.
+        in_8_bits: with convolutions of 8 bits if the pictures bear it. Without, one of these that
+            is there stays.
 
     Returns:
-        The bundle; as it was, if the pictures of such a decoder were too far from the plain one's.
+        The bundle; as it was, if no other decoder is both faster and near enough to the plain one.
 
     Raises:
         ExportError: the bundle is no folder, or its decoder is not one that `aim export` wrote; the
@@ -87,52 +98,92 @@ def add_decoder_graph(bundle_dir: Path, report: Report | None = None) -> Bundle:
     bundle = Bundle.open(bundle_dir)
     if not bundle.path.is_dir():
         raise ExportError(f"{bundle.path}: graphs are added to a bundle folder; unpack it first")
+    there = chosen_decoder(bundle).decoder
+    if not in_8_bits and there is not None and there.precision == "int8":
+        return bundle
     with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=".aim-cpu.") as folder:
-        return _added(bundle, Path(folder), report or (lambda line: None))
+        say = report or (lambda line: None)
+        return _added(bundle, Path(folder), say, in_8_bits=in_8_bits)
 
 
 def with_decoder_graph(bundle: Bundle, precision: str, scratch: Path, report: Report) -> Bundle:
-    """`bundle`, in a folder, with such a decoder if `precision` is one of `EIGHT_BITS`.
+    """`bundle`, in a folder, with a faster decoder where there is one: see `add_decoder_graph`.
 
-    `scratch` is a folder beside the bundle's.
+    It may be of 8 bits if `precision` is one of `EIGHT_BITS`. `scratch` is a folder beside the
+    bundle's.
     """
-    if precision not in EIGHT_BITS:
-        return bundle
     made = scratch / "decoder"
     made.mkdir()
-    return _added(bundle, made, report)
+    return _added(bundle, made, report, in_8_bits=precision in EIGHT_BITS)
 
 
-def _added(bundle: Bundle, folder: Path, report: Report) -> Bundle:
+def _added(bundle: Bundle, folder: Path, say: Report, *, in_8_bits: bool) -> Bundle:
     """`bundle` with what fits into `folder` first."""
-    if not write_decoder_graph(bundle, folder, report):
+    if is_older(installed_version(), FIRST_ONNXRUNTIME):
+        say(f"the decoder stays the plain one: another takes onnxruntime {FIRST_ONNXRUNTIME}")
         return bundle
-    return add_files(bundle.path, folder)
+    source = decoder_source(bundle)
+    written = in_8_bits and write_quantised_decoder(bundle, source, folder, say)
+    if written or write_float_decoder(bundle, source, folder, say):
+        return add_files(bundle.path, folder)
+    return bundle
 
 
-def write_decoder_graph(bundle: Bundle, folder: Path, report: Report | None = None) -> bool:
+def write_float_decoder(bundle: Bundle, source: DecoderSource, folder: Path, say: Report) -> bool:
+    """Write a decoder of fewer multiplications over the weights of `bundle`, and its description.
+
+    Args:
+        bundle: an open one.
+        source: what its decoder is made of.
+        folder: an existing one, for the two files.
+        say: told, line by line, what is being done and was measured.
+
+    Returns:
+        Whether there is one: maps may be too small for it to be faster.
+
+    Raises:
+        aim_runtime.BundleError: the bundle is damaged.
+    """
+    model = rearrange_decoder(source)
+    if model is None:
+        return False
+    say("comparing the decoder of fewer multiplications with the plain one")
+    manifest = bundle.manifest.model
+    sizes = (_COMPARED_IN_FLOAT, manifest.num_tokens)
+    tokens = np.random.default_rng(0).integers(0, manifest.vocab_size, sizes)
+    found = psnr_db(*(_pictures(bundle, graph, tokens) for graph in (model, source.plain)))
+    if found < LEAST_FLOAT_PSNR_DB:
+        say(
+            f"the decoder stays the plain one: one of fewer multiplications reaches {found:.1f} dB "
+            f"PSNR from its pictures, at least {LEAST_FLOAT_PSNR_DB:g} are needed"
+        )
+        return False
+    if not _written(bundle, folder, say, model, ("fp32", found)):
+        return False
+    say(f"a decoder of fewer multiplications is {found:.1f} dB PSNR from the plain one")
+    return True
+
+
+def write_quantised_decoder(
+    bundle: Bundle, source: DecoderSource, folder: Path, say: Report
+) -> bool:
     """Write a decoder of 8-bit convolutions over the weights of `bundle`, and what describes it.
 
     The levels of lowest resolution, which cost least, stay in float32 as far as the pictures ask
     for it.
 
     Args:
-        bundle: an open one, whose decoder is one that `aim export` wrote.
+        bundle: an open one.
+        source: what its decoder is made of.
         folder: an existing one, for the two files.
-        report: told, line by line, what is being done and was measured.
+        say: told, line by line, what is being done and was measured.
 
     Returns:
         Whether there is one: pictures of less than `LEAST_PSNR_DB` are not worth their speed.
 
     Raises:
-        ExportError: the decoder is not one that `aim export` wrote.
         aim_runtime.BundleError: the bundle is damaged.
     """
-    say = report or (lambda line: None)
-    if is_older(installed_version(), FIRST_ONNXRUNTIME):
-        say(f"the decoder stays the plain one: another takes onnxruntime {FIRST_ONNXRUNTIME}")
-        return False
-    source = decoder_source(bundle)
     say(f"drawing {_SEEN + _COMPARED} images to fit the decoder's 8-bit convolutions to")
     tokens = _codes(bundle, _SEEN + _COMPARED)
     ranges = seen_ranges(bundle, source, tokens[:_SEEN])
@@ -145,9 +196,23 @@ def write_decoder_graph(bundle: Bundle, folder: Path, report: Report | None = No
             f"{best.psnr_db:.1f} dB PSNR from its pictures, at least {LEAST_PSNR_DB:g} are needed"
         )
         return False
+    if not _written(bundle, folder, say, best.model, ("int8", best.psnr_db)):
+        return False
+    say(f"8-bit convolutions{kept} decode at {best.psnr_db:.1f} dB PSNR from the plain decoder")
+    return True
+
+
+def _written(
+    bundle: Bundle, folder: Path, say: Report, model: onnx.ModelProto, what: tuple[str, float]
+) -> bool:
+    """Whether the graph is one that a bundle may hold; then it and its description are written.
+
+    `what` is what most of its sums are of, and the PSNR of its pictures.
+    """
     graph = replace(bundle.manifest.graphs["decoder"], file=DECODER_GRAPH_FILE)
-    described = DecoderGraph(graph, "int8", round(best.psnr_db, 2), FIRST_ONNXRUNTIME)
-    data = best.model.SerializeToString()
+    precision, found = what
+    described = DecoderGraph(graph, precision, round(found, 2), FIRST_ONNXRUNTIME)
+    data = model.SerializeToString()
     try:
         check_graph(data, bundle, graph)
     except BundleError as error:  # it takes more than a bundle of this geometry may
@@ -155,7 +220,6 @@ def write_decoder_graph(bundle: Bundle, folder: Path, report: Report | None = No
         return False
     (folder / DECODER_GRAPH_FILE).write_bytes(data)
     (folder / DECODER_FILE).write_text(described.to_json(), encoding="utf-8")
-    say(f"8-bit convolutions{kept} decode at {best.psnr_db:.1f} dB PSNR from the plain decoder")
     return True
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_MAX_TRACED = 2048
+_MAX_TRACED = 4096
 
 
 class Step(NamedTuple):

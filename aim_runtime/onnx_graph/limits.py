@@ -20,6 +20,9 @@ _WORK_A_PARAMETER = 1 << 4
 # How many float32 a stored byte may become, in what the engine folds and keeps. One, for numbers of
 # 8 bits; half precision takes less.
 _FLOATS_A_BYTE = {"int4": 2}
+# Of a decoder: its half precision is twice as much, and products that take the place of its
+# convolutions have matrices of four times their weights, which are reshaped.
+_DECODER_FLOATS_A_BYTE = 4
 _FREE_FIXED_BYTES = 1 << 20
 _FREE_FIXED_WORK = 1 << 26
 
@@ -50,12 +53,14 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     stored = manifest.files[graph.weights].size
     row, decoder = memory_needed(manifest, rows_per_image=1)  # what a request is told that it takes
     outputs = {spec.name for spec in graph.outputs}
+    floats_a_byte = _FLOATS_A_BYTE.get(manifest.precision, 1)
     if "image" in outputs:
         pixels = model.image_height * model.image_width
         width = _BYTES_A_PIXEL_AND_WIDTH * math.isqrt(model.decoder_parameters)
         planned = 2 * decoder
         row_bytes = max(planned, width * pixels)
         row_work = _DECODER_WORK_PER_PIXEL * pixels
+        floats_a_byte = _DECODER_FLOATS_A_BYTE
     else:
         activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
         planned = row_bytes = 2 * row + 4 * activations
@@ -63,7 +68,7 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     return GraphLimits(
         planned_row_bytes=planned,
         row_bytes=row_bytes,
-        fixed_bytes=_FLOATS_A_BYTE.get(manifest.precision, 1) * 4 * stored + _FREE_FIXED_BYTES,
+        fixed_bytes=floats_a_byte * 4 * stored + _FREE_FIXED_BYTES,
         row_work=row_work,
         fixed_work=_WORK_A_PARAMETER * stored + _FREE_FIXED_WORK,
     )

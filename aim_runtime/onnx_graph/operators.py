@@ -27,8 +27,9 @@ from aim_runtime.onnx_graph.shapes import (
 
 MICROSOFT = "com.microsoft"
 
-# Convolutions over one or two dimensions, as decoders have them.
+# Convolutions over one or two dimensions, as decoders have them; in float32 over three.
 _CONV_RANKS = (3, 4)
+_CONV_RANKS_IN_FLOAT = (3, 4, 5)
 # Weights that share a scale. With larger blocks ONNX Runtime 1.24 hands out memory as it lay there.
 _MAX_BLOCK = 1 << 8
 _EIGHT_BIT_SUMS = 4  # MatMulNBits' accuracy level at which it never makes float32 of its weights
@@ -189,6 +190,7 @@ def _convolved(
     dtype: int | None = None,
     unrolled: bool = False,
     may_be_last: bool = False,
+    ranks: tuple[int, ...] = _CONV_RANKS,
 ) -> Rule:
     """The input `x` (N, channels, ...) convolved with the kernels `w`.
 
@@ -199,8 +201,8 @@ def _convolved(
 
     def rule(call: Call) -> list[Value]:
         value, kernels = call.input(x), call.input(w)
-        if len(value.shape) not in _CONV_RANKS or len(kernels.shape) != len(value.shape):
-            raise GraphRefused("a convolution in it is over more than two dimensions")
+        if len(value.shape) not in ranks or len(kernels.shape) != len(value.shape):
+            raise GraphRefused(f"a convolution in it is over more than {max(ranks) - 2} dimensions")
         last = call.integer("channels_last", 0)
         if last and not may_be_last:
             raise GraphRefused("a convolution in it has its channels last")
@@ -351,7 +353,7 @@ _STANDARD: dict[str, Rule] = {
     "MatMul": _multiplied(0, 1),
     "MatMulInteger": _multiplied(0, 1, dtype=INT32),
     "QLinearMatMul": _multiplied(0, 3),
-    "Conv": _convolved(0, 1, bias=2),
+    "Conv": _convolved(0, 1, bias=2, ranks=_CONV_RANKS_IN_FLOAT),
     "ConvInteger": _convolved(0, 1, each=(3,), dtype=INT32, unrolled=True),
     "QLinearConv": _convolved(0, 3, bias=8, each=(4, 5), unrolled=True),
     **_each("DynamicQuantizeLinear QuantizeLinear", _quantised),

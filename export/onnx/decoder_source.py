@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from aim_export.onnx.decoder_ranges import Range
+
 PREFIX = "tokenizer."
 """Before a parameter's name in the graph."""
 LAST = "decoder.conv_out"
@@ -34,6 +36,19 @@ class DecoderSource:
     groups: int
     eps: float
     side: int
+
+
+@dataclass
+class Map:
+    """A map as parts of channels, each (rows, C / parts, side²), float32.
+
+    `levels` is the same in 8 bits, (rows, side, side, C), where it was made of them.
+    """
+
+    parts: list[str]
+    channels: int
+    side: int
+    levels: tuple[str, Range] | None = None
 
 
 def follows_swish(name: str) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from aim_export.onnx.decoder_ranges import ConvolutionRanges, Range
-from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource
+from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource, Map
 from aim_export.onnx.graph import HALF_SUFFIX, ROWS, GraphBuilder
 from aim_export.onnx.integer_convolution import MIDDLE, integer_convolution
 
@@ -47,22 +48,9 @@ _MEASURES = ("ReduceMin", "ReduceMax", "ReduceMean")
 _WHAT_OF = ("read", "made")
 
 
-@dataclass
-class _Map:
-    """A map as parts of channels, each (rows, C / parts, side²), float32.
-
-    `levels` is the same in 8 bits, (rows, side, side, C), where it was made of them.
-    """
-
-    parts: list[str]
-    channels: int
-    side: int
-    levels: tuple[str, Range] | None = None
-
-
 def quantise_decoder(source: DecoderSource, ranges: Mapping[str, ConvolutionRanges]) -> ModelProto:
     """The decoder with the convolutions named in `ranges` in 8 bits; the others in float32."""
-    return _Decoder(source, ranges).build()
+    return Decoder(source, ranges).build()
 
 
 def observed_decoder(source: DecoderSource) -> tuple[ModelProto, dict[str, list[str]]]:
@@ -71,14 +59,17 @@ def observed_decoder(source: DecoderSource) -> tuple[ModelProto, dict[str, list[
     Returns the model, and the names of those outputs by convolution, (C,) each: the least, the
     largest and the mean of each channel of what it reads, then of what it makes.
     """
-    decoder = _Decoder(source, {}, observe=True)
+    decoder = Decoder(source, {}, observe=True)
     model = decoder.build()
     return model, decoder.observed
 
 
 @dataclass
-class _Decoder:
-    """The decoder, part by part."""
+class Decoder:
+    """The decoder, part by part; without `ranges` in float32."""
+
+    graph_name: ClassVar[str] = "aim_quantised_decoder"
+    most_parts: ClassVar[int] = _MOST_PARTS
 
     source: DecoderSource
     ranges: Mapping[str, ConvolutionRanges]
@@ -87,13 +78,14 @@ class _Decoder:
     constants: int = 0
 
     def __post_init__(self) -> None:
-        self.g = GraphBuilder("aim_quantised_decoder")
+        self.g = GraphBuilder(self.graph_name)
         self.g.domain(_MICROSOFT, 1)
         self.tensors = {tensor.name: tensor for tensor in self.source.plain.graph.initializer}
         self.cast: set[str] = set()
         self.taps: dict[str, str] = {}
 
     def build(self) -> ModelProto:
+        """The whole graph, its large weights outside as those of the plain one."""
         g, side = self.g, self.source.side
         g.input("tokens", np.int64, [ROWS, side * side])
         size = self._value(_CODEBOOK).shape[1]
@@ -103,7 +95,7 @@ class _Decoder:
         grid = self._plain_convolution(grid, "post_quant_conv", pad=0)
         grid = self._plain_convolution(grid, "decoder.conv_in", pad=1)
         channels = self._value("decoder.conv_in.weight").shape[0]
-        x = self._split(grid, channels, side)
+        x = self._entered(self._split(grid, channels, side))
         steps = {
             "residual": self._residual,
             "attention": self._attended,
@@ -120,22 +112,31 @@ class _Decoder:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
         return model
 
+    def _entered(self, x: Map) -> Map:
+        """The map in front of the first block."""
+        return x
+
     # -- blocks ------------------------------------------------------------------------------------
 
-    def _residual(self, x: _Map, name: str) -> _Map:
+    def _residual(self, x: Map, name: str) -> Map:
         """norm, swish, convolution, twice, around a shortcut."""
         made = x
         for number in (1, 2):
             conv = f"{name}.conv{number}"
             read = self._normed(made, f"{name}.norm{number}", conv)
             made = self._convolved(read, conv, x.side)
-        kept = x
-        if made.channels != x.channels:
-            kept = self._projected(x, f"{name}.nin_shortcut")
-        parts = [self.g.op("Add", a, b) for a, b in zip(kept.parts, made.parts, strict=True)]
-        return _Map(parts, made.channels, made.side)
+        return self._added(self._shortcut(x, made.channels, name), made)
 
-    def _projected(self, x: _Map, name: str) -> _Map:
+    def _shortcut(self, x: Map, channels: int, name: str) -> Map:
+        """What a residual block adds to what its convolutions make."""
+        return x if x.channels == channels else self._projected(x, f"{name}.nin_shortcut")
+
+    def _added(self, x: Map, other: Map) -> Map:
+        """The sum of two maps."""
+        parts = [self.g.op("Add", a, b) for a, b in zip(x.parts, other.parts, strict=True)]
+        return Map(parts, x.channels, x.side)
+
+    def _projected(self, x: Map, name: str) -> Map:
         """A product for each pixel, where a block has another number of channels behind it."""
         if name in self.ranges and x.levels is not None:
             levels, inputs = x.levels
@@ -147,7 +148,7 @@ class _Decoder:
         self._look(name, whole, made)
         return self._split(made, self._value(f"{name}.weight").shape[0], x.side)
 
-    def _attended(self, x: _Map, name: str) -> _Map:
+    def _attended(self, x: Map, name: str) -> Map:
         """Attention of all pixels to all."""
         g, hidden = self.g, self._normed(x, f"{name}.norm", "")
         query, key, value = (
@@ -164,7 +165,7 @@ class _Decoder:
         mixed = self._plain_convolution(mixed, f"{name}.proj_out", pad=0)
         return self._split(g.op("Add", self._whole(x), mixed), x.channels, x.side)
 
-    def _doubled(self, x: _Map, name: str) -> _Map:
+    def _doubled(self, x: Map, name: str) -> Map:
         """Every pixel four times, then a convolution; of 2×2 for each of the four if in 8 bits."""
         g, side = self.g, x.side
         if name not in self.ranges:
@@ -218,7 +219,7 @@ class _Decoder:
 
     # -- between convolutions ----------------------------------------------------------------------
 
-    def _normed(self, x: _Map, norm: str, reader: str) -> str:
+    def _normed(self, x: Map, norm: str, reader: str) -> str:
         """The norm of `x`, for the convolution `reader` behind swish, or "" without swish.
 
         (rows, C, side, side): float32, or levels where `reader` is in 8 bits.
@@ -226,22 +227,27 @@ class _Decoder:
         g, count = self.g, len(x.parts)
         gains = self._vector(f"{norm}.weight", count)
         shifts = self._vector(f"{norm}.bias", count)
-        groups = self.source.groups // count
-        ones, zeros = (g.constant([value] * groups) for value in (1, 0))
+        groups, channels = self.source.groups // count, self._sizes(0, x.channels // count, -1)
         made = []
         for part, gain, shift in zip(x.parts, gains, shifts, strict=True):
-            value = g.op("Reshape", part, self._sizes(0, groups, -1))
-            value = g.op("InstanceNormalization", value, ones, zeros, epsilon=self.source.eps)
-            value = g.op("Reshape", value, self._sizes(0, x.channels // count, -1))
+            value = g.op("Reshape", self._normalised(part, groups), channels)
             value = g.op("Add", g.op("Mul", value, gain), shift)
-            if reader:
-                value = self._microsoft("QuickGelu", value, alpha=1.0)  # swish
-            made.append(value)
+            made.append(self._swish(value) if reader else value)
         if reader in self.ranges:
             made = self._rounded_parts(made, self.ranges[reader].inputs)
         return self._joined(made, x.channels, x.side)
 
-    def _convolved(self, read: str, name: str, side: int) -> _Map:
+    def _normalised(self, part: str, groups: int) -> str:
+        """Groups of channels with mean 0 and variance 1, (rows, groups, ..)."""
+        g = self.g
+        ones, zeros = (g.constant([value] * groups) for value in (1, 0))
+        value = g.op("Reshape", part, self._sizes(0, groups, -1))
+        return g.op("InstanceNormalization", value, ones, zeros, epsilon=self.source.eps)
+
+    def _swish(self, value: str) -> str:
+        return self._microsoft("QuickGelu", value, alpha=1.0)
+
+    def _convolved(self, read: str, name: str, side: int) -> Map:
         """The convolution `name` of what `_normed` made for it."""
         if name in self.ranges:
             read = self._channels_last(read)
@@ -262,7 +268,7 @@ class _Decoder:
             for part, (step, zero) in zip(parts, self._pieces(how, len(parts)), strict=True)
         ]
 
-    def _from_levels(self, levels: str, name: str, side: int) -> _Map:
+    def _from_levels(self, levels: str, name: str, side: int) -> Map:
         """A map of the levels (rows, side, side, C) that the convolution `name` made."""
         g, how = self.g, self.ranges[name].outputs
         channels = len(how.step)
@@ -276,7 +282,7 @@ class _Decoder:
                 self._divided(value, count), self._pieces(how, count), strict=True
             )
         ]
-        return _Map(parts, channels, side, (levels, how))
+        return Map(parts, channels, side, (levels, how))
 
     def _pieces(self, how: Range, count: int) -> Iterator[tuple[str, str]]:
         """Steps and zeros of each of `count` parts."""
@@ -355,14 +361,14 @@ class _Decoder:
         """How many parts such a map is in: each of whole groups."""
         count, groups = 1, self.source.groups
         large = channels * side * side * 4
-        while large > count * _PART_BYTES and count < _MOST_PARTS and not groups % (2 * count):
+        while large > count * _PART_BYTES and count < self.most_parts and not groups % (2 * count):
             count *= 2
         return count
 
-    def _split(self, whole: str, channels: int, side: int) -> _Map:
+    def _split(self, whole: str, channels: int, side: int) -> Map:
         """A map of one value (rows, C, side, side)."""
         value = self.g.op("Reshape", whole, self._sizes(0, channels, -1))
-        return _Map(self._divided(value, self._parts(channels, side)), channels, side)
+        return Map(self._divided(value, self._parts(channels, side)), channels, side)
 
     def _divided(self, value: str, count: int) -> list[str]:
         """Parts of the channels of (rows, C, pixels)."""
@@ -370,7 +376,7 @@ class _Decoder:
             return [value]
         return self.g.ops("Split", value, results=[""] * count, axis=1, num_outputs=count)
 
-    def _whole(self, x: _Map) -> str:
+    def _whole(self, x: Map) -> str:
         return self._joined(x.parts, x.channels, x.side)
 
     def _joined(self, parts: Sequence[str], channels: int, side: int) -> str:

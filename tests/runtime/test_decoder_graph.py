@@ -121,7 +121,7 @@ def test_a_newer_description_is_left_alone(with_decoder: Callable[..., Path]) ->
 def test_a_bundle_without_one_says_how_to_add_it(tiny: Path) -> None:
     choice = chosen_decoder(Bundle.open(tiny))
     assert choice.decoder is None
-    assert f"'aim export --bundle {tiny} --cpu --precision int8' adds it" in choice.reason
+    assert f"'aim export --bundle {tiny} --cpu' adds one where that gains" in choice.reason
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -276,3 +276,50 @@ def test_what_belongs_to_kernels_of_8_bits_has_their_sizes(
 ) -> None:
     with pytest.raises(GraphRefused, match="other sizes"):
         convolved(domain, (8, 5, 6), sizes={index: size})
+
+
+# -- convolutions over three dimensions -----------------------------------------------------------
+
+
+def over(
+    name: str, domain: str, sizes: tuple[int, ...], taps: tuple[int, ...], **attributes: Any
+) -> tuple[Call, list[str]]:
+    """A call of a convolution of one channel to 6, and what it makes."""
+    image = Value((Size(1, 0), *map(fixed, (1, *sizes))), FLOAT)
+    kernels = Value(tuple(map(fixed, (6, 1, *taps))), FLOAT)
+    call = Call(name, [image, kernels], attributes, 1)
+    (made,) = OPERATORS[domain][name](call)
+    return call, [str(size) for size in made.shape]
+
+
+def test_a_convolution_in_float32_may_be_over_three_dimensions() -> None:
+    call, made = over(
+        "Conv", "", (8, 16, 10), (1, 6, 1), strides=[1, 4, 1], pads=[0, 1, 0, 0, 1, 0]
+    )
+    assert made == ["1 rows + 0", "6", "8", "4", "10"]
+    assert call.operations == (6 * 8 * 4 * 10 * 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "domain", "sizes", "taps", "attributes", "words"),
+    [
+        ("Conv", "", (8, 8, 8, 8), (1, 1, 1, 1), {}, "more than 3 dimensions"),
+        ("FusedConv", MICROSOFT, (8, 8, 8), (1, 1, 1), {}, "more than 2 dimensions"),
+        ("Conv", "", (8, 8, 8), (1, 1), {}, "more than 3 dimensions"),
+        ("Conv", "", (8, 8, 8), (1, 9, 1), {}, "larger than what it moves over"),
+        ("Conv", "", (8, 8, 8), (1, 3, 1), {"pads": [0, 1 << 21, 0] * 2}, "larger than"),
+        ("Conv", "", (8, 8, 8), (1, 3, 1), {"strides": [1, 4]}, "another number of dimensions"),
+        ("Conv", "", (8, 8, 8), (1, 3, 1), {"group": 2}, "other channels"),
+        ("Conv", "", (8, 8, 8), (1, 3, 1), {"channels_last": 1}, "channels last"),
+    ],
+)
+def test_such_a_convolution_is_held_to_what_others_are(
+    name: str,
+    domain: str,
+    sizes: tuple[int, ...],
+    taps: tuple[int, ...],
+    attributes: dict[str, Any],
+    words: str,
+) -> None:
+    with pytest.raises(GraphRefused, match=words):
+        over(name, domain, sizes, taps, **attributes)

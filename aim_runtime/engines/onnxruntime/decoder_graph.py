@@ -86,8 +86,8 @@ def chosen_decoder(bundle: Bundle, precision: str = "auto") -> DecoderChoice:
         BundleError: the bundle's own is damaged or does not belong to it.
     """
     if DECODER_FILE not in bundle.manifest.files:
-        command = f"'aim export --bundle {bundle.path} --cpu --precision int8' adds it"
-        return DecoderChoice(None, f"the bundle has none of 8-bit convolutions; {command}")
+        command = f"'aim export --bundle {bundle.path} --cpu' adds one where that gains"
+        return DecoderChoice(None, f"the bundle has no faster one; {command}")
     decoder = _DESCRIPTION.read(bundle, DECODER_FILE, _decoder_from_json)
     if decoder is None:
         return DecoderChoice(None, "the faster one is for a newer aim-runtime; upgrade aim-runtime")

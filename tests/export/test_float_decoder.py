@@ -1,0 +1,272 @@
+"""The decoder of fewer multiplications: the same numbers, whatever is beside them, one strip at a
+time; and when there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aim_export import decoder, export_bundle
+from aim_export.decoder import add_decoder_graph, psnr_db
+from aim_export.onnx import winograd
+from aim_export.onnx.graph import MICROSOFT, GraphBuilder
+from aim_export.onnx.winograd import WinogradConvolution, in_fours, in_order, pays
+from aim_runtime import Bundle
+from aim_runtime.engines.base import Engine
+from aim_runtime.engines.onnxruntime.cpu import load
+from aim_runtime.engines.onnxruntime.decoder_graph import (
+    DECODER_FILE,
+    DECODER_GRAPH_FILE,
+    chosen_decoder,
+)
+from aim_runtime.onnx_graph.check import _Trace
+from aim_runtime.onnx_graph.cost import peak_bytes
+from aim_runtime.onnx_graph.layout_operators import stored_value
+from aim_runtime.onnx_graph.model import FLOAT, read_model
+from aim_runtime.onnx_graph.shapes import Size, Value, fixed
+from aim_training.checkpoint import save_checkpoint
+from aim_training.config import ModelConfig, TokenizerConfig
+from aim_training.model import AiM
+from aim_training.tokenizer import VQTokenizer
+
+from ..runtime.tiny_bundle import copy_bundle
+
+
+def run(g: GraphBuilder, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        g.build().SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"x": x})
+    return np.asarray(found)
+
+
+def convolution(side: int, shape: tuple[int, int], doubled: bool) -> tuple[GraphBuilder, Any, Any]:
+    """A graph of one convolution, lines in order on both sides, its weight and its bias."""
+    outputs, inputs = shape
+    rng = np.random.default_rng(side)
+    weight = rng.standard_normal((outputs, inputs, 3, 3)).astype(np.float32) / 3
+    bias = rng.standard_normal(outputs).astype(np.float32)
+    g = GraphBuilder("one")
+    g.domain(MICROSOFT, 1)
+    x = g.input("x", np.float32, ["rows", inputs, side, side])
+    if not doubled:
+        x = in_fours(g, x, inputs, side)
+    names = g.weight("weight", weight), g.weight("bias", bias)
+    conv = WinogradConvolution(g, *names, shape, side, doubled=doubled)
+    made, end = conv.of(x), 2 * side if doubled else side
+    g.op("Identity", in_order(g, made, outputs, end), result="y")
+    g.output("y", np.float32, ["rows", outputs, end, end])
+    return g, weight, bias
+
+
+@pytest.mark.parametrize("strip_bytes", [1 << 30, 20_000, 1])
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize(("side", "shape"), [(4, (3, 2)), (12, (5, 3)), (28, (4, 7))])
+def test_it_is_the_plain_convolution(
+    side: int, shape: tuple[int, int], doubled: bool, strip_bytes: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(winograd, "_STRIP_BYTES", strip_bytes)
+    g, weight, bias = convolution(side, shape, doubled)
+    x = np.random.default_rng(1).standard_normal((3, shape[1], side, side)).astype(np.float32)
+    read = torch.from_numpy(x)
+    if doubled:
+        read = F.interpolate(read, scale_factor=2.0, mode="nearest")
+    wanted = F.conv2d(read, torch.from_numpy(weight), torch.from_numpy(bias), padding=1)
+    np.testing.assert_allclose(run(g, x), wanted.numpy(), atol=1e-4)
+
+
+def test_what_comes_before_it_is_done_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pads the map is 0 behind it, not in front."""
+    monkeypatch.setattr(winograd, "_STRIP_BYTES", 1)
+    g = GraphBuilder("one")
+    g.domain(MICROSOFT, 1)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 4, 3, 3)).astype(np.float32)
+    names = g.weight("weight", weight), g.weight("bias", np.zeros(4, np.float32))
+    g.input("x", np.float32, ["rows", 4, 8, 8])
+    conv = WinogradConvolution(g, *names, (4, 4), 8)
+    made = conv.of(in_fours(g, "x", 4, 8), lambda value: g.op("Add", value, g.constant(1)))
+    g.op("Identity", in_order(g, made, 4, 8), result="y")
+    g.output("y", np.float32, ["rows", 4, 8, 8])
+    x = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    wanted = F.conv2d(torch.from_numpy(x + 1), torch.from_numpy(weight), padding=1)
+    np.testing.assert_allclose(run(g, x), wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [4, 20])
+def test_lines_in_fours_and_back(side: int) -> None:
+    g = GraphBuilder("lines")
+    g.input("x", np.float32, ["rows", 3, side, side])
+    back = in_order(g, in_fours(g, "x", 3, side), 3, side)
+    g.op("Identity", back, result="y")
+    g.output("y", np.float32, ["rows", 3, side, side])
+    x = np.random.default_rng(0).standard_normal((2, 3, side, side)).astype(np.float32)
+    np.testing.assert_array_equal(run(g, x), x)
+
+
+def test_where_it_pays() -> None:
+    assert [side for side in (16, 28, 31, 32, 33, 34, 64, 256) if pays(side)] == [32, 64, 256]
+
+
+def test_one_strip_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order nodes run: each strip depends on the one before it."""
+    peaks = []
+    for strip_bytes in (1 << 30, 1 << 18):
+        monkeypatch.setattr(winograd, "_STRIP_BYTES", strip_bytes)
+        g = GraphBuilder("one")
+        g.domain(MICROSOFT, 1)
+        names = (
+            g.weight("weight", np.zeros((16, 16, 3, 3), np.float32)),
+            g.weight("bias", np.zeros(16, np.float32)),
+        )
+        made = WinogradConvolution(g, *names, (16, 16), 64).of("x")
+        model = read_model(g.build().SerializeToString())
+        trace = _Trace({})
+        values = {name: trace.add(stored_value(t)) for name, t in model.initializers.items()}
+        values["x"] = trace.add(Value((Size(1, 0), fixed(16), fixed(64), fixed(64)), FLOAT))
+        trace.run(model.nodes, values)
+        peaks.append(peak_bytes(trace.steps, frozenset({values[made]})))
+    assert peaks[1] < peaks[0] / 2
+
+
+# -- whole decoders -------------------------------------------------------------------------------
+
+GRID = 8
+CODES = np.random.default_rng(3).integers(0, 64, (3, GRID * GRID))
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp32"])
+def plain(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A bundle whose decoder has every kind of block, and maps of 8, 16 and 32 pixels."""
+    folder = tmp_path_factory.mktemp("decoder")
+    config = ModelConfig(
+        vocab_size=64, num_classes=3, num_tokens=GRID**2, d_model=64, num_layers=1, d_state=16
+    )
+    tokenizer = TokenizerConfig(
+        codebook_size=64,
+        channels=32,
+        channel_multipliers=(1, 2, 2),
+        z_channels=32,
+        encoder_blocks=1,
+        decoder_blocks=1,
+    )
+    torch.manual_seed(0)
+    names = {"class_names": ["cat", "dog", "red panda"]}
+    model = AiM(config).initialise()
+    path = save_checkpoint(folder / "m.safetensors", model, VQTokenizer(tokenizer), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "_LEAST_PATCHES", 1 << 20)
+        export_bundle(path, folder / "plain", precision=request.param)
+    return folder / "plain"
+
+
+def engine_of(bundle: Bundle, threads: int = 1) -> Engine:
+    return load(bundle, threads=threads)
+
+
+def added(plain: Path, folder: Path, least: int = 64) -> tuple[Bundle, list[str]]:
+    """`plain` with such a decoder, and what was said."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "_LEAST_PATCHES", least)
+        patch.setattr(winograd, "_STRIP_BYTES", 1 << 18)
+        return add_decoder_graph(copy_bundle(plain, folder), lines.append, in_8_bits=False), lines
+
+
+@pytest.mark.parametrize("least", [1, 16, 64])
+def test_pictures_are_the_plain_ones(plain: Path, tmp_path: Path, least: int) -> None:
+    """From which map on lines are in fours makes no difference."""
+    bundle, lines = added(plain, tmp_path / "bundle", least)
+    described = chosen_decoder(bundle).decoder
+    assert described is not None
+    assert described.precision == "fp32"
+    assert described.psnr_db >= 60
+    assert f"{described.psnr_db:.1f} dB PSNR from the plain one" in lines[-1]
+    wanted = engine_of(Bundle.open(plain)).decode(CODES)
+    found = engine_of(bundle).decode(CODES)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert psnr_db(found, wanted) >= 60
+    # It is for who asks for float32 too.
+    exact = load(bundle, threads=1, precision="fp32").decode(CODES)
+    np.testing.assert_array_equal(exact, found)
+
+
+def test_a_picture_depends_on_nothing_beside_it(plain: Path, tmp_path: Path) -> None:
+    bundle, _ = added(plain, tmp_path / "bundle", 1)
+    together = engine_of(bundle).decode(CODES)
+    for threads in (1, 2, 3):
+        engine = engine_of(bundle, threads)
+        for code, picture in zip(CODES, together, strict=True):
+            np.testing.assert_array_equal(engine.decode(code[None])[0], picture)
+        np.testing.assert_array_equal(engine.decode(CODES[::-1].copy())[::-1], together)
+
+
+def test_weights_are_stored_once(plain: Path, tmp_path: Path) -> None:
+    bundle, _ = added(plain, tmp_path / "bundle", 1)
+    own, others = (
+        onnx.load(bundle.path / name, load_external_data=False).graph.initializer
+        for name in (DECODER_GRAPH_FILE, "decoder.onnx")
+    )
+    stored = {tensor.name: tensor for tensor in others}
+    outside = [tensor for tensor in own if tensor.external_data]
+    assert outside
+    assert all(tensor == stored[tensor.name] for tensor in outside)
+    assert sum(len(tensor.raw_data) for tensor in own if not tensor.external_data) < 1 << 16
+
+
+def test_made_twice_it_is_the_same(plain: Path, tmp_path: Path) -> None:
+    one, other = (added(plain, tmp_path / name)[0].path for name in ("one", "other"))
+    for name in (DECODER_FILE, DECODER_GRAPH_FILE):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_small_maps_have_none(plain: Path, tmp_path: Path) -> None:
+    bundle, lines = added(plain, tmp_path / "bundle", 65)
+    assert DECODER_FILE not in bundle.manifest.files
+    assert not lines
+
+
+def test_too_far_from_the_plain_one_it_is_left_out(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "LEAST_FLOAT_PSNR_DB", 1000.0)
+    bundle, lines = added(plain, tmp_path / "bundle")
+    assert DECODER_FILE not in bundle.manifest.files
+    assert {p.name for p in bundle.path.iterdir()} == {p.name for p in plain.iterdir()}
+    assert "the decoder stays the plain one" in lines[-1]
+    assert "at least 1000 are needed" in lines[-1]
+
+
+def test_it_takes_the_place_of_8_bits_that_are_too_far(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "LEAST_PSNR_DB", 200.0)
+    monkeypatch.setattr(decoder, "_WANTED_PSNR_DB", 0.0)
+    monkeypatch.setattr(winograd, "_STRIP_BYTES", 1 << 18)
+    bundle = add_decoder_graph(copy_bundle(plain, tmp_path / "bundle"))
+    described = chosen_decoder(bundle).decoder
+    assert described is not None
+    assert described.precision == "fp32"
+
+
+def test_8_bits_that_are_there_stay(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "LEAST_PSNR_DB", 0.0)
+    monkeypatch.setattr(decoder, "_WANTED_PSNR_DB", 0.0)
+    bundle = add_decoder_graph(copy_bundle(plain, tmp_path / "bundle"))
+    before = (bundle.path / DECODER_GRAPH_FILE).read_bytes()
+    bundle = add_decoder_graph(bundle.path, in_8_bits=False)
+    assert (bundle.path / DECODER_GRAPH_FILE).read_bytes() == before
+    chosen = chosen_decoder(bundle).decoder
+    assert chosen is not None
+    assert chosen.precision == "int8"
