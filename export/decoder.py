@@ -8,7 +8,7 @@ model's own codes; what they lose is measured on others.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from aim_export.cuda.decoder_network import blocks, decoder_tensors, group_norms
 from aim_export.errors import ExportError
 from aim_export.onnx.decoder_ranges import ConvolutionRanges, Seen, convolution_ranges
-from aim_export.onnx.decoder_source import PREFIX, DecoderSource, follows_swish, level_of
+from aim_export.onnx.decoder_source import (
+    LAST,
+    PREFIX,
+    DecoderSource,
+    follows_swish,
+    level_of,
+)
 from aim_export.onnx.float_decoder import rearrange_decoder
 from aim_export.onnx.graph import HALF_SUFFIX
 from aim_export.onnx.quantised_decoder import observed_decoder, quantise_decoder
@@ -63,6 +69,9 @@ EIGHT_BITS = ("int8", "int4")
 _SEEN, _COMPARED = 8, 6
 # In float32, where every picture is as near as the other.
 _COMPARED_IN_FLOAT = 3
+# The share of multiplications that 8 bits may leave to float32: with more of them, a decoder in
+# float32 with fewer is faster (benchmarks/RESULTS.md).
+_MOST_IN_FLOAT = 0.25
 # What is aimed at: other pictures may come out a little worse than those compared.
 _WANTED_PSNR_DB = LEAST_PSNR_DB + 1
 
@@ -192,8 +201,8 @@ def write_quantised_decoder(
     kept = f", with {', '.join(best.kept)} in float32," if best.kept else ""
     if best.psnr_db < LEAST_PSNR_DB:
         say(
-            f"the decoder stays the plain one: 8-bit convolutions{kept} reach "
-            f"{best.psnr_db:.1f} dB PSNR from its pictures, at least {LEAST_PSNR_DB:g} are needed"
+            f"8-bit convolutions{kept} are left out: they reach {best.psnr_db:.1f} dB PSNR from the "
+            f"plain decoder's pictures, at least {LEAST_PSNR_DB:g} are needed"
         )
         return False
     if not _written(bundle, folder, say, best.model, ("int8", best.psnr_db)):
@@ -295,19 +304,39 @@ def _best(
 ) -> _Tried:
     """The decoder with most in 8 bits whose pictures of `tokens` are near enough, or the nearest.
 
-    One level after the other goes back to float32, that of lowest resolution, the cheapest, first.
+    One level after the other goes back to float32, that of lowest resolution, the cheapest, first,
+    as long as what is left is faster than a decoder in float32 of fewer multiplications.
     """
     plain = _pictures(bundle, source.plain, tokens)
-    levels = list(dict.fromkeys(level_of(name) for name in ranges))
+    products = products_of_levels(source, ranges)
+    levels = list(products)
     tried: list[_Tried] = []
     for count in range(len(levels)):
         kept = tuple(levels[:count])
+        if sum(products[level] for level in kept) > _MOST_IN_FLOAT * sum(products.values()):
+            break
         chosen = {name: found for name, found in ranges.items() if level_of(name) not in kept}
         model = quantise_decoder(source, chosen)
         tried.append(_Tried(model, kept, psnr_db(_pictures(bundle, model, tokens), plain)))
         if tried[-1].psnr_db >= _WANTED_PSNR_DB:
             break
     return max(tried, key=lambda one: one.psnr_db)
+
+
+def products_of_levels(source: DecoderSource, convolutions: Iterable[str]) -> dict[str, int]:
+    """How many multiplications `convolutions` take for a picture, by level, in their order."""
+    sides, side = {"decoder.conv_in": source.side}, source.side
+    for kind, name in source.blocks:
+        side *= 2 if kind == "upsample" else 1
+        sides[name] = side
+    sides[LAST] = side
+    found: dict[str, int] = {}
+    for conv in convolutions:
+        block = conv if conv in sides else conv.rpartition(".")[0]
+        weight = source.values[f"{conv}.weight"]
+        level = level_of(conv)
+        found[level] = found.get(level, 0) + weight.size * sides[block] ** 2
+    return found
 
 
 def _pictures(

@@ -171,7 +171,8 @@ def test_too_far_from_the_plain_one_it_is_left_out(
     bundle = add_decoder_graph(folder, lines.append)
     assert DECODER_FILE not in bundle.manifest.files
     assert {p.name for p in folder.iterdir()} == {p.name for p in plain.iterdir()}
-    assert "the decoder stays the plain one" in lines[-1]
+    assert "8-bit convolutions" in lines[-1]
+    assert "are left out" in lines[-1]
     assert "at least 200 are needed" in lines[-1]
 
 
@@ -182,6 +183,7 @@ def test_levels_stay_in_float32_as_far_as_pictures_ask(
     assert described is not None
     anything(monkeypatch)
     monkeypatch.setattr(decoder, "_WANTED_PSNR_DB", described.psnr_db + 0.5)
+    monkeypatch.setattr(decoder, "_MOST_IN_FLOAT", 1.0)
     lines: list[str] = []
     bundle = add_decoder_graph(copy_bundle(plain, tmp_path / "bundle"), lines.append)
     kept = chosen_decoder(bundle).decoder
@@ -189,6 +191,38 @@ def test_levels_stay_in_float32_as_far_as_pictures_ask(
     assert kept.psnr_db > described.psnr_db
     assert "with mid" in lines[-1]
     assert "in float32" in lines[-1]
+
+
+def test_no_more_stays_in_float32_than_leaves_it_the_faster_one(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the levels here "mid" is the first to go back."""
+    monkeypatch.setattr(decoder, "_WANTED_PSNR_DB", 200.0)
+    monkeypatch.setattr(decoder, "LEAST_PSNR_DB", 200.0)
+    for share, said in ((0.0, "8-bit convolutions are left out"), (0.9, ", with mid")):
+        monkeypatch.setattr(decoder, "_MOST_IN_FLOAT", share)
+        lines: list[str] = []
+        add_decoder_graph(copy_bundle(plain, tmp_path / f"{share}"), lines.append)
+        assert said in lines[-1]
+
+
+def test_multiplications_of_levels(plain: Path) -> None:
+    """Of maps of 4 x 4 and, once doubled, 8 x 8 with 32 or 64 channels, as PyTorch runs them."""
+    source = decoder.decoder_source(Bundle.open(plain))
+    names = [
+        name.removesuffix(".weight")
+        for name, value in source.values.items()
+        if value.ndim == 4 and value.shape[-1] == 3
+    ]
+    sides = {name: 8 if name.startswith("decoder.conv_blocks.1") else 4 for name in names}
+    sides |= dict.fromkeys([n for n in names if n.endswith(("upsample.conv", "conv_out"))], 8)
+    counted = {name: source.values[f"{name}.weight"].size * sides[name] ** 2 for name in names}
+    assert decoder.products_of_levels(source, ["decoder.conv_out"]) == {
+        "conv_out": counted["decoder.conv_out"]
+    }
+    found = decoder.products_of_levels(source, names)
+    assert sum(found.values()) == sum(counted.values())
+    assert found["mid"] == sum(counted[name] for name in names if name.startswith("decoder.mid."))
 
 
 def test_it_goes_with_weights_of_few_bits(

@@ -17,6 +17,7 @@ from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.onnxruntime import cpu, half_weights
 from aim_runtime.engines.onnxruntime.half_weights import can_cast_in_runs, with_half_weights
 from aim_runtime.onnx_graph.model import read_model
+from aim_runtime.onnx_graph.operators import MICROSOFT
 
 bears_it = pytest.mark.skipif(
     not can_cast_in_runs(), reason="onnxruntime before 1.30 does not bear such graphs"
@@ -37,8 +38,9 @@ def conv(x: str, weight: str, result: str) -> onnx.NodeProto:
 
 
 def model() -> onnx.ModelProto:
-    """Two large weights of convolutions, and others that are no such, or small."""
+    """Three large weights of convolutions, and others that are no such, or small."""
     kernels = (256, 256, 3, 3)
+    taps = np.random.default_rng(2).normal(size=(36, 9)).astype(np.float32)
     nodes = [
         *(cast(name) for name in ("one", "two", "small", "matrix", "looked up", "multiplied")),
         conv("x", "one", "a"),
@@ -49,8 +51,11 @@ def model() -> onnx.ModelProto:
         helper.make_node("Mul", ["multiplied:cast", "multiplied:cast"], ["square"]),
         helper.make_node("Conv", ["d", "square"], ["e"], pads=[1] * 4),
         helper.make_node("MatMul", ["x", "matrix:cast"], ["f"]),
+        cast("transformed"),
+        helper.make_node("Reshape", ["transformed:cast", "lines of nine"], ["nine"]),
+        helper.make_node("FusedMatMul", ["taps", "nine"], ["g"], domain=MICROSOFT, transB=1),
     ]
-    floats = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in "cef"]
+    floats = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 4) for name in "cefg"]
     graph = helper.make_graph(
         nodes,
         "g",
@@ -61,21 +66,25 @@ def model() -> onnx.ModelProto:
             half("small", 8, 256, 3, 3),
             half("matrix", 1024, 512),
             numpy_helper.from_array(np.zeros(1, np.int64), "index"),
+            numpy_helper.from_array(np.array([-1, 9]), "lines of nine"),
+            numpy_helper.from_array(taps, "taps"),
+            half("transformed", *kernels),
         ],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def test_large_weights_of_convolutions_and_no_others() -> None:
     found = half_weights.half_weights(read_model(model().SerializeToString()))
-    assert [tensor.name for tensor in found] == ["one", "two"]
+    assert [tensor.name for tensor in found] == ["one", "two", "transformed"]
 
 
 def test_the_graph_is_the_same_but_for_inputs() -> None:
     plain = model()
     made = onnx.load_from_string(with_half_weights(plain.SerializeToString()))
     added = list(made.graph.input)[1:]
-    assert [value.name for value in added] == ["one", "two"]
+    assert [value.name for value in added] == ["one", "two", "transformed"]
     tensors = {tensor.name: tensor for tensor in plain.graph.initializer}
     for value in added:
         kind = value.type.tensor_type
@@ -88,6 +97,7 @@ def test_the_graph_is_the_same_but_for_inputs() -> None:
 def test_a_graph_without_such_is_left_alone() -> None:
     plain = model()
     del plain.graph.initializer[:2], plain.graph.node[:2], plain.graph.node[4:6]
+    del plain.graph.initializer[-1], plain.graph.node[-3:]
     data = plain.SerializeToString()
     assert with_half_weights(data) == data
 
@@ -100,7 +110,7 @@ def test_results_differ_by_rounding_only() -> None:
         onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         for graph in (data, with_half_weights(data))
     ]
-    assert [value.name for value in sessions[1].get_overridable_initializers()] == ["one", "two"]
+    assert [value.name for value in sessions[1].get_overridable_initializers()] == ["one", "two", "transformed"]
     for plain, cast_in_run in zip(*(s.run(None, {"x": x}) for s in sessions), strict=True):
         np.testing.assert_allclose(cast_in_run, plain, rtol=1e-4, atol=1e-5)
 

@@ -13,6 +13,7 @@ import math
 
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older
 from aim_runtime.onnx_graph.model import FLOAT, FLOAT16, Model, Node, Tensor, read_model
+from aim_runtime.onnx_graph.operators import MICROSOFT
 
 _FIRST_ONNXRUNTIME = "1.30"  # those before end the process when they load such a graph
 _LARGE_BYTES = 1 << 20  # as float32; the kernels for constants are worth their memory below that
@@ -65,10 +66,20 @@ def _only_for_convolutions(cast: Node, readers: dict[str, list[Node]], results: 
     """Whether `cast` makes float32 that nothing but convolutions reads, as their weights."""
     if cast.op_type != "Cast" or cast.domain or cast.attributes.get("to") != FLOAT:
         return False
-    (made,) = cast.outputs
-    return made not in results and all(
-        node.op_type == "Conv" and not node.domain and node.inputs.index(made) == 1
-        for node in readers.get(made, ())
+    return _are_kernels(cast.outputs[0], readers, results)
+
+
+def _are_kernels(name: str, readers: dict[str, list[Node]], results: set[str]) -> bool:
+    """Whether a value goes into convolutions as it is, or is transformed in runs (Winograd's)."""
+    return name not in results and all(
+        (node.domain, node.op_type) == (MICROSOFT, "FusedMatMul")
+        or (not node.domain and node.op_type == "Conv" and node.inputs.index(name) == 1)
+        or (
+            not node.domain
+            and node.op_type == "Reshape"
+            and _are_kernels(node.outputs[0], readers, results)
+        )
+        for node in readers.get(name, ())
     )
 
 
