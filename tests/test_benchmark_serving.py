@@ -59,7 +59,7 @@ def test_people_ask_a_real_server_and_go(tiny: Path) -> None:
     for package in ("fastapi", "uvicorn", "openai", "httpx"):
         pytest.importorskip(package)
     script = SCRIPT.with_name("serving_http.py")
-    found = run(tiny, "--clients", "6", "--seconds", "3", "--leaving", "0.3", script=script)
+    found = run(tiny, "--clients", "6", "--seconds", "6", "--leaving", "0.3", script=script)
     assert set(found["images_by_client"]) == {"whole", "partial", "draw", "slow"}
     assert found["previews"] > 0
     assert found["requests_left"] > 0

@@ -147,8 +147,8 @@ def _check_sizes(model: ModelCard, precision: str) -> None:
     if model.d_model % 64:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
     heads = 2 * model.d_model // model.head_dim
-    if FORMATS[precision].quantised and heads % 4:
-        # A layer's factors, one for each output of in_proj, would begin at an odd address.
+    if FORMATS[precision].quantised and model.num_layers > 1 and heads % 4:
+        # A second layer's factors, one for each output of in_proj, would begin at an odd address.
         raise ExportError(
             f"the kernels of {precision} want a multiple of 4 heads (2 d_model / head_dim), not "
             f"{heads}; those of fp16 do not"

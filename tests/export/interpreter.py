@@ -104,6 +104,11 @@ class Interpreter:
         tokens, pixels = self._call("generate", bundle, precision, options)
         return tokens, pixels
 
+    @property
+    def lives(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
@@ -126,7 +131,12 @@ class Interpreter:
 def interpret(
     launches: Sequence[Launch[KernelSpec]], memory: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """`Interpreter.run` on arrays, in a process that ends with this one."""
+    """`Interpreter.run` on arrays, in a process that ends with this one.
+
+    Ray's tests may have ended it, which belong to this process too.
+    """
+    if not _lasting().lives:
+        _lasting.cache_clear()
     found = _lasting().run(launches, {name: torch.tensor(memory[name]) for name in memory})
     return {name: tensor.numpy() for name, tensor in found.items()}
 

@@ -535,7 +535,7 @@ def test_memory_is_measured_by_the_image() -> None:
     def step(count: int) -> None:
         # 40 MB an image: more than the C library's allocator ever keeps for the next time.
         held = torch.ones(count * 10_000_000)
-        time.sleep(0.2)  # a step lasts for many looks, on a busy machine too
+        time.sleep(0.5)  # a step lasts for many looks, on a busy machine too
         held += 1
 
     needs = memory.measure(step, 64)
