@@ -201,8 +201,8 @@ def write_quantised_decoder(
     kept = f", with {', '.join(best.kept)} in float32," if best.kept else ""
     if best.psnr_db < LEAST_PSNR_DB:
         say(
-            f"8-bit convolutions{kept} are left out: they reach {best.psnr_db:.1f} dB PSNR from the "
-            f"plain decoder's pictures, at least {LEAST_PSNR_DB:g} are needed"
+            f"8-bit convolutions{kept} are left out: they reach {best.psnr_db:.1f} dB PSNR from "
+            f"the plain decoder's pictures, at least {LEAST_PSNR_DB:g} are needed"
         )
         return False
     if not _written(bundle, folder, say, best.model, ("int8", best.psnr_db)):

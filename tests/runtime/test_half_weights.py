@@ -110,7 +110,11 @@ def test_results_differ_by_rounding_only() -> None:
         onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         for graph in (data, with_half_weights(data))
     ]
-    assert [value.name for value in sessions[1].get_overridable_initializers()] == ["one", "two", "transformed"]
+    assert [value.name for value in sessions[1].get_overridable_initializers()] == [
+        "one",
+        "two",
+        "transformed",
+    ]
     for plain, cast_in_run in zip(*(s.run(None, {"x": x}) for s in sessions), strict=True):
         np.testing.assert_allclose(cast_in_run, plain, rtol=1e-4, atol=1e-5)
 
