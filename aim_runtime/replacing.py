@@ -33,7 +33,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     A folder that is there already is replaced in one go. When the block fails, or Ctrl-C ends it,
     the new folder goes, with those above it that were made, and `path` is as it was.
     """
-    staging = beside(path, "tmp")
+    staging = _beside(path, "tmp")
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = beside(path, "old")
+    old = _beside(path, "old")
     path.rename(old)
     try:
         new.rename(path)
@@ -64,7 +64,7 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def beside(path: Path, ending: str) -> Path:
+def _beside(path: Path, ending: str) -> Path:
     """A hidden name for the time being; of a long name only the start, so that all of it fits."""
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.{ending}")
 

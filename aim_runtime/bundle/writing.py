@@ -14,9 +14,7 @@ from aim_runtime.bundle.bundle import Bundle
 from aim_runtime.bundle.files import MANIFEST_NAME
 from aim_runtime.bundle.manifest import ENGINES_FOLDER, FileEntry, Manifest, is_plain_file_name
 from aim_runtime.errors import BundleError
-from aim_runtime.replacing import beside as _beside
-from aim_runtime.replacing import replace_folder as _replace
-from aim_runtime.replacing import replacing
+from aim_runtime.replacing import replace_folder, replacing, replacing_folder
 
 
 def write_bundle(
@@ -38,19 +36,13 @@ def write_bundle(
     """
     source, out = Path(source_dir), Path(os.path.abspath(out_dir))
     check_target(out, overwrite)
-    staging = _beside(out, "tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        files = {name: _copy(source / name, staging / name) for name in _bundle_files(source)}
-        _write_manifest(dataclasses.replace(manifest, files=files), staging)
-        _replace(staging, out)
+        with replacing_folder(out) as staging:
+            files = {name: _copy(source / name, staging / name) for name in _bundle_files(source)}
+            _write_manifest(dataclasses.replace(manifest, files=files), staging)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BundleError(f"cannot write the bundle {out}: {reason}") from error
-    finally:
-        # After success there is nothing left here; otherwise (also Ctrl-C) it must go.
-        shutil.rmtree(staging, ignore_errors=True)
     return Bundle.open(out)
 
 
@@ -122,7 +114,7 @@ def add_engine(
         if others != bundle.manifest.files:
             _write_manifest(without, root)
         folder.parent.mkdir(exist_ok=True)
-        _replace(staging, folder)
+        replace_folder(staging, folder)
         _write_manifest(dataclasses.replace(without, files=others | added), root)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -58,9 +58,9 @@ _SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
 @click.option(
     "--cpu",
     is_flag=True,
-    help="Add the step graph that makes the backend 'cpu' faster. New bundles have it already; "
-    "older ones get it without their checkpoint. With --precision int8 also a decoder of 8-bit "
-    "convolutions, which takes about two thirds of the time.",
+    help="Add the step and the decoder that make the backend 'cpu' faster. New bundles have them "
+    "already; older ones get them without their checkpoint. With --precision int8 a decoder of "
+    "8-bit convolutions, where its pictures are near enough.",
 )
 @click.option(
     "--cuda",

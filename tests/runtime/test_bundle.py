@@ -532,7 +532,7 @@ def test_bytes_are_handed_out_before_their_checksum_is_there(
     assert not [thread for thread in threading.enumerate() if thread.name == "aim-sha256"]
 
 
-@pytest.mark.parametrize("where", ["_copy", "_replace", "_write_manifest"])
+@pytest.mark.parametrize("where", ["_copy", "replace_folder", "_write_manifest"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
 def test_an_interrupted_addition_leaves_a_bundle(
     copy: Path,
@@ -609,7 +609,7 @@ def test_write_never_replaces_without_being_told(source: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
-@pytest.mark.parametrize("where", ["_copy", "_replace"])
+@pytest.mark.parametrize("where", ["_copy", "replace_folder"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interruption_leaves_nothing_behind(
     source: Path,
@@ -622,8 +622,10 @@ def test_an_interruption_leaves_nothing_behind(
     out = tmp_path / "out"
     if existing:
         write_bundle(tiny_manifest(), source, out)
-    from aim_runtime.bundle import writing as module
+    from aim_runtime import replacing
+    from aim_runtime.bundle import writing
 
+    module = writing if where == "_copy" else replacing
     real, calls = getattr(module, where), []
 
     def fails(*args: object) -> object:

@@ -22,7 +22,7 @@ from aim_runtime.engines.onnxruntime.step_graph import STEP_FILE, StepGraph, cho
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import SamplingOptions, guide, sample
 
-from ..runtime.test_manifest import EDITS
+from ..runtime.test_manifest import EDITS, NO_MANIFESTS
 from ..runtime.tiny_bundle import DECODER, STEP, tiny_manifest, write_tiny_bundle
 from .engine_parts import in_node, installed, needs_node, served
 
@@ -118,29 +118,20 @@ def test_manifests_are_refused_in_the_words_of_python(tiny: Path) -> None:
     assert {one["code"] for one in found} == {"bundle"}
 
 
-NO_MANIFESTS = [
-    ("", "not valid JSON"),
-    ("{", "not valid JSON"),
+TEXTS = [
+    *NO_MANIFESTS,
+    # Of a reader of its own for JSON.
     ("[1,]", "not valid JSON"),
     ('{"a": 01}', "not valid JSON"),
     ('{"a": "x\ny"}', "not valid JSON"),
     ('{"a": 1} {', "not valid JSON"),
-    ("[" * 100_000, "nested too deeply"),
-    ("null", "not one of a bundle"),
-    ("[]", "not one of a bundle"),
-    ('{"format": "aim-bundle"}', "format_version is null"),
-    ('{"format": "aim-bundle", "format_version": 1' + "0" * 5000 + "}", "not valid JSON"),
-    ('{"a": 1, "a": 2}', "the key 'a' twice"),
     ('{"__proto__": 1, "__proto__": 2}', "the key '__proto__' twice"),
-    ('{"a": NaN}', "holds NaN"),
-    ('{"a": -Infinity}', "holds -Infinity"),
-    (" " * (5 << 20), "at most"),
 ]
 
 
 def test_texts_that_are_no_manifests() -> None:
-    found = in_node("manifests", texts=[text for text, _ in NO_MANIFESTS])
-    for (_, says), one in zip(NO_MANIFESTS, found, strict=True):
+    found = in_node("manifests", texts=[text for text, _ in TEXTS])
+    for (_, says), one in zip(TEXTS, found, strict=True):
         assert says in one["message"]
         assert one["code"] == "bundle"
         assert "\n" not in one["message"]
