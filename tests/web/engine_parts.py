@@ -111,16 +111,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests on loopback; gives the URL, without a slash at its end."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def served(folders: dict[str, Path]) -> Iterator[Site]:
     """Serve `folders`, each under its name, on loopback."""
     site = Site(dict(folders))
     handler = type("BoundHandler", (_Handler,), {"site": site})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    site.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with listening(handler) as site.url:
         yield site
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from aim_web.headers import POLICY
 from aim_web.onnxruntime_web import NAME, WASM, Pin
 
 from ..runtime.tiny_bundle import write_tiny_bundle
+from .engine_parts import listening
 from .site_parts import FAKE_ENGINE
 
 LONG = 60
@@ -249,14 +249,9 @@ def registry(data: bytes) -> Iterator[Registry]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{server.server_port}/npm/"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with listening(Handler) as url:
+        served.url = f"{url}/npm/"
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_the_package_is_fetched_once_and_checked(
