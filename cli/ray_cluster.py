@@ -30,7 +30,7 @@ def connected(address: str, command: str) -> Iterator[None]:
 
     Raises:
         MissingExtra: Ray is not installed.
-        ClickException: there is no such cluster, or it has another version.
+        ClickException: there is no such cluster, it has another version, or it does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with requires("ray", command):
@@ -45,6 +45,11 @@ def connected(address: str, command: str) -> Iterator[None]:
         raise click.ClickException(
             f"there is no cluster at '{address}': {_first_line(error)}"
         ) from error
+    except Exception as error:
+        # What Ray raises where its own processes are not there after half a minute.
+        if type(error) is not Exception:
+            raise
+        raise click.ClickException(f"Ray has not started here: {_first_line(error)}") from error
     try:
         yield
     except ray.exceptions.RayError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -58,9 +59,9 @@ class PreviewDecoder:
         Those come first that show least. None once all tokens are decided: the pictures themselves
         come soon.
         """
-        loop = asyncio.get_running_loop()
         async with self._turn:
-            await asyncio.sleep(max(0.0, self._free_at - loop.time()))
+            # Not the loop's clock: uvloop's stands still between two rounds of the loop.
+            await asyncio.sleep(max(0.0, self._free_at - time.perf_counter()))
             preview = await anext(job.previews(every=1))
             if preview.done:
                 return None
@@ -68,12 +69,12 @@ class PreviewDecoder:
             changed = [i for i, count in enumerate(counts) if count and count != shown[i]]
             most = max(1, int(_LONGEST_S / self._picture_s))
             changed = sorted(sorted(changed, key=shown.__getitem__)[:most])
-            began = loop.time()
-            pictures = await loop.run_in_executor(
+            began = time.perf_counter()
+            pictures = await asyncio.get_running_loop().run_in_executor(
                 self._executor, _decoded, preview, changed, format
             )
-            took = loop.time() - began
-            self._free_at = loop.time() + _REST * took
+            took = time.perf_counter() - began
+            self._free_at = time.perf_counter() + _REST * took
             if changed:
                 self._picture_s = took / len(changed)
         for index in changed:

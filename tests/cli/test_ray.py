@@ -119,6 +119,20 @@ def test_clusters_that_are_none(
     assert tree(folder) == set()
 
 
+def test_a_cluster_of_this_machine_that_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, bundle: Path, folder: Path
+) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+
+    def init(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen\nbecause")
+
+    monkeypatch.setattr(ray, "init", init)
+    done = cli("sample", "-n", 10, "--bundle", bundle, "--out", "x", "--ray", "local")
+    refused(done, "Ray has not started here: The current node timed out during startup")
+    assert tree(folder) == set()
+
+
 def test_a_bundle_is_sent_where_it_is_not(bundle: Path, tmp_path: Path) -> None:
     """A worker takes the files at the path if they are the same, and otherwise what it is sent."""
     pytest.importorskip("ray", reason="Ray is not installed")

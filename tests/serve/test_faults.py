@@ -11,7 +11,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from aim_runtime import BackendError, Batcher, Generator
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from aim_serve import draw, stream
 from aim_serve.errors import ApiError
+from aim_serve.previews import PreviewDecoder
 from aim_serve.service import Service
 
 from ..runtime.tiny_bundle import TOKENS
@@ -472,18 +474,24 @@ def test_a_stream_says_that_it_lives(
     client.read_until(b"event: done")
 
 
-def test_previews_of_many_leave_time_for_steps(service: Service) -> None:
+class Slow:
+    """A preview whose only image is as far as it will be."""
+
+    done = False
+    tokens = np.zeros((1, TOKENS), np.int64)
+    done_tokens = total_tokens = TOKENS
+
+
+class SlowJob:
+    """A job that has such previews."""
+
+    async def previews(self, every: int) -> AsyncIterator[Any]:
+        yield Slow()
+
+
+def test_previews_of_many_leave_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """They come one after the other, with a rest after each."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from aim_serve.previews import PreviewDecoder
-
     times: list[tuple[float, float]] = []
-
-    class Slow:
-        done = False
-        tokens = np.zeros((1, TOKENS), np.int64)
-        done_tokens = total_tokens = TOKENS
 
     def decode(*_: object) -> list[str]:
         began = time.monotonic()
@@ -491,21 +499,31 @@ def test_previews_of_many_leave_time_for_steps(service: Service) -> None:
         times.append((began, time.monotonic()))
         return [""]
 
-    class Job:
-        def previews(self, every: int) -> Any:
-            async def one() -> Any:
-                yield Slow()
-
-            return one()
-
     async def main() -> None:
         with ThreadPoolExecutor(4) as pool:
             decoder = PreviewDecoder(pool)
-            jobs: Any = [Job() for _ in range(5)]
+            jobs: Any = [SlowJob() for _ in range(5)]
             await asyncio.gather(*(decoder.newest(job, [0], "png") for job in jobs))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aim_serve.previews._decoded", decode)
-        asyncio.run(main())
+    monkeypatch.setattr("aim_serve.previews._decoded", decode)
+    asyncio.run(main())
     for (began, ended), (after, _) in itertools.pairwise(times):
         assert after - ended >= 1.5 * (ended - began)
+
+
+def test_previews_under_a_loop_with_a_coarse_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvloop's stands still for a round of the loop, which may be all of a short preview."""
+
+    async def main() -> None:
+        loop, tick = asyncio.get_running_loop(), 0.05
+        monkeypatch.setattr(loop, "time", lambda: time.monotonic() // tick * tick)
+        job: Any = SlowJob()
+        with ThreadPoolExecutor(1) as pool:
+            decoder = PreviewDecoder(pool)
+            for _ in range(20):
+                pictures = await decoder.newest(job, [0], "png")
+                assert pictures is not None
+                assert len(pictures.images) == 1
+
+    monkeypatch.setattr("aim_serve.previews._decoded", lambda *_: [""])
+    asyncio.run(main())

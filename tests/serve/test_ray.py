@@ -46,8 +46,13 @@ IMAGES, REQUESTS, CLIENTS = 10, 120, 40
 class Fleet:
     """A running `aim serve --ray local`."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     url: str
+    log: Path
+
+    @property
+    def last_words(self) -> str:
+        return self.log.read_text()[-3000:]
 
     def ask(self, path: str, body: Any = None) -> tuple[int, str]:
         data = None if body is None else json.dumps(body).encode()
@@ -69,21 +74,22 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet(tiny: Path) -> Iterator[Fleet]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aim_cli", "serve", "--bundle", tiny, *ARGS.split()],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "1"},
-    )
-    assert process.stderr is not None
+def fleet(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    log = tmp_path_factory.mktemp("fleet") / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "aim_cli", "serve", "--bundle", tiny, *ARGS.split()],
+            stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "1"},
+        )
     try:
-        for line in process.stderr:
-            if found := re.search(r"^Serving tiny from 2 replicas at (http://\S+) ", line):
-                break
-        else:
-            raise AssertionError(process.wait(LONG))
-        yield Fleet(process, found[1])
+        serving = re.compile(r"^Serving tiny from 2 replicas at (http://\S+) ", re.MULTILINE)
+        end = time.monotonic() + LONG
+        while not (found := serving.search(log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield Fleet(process, found[1], log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(LONG) == 0
     finally:
@@ -93,7 +99,7 @@ def fleet(tiny: Path) -> Iterator[Fleet]:
         for one in left:
             one.kill()
         process.kill()
-        process.communicate(timeout=LONG)
+        process.wait(LONG)
 
 
 def pixels(b64_json: str) -> np.ndarray:
@@ -124,15 +130,15 @@ def test_a_replica_killed_while_it_draws_loses_and_repeats_nothing(
         if number % 2:
             body = {"prompt": "dog", "n": IMAGES, "seed": seed}
             status, text = fleet.ask("/v1/images/generations", body)
-            assert status == 200, text
+            assert status == 200, text + fleet.last_words
             images = json.loads(text)["data"]
         else:
             body = {"classes": [1] * IMAGES, "every": 1, "seed": seed}
             status, text = fleet.ask("/v1/draw", body)
-            assert status == 200, text
+            assert status == 200, text + fleet.last_words
             names = [name for name, _ in events(text)]
             assert names[0] == "accepted"
-            assert names[-1] == "done", text[-500:]
+            assert names[-1] == "done", text[-500:] + fleet.last_words
             assert names.count("accepted") == names.count("done") == 1
             assert set(names) <= {"accepted", "progress", "preview", "done"}
             images = events(text)[-1][1]["images"]
