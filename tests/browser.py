@@ -5,6 +5,8 @@ The fixtures are imported by the `conftest.py` of each folder that has such test
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ FLAGS = [
     "--host-resolver-rules=MAP insecure.test 127.0.0.1",
 ]
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-AXE, TYPESCRIPT = "axe-core@4.14.1", "typescript@7.0.2"
+WEB = Path(__file__).parents[1] / "web"
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +97,31 @@ def watched(browser: Any) -> Iterator[Watched]:
 
 @pytest.fixture(scope="session")
 def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which npm has installed what checks pages."""
-    folder = tmp_path_factory.mktemp("npm")
+    """The folder node_modules of what `web/package-lock.json` names; skips without npm.
+
+    It is installed once a run of the tests, by whichever of its processes wants it first.
+    """
     if shutil.which("npm") is None:
         pytest.skip("there is no npm here")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "--prefix", folder]
-    made = subprocess.run([*command, AXE, TYPESCRIPT], capture_output=True, text=True, timeout=120)
-    if made.returncode:
-        pytest.skip(f"npm cannot install here: {made.stderr.strip()[-200:]}")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "npm"
+    folder.mkdir(exist_ok=True)
+    failed = folder / "failed"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first
+        if not (folder / "installed").exists() and not failed.exists():
+            for name in ("package.json", "package-lock.json"):
+                shutil.copy(WEB / name, folder / name)
+            command = ["npm", "ci", "--no-audit", "--no-fund", "--prefer-offline"]
+            made = subprocess.run(
+                [*command, "--ignore-scripts"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=180,
+            )
+            said = made.stderr.strip()[-200:] or f"it ended with {made.returncode}"
+            (folder / "installed" if made.returncode == 0 else failed).write_text(said)
+    if failed.exists():
+        pytest.skip(f"npm cannot install here: {failed.read_text()}")
     return folder / "node_modules"

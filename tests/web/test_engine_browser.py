@@ -34,13 +34,13 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return installed(tmp_path_factory.mktemp("npm"))
+def engine(tmp_path_factory: pytest.TempPathFactory, npm: Path) -> Path:
+    return installed(tmp_path_factory.mktemp("engine"), npm)
 
 
 @pytest.fixture
-def site(npm: Path) -> Iterator[Site]:
-    with served({"npm": npm, "page": Path(__file__).parent}) as site:
+def site(engine: Path) -> Iterator[Site]:
+    with served({"npm": engine, "page": Path(__file__).parent}) as site:
         yield site
 
 
@@ -251,11 +251,11 @@ NO_MEMORY = "class { constructor() { throw new RangeError('could not allocate me
     ],
 )
 def test_a_browser_that_lacks_something(
-    page: Page, site: Site, npm: Path, tiny: Path, lacks: str, code: str, says: str
+    page: Page, site: Site, engine: Path, tiny: Path, lacks: str, code: str, says: str
 ) -> None:
     """As the worker finds it: a module that runs before the worker's takes it away."""
     script = f"{lacks}\nawait import('./worker.js');\npostMessage({{ type: 'there' }});\n"
-    (npm / "engine" / f"lacking-{len(says)}.js").write_text(script)
+    (engine / "engine" / f"lacking-{len(says)}.js").write_text(script)
     page.page.evaluate("(url) => start(url)", f"{site.url}/npm/engine/lacking-{len(says)}.js")
     page.until("there")
     page.load(tiny)

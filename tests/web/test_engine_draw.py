@@ -20,8 +20,8 @@ pytestmark = needs_node
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with served({"npm": installed(tmp_path_factory.mktemp("npm"))}) as site:
+def site(tmp_path_factory: pytest.TempPathFactory, npm: Path) -> Iterator[Site]:
+    with served({"npm": installed(tmp_path_factory.mktemp("engine"), npm)}) as site:
         yield site
 
 

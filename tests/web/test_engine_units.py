@@ -38,9 +38,9 @@ def text_of(tiny: Path) -> str:
     return (tiny / "manifest.json").read_text(encoding="utf-8")
 
 
-def test_types(tmp_path: Path) -> None:
+def test_types(tmp_path: Path, npm: Path) -> None:
     """The JSDoc types hold under the strict rules of TypeScript."""
-    folder = installed(tmp_path)
+    folder = installed(tmp_path, npm)
     command = [folder / "node_modules" / ".bin" / "tsc", "--project", "engine/tsconfig.json"]
     checked = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert checked.returncode == 0, checked.stdout

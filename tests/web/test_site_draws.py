@@ -19,7 +19,6 @@ from aim_runtime.images import read_settings
 from aim_web import Package, write_site
 
 from ..browser import PATIENCE_MS, Watched
-from .engine_parts import installed
 from .site_parts import Host, hosted
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -30,10 +29,9 @@ DRAWN_MS = 180_000
 
 
 @pytest.fixture(scope="module")
-def real_package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+def real_package(npm: Path) -> Package:
     """npm's package, as npm installs it."""
-    folder = installed(tmp_path_factory.mktemp("npm"))
-    return Package.at(folder / "node_modules" / "onnxruntime-web")
+    return Package.at(npm / "onnxruntime-web")
 
 
 @pytest.fixture
