@@ -7,6 +7,8 @@ there for the first time, and kept.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,9 @@ from aim_runtime.memory import give_back
 
 if TYPE_CHECKING:
     import onnxruntime
+
+# Of a state, in bytes: a line of the caches.
+_ALIGNMENT = 64
 
 _Arrays = Mapping[str, NDArray[Any]]
 
@@ -40,11 +45,11 @@ class OnnxRuntimeSlots(HostSlots):
                 spec.name: _zeros(spec, rows) for spec in manifest.conditioning
             }
             # Each step reads one set and writes the other; some arrays are in both.
-            one = [_zeros(step.input(pair.input), rows) for pair in manifest.state]
-            other = [
-                array if pair.input in engine.in_place else np.zeros_like(array)
-                for pair, array in zip(manifest.state, one, strict=True)
-            ]
+            names = [pair.input for pair in manifest.state]
+            apart = [name for name in names if name not in engine.in_place]
+            arrays = _in_one_block([step.input(name) for name in (*names, *apart)], rows)
+            one, written = arrays[: len(names)], dict(zip(apart, arrays[len(names) :], strict=True))
+            other = [written.get(name, array) for name, array in zip(names, one, strict=True)]
             self._states: list[list[NDArray[Any]]] = [one, other]
             self._logits: NDArray[np.float32] = _zeros(step.output("logits"), rows)  # (R, V)
         except (MemoryError, ValueError) as error:  # ValueError: more than an address can tell
@@ -106,6 +111,25 @@ class OnnxRuntimeSlots(HostSlots):
             [first(array) for array in self._states[1 - turn]],
             self._logits[:rows],
         )
+
+
+def _in_one_block(specs: Sequence[TensorSpec], rows: int) -> list[NDArray[Any]]:
+    """Tensors of zeros that lie one behind the other.
+
+    NumPy asks the system for large pages where it takes 4 MiB and more, which most states of their
+    own do not have; reading and writing every state in every step is a tenth faster in them.
+    """
+    shapes = [spec.concrete_shape(rows) for spec in specs]
+    sizes = [
+        math.prod(s) * np.dtype(spec.dtype).itemsize for s, spec in zip(shapes, specs, strict=True)
+    ]
+    starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    block = np.zeros(starts[-1] + _ALIGNMENT, np.uint8)
+    first = -block.ctypes.data % _ALIGNMENT
+    return [
+        block[first + start :][:size].view(spec.dtype).reshape(shape)
+        for spec, shape, size, start in zip(specs, shapes, sizes, starts[:-1], strict=True)
+    ]
 
 
 def _zeros(spec: TensorSpec, rows: int) -> NDArray[Any]:
