@@ -70,7 +70,8 @@ def plan_batches(
     plus the sampler's copies of its scores. The decoder adds 4 KiB a pixel for the one image
     it works on. All are estimates of the peak, without the model itself and the results.
 
-    These are the figures of the CPU and of ONNX Runtime; an engine on a GPU has its own `plan`.
+    These are the figures of the CPU and of ONNX Runtime; an engine on a GPU has its own `plan`, and
+    one on the CPU that has read the decoder's graph may need less for it.
     `cfg_scale` is as in `SamplingOptions`; None takes the bundle's default. `memory_limit_mb` None
     means a quarter of what is free now (see `aim_runtime.memory`) for at most 64 images at a time,
     and 1024 for one image at least.
@@ -90,15 +91,15 @@ def batches_within(
     rows_per_image: int,
     memory_limit_mb: float | None,
     share_mb: float,
-    decoder_bytes: int = 0,
+    decoder_bytes: int | None = None,
 ) -> BatchPlan:
     """`plan_batches` for images of `rows_per_image` rows, with checked arguments.
 
     `share_mb` takes the place of a limit that nobody has set. `decoder_bytes` is what this decoder
-    takes, if it is known to be more than usual.
+    takes, where it is known; otherwise it follows from the image's size.
     """
     image, decoder = memory_needed(manifest, rows_per_image)
-    decoder = max(decoder, decoder_bytes)
+    decoder = decoder if decoder_bytes is None else decoder_bytes
     most = n
     if memory_limit_mb is None:
         memory_limit_mb = max(share_mb, min(_ALWAYS_MB, -(-(image + decoder) // 2**20)))

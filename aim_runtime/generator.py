@@ -161,7 +161,8 @@ class Generator:
     def plan(self, n: int, cfg_scale: float | None = None) -> BatchPlan:
         """How `n` images are batched within the memory limit, and the memory that takes.
 
-        On a CPU the plan is that of `plan_batches`, which needs no engine.
+        On a CPU the plan is that of `plan_batches`, which needs no engine, except that the decoder
+        counts with what its graph says that it takes where that graph is a large one.
         Raises ValueError when not even one image fits, BackendError when a GPU has too little
         memory for one.
         """

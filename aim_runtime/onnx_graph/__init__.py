@@ -22,8 +22,9 @@ class CheckedGraph(NamedTuple):
 
     Attributes:
         data: The bytes of its file.
-        row_bytes: Of memory that a row takes at most while it runs, if that is more than the plan
-            of a request covers for every graph of the manifest's geometry; else 0.
+        row_bytes: Of memory that a row takes while it runs, where requests are to be planned with
+            it: it is more than twice, or less than, what is planned for every graph of the
+            manifest's geometry. Else 0, as for the model in the box, whose graphs are not followed.
         spec: What the bundle says of it.
     """
 

@@ -36,6 +36,25 @@ def total_bytes(steps: Sequence[Step]) -> int:
     return sum(sum(step.bytes) + step.extra for step in steps)
 
 
+def live_bytes(steps: Sequence[Step], results: frozenset[int]) -> int:
+    """Bytes for one row that are taken at once if the steps run in this order.
+
+    A value is given back behind the last step that reads it; `results` are kept to the end.
+    """
+    last = {value: index for index, step in enumerate(steps) for value in step.inputs}
+    last |= dict.fromkeys(results, len(steps))
+    going: dict[int, int] = {}  # bytes that are given back behind each step
+    taken = peak = 0
+    for index, step in enumerate(steps):
+        for value, size in zip(step.outputs, step.bytes, strict=True):
+            taken += size
+            behind = last.get(value, index)
+            going[behind] = going.get(behind, 0) + size
+        peak = max(peak, taken + step.extra)
+        taken -= going.get(index, 0)
+    return peak
+
+
 def peak_bytes(steps: Sequence[Step], results: frozenset[int]) -> int:
     """Bytes for one row that can be taken at once, in whatever order the steps run.
 

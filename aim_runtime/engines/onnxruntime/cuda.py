@@ -95,6 +95,9 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
     def __init__(self, bundle: Bundle, gpu: int, threads: int) -> None:
         super().__init__(bundle, functools.partial(_load, gpu, threads), (_MEMORY, gpu))
         self.device = f"cuda:{gpu}"
+        # What cuDNN takes to work in has not been measured.
+        _, usual = memory_needed(self.manifest, rows_per_image=1)
+        self._decoder_bytes = max(usual, self._decoder_bytes)
         # A GPU that this build has no kernels for fails here, where another backend can still be
         # chosen, and not in the first request.
         self.prologue(np.zeros(1, np.int64))
@@ -105,8 +108,8 @@ class OnnxRuntimeCuda(OnnxRuntimeEngine):
         if memory_limit_mb is not None:
             return super()._batching(n, rows_per_image, memory_limit_mb)
         limit = _SHARE_OF_FREE_MEMORY * self._free_bytes
-        image, decoder = memory_needed(self.manifest, rows_per_image)
-        decoder = max(decoder, self._decoder_bytes)
+        image, _ = memory_needed(self.manifest, rows_per_image)
+        decoder = self._decoder_bytes
         if image + decoder > limit:
             raise BackendError(
                 f"{self.device} had {self._free_bytes // 2**20} MiB free with the model loaded; "

@@ -94,7 +94,8 @@ class OnnxRuntimeEngine(Engine):
         stopping = Stopping()
         self._sessions = interruptible(lambda: load(bundle, graphs, stopping), stopping)
         _, usual = memory_needed(self.manifest, rows_per_image=1)
-        self._decoder_bytes = max(usual, graphs["decoder"].row_bytes)
+        self._decoder_bytes = graphs["decoder"].row_bytes or usual
+        self._keeps_decoding = max(usual, self._decoder_bytes) <= _KEPT_BYTES
 
     def start(self, rows: int, conditioning: Conditioning) -> Rows:
         """Allocate and bind the buffers of `rows` rows."""
@@ -135,7 +136,7 @@ class OnnxRuntimeEngine(Engine):
         import onnxruntime
 
         options = onnxruntime.RunOptions()
-        if self.memory[0] == "cpu" and self._decoder_bytes > _KEPT_BYTES:
+        if self.memory[0] == "cpu" and not self._keeps_decoding:
             # What the arena took goes back to the system.
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
