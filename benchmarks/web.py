@@ -30,7 +30,11 @@ from aim_runtime import Bundle, Generator
 
 WEB = Path(__file__).parents[1] / "web"
 DIST = WEB / "node_modules" / "onnxruntime-web" / "dist"
-RUNTIME = {"module": "ort.wasm.bundle.min.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
+RUNTIME = {
+    "module": "ort.wasm.min.mjs",
+    "loader": "ort-wasm-simd-threaded.mjs",
+    "wasm": "ort-wasm-simd-threaded.wasm",
+}
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
 WARM_UP = 8
 SEED, CLASS = 1, 12

@@ -25,10 +25,10 @@ from aim_runtime.replacing import replacing
 NAME = "onnxruntime-web"
 DEFAULT_REGISTRY = "https://registry.npmjs.org/"
 
-WASM = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-"""A module and its WebAssembly, in the package's folder `dist`."""
+WASM = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.mjs")
+"""A module, its WebAssembly and the loader of that, in the package's folder `dist`."""
 WEBGPU = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
-"""The same for browsers that have WebGPU."""
+"""A module and its WebAssembly for browsers that have WebGPU."""
 NOTICES = ("LICENSE", "LICENSE.txt", "ThirdPartyNotices.txt")
 """At the package's top, where it has them."""
 

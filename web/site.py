@@ -201,7 +201,7 @@ def _write_parts(writer: _Writer, parts: _Parts, runtime_version: str) -> int:
     files = _model(writer, parts.bundle)
     graphs = parts.bundle.manifest.graphs.values()
     wanted = {files[name] for graph in graphs for name in (graph.file, graph.weights)}
-    wanted |= {runtime["module"], runtime["wasm"], files[MANIFEST_NAME]}
+    wanted |= {runtime["module"], runtime["wasm"], runtime["loader"], files[MANIFEST_NAME]}
     to_load = sum(writer.files[path].size for path in wanted)
     about = description(parts.bundle, files, runtime, to_load)
     writer.put(INDEX, _index(page, about))
@@ -216,7 +216,10 @@ def _write_parts(writer: _Writer, parts: _Parts, runtime_version: str) -> int:
 
 def _places(folder: str, names: Container[str]) -> dict[str, Any]:
     """Where ONNX Runtime's files are, as the engine's `load` takes it."""
-    runtime: dict[str, Any] = {"module": f"{folder}/{WASM[0]}", "wasm": f"{folder}/{WASM[1]}"}
+    kinds = ("module", "wasm", "loader")
+    runtime: dict[str, Any] = {
+        kind: f"{folder}/{name}" for kind, name in zip(kinds, WASM, strict=True)
+    }
     if WEBGPU[0] in names:
         runtime["webgpu"] = {"module": f"{folder}/{WEBGPU[0]}", "wasm": f"{folder}/{WEBGPU[1]}"}
     return runtime

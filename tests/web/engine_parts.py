@@ -18,7 +18,12 @@ import pytest
 WEB = Path(__file__).parents[2] / "web"
 NODE = shutil.which("node")
 SCRIPT = Path(__file__).with_name("engine_in_node.mjs")
-TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html"}
+TYPES = {
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".html": "text/html",
+    ".wasm": "application/wasm",
+}
 ISOLATED = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
@@ -69,7 +74,8 @@ class Site:
         """The addresses of ONNX Runtime, as `load` takes them."""
         dist = f"{self.url}/npm/node_modules/onnxruntime-web/dist"
         return {
-            "module": f"{dist}/ort.wasm.bundle.min.mjs",
+            "module": f"{dist}/ort.wasm.min.mjs",
+            "loader": f"{dist}/ort-wasm-simd-threaded.mjs",
             "wasm": f"{dist}/ort-wasm-simd-threaded.wasm",
         }
 

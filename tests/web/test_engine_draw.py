@@ -14,6 +14,7 @@ from aim_runtime import Bundle, Generator, Result
 from aim_runtime.result import UNDECIDED_GRAY
 
 from ..runtime.tiny_bundle import PATCH, SIDE, TOKENS, write_tiny_bundle
+from . import engine_parts
 from .engine_parts import Site, in_node, installed, needs_node, served
 
 pytestmark = needs_node
@@ -33,8 +34,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(site: Site, bundle: Path, *orders: dict[str, Any], without: Sequence[str] = ()) -> Any:
     files = {name: url for name, url in site.bundle(bundle).items() if name not in without}
     runtime = site.runtime()
-    module = "node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs"
-    runtime["module"] = str(site.folders["npm"] / module)  # Node imports no modules over HTTP
+    for kind in ("module", "loader"):  # Node imports no modules over HTTP
+        runtime[kind] = runtime[kind].replace(f"{site.url}/npm", str(site.folders["npm"]))
     return in_node("draw", files=files, runtime=runtime, orders=orders)
 
 
@@ -89,6 +90,8 @@ def test_64_pictures_have_the_tokens_that_python_draws(site: Site, tiny: Path) -
         for picture, image in zip(drawing["pictures"], expected.array, strict=True):
             np.testing.assert_array_equal(pixels_of(picture, *image.shape[:2]), image)
         assert drawing["steps"] == [[0, 16, step] for step in range(1, TOKENS + 1)]
+    # Nothing goes through JavaScript but the conditioning of each order and the pictures.
+    assert found["copied"] == len(ORDERS) + 64
 
 
 def test_a_picture_is_the_same_alone(site: Site, tiny: Path) -> None:
@@ -99,6 +102,16 @@ def test_a_picture_is_the_same_alone(site: Site, tiny: Path) -> None:
     together, *found = drawn(site, tiny, order, *alone)["drawn"]
     for index, one in zip((0, 7, 15), found, strict=True):
         assert one["pictures"] == [together["pictures"][index]]
+
+
+def test_a_host_that_calls_webassembly_something_else(
+    site: Site, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it cannot be compiled while it comes, but afterwards."""
+    order = {"classes": [1], "seeds": [3]}
+    expected = drawn(site, tiny, order)
+    monkeypatch.setitem(engine_parts.TYPES, ".wasm", "application/octet-stream")
+    assert drawn(site, tiny, order) == expected
 
 
 def test_previews_are_gray_where_nothing_is_drawn(site: Site, tiny: Path) -> None:

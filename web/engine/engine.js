@@ -2,6 +2,8 @@
 
 import { EngineError, wrapped } from "./errors.js";
 import { concreteShape, elements } from "./parts.js";
+import { WasmRows } from "./wasm_rows.js";
+import { startedRuntime } from "./webassembly.js";
 
 /**
  * @import { InferenceSession, Tensor } from "onnxruntime-web"
@@ -89,7 +91,10 @@ export class Engine {
    * @param {number[]} classIds
    */
   async begin(classIds) {
-    return new Rows(this, await this.prologue(classIds), classIds.length);
+    const conditioning = await this.prologue(classIds);
+    const memory = startedRuntime();
+    if (memory) return new WasmRows(this, memory, conditioning, classIds.length);
+    return new Rows(this, conditioning, classIds.length);
   }
 
   /**

@@ -2,6 +2,7 @@
 
 import { RUNTIME, download } from "./download.js";
 import { EngineError, wrapped } from "./errors.js";
+import { MAX_WASM_BYTES, prepare } from "./webassembly.js";
 
 /**
  * @import * as ONNXRuntime from "onnxruntime-web"
@@ -17,7 +18,6 @@ import { EngineError, wrapped } from "./errors.js";
  * @property {string} note Why not the best; "" if it is.
  */
 
-const MAX_WASM_BYTES = 2 ** 28;
 // Products of one image's rows are too small for more.
 const MOST_THREADS = 8;
 
@@ -41,11 +41,17 @@ export async function loadRuntime(files, wanted, threads, progress) {
   const reason = await webgpuLacking(files);
   if (wanted === "webgpu" && reason) throw new EngineError("browser", reason);
   const backend = wanted === "wasm" || reason ? "wasm" : "webgpu";
-  const chosen = backend === "webgpu" && files.webgpu ? files.webgpu : files;
-  // One after the other: the module is small, and a name that is wrong is found before megabytes.
-  const ort = await imported(chosen.module);
-  const binary = await download(RUNTIME, chosen.wasm, MAX_WASM_BYTES, progress);
-  ort.env.wasm.wasmBinary = binary.buffer;
+  const { webgpu } = files;
+  // One after the other: modules are small, and a name that is wrong is found before megabytes.
+  /** @type {Ort} */
+  const ort = await imported(backend === "webgpu" && webgpu ? webgpu.module : files.module);
+  if (backend === "webgpu" && webgpu) {
+    const binary = await download(RUNTIME, webgpu.wasm, MAX_WASM_BYTES, progress);
+    ort.env.wasm.wasmBinary = binary.buffer;
+  } else {
+    const { default: loader } = await imported(files.loader);
+    ort.env.wasm.wasmPaths = { mjs: await prepare(loader, files.wasm, progress) };
+  }
   ort.env.wasm.numThreads = threadsFor(threads);
   ort.env.logLevel = "error";
   return { ort, backend, threads: ort.env.wasm.numThreads, note: wanted === "auto" ? reason : "" };
@@ -86,10 +92,7 @@ function threadsFor(wanted) {
   return wanted || Math.min(globalThis.navigator?.hardwareConcurrency || 1, MOST_THREADS);
 }
 
-/**
- * @param {string} url
- * @returns {Promise<Ort>}
- */
+/** @param {string} url */
 async function imported(url) {
   try {
     return await import(url);

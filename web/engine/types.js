@@ -10,7 +10,8 @@
  * it from the network, and puts what comes in the place of what it has.
  *
  * @typedef {object} RuntimeFiles ONNX Runtime's, as npm's onnxruntime-web has them in `dist/`.
- * @property {string} module URL of `ort.wasm.bundle.min.mjs`.
+ * @property {string} module URL of `ort.wasm.min.mjs`.
+ * @property {string} loader URL of `ort-wasm-simd-threaded.mjs`.
  * @property {string} wasm URL of `ort-wasm-simd-threaded.wasm`.
  * @property {{ module: string, wasm: string }} [webgpu] URLs of `ort.webgpu.bundle.min.mjs` and
  *   `ort-wasm-simd-threaded.asyncify.wasm`, for browsers that have WebGPU.

@@ -259,6 +259,7 @@ function runtimeOf({ runtime }) {
   return {
     module: absolute(runtime.module),
     wasm: absolute(runtime.wasm),
+    loader: absolute(runtime.loader),
     ...(webgpu && {
       webgpu: { module: absolute(webgpu.module), wasm: absolute(webgpu.wasm) },
     }),

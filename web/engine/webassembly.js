@@ -1,0 +1,103 @@
+/**
+ * ONNX Runtime's WebAssembly, compiled while it comes, and its memory.
+ *
+ * ONNX Runtime imports this module in the place of its loader, which it calls. Compiled from a response
+ * of the network, and not from bytes, the code that the browser has optimised is kept with what it keeps
+ * of that address: a later visit begins with it, where the first one's steps take three times as long
+ * until it is there.
+ */
+
+import { RUNTIME, gathered, reach } from "./download.js";
+import { wrapped } from "./errors.js";
+
+/**
+ * @import { Progress } from "./download.js"
+ *
+ * @typedef {object} WebAssemblyRuntime What ONNX Runtime's loader makes, as far as it is used here.
+ * @property {Uint8Array<ArrayBuffer>} HEAPU8 Of all of its memory; another one when that has grown.
+ * @property {(bytes: number) => number} _malloc
+ * @property {(address: number) => void} _free
+ * @property {() => number} stackSave
+ * @property {(stack: number) => void} stackRestore
+ * @property {(bytes: number) => number} stackAlloc
+ * @property {(address: number, type: string) => number} getValue
+ * @property {(address: number, value: number, type: string) => void} setValue
+ * @property {(text: string) => number} lengthBytesUTF8
+ * @property {(text: string, address: number, most: number) => void} stringToUTF8
+ * @property {(address: number) => string} UTF8ToString
+ * @property {(type: number, address: number, bytes: number, sizes: number, rank: number, location: number) => number} _OrtCreateTensor
+ * @property {(tensor: number) => number} _OrtReleaseTensor
+ * @property {(severity: number, verbosity: number, terminate: boolean, tag: number) => number} _OrtCreateRunOptions
+ * @property {(options: number) => number} _OrtReleaseRunOptions
+ * @property {(session: number, inputNames: number, inputs: number, inputCount: number, outputNames: number, outputCount: number, outputs: number, options: number) => number | Promise<number>} _OrtRun
+ * @property {(code: number, message: number) => void} _OrtGetLastError
+ *
+ * @typedef {(imports: WebAssembly.Imports, done: (instance: WebAssembly.Instance, module: WebAssembly.Module) => void) => object} Instantiate
+ * @typedef {(options: object & { instantiateWasm?: Instantiate }) => Promise<WebAssemblyRuntime>} Loader
+ */
+
+export const MAX_WASM_BYTES = 2 ** 28;
+const TYPE = "application/wasm";
+
+/** @type {{ loader: Loader, module: WebAssembly.Module } | null} */
+let prepared = null;
+/** @type {WebAssemblyRuntime | null} */
+let started = null;
+
+/**
+ * Compile for a loader; returns the URL to name to ONNX Runtime in that one's place.
+ *
+ * @param {Loader} loader
+ * @param {string} wasm
+ * @param {Progress} progress
+ */
+export async function prepare(loader, wasm, progress) {
+  prepared = { loader, module: await compiled(wasm, progress) };
+  return import.meta.url;
+}
+
+/** What runs, once a first graph is loaded; null where ONNX Runtime did without this module. */
+export function startedRuntime() {
+  return started;
+}
+
+/**
+ * @param {object} options
+ * @returns {Promise<WebAssemblyRuntime>}
+ */
+export default async function start(options) {
+  if (!prepared) throw new Error("nothing was prepared");
+  const { loader, module } = prepared;
+  /** @type {Promise<WebAssemblyRuntime>} */
+  const running = new Promise((resolve, reject) => {
+    const instantiateWasm = (
+      /** @type {WebAssembly.Imports} */ imports,
+      /** @type {(instance: WebAssembly.Instance, module: WebAssembly.Module) => void} */ done,
+    ) => {
+      // Nothing else hears of it where there is no memory.
+      WebAssembly.instantiate(module, imports).then((made) => done(made, module), reject);
+      return {};
+    };
+    loader({ ...options, instantiateWasm }).then(resolve, reject);
+  });
+  started = await running;
+  return started;
+}
+
+/**
+ * @param {string} url
+ * @param {Progress} progress
+ */
+async function compiled(url, progress) {
+  const response = await reach(RUNTIME, url);
+  const type = response.headers.get("Content-Type")?.split(";")[0]?.trim().toLowerCase();
+  // Browsers compile what comes only of this type; of another one, the bytes.
+  const streamed = type === TYPE ? WebAssembly.compileStreaming(response.clone()) : null;
+  streamed?.catch(() => {}); // what was cut short is told below, what is none after it
+  const bytes = await gathered(RUNTIME, response, MAX_WASM_BYTES, progress);
+  try {
+    return await (streamed ?? WebAssembly.compile(bytes));
+  } catch (error) {
+    throw wrapped(error, "browser", "ONNX Runtime does not start in this browser");
+  }
+}
