@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import warnings
-from types import FrameType
 from typing import Any
 
 import click
@@ -58,17 +56,8 @@ def aim() -> None:
     """
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Leave by an exception, so that files half written are removed on the way out."""
-    sys.exit(128 + signum)
-
-
 def main() -> None:
-    """The console script `aim`."""
-    signal.signal(signal.SIGTERM, _terminate)
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:  # nohup ignores it
-        signal.signal(hangup, _terminate)
+    """The command line of this process, whose signals `aim_cli.interrupts` hears."""
     if not sys.warnoptions and not debugging():
         # Notes of one library to another's authors would bury our one sentence.
         warnings.simplefilter("ignore")

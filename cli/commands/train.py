@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -88,7 +84,6 @@ def run(train: Callable[[Options], Path], options_class: type[Options], values: 
 
 def run_with(train: Callable[[Options], Path], options: Options) -> Path:
     """Likewise, the options being complete."""
-    _hear_hangups()
     limit_torch_threads()
     try:
         return train(options)
@@ -134,19 +129,3 @@ def next_command(command: str, options: TrainingOptions, **more: object) -> str:
                 words.append(f"--{flag} {shlex.quote(str(value))}")
     words += [f"--{name} {shlex.quote(str(value))}" for name, value in more.items()]
     return " ".join(words)
-
-
-def _hear_hangups() -> None:
-    """Before the first step, too, a closed terminal ends the program by an exception.
-
-    So files half written are removed on the way out, as at SIGTERM.
-    """
-    number = getattr(signal, "SIGHUP", None)  # Windows has none
-    if number is None or signal.getsignal(number) is not signal.SIG_DFL:
-        return
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)

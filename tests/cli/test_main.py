@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,43 @@ def test_missing_extras(
         f"pip install 'aim-runtime[{extra}]'\n"
     )
     assert not list(folder.iterdir())
+
+
+# Sends a signal where Python makes a RuntimeError of the exception that it raises.
+_INTERRUPTING = """
+import os
+class Interrupting:
+    def __set_name__(self, owner, name):
+        for _ in range({times}):
+            os.kill(os.getpid(), {number})
+class Imported:
+    attribute = Interrupting()
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("module", ["difflib", "unicodedata"])  # of the group, of the command
+def test_interrupted_while_modules_are_imported(
+    spawn: Spawn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    number: signal.Signals,
+    code: int,
+    times: int,
+) -> None:
+    interrupting = _INTERRUPTING.format(number=int(number), times=times)
+    (tmp_path / f"{module}.py").write_text(interrupting)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = spawn("generate")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert out == ""
+    said = err.strip().splitlines()
+    assert [line.partition(";")[0] for line in said] == (
+        ["Error: interrupted"] if number == signal.SIGINT else []
+    )
 
 
 def test_a_reader_that_leaves_is_no_error(bundle: Path, folder: Path) -> None:
