@@ -13,11 +13,13 @@ from aim_export.cpu import add_step_graph
 from aim_export.cuda.bundle import compile_engines
 from aim_export.onnx.packed import int8_matrix
 from aim_export.wide import check_wide
-from aim_runtime import BackendError, Bundle
+from aim_runtime import BackendError, Bundle, SamplingOptions
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.onnxruntime import description
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
+from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, chosen_step
+from aim_runtime.noise import uniforms
 
 from ..runtime.playing import play
 
@@ -104,10 +106,9 @@ def test_an_older_onnxruntime_takes_the_plain_graph(
 def test_rows_do_not_depend_on_neighbours_or_threads(
     few_bits: tuple[Bundle, ParityReport],
 ) -> None:
-    """To the last bit in int8, whose sums are whole numbers; `MatMulNBits` promises nothing."""
+    """To the last bit; `MatMulNBits` has another kernel for a last row by itself."""
     bundle, _ = few_bits
-    if bundle.manifest.precision != "int8":
-        pytest.skip("sums of float32 in kernels that depend on the number of rows")
+    odd = () if bundle.manifest.precision == "int4" else (1, 3, 33)
     model = bundle.manifest.model
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, model.vocab_size, (64, 4))
@@ -117,9 +118,36 @@ def test_rows_do_not_depend_on_neighbours_or_threads(
     expected = play(OnnxRuntimeCpu(bundle, 1, step), classes, tokens)
     for threads in (1, 2):
         engine = OnnxRuntimeCpu(bundle, threads, step)
-        for rows in (1, 2, 3, 10, 33, 64):
+        for rows in (*odd, 2, 10, 64):
             found = play(engine, classes[:rows], tokens[:rows])
             np.testing.assert_array_equal(found, expected[:rows])
+
+
+def test_an_image_s_scores_do_not_depend_on_how_many_there_are(
+    few_bits: tuple[Bundle, ParityReport],
+) -> None:
+    """To the last bit, from a single row on, and wherever among the others it is."""
+    bundle, _ = few_bits
+    engine = OnnxRuntimeCpu(bundle, 2, chosen_step(bundle).step)
+    noise = uniforms(range(3), bundle.manifest.model.num_tokens)
+    unguided, guided = SamplingOptions(cfg_scale=1.0), SamplingOptions(cfg_scale=2.0)
+
+    def scores(before: int, behind: int) -> list[bytes]:
+        with engine.slots(1 + 2 * (before + behind)) as slots:
+            assert isinstance(slots, OnnxRuntimeSlots)
+            for index in range(before):
+                slots.begin(index, noise[1 + index], guided)
+            slots.begin(0, noise[0], unguided)
+            for index in range(behind):
+                slots.begin(index, noise[1 + index], guided)
+            seen = []
+            while slots.step():
+                seen.append(slots._logits[2 * before].tobytes())
+        return seen
+
+    alone = scores(0, 0)
+    assert len(alone) == len(noise[0])
+    assert alone == scores(1, 0) == scores(0, 1) == scores(2, 0) == scores(1, 1)
 
 
 def test_the_graph_for_the_cpu_can_be_made_again(

@@ -2,7 +2,8 @@
 
 A row's scores are the same to the last bit whatever the number of rows, so that a step may compute
 just those that are in use: the first r rows of each array, through bindings made when that many are
-there for the first time, and kept.
+there for the first time, and kept. Weights of 4 bits are the exception: their products take two
+rows at a time, and a last one by itself by another kernel. It gets a second, which nobody reads.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class OnnxRuntimeSlots(HostSlots):
         self, engine: OnnxRuntimeEngine, session: onnxruntime.InferenceSession, rows: int
     ) -> None:
         super().__init__(engine.manifest, rows)
+        self._together = 2 if engine.precision == "int4" else 1
+        rows = self._computed(rows)
+        self._token, self._position = (np.zeros(rows, np.int64) for _ in range(2))
         manifest, step = engine.manifest, engine.manifest.graphs["step"]
         self._engine = engine
         self._session = session
@@ -86,15 +90,20 @@ class OnnxRuntimeSlots(HostSlots):
             array[target] = array[source]
 
     def _advance(self, rows: int) -> NDArray[np.float32]:
+        computed = self._computed(rows)
         try:
-            binding = self._bindings.get((rows, self._turn))
+            binding = self._bindings.get((computed, self._turn))
             if binding is None:
-                binding = self._bindings[rows, self._turn] = self._bind(rows, self._turn)
+                binding = self._bindings[computed, self._turn] = self._bind(computed, self._turn)
             binding.run()
         except Exception as error:
             raise failed(error) from error
         self._turn = 1 - self._turn
         return self._logits[:rows]
+
+    def _computed(self, rows: int) -> int:
+        """How many rows a step computes so that the first `rows` have the bits they always have."""
+        return -(-rows // self._together) * self._together
 
     def _bind(self, rows: int, turn: int) -> Binding:
         import onnxruntime
