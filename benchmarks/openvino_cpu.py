@@ -123,10 +123,9 @@ def work(end: Connection, path: str | None, images: int, threads: int, engine: s
 class Ours:
     """The `cpu` backend."""
 
-    computes = "fp32"
-
     def __init__(self, bundle: Bundle, images: int, threads: int, _: str) -> None:
         self.engine = load_engine(bundle, backend="cpu", threads=threads)
+        self.computes = self.engine.precision
         self.model = bundle.manifest.model
         self.options = bundle.manifest.sampling.replace(cfg_scale=GUIDANCE)
         self.images = images
