@@ -131,10 +131,11 @@ def _load(
 
     size = sum(bundle.manifest.files[graph.spec.weights].size for graph in graphs.values())
     if size > _SMALL_BYTES:
-        # One after another: while one loads it takes two to three times what it keeps.
-        decoder = make("decoder", threads, arena=True)
+        # One after another, since one that loads takes two to four times what it keeps, and the one
+        # that takes most first, beside nothing.
         step = make("step", threads, arena=True)
-        return Sessions(make("prologue", threads=1), step, decoder)
+        prologue = make("prologue", threads=1)
+        return Sessions(prologue, step, make("decoder", threads, arena=True))
     # ONNX Runtime loads on one core: the small graphs are ready before the step is.
     with ThreadPoolExecutor(1, thread_name_prefix="aim-load") as beside:
         # It runs once an image and is small: one thread spares it a pool of its own.
