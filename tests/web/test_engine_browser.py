@@ -171,6 +171,31 @@ def test_orders_wait_for_one_another_and_are_cancelled(page: Page, tiny: Path) -
     assert max(stopped[: stopped.index(1, 1)]) < TOKENS
 
 
+def test_steps_are_rehearsed_while_nobody_waits(page: Page, tiny: Path) -> None:
+    """Without an order there are steps; an order ends them, and draws what it draws otherwise."""
+    script = """import { WasmRows } from "./wasm_rows.js";
+    const { step } = WasmRows.prototype;
+    WasmRows.prototype.step = function (tokens, position) {
+      postMessage({ type: "stepped", rows: tokens.length });
+      return step.call(this, tokens, position);
+    };
+    await import("./worker.js");
+    postMessage({ type: "there" });
+    """
+    (page.site.folders["npm"] / "engine" / "telling.js").write_text(script)
+    page.page.evaluate("(url) => start(url)", f"{page.site.url}/npm/engine/telling.js")
+    page.until("there")
+    page.load(tiny)
+    said = page.until("stepped", TOKENS)
+    assert {one["rows"] for one in of(said, "stepped")} == {2}
+    page.tell({**ORDER, "top_k": 9})
+    said = page.until("done")
+    assert len([one for one in of(said, "stepped") if one["rows"] == 8]) == TOKENS
+    with Generator.load(tiny, backend="cpu") as gen:
+        expected = gen.generate(ORDER["classes"], seed=7, top_k=9)
+    assert [one["tokens"] for one in of(said, "picture")] == expected.tokens.tolist()
+
+
 def test_orders_that_are_wrong_leave_the_worker_well(page: Page, tiny: Path) -> None:
     page.load(tiny)
     page.tell({**ORDER, "classes": [0, 1, 2, 3]}, {**ORDER, "id": "b"})

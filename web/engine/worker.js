@@ -6,6 +6,7 @@ import { draw } from "./drawing.js";
 import { Engine } from "./engine.js";
 import { EngineError, wrapped } from "./errors.js";
 import { checkedOrder } from "./order.js";
+import { rehearse } from "./rehearsal.js";
 import { loadRuntime } from "./runtime.js";
 
 /** @import { DrawOrder, FromWorker, LoadOrder, ToWorker } from "./types.js" */
@@ -31,7 +32,10 @@ function receive(message) {
   } else if (message.type === "load") {
     if (loading) return fail(null, new EngineError("request", "the worker has a model already"));
     loading = true;
-    queue = queue.then(() => load(message)).catch((error) => fail(null, error));
+    queue = queue
+      .then(() => load(message))
+      .then(rehearsed)
+      .catch((error) => fail(null, error));
   } else if (message.type === "draw") {
     const { id } = message;
     if (orders.has(id))
@@ -67,6 +71,13 @@ async function load({ files, runtime: wanted, threads = 0, backend = "auto" }) {
     graphs: { step: step.file, decoder: decoder.file },
     note: runtime.note,
   });
+}
+
+/** So that the first picture takes no longer than others. */
+async function rehearsed() {
+  const idle = () => orders.size === 0;
+  // What fails here fails for whoever orders something, who is told then.
+  if (engine) await rehearse(engine, idle).catch(() => {});
 }
 
 /** @param {DrawOrder} order */
