@@ -15,6 +15,16 @@ async function outcome(call) {
   }
 }
 
+/** A bundle and the engine that it makes. */
+async function loaded(files, runtime) {
+  const { Bundle } = await load("bundle.js");
+  const { Engine } = await load("engine.js");
+  const { loadRuntime } = await load("runtime.js");
+  const bundle = await Bundle.open(files, () => {});
+  const ort = await loadRuntime(runtime, "wasm", 1, () => {});
+  return { bundle, ready: await Engine.load(bundle, ort) };
+}
+
 const tasks = {
   async noise({ seeds, steps }) {
     const { uniform } = await load("noise.js");
@@ -80,15 +90,21 @@ const tasks = {
     );
   },
 
+  async scores({ files, runtime, classes, tokens }) {
+    const { ready } = await loaded(files, runtime);
+    const rows = await ready.begin(classes);
+    const found = [];
+    for (let step = 0; step < tokens[0].length; step++) {
+      const last = tokens.map((row) => (step ? row[step - 1] : 0));
+      found.push([...(await rows.step(last, step))]);
+    }
+    return found;
+  },
+
   async draw({ files, runtime, orders }) {
-    const { Bundle } = await load("bundle.js");
-    const { Engine } = await load("engine.js");
     const { draw } = await load("drawing.js");
     const { checkedOrder } = await load("order.js");
-    const { loadRuntime } = await load("runtime.js");
-    const bundle = await Bundle.open(files, () => {});
-    const ort = await loadRuntime(runtime, "wasm", 1, () => {});
-    const ready = await Engine.load(bundle, ort);
+    const { bundle, ready } = await loaded(files, runtime);
     let copied = 0;
     const { prototype } = Object.getPrototypeOf(ready.sessions.step).constructor;
     const { run } = prototype;

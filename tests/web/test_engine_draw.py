@@ -31,12 +31,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
-def drawn(site: Site, bundle: Path, *orders: dict[str, Any], without: Sequence[str] = ()) -> Any:
-    files = {name: url for name, url in site.bundle(bundle).items() if name not in without}
+def runtime_of(site: Site) -> dict[str, str]:
     runtime = site.runtime()
     for kind in ("module", "loader"):  # Node imports no modules over HTTP
         runtime[kind] = runtime[kind].replace(f"{site.url}/npm", str(site.folders["npm"]))
-    return in_node("draw", files=files, runtime=runtime, orders=orders)
+    return runtime
+
+
+def drawn(site: Site, bundle: Path, *orders: dict[str, Any], without: Sequence[str] = ()) -> Any:
+    files = {name: url for name, url in site.bundle(bundle).items() if name not in without}
+    return in_node("draw", files=files, runtime=runtime_of(site), orders=orders)
 
 
 def tokens_of(drawing: Any) -> np.ndarray:
@@ -139,6 +143,29 @@ def test_a_bundle_of_few_bits(site: Site, tiny: Path, tmp_path: Path) -> None:
     plain = drawn(site, folder, order, without=["step-cpu.json", "step-cpu.onnx"])
     assert plain["graphs"] == ["step.onnx", "decoder.onnx"]
     assert tokens_of(plain["drawn"][0]).shape == expected.tokens.shape
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-5), ("int8", 5e-3)])
+def test_scores_are_near_those_of_python(
+    site: Site, tiny: Path, tmp_path: Path, precision: str, bound: float
+) -> None:
+    """With 8 bits only near: a value at the border of two steps may be rounded to either."""
+    folder = tiny
+    if precision == "int8":
+        folder = _few_bits().write_int8_bundle(tiny, tmp_path / "tiny-int8")
+    classes = [0, 1, 2, 1]
+    tokens = np.random.default_rng(5).integers(0, 9, (len(classes), TOKENS))
+    found = in_node(
+        "scores",
+        files=site.bundle(folder),
+        runtime=runtime_of(site),
+        classes=classes,
+        tokens=tokens.tolist(),
+    )
+    with Generator.load(folder, backend="cpu", threads=1) as gen:
+        expected = gen.logits(tokens, classes, cfg_scale=1.0)
+    scores = np.array(found).reshape(TOKENS, *expected.shape[::2]).swapaxes(0, 1)
+    assert np.abs(scores - expected).max() <= bound * expected.std()
 
 
 def _few_bits() -> Any:
