@@ -190,10 +190,10 @@ def test_a_step_that_does_not_run_here_leaves_the_plain_one(
 
 
 def test_the_model_in_the_box(site: Site, tmp_path: Path) -> None:
-    """One picture; its step is the one of fused operators."""
+    """Four pictures; their step is the one of fused operators."""
     folder = tmp_path / "emoji"
     shutil.copytree(Bundle.open().path, folder)
-    order = {"classes": [12], "seeds": [41], "top_k": 1000}
+    order = {"classes": [12, 5, 44, 97], "seeds": [41, 42, 43, 44], "top_k": 1000}
     found = drawn(site, folder, order)
     assert found["graphs"] == ["step-cpu.onnx", "decoder.onnx"]
     expected = by_python(folder, order)
