@@ -196,6 +196,26 @@ def test_steps_are_rehearsed_while_nobody_waits(page: Page, tiny: Path) -> None:
     assert [one["tokens"] for one in of(said, "picture")] == expected.tokens.tolist()
 
 
+def test_webassembly_is_compiled_from_its_address(page: Page, tiny: Path) -> None:
+    """Of bytes browsers keep no optimised code for the next visit."""
+    script = """const { compileStreaming } = WebAssembly;
+    WebAssembly.compileStreaming = async (answer) => {
+      postMessage({ type: "compiled", url: (await answer).url });
+      return compileStreaming.call(WebAssembly, answer);
+    };
+    WebAssembly.compile = () => postMessage({ type: "compiled", url: "" });
+    await import("./worker.js");
+    postMessage({ type: "there" });
+    """
+    (page.site.folders["npm"] / "engine" / "telling-of-code.js").write_text(script)
+    page.page.evaluate("(url) => start(url)", f"{page.site.url}/npm/engine/telling-of-code.js")
+    page.until("there")
+    page.load(tiny)
+    assert [one["url"] for one in of(page.until("ready"), "compiled")] == [
+        page.site.runtime()["wasm"]
+    ]
+
+
 def test_orders_that_are_wrong_leave_the_worker_well(page: Page, tiny: Path) -> None:
     page.load(tiny)
     page.tell({**ORDER, "classes": [0, 1, 2, 3]}, {**ORDER, "id": "b"})

@@ -42,18 +42,7 @@ export async function downloadChecked(name, url, entry, progress) {
  * @param {Progress} [progress]
  */
 export async function download(name, url, most, progress = () => {}) {
-  return gathered(name, await reach(name, url), most, progress);
-}
-
-/**
- * The bytes of an answer that are still to come.
- *
- * @param {string} name
- * @param {Response} response
- * @param {number} most
- * @param {Progress} progress
- */
-export async function gathered(name, response, most, progress) {
+  const response = await reach(name, url, "default");
   // Of a packed answer the length is that of what is packed.
   const packed = response.headers.get("Content-Encoding");
   const total = packed ? 0 : Number(response.headers.get("Content-Length") ?? 0);
@@ -118,13 +107,11 @@ export async function sha256Of(data) {
 }
 
 /**
- * The answer of a server that has the file.
- *
  * @param {string} name
  * @param {string} url
- * @param {RequestCache} [cache]
+ * @param {RequestCache} cache
  */
-export async function reach(name, url, cache = "default") {
+async function reach(name, url, cache) {
   const response = await fetch(url, { cache }).catch(() => {
     throw new EngineError(
       "network",

@@ -1,14 +1,13 @@
 /**
- * ONNX Runtime's WebAssembly, compiled while it comes, and its memory.
+ * ONNX Runtime's WebAssembly, and its memory.
  *
- * ONNX Runtime imports this module in the place of its loader, which it calls. Compiled from a response
- * of the network, and not from bytes, the code that the browser has optimised is kept with what it keeps
- * of that address: a later visit begins with it, where the first one's steps take three times as long
+ * ONNX Runtime imports this module in the place of its loader, which it calls. It compiles the answer of
+ * an address, and not bytes: so the code that the browser has optimised is kept with what it keeps of
+ * that address, and a later visit begins with it, where the first one's steps take three times as long
  * until it is there.
  */
 
-import { RUNTIME, gathered, reach } from "./download.js";
-import { wrapped } from "./errors.js";
+import { RUNTIME, download } from "./download.js";
 
 /**
  * @import { Progress } from "./download.js"
@@ -37,22 +36,21 @@ import { wrapped } from "./errors.js";
  */
 
 export const MAX_WASM_BYTES = 2 ** 28;
-const TYPE = "application/wasm";
 
-/** @type {{ loader: Loader, module: WebAssembly.Module } | null} */
+/** @type {{ loader: Loader, wasm: string, bytes: Uint8Array<ArrayBuffer> } | null} */
 let prepared = null;
 /** @type {WebAssemblyRuntime | null} */
 let started = null;
 
 /**
- * Compile for a loader; returns the URL to name to ONNX Runtime in that one's place.
+ * Download for a loader; returns the URL to name to ONNX Runtime in that one's place.
  *
  * @param {Loader} loader
  * @param {string} wasm
  * @param {Progress} progress
  */
 export async function prepare(loader, wasm, progress) {
-  prepared = { loader, module: await compiled(wasm, progress) };
+  prepared = { loader, wasm, bytes: await download(RUNTIME, wasm, MAX_WASM_BYTES, progress) };
   return import.meta.url;
 }
 
@@ -67,7 +65,9 @@ export function startedRuntime() {
  */
 export default async function start(options) {
   if (!prepared) throw new Error("nothing was prepared");
-  const { loader, module } = prepared;
+  const { loader, wasm, bytes } = prepared;
+  prepared = null;
+  const module = await compiled(wasm, bytes);
   /** @type {Promise<WebAssemblyRuntime>} */
   const running = new Promise((resolve, reject) => {
     const instantiateWasm = (
@@ -85,19 +85,16 @@ export default async function start(options) {
 }
 
 /**
+ * The answer is fetched once more, of what is kept: a service worker makes the first one up while it
+ * keeps the file, and browsers keep no code with such an answer.
+ *
  * @param {string} url
- * @param {Progress} progress
+ * @param {Uint8Array<ArrayBuffer>} bytes For hosts that call it something else, or where nothing is kept.
  */
-async function compiled(url, progress) {
-  const response = await reach(RUNTIME, url);
-  const type = response.headers.get("Content-Type")?.split(";")[0]?.trim().toLowerCase();
-  // Browsers compile what comes only of this type; of another one, the bytes.
-  const streamed = type === TYPE ? WebAssembly.compileStreaming(response.clone()) : null;
-  streamed?.catch(() => {}); // what was cut short is told below, what is none after it
-  const bytes = await gathered(RUNTIME, response, MAX_WASM_BYTES, progress);
+async function compiled(url, bytes) {
   try {
-    return await (streamed ?? WebAssembly.compile(bytes));
-  } catch (error) {
-    throw wrapped(error, "browser", "ONNX Runtime does not start in this browser");
+    return await WebAssembly.compileStreaming(fetch(url, { cache: "force-cache" }));
+  } catch {
+    return WebAssembly.compile(bytes);
   }
 }
