@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -60,8 +60,8 @@ _BUILDING = (*(field.name for field in dataclasses.fields(Sources)), "webgpu")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    help="How weights are stored: int8 and int4 are half and less to download. With --bundle, what "
-    "it must be stored in. [default: fp16, or the bundle's own]",
+    help="How weights are stored: int8 is half to download; int4, which takes --ckpt, a little "
+    "less. [default: as the bundle has them, or fp16 of --ckpt]",
 )
 @click.option(
     "--onnxruntime-web",
@@ -110,7 +110,8 @@ def command(
 
     \b
     aim web site                              the model in the box, as files in the folder site
-    aim web site --bundle aim-b-int8          another bundle
+    aim web site --precision int8             half to download; needs aim-runtime[export]
+    aim web site --bundle aim-b               another bundle
     aim web site --ckpt aim_b.pt --precision int8
     aim web --serve                           try it here: open http://127.0.0.1:8001
     aim web --serve site                      look at a site that was made
@@ -183,19 +184,20 @@ def _made(out: Path, sources: Sources, *, webgpu: bool, quiet: bool) -> Site:
         check_target(out)
         opened = None if sources.ckpt else _opened(sources.bundle, sources.precision)
         package = _package(sources.onnxruntime_web, sources.registry, quiet=quiet)
-        with contextlib.nullcontext(opened) if opened else _exported(sources, quiet) as bundle:
+        with _model(sources, opened, quiet) as bundle:
             return write_site(bundle, package, out, webgpu=webgpu)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was written") from None
 
 
 def _opened(path: Path | None, precision: str | None) -> Bundle:
-    """The bundle at `path`, which goes into the site as it is: rounding takes the checkpoint."""
+    """The bundle at `path`, if what is stored in `precision` can be made of it."""
     from aim_runtime import Bundle
+    from aim_runtime.bundle.manifest import FEW_BITS
 
     bundle = Bundle.open(path)
     found = bundle.manifest.precision
-    if precision not in (None, found):
+    if precision not in (None, found) and (precision != "int8" or found in FEW_BITS):
         raise click.UsageError(
             f"the bundle is stored in {found}; {precision} is made of its checkpoint: 'aim export "
             f"--ckpt CKPT --precision {precision} --out DIR', then --bundle DIR; or --ckpt here"
@@ -204,7 +206,23 @@ def _opened(path: Path | None, precision: str | None) -> Bundle:
 
 
 @contextlib.contextmanager
-def _exported(sources: Sources, quiet: bool) -> Iterator[Bundle]:
+def _model(sources: Sources, opened: Bundle | None, quiet: bool) -> Iterator[Bundle]:
+    """What goes into the site: a bundle as it is, or one that is made for the time being."""
+    report = None if quiet else lambda line: click.echo(line, err=True)
+    if opened is None:
+        with _exported(sources, report) as bundle:
+            yield bundle
+    elif sources.precision in (None, opened.manifest.precision):
+        yield opened
+    else:
+        with requires("export", f"aim web --precision {sources.precision}"):
+            from aim_export.eight_bits import in_8_bits
+        with _temporary() as folder:
+            yield in_8_bits(opened, folder / "bundle", report)[0]
+
+
+@contextlib.contextmanager
+def _exported(sources: Sources, report: Callable[[str], None] | None) -> Iterator[Bundle]:
     """A bundle made of the checkpoint, for the time being."""
     with requires("export", "aim web --ckpt"):
         from aim_export import export_bundle
@@ -217,7 +235,7 @@ def _exported(sources: Sources, quiet: bool) -> Iterator[Bundle]:
             folder / "bundle",
             tokenizer=sources.tokenizer,
             precision=cast("Precision", sources.precision or "fp16"),
-            report=None if quiet else lambda line: click.echo(line, err=True),
+            report=report,
         )[0]
 
 

@@ -187,8 +187,8 @@ def test_what_does_not_fit_together_is_refused(tiny: Path, package: Path) -> Non
     refused(web("site", "--bundle", tiny, "--ckpt", "a.pt"), "exclude each other")
     refused(web("site", "--tokenizer", "a.pt"), "--ckpt")
     refused(web("site", "--bundle", "nothing"), "nothing")
-    result = web("site", "--bundle", tiny, "--precision", "int8")
-    refused(result, "stored in fp32", "aim export --ckpt CKPT --precision int8 --out DIR")
+    result = web("site", "--bundle", tiny, "--precision", "int4")
+    refused(result, "stored in fp32", "aim export --ckpt CKPT --precision int4 --out DIR")
     assert web("site", "--bundle", tiny, "--onnxruntime-web", package).exit_code == 0
     refused(web("site", "--serve", "--bundle", tiny), "leave out --bundle")
     Path("site/aim-site.json").write_text("{}", encoding="utf-8")

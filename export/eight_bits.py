@@ -1,0 +1,260 @@
+"""A bundle whose weights have 8 bits, made of one that has 16 or 32, without its checkpoint.
+
+The step and adaLN are rounded as an export with `int8` rounds them, and computed as such. The
+decoder only lies in 8 bits, a scale each output channel: engines make float32 of it when they load.
+So it is half to fetch, and its pictures hardly change. What was made counts if its scores and
+pictures are near enough those of the bundle that it was made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from aim_export.agreement import TOLERANCES, mean_divergence, token_agreement
+from aim_export.cpu import write_step_graph
+from aim_export.decoder import LEAST_PSNR_DB, psnr_db
+from aim_export.errors import ExportError
+from aim_export.onnx.graph import HALF_SUFFIX, Stored, write_graph
+from aim_export.onnx.packed import INT8, SCALE, int8_matrix, pack
+from aim_runtime import Bundle, write_bundle
+from aim_runtime.bundle.manifest import FEW_BITS
+from aim_runtime.engines.backends import load_engine
+from aim_runtime.engines.onnxruntime.decoder_graph import (
+    DECODER_FILE,
+    DECODER_GRAPH_FILE,
+    chosen_decoder,
+)
+from aim_runtime.engines.onnxruntime.step_graph import STEP_FILE
+from aim_runtime.noise import uniforms
+from aim_runtime.onnx_graph import checked_graph, checked_graphs
+from aim_runtime.quoting import shown
+
+Report = Callable[[str], None]
+
+# Below this many weights there is nothing to save.
+_FROM_ELEMENTS = 4096
+_IMAGES = 4
+# Steps from zero to a kernel's largest weight. 7 of the 8 bits are far more than pictures need, and
+# what hosts compress on the way is smaller by as much; a decoder that computes in 8 bits takes all.
+_LEVELS, _LEVELS_TO_COMPUTE_IN = 63, 127
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What was measured against the bundle that it was made of, on images that this one draws.
+
+    Attributes:
+        divergence: mean Kullback-Leibler divergence of the tokens' probabilities, in nats,
+            guidance on, temperature 1.
+        token_agreement: share of draws with the same token, given the same past and noise.
+        psnr_db: of the pictures, the mean over them; 999 for equal ones.
+    """
+
+    images: int
+    divergence: float
+    token_agreement: float
+    psnr_db: float
+
+    def __str__(self) -> str:
+        return (
+            f"over {self.images} images its scores diverge by {self.divergence:.1e} nats, "
+            f"{self.token_agreement:.1%} of the tokens are the same, and pictures are "
+            f"{self.psnr_db:.1f} dB PSNR from before"
+        )
+
+
+def in_8_bits(bundle: Bundle, out: Path, report: Report | None = None) -> tuple[Bundle, Rounded]:
+    """Write `bundle` with weights of 8 bits into the folder `out`, which is made.
+
+    Its engines for GPUs stay behind.
+
+    Args:
+        bundle: one that `aim export` wrote with `fp32` or `fp16`.
+        out: a path where nothing is.
+        report: told, line by line, what is being done and was measured.
+
+    Raises:
+        ExportError: the weights have 8 bits or fewer already, there are none worth it, or what was
+            made is too far from `bundle`; nothing is written then.
+        aim_runtime.BundleError: `bundle` is damaged, or `out` is taken or cannot be written.
+    """
+    say = report or (lambda line: None)
+    name, precision = bundle.manifest.name, bundle.manifest.precision
+    if precision in FEW_BITS:
+        raise ExportError(f"{shown(name)} is stored in {precision} already")
+    say(f"rounding the weights of {shown(name)} to 8 bits")
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".aim-8-bits.") as folder:
+        graphs = Path(folder) / "graphs"
+        graphs.mkdir()
+        _write_graphs(bundle, graphs)
+        for file in bundle.manifest.files:
+            if "/" not in file and not (graphs / file).exists():
+                (graphs / file).write_bytes(bundle.read(file))
+        manifest = replace(bundle.manifest, precision="int8", files={})
+        made = write_bundle(manifest, graphs, Path(folder) / "bundle")
+        checked_graphs(made)
+        found = compared(made, bundle)
+        say(str(found))
+        provenance = {
+            **bundle.manifest.provenance,
+            "rounded_from": bundle.manifest_sha256,
+            "rounded": vars(found),
+        }
+        return write_bundle(replace(manifest, provenance=provenance), graphs, out), found
+
+
+def compared(made: Bundle, source: Bundle) -> Rounded:
+    """How near `made` is to `source`; ExportError where that is not near enough."""
+    ours, theirs = (load_engine(bundle, backend="cpu") for bundle in (made, source))
+    model, options = source.manifest.model, source.manifest.sampling
+    if options.rows_per_image == 1:
+        options = options.replace(cfg_scale=2.0)
+    classes = np.unique(np.linspace(0, model.num_classes - 1, _IMAGES).astype(np.int64))
+    noise = uniforms(range(len(classes)), model.num_tokens)
+    tokens = np.concatenate(list(theirs.draw(classes, noise, options)), axis=1)
+    scores, pictures = [], []
+    for engine in (ours, theirs):
+        with contextlib.closing(engine.scores(classes, tokens, options.cfg_scale)) as steps:
+            scores.append(np.stack([step.copy() for step in steps], axis=1))  # (N, T, V)
+        pictures.append(np.concatenate([engine.decode(row[None]) for row in tokens]))
+    found = Rounded(
+        len(classes),
+        mean_divergence(*scores),
+        token_agreement(scores[0], noise, options, tokens),
+        psnr_db(*pictures),
+    )
+    most = TOLERANCES["int8"].divergence
+    if not (found.divergence <= most and found.psnr_db >= LEAST_PSNR_DB):
+        raise ExportError(
+            f"{shown(source.manifest.name)} does not bear 8 bits: {found}; at most {most:.0e} "
+            f"nats and at least {LEAST_PSNR_DB:g} dB are allowed"
+        )
+    return found
+
+
+def _write_graphs(bundle: Bundle, folder: Path) -> None:
+    """The graphs of `bundle` over weights of 8 bits, those for the CPU too if it has them."""
+    stored: Stored = "fp32" if bundle.manifest.precision == "fp32" else "fp16"
+    lowered = {name: _floats(bundle, name) for name in bundle.manifest.graphs}
+    matrices = {name: _weights(lowered[name], {"Gemm": 1}, dims=2) for name in ("prologue", "step")}
+    kernels = _weights(lowered["decoder"], {"Conv": 1}, dims=4)
+    if not (matrices["step"] or kernels):
+        raise ExportError(f"{shown(bundle.manifest.name)} has no weights that 8 bits would save")
+    for name, found in matrices.items():
+        pack(lowered[name], {key: int8_matrix(weight) for key, weight in found.items()})
+    decoder = chosen_decoder(bundle).decoder
+    computed = decoder is not None and decoder.precision == "int8"
+    levels = _LEVELS_TO_COMPUTE_IN if computed else _LEVELS
+    _pack_kernels(lowered["decoder"], kernels, levels)
+    for name, model in lowered.items():
+        write_graph(model, folder, name, stored)
+    files = bundle.manifest.files
+    step = bundle.manifest.graphs["step"]
+    if STEP_FILE in files:
+        write_step_graph((folder / step.file).read_bytes(), step, bundle.manifest.model, folder)
+    if DECODER_FILE in files:
+        model = onnx.load_from_string(bytes(bundle.read(DECODER_GRAPH_FILE)))
+        _pack_kernels(model, kernels, levels)
+        _move(model, onnx.load_from_string((folder / "decoder.onnx").read_bytes()))
+        (folder / DECODER_GRAPH_FILE).write_bytes(model.SerializeToString())
+
+
+def _floats(bundle: Bundle, name: str) -> ModelProto:
+    """A graph of the bundle as it was before its weights were written, all in float32."""
+    spec = bundle.manifest.graphs[name]
+    model = onnx.load_from_string(checked_graph(bundle, spec))
+    data = bytes(bundle.read(spec.weights))
+    halves: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            start = int(place.get("offset", 0))
+            tensor.raw_data = data[start : start + int(place["length"])]
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+        if tensor.name.endswith(HALF_SUFFIX) and tensor.data_type == TensorProto.FLOAT16:
+            halves[tensor.name] = plain = tensor.name.removesuffix(HALF_SUFFIX)
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, plain))
+    gathered = {}
+    nodes = []
+    for node in model.graph.node:
+        source = node.input[0] if node.input else ""
+        if node.op_type == "Cast" and (source in halves or source in gathered):
+            continue  # of what is float32 now
+        if node.op_type == "Gather" and source in halves:
+            gathered[node.output[0]] = node.output[0].removesuffix(HALF_SUFFIX)
+            node.input[0], node.output[0] = halves[source], gathered[node.output[0]]
+        nodes.append(node)
+    _replace(model.graph.node, nodes)
+    return model
+
+
+def _weights(
+    model: ModelProto, readers: Mapping[str, int], dims: int
+) -> dict[str, NDArray[np.float32]]:
+    """Weights by name that nodes of these types read in that place, if 8 bits save something."""
+    read = {
+        node.input[readers[node.op_type]] for node in model.graph.node if node.op_type in readers
+    }
+    return {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.name in read
+        and len(tensor.dims) == dims
+        and np.prod(tensor.dims) >= _FROM_ELEMENTS
+    }
+
+
+def _pack_kernels(
+    model: ModelProto, kernels: Mapping[str, NDArray[np.float32]], levels: int
+) -> None:
+    """Store those of `kernels` (outputs, inputs, height, width) that a graph has in 8 bits.
+
+    Each output has a scale, by which its weights go from -levels to levels. They may be there as
+    float32 or as half precision with a cast; all else of the graph stays.
+    """
+    graph = model.graph
+    there = {t.name.removesuffix(HALF_SUFFIX) for t in graph.initializer} & kernels.keys()
+    gone = there | {name + HALF_SUFFIX for name in there}
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in gone]
+    made = []
+    for name in sorted(there):
+        largest = np.abs(kernels[name]).max(axis=(1, 2, 3))
+        scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(levels)
+        values = np.rint(kernels[name] / scale[:, None, None, None]).astype(np.int8)
+        tensors += [
+            numpy_helper.from_array(values, name + INT8),
+            numpy_helper.from_array(scale, name + SCALE),
+        ]
+        inputs = [name + INT8, name + SCALE]
+        made.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=0))
+    casts = {name + HALF_SUFFIX for name in there}
+    nodes = [n for n in graph.node if not (n.op_type == "Cast" and n.input[0] in casts)]
+    _replace(graph.initializer, tensors)
+    _replace(graph.node, [*made, *nodes])
+
+
+def _move(model: ModelProto, written: ModelProto) -> None:
+    """Let the tensors of `model` that `written` has too lie where they lie for that."""
+    places = {tensor.name: tensor for tensor in written.graph.initializer}
+    for tensor in model.graph.initializer:
+        if tensor.name in places:
+            tensor.CopyFrom(places[tensor.name])
+
+
+def _replace(field: Any, messages: Iterable[Any]) -> None:
+    """Make `messages`, some of which may be in it, all of a repeated field."""
+    copies = [type(message).FromString(message.SerializeToString()) for message in messages]
+    del field[:]
+    field.extend(copies)
