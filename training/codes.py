@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from aim_training.code_files import BadImage, Codes, Encoding, Layout
 from aim_training.data import (
@@ -96,10 +97,10 @@ class CodeRequest:
         )
 
 
-def weights_digest(tokenizer: VQTokenizer) -> str:
-    """sha256 over the tokenizer's tensors, in the order of their names."""
+def weights_digest(network: nn.Module) -> str:
+    """sha256 over a network's tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

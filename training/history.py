@@ -89,6 +89,12 @@ def check_same_run(
             f"the images of {written(options.data)} are not those that {options.out} was trained "
             "on (added, removed or changed); --allow-changed-data goes on with them as they are now"
         )
+    if name == "init":
+        before, now = (_weights(value) for value in (theirs[name], ours[name]))
+        raise TrainingError(
+            f"{options.out} holds another run: that started from {before}, this one from {now}; "
+            "choose another run folder or the same --init, whose file need not exist any longer"
+        )
     before, now = _apart(theirs[name], ours[name])
     again = ", --init too if it had one" if name == "geometry" and options.init is None else ""
     raise TrainingError(
@@ -119,6 +125,13 @@ def _other_classes(theirs: list[str], ours: list[str], options: TrainingOptions)
         f"{' and '.join(parts) or 'lists them in another order'}; a model's classes cannot change, "
         "so choose another run folder"
     )
+
+
+def _weights(mark: Mapping[str, str] | None) -> str:
+    if mark is None:
+        return "random weights"
+    digest = mark.get("sha256")
+    return _short(mark["name"]) + (f" (sha256 {digest[:8]}...)" if digest else "")
 
 
 def _apart(theirs: Any, ours: Any) -> tuple[Any, Any]:

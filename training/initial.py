@@ -8,10 +8,10 @@ training. Parts can be kept as they are throughout (`freeze`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from aim_training.checkpoint import Checkpoint, load_checkpoint
 from aim_training.codes import weights_digest
 from aim_training.errors import TrainingError
 from aim_training.model import AiM
+from aim_training.saves import Saves
 from aim_training.tokenizer import VQTokenizer
 
 # Parts of the networks by what the names of their tensors hold, after a dot.
@@ -58,6 +59,60 @@ def open_initial(path: Path, half: str) -> Checkpoint:
     if getattr(checkpoint, half) is None:
         raise TrainingError(f"{path} holds no {half} to start from")
     return checkpoint
+
+
+class Start(NamedTuple):
+    """What a network starts from.
+
+    Attributes:
+        checkpoint: the weights, where a run begins with `--init`.
+        geometry: that of the network, where such a run goes on: its own checkpoint has the weights.
+        mark: what tells the weights from others, for the run's fingerprint; None for random ones.
+    """
+
+    checkpoint: Checkpoint | None
+    geometry: Mapping[str, Any] | None
+    mark: Mapping[str, str] | None
+
+
+def start(path: Path | None, half: str, out: Path, say: Callable[[str], None]) -> Start:
+    """What a training starts from, or started from where it goes on.
+
+    Args:
+        path: of the weights; None for random ones.
+        half: "model" or "tokenizer", whichever is trained.
+        out: the run folder. Where it has a checkpoint, `path` need not exist any longer.
+        say: told so.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        TrainingError: they have no such half, or the run's checkpoint cannot be read.
+    """
+    if path is None:
+        return Start(None, None, None)
+    before = Saves(out, mapped=True).fingerprint(half)
+    if before is None:
+        checkpoint = open_initial(path, half)
+        return Start(checkpoint, None, _mark(path, checkpoint, half))
+    now = {"name": path.name}
+    if path.exists():
+        now = _mark(path, open_initial(path, half), half)
+    if _same_weights(before.get("init", now), now):
+        say(f"{out} has its weights: {path.name}, which it started from, is needed no longer.")
+        now = before.get("init", now)
+    return Start(None, before["geometry"], now)
+
+
+def _mark(path: Path, checkpoint: Checkpoint, half: str) -> dict[str, str]:
+    return {"name": path.name, "sha256": weights_digest(getattr(checkpoint, half))}
+
+
+def _same_weights(before: Mapping[str, str] | None, now: Mapping[str, str]) -> bool:
+    """Whatever their name is by now; of weights that are gone, the name is all there is."""
+    if before is None:
+        return False
+    telling = "sha256" if "sha256" in before.keys() & now.keys() else "name"
+    return before[telling] == now[telling]
 
 
 def begin_model(

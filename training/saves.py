@@ -112,6 +112,16 @@ class Saves:
             )
         return state
 
+    def fingerprint(self, kind: str) -> dict[str, Any] | None:
+        """The fingerprint in the newest checkpoint; None without one of a `kind` of training.
+
+        Raises:
+            TrainingError: the checkpoint cannot be read.
+        """
+        newest = self.newest()
+        found = None if newest is None else from_json(self.read(newest)["fingerprint"])
+        return found if isinstance(found, dict) and found.get("kind") == kind else None
+
     def set_aside(self, step: int) -> None:
         """Rename the checkpoint of `step` so that no run goes on from it."""
         path = self.steps()[step]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from aim_training.batch_gradients import BatchGradients
-from aim_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from aim_training.checkpoint import load_checkpoint, save_checkpoint
 from aim_training.code_files import Codes
 from aim_training.codes import CodeRequest, Processes, cached_codes, weights_digest
 from aim_training.config import PRESETS, ModelConfig
@@ -25,7 +25,7 @@ from aim_training.data import BadImages, BatchOrder, Crop
 from aim_training.dataset import training_images
 from aim_training.devices import make_accelerator
 from aim_training.errors import TrainingError, explained, options_that_fit
-from aim_training.initial import MODEL_PARTS, begin_model, freeze, open_initial
+from aim_training.initial import MODEL_PARTS, begin_model, freeze, start
 from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
@@ -34,6 +34,7 @@ from aim_training.options import ModelTrainingOptions, recipe, versions
 from aim_training.pictures import contact_sheet
 from aim_training.run_folder import run_folder
 from aim_training.sampling import sample
+from aim_training.saves import Saves
 from aim_training.task import Judge, Task, at
 from aim_training.tokenizer import VQTokenizer, channels_last
 
@@ -135,8 +136,11 @@ class ModelTask(Task):
         self.options = options
         self.accelerator = accelerator
         self.device = accelerator.device
-        initial = None if options.init is None else open_initial(options.init, "model")
-        tokenizer = self._tokenizer(initial)
+        self.bad_images = BadImages.of_run(
+            options.bad_images, options.out, quiet=not accelerator.is_main_process
+        )
+        self.start = start(options.init, "model", options.out, self.bad_images.say)
+        tokenizer = self._tokenizer()
         factor = tokenizer.config.downsampling
         if options.size % factor:
             raise TrainingError(
@@ -147,9 +151,6 @@ class ModelTask(Task):
         # Part of every checkpoint's fingerprint, and the tokenizer never changes: hashed once.
         self.tokenizer_sha256 = weights_digest(self.tokenizer)
         self.tokenizer.requires_grad_(False)
-        self.bad_images = BadImages.of_run(
-            options.bad_images, options.out, quiet=not accelerator.is_main_process
-        )
         # The main process indexes shards; the others then find its indices.
         with accelerator.main_process_first():
             self.folder, self.held_out_folder = training_images(
@@ -157,7 +158,7 @@ class ModelTask(Task):
             )
         with options_that_fit():
             tokens = (options.size // factor) ** 2
-            network = self._network(initial, tokenizer.config.codebook_size, tokens)
+            network = self._network(tokenizer.config.codebook_size, tokens)
             freeze(network, options.freeze, MODEL_PARTS)
             self.order = BatchOrder(
                 len(self.folder),
@@ -188,13 +189,16 @@ class ModelTask(Task):
             say=self.bad_images.say,
         )
 
-    def _tokenizer(self, initial: Checkpoint | None) -> VQTokenizer:
+    def _tokenizer(self) -> VQTokenizer:
         """That of the options or, left out, of the weights to start from."""
-        path = self.options.tokenizer
-        if path is None:
-            assert initial is not None
-            path, checkpoint = self.options.init, initial
+        path = self.options.tokenizer or self.options.init
+        assert path is not None
+        if self.options.tokenizer is None and self.start.checkpoint is not None:
+            checkpoint = self.start.checkpoint
         else:
+            if not path.exists() and self._goes_on():
+                self.bad_images.say(f"{path.name} is gone; its tokenizer is in {self.path} too.")
+                path = self.path
             checkpoint = load_checkpoint(path)
         if checkpoint.tokenizer is None:
             if self.options.tokenizer is None:
@@ -208,15 +212,25 @@ class ModelTask(Task):
             )
         return checkpoint.tokenizer
 
-    def _network(self, initial: Checkpoint | None, codes: int, tokens: int) -> AiM:
+    def _goes_on(self) -> bool:
+        """Whether the run has a checkpoint, and so weights with the tokenizer beside it."""
+        return (
+            self.path.exists()
+            and Saves(self.options.out, mapped=True).fingerprint("model") is not None
+        )
+
+    def _network(self, codes: int, tokens: int) -> AiM:
         """A new network, or one with the weights to start from."""
         options, classes = self.options, self.folder.class_names
         again = options.checkpoint_activations
-        if initial is None:
-            config = model_config(options, codes, len(classes), tokens)
+        if self.start.checkpoint is None:
+            if self.start.geometry is None:
+                config = model_config(options, codes, len(classes), tokens)
+            else:
+                config = ModelConfig(**self.start.geometry)
             return AiM(config, options.dropout, checkpoint_activations=again).initialise()
         begun = begin_model(
-            initial,
+            self.start.checkpoint,
             self.tokenizer,
             classes,
             tokens,
@@ -372,6 +386,7 @@ class ModelTask(Task):
         return {
             "kind": "model",
             "geometry": self.model.network.config.to_dict(),
+            "init": self.start.mark,
             "seed": self.options.seed,
             "variants": versions(self.options),
             "class_names": list(self.folder.class_names),

@@ -37,7 +37,7 @@ from aim_training.discriminator import (
 )
 from aim_training.divergence import check_drawn
 from aim_training.errors import explained, options_that_fit
-from aim_training.initial import TOKENIZER_PARTS, freeze, open_initial
+from aim_training.initial import TOKENIZER_PARTS, freeze, start
 from aim_training.learner import Learner, autocast
 from aim_training.loop import train
 from aim_training.losses import edge_loss, load_perceptual, pixel_loss
@@ -167,10 +167,16 @@ class TokenizerTask(Task):
     def _network(self) -> VQTokenizer:
         """A new tokenizer, or the one to start from."""
         options = self.options
-        if options.init is None:
+        self.start = start(options.init, "tokenizer", options.out, self.bad_images.say)
+        if self.start.geometry is not None:
+            geometry = dict(self.start.geometry)
+            geometry["channel_multipliers"] = tuple(geometry["channel_multipliers"])
+            with options_that_fit():
+                return VQTokenizer(TokenizerConfig(**geometry))
+        checkpoint = self.start.checkpoint
+        if checkpoint is None:
             with options_that_fit():
                 return VQTokenizer(tokenizer_config(options))
-        checkpoint = open_initial(options.init, "tokenizer")
         assert checkpoint.tokenizer is not None
         with options_that_fit():
             check_size(options.size, checkpoint.tokenizer.config)
@@ -370,6 +376,7 @@ class TokenizerTask(Task):
         return {
             "kind": "tokenizer",
             "geometry": self.tokenizer.network.config.to_dict(),
+            "init": self.start.mark,
             "size": self.options.size,
             "seed": self.options.seed,
             "data_digest": self.folder.digest,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aim_training.checkpoint import load_checkpoint, save_checkpoint
+from aim_training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from aim_training.config import ModelConfig, TokenizerConfig
 from aim_training.errors import TrainingError
 from aim_training.initial import begin_model
@@ -236,6 +236,75 @@ def test_a_run_that_started_from_weights_goes_on_where_it_was(
     parts = train(squares, run, init=weights, steps=4, save_every=2)
     for name, tensor in tensors(whole).items():
         assert torch.equal(tensor, tensors(parts)[name])
+
+
+def train_either(half: str, data: Path, out: Path, **options: Any) -> Path:
+    """A model, with the tokenizer of its weights, or a tokenizer."""
+    if half == "model":
+        return train(data, out, **options)
+    # Without a discriminator, which joins at a fraction of the steps that are asked for.
+    options = COMMON | {"discriminator_weight": 0.0} | options
+    return train_tokenizer(TokenizerTrainingOptions(data=data, out=out, **options))
+
+
+@pytest.mark.parametrize("half", ["model", "tokenizer"])
+def test_a_run_needs_the_weights_that_it_started_from_no_longer(
+    half: str, squares: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = save_checkpoint(
+        tmp_path / "begin.safetensors", new_model(), new_tokenizer(), {"class_names": CLASSES}
+    )
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    exported = train_either(half, squares, whole, init=copy, steps=4, save_every=2)
+    train_either(half, squares, run, init=copy, steps=2)
+    copy.unlink()
+    capsys.readouterr()
+    parts = train_either(half, squares, run, init=copy, steps=4)
+    said = capsys.readouterr().err
+    assert f"{run} has its weights: begin.safetensors, which it started from, is needed no" in said
+    assert "Starting from" not in said
+    for name, tensor in tensors(exported, half).items():
+        assert torch.equal(tensor, tensors(parts, half)[name])
+    # Nor need they have their place and name.
+    train_either(half, squares, run, init=weights, steps=5)
+
+
+@pytest.mark.parametrize("half", ["model", "tokenizer"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_goes_on_from_no_other_weights(
+    half: str, gone: bool, squares: Path, weights: Path, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.safetensors"
+    train_either(half, squares, run, init=weights, steps=1)
+    if not gone:
+        torch.manual_seed(5)
+        network = new_model().initialise()
+        save_checkpoint(other, network, new_tokenizer(5), {"class_names": CLASSES})
+    tokenizer = {"tokenizer": weights} if half == "model" else {}
+    with pytest.raises(TrainingError, match=r"from 'trained\.safetensors'.*'other\.safetensors'"):
+        train_either(half, squares, run, init=other, steps=2, **tokenizer)
+
+
+def test_a_run_from_random_weights_goes_on_from_no_others(
+    squares: Path, weights: Path, tmp_path: Path
+) -> None:
+    sizes = {"d_model": 32, "layers": 2, "d_state": 8, "head_dim": 16, "adaln_groups": 2}
+    train(squares, tmp_path / "run", tokenizer=weights, steps=1, **sizes)
+    with pytest.raises(TrainingError, match=r"started from random weights, this one from 'trained"):
+        train(squares, tmp_path / "run", tokenizer=weights, init=weights, steps=2)
+
+
+def test_a_run_needs_its_tokenizer_no_longer(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = save_checkpoint(tmp_path / "tokenizer.safetensors", None, new_tokenizer(), {})
+    sizes = {"d_model": 32, "layers": 2, "d_state": 8, "head_dim": 16, "adaln_groups": 2}
+    train(squares, tmp_path / "run", tokenizer=tokenizer, steps=1, **sizes)
+    tokenizer.unlink()
+    train(squares, tmp_path / "run", tokenizer=tokenizer, steps=2, **sizes)
+    assert "tokenizer.safetensors is gone; its tokenizer is in" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"tokenizer\.safetensors"):
+        train(squares, tmp_path / "another", tokenizer=tokenizer, **sizes)
 
 
 def test_the_learning_rate_is_lower_from_weights() -> None:
