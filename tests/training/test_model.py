@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from aim_training.checkpoint import model_config_from_shapes
 from aim_training.config import PRESETS, ModelConfig
+from aim_training.kernels.language import uncompiled
 from aim_training.model import AiM
 from aim_training.ssd import ssd_chunked, ssd_recurrent
 
@@ -161,6 +164,31 @@ def test_forward_is_one_graph() -> None:
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     assert torch.allclose(compiled(tokens, classes), model(tokens, classes), atol=1e-5)
     assert graphs.frame_count == 1
+
+
+def test_importing_the_trainers_imports_no_compiler() -> None:
+    """Which takes seconds, of `aim train` before it says the first word."""
+    program = (
+        "import sys, aim_training.train_model, aim_training.train_tokenizer\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_functions_that_launch_kernels_are_not_compiled() -> None:
+    compiling = []
+
+    @uncompiled
+    def launch(numbers: Tensor) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return numbers + 1
+
+    def around(numbers: Tensor) -> Tensor:
+        return launch(numbers * 2) * 3
+
+    for _ in range(2):
+        assert float(torch.compile(around, backend="eager")(torch.ones(()))) == 9
+    assert compiling == [False, False]
 
 
 @pytest.mark.parametrize(("head_dim", "compiles"), [(16, False), (8, True)])

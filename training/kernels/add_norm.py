@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aim_training.config import EPS
-from aim_training.kernels.language import blocks, jit, launchable, power_of_2, tl
+from aim_training.kernels.language import blocks, jit, launchable, power_of_2, tl, uncompiled
 
 # Rows a program of the backward kernel sums gradients over.
 _ROWS = 32
@@ -82,7 +82,7 @@ def add_norm_plain(
     return residual, hidden
 
 
-@torch.compiler.disable
+@uncompiled
 def _launch(residual: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *tensors, dtype = others
     if dtype is None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aim_training.kernels.language import jit, launchable, power_of_2, tl
+from aim_training.kernels.language import jit, launchable, power_of_2, tl, uncompiled
 
 _BLOCK = 4096
 
@@ -43,7 +43,7 @@ def cross_entropy_plain(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide, targets.flatten())
 
 
-@torch.compiler.disable
+@uncompiled
 def _launch(logits: Tensor, targets: Tensor) -> Tensor:
     loss: Tensor = _CrossEntropy.apply(logits, targets)
     return loss

@@ -7,10 +7,12 @@ none, so a missing Triton only means that no kernel can be launched.
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 try:
     import triton
@@ -19,6 +21,8 @@ except ImportError:
     triton = tl = None
 if torch.version.hip is not None:  # the kernels' options are those of NVIDIA's compiler
     triton = None
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Whether kernels run in Triton's interpreter, on the tensors of a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +33,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def jit(function: Any) -> Any:
     """`triton.jit`, or the function as it is where there is no Triton."""
     return function if triton is None else triton.jit(function)
+
+
+def uncompiled(function: Function) -> Function:
+    """A function that torch.compile leaves as it is.
+
+    As `torch.compiler.disable`, but torch._dynamo, which takes seconds, is imported by its first
+    call, not where it is defined.
+    """
+    return cast("Function", _disable_dynamo(function))
 
 
 def launchable(*tensors: Tensor) -> bool:

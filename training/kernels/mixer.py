@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aim_training.kernels import convolution, decays, dual, gated_norm
-from aim_training.kernels.language import launchable, power_of_2
+from aim_training.kernels.language import launchable, power_of_2, uncompiled
 from aim_training.ssd import ssd_chunked
 
 
@@ -83,7 +83,7 @@ def has_kernels(sizes: MixerSizes, conv_width: int) -> bool:
     return dim >= 16 and dim == power_of_2(dim) and conv_width == convolution.WIDTH
 
 
-@torch.compiler.disable
+@uncompiled
 def _launch(projected: Tensor, sizes: MixerSizes, weights: MixerWeights) -> Tensor:
     mixed: Tensor = _Mix.apply(projected, sizes, *weights)
     return mixed
