@@ -132,7 +132,8 @@ class _Seconds(click.FloatRange):
     default=30,
     show_default=True,
     metavar="SECONDS",
-    help="What requests have to end after SIGTERM or Ctrl-C.",
+    help="What requests have to end after SIGTERM or Ctrl-C; then they get an error. A supervisor "
+    "should wait 10 seconds longer before it kills.",
 )
 @click.option("--access-log", is_flag=True, help="Print a line for each request.")
 @fleet_options
