@@ -29,9 +29,9 @@ from aim_runtime import (
     Result,
 )
 from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
-from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.pace import Pace
 
+from .gate import Gate
 from .tiny_bundle import CLASSES, TOKENS
 
 LONG = 30  # seconds that no test takes
@@ -60,28 +60,6 @@ def batcher(
     with Batcher(gen, images=4, queue=40) as made:
         yield made
         idle(made)
-
-
-class Gate:
-    """Holds the steps of slots back until it opens, and counts them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = 0
-        self.allowed = threading.Semaphore(0)
-        self.failures: list[Exception] = []
-        advance = OnnxRuntimeSlots._advance
-
-        def gated(slots: OnnxRuntimeSlots, rows: int) -> np.ndarray:
-            assert self.allowed.acquire(timeout=LONG)
-            self.steps += 1
-            if self.failures:
-                raise self.failures.pop(0)
-            return advance(slots, rows)
-
-        monkeypatch.setattr(OnnxRuntimeSlots, "_advance", gated)
-
-    def open(self, steps: int = 10**6) -> None:
-        self.allowed.release(steps)
 
 
 @pytest.fixture

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
 import pytest
 
 from aim_runtime import Batcher, Generator
-from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_serve.app import create_app
 from aim_serve.page_files import Page
 from aim_serve.server import Server, listening
 from aim_serve.service import Service
 from aim_serve.settings import Access, Limits
 
+from ..runtime.gate import Gate
 from ..runtime.tiny_bundle import write_tiny_bundle
 
 LONG = 20  # seconds that no test takes
@@ -40,28 +39,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gen(tiny: Path) -> Iterator[Generator]:
     with Generator.load(tiny, backend="cpu", threads=1) as loaded:
         yield loaded
-
-
-class Gate:
-    """Holds steps back until it opens, counts them, and lets some fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = 0
-        self.failures: list[Exception] = []
-        self._allowed = threading.Semaphore(0)
-        advance = OnnxRuntimeSlots._advance
-
-        def gated(slots: OnnxRuntimeSlots, rows: int) -> np.ndarray:
-            assert self._allowed.acquire(timeout=5 * LONG)
-            self.steps += 1
-            if self.failures:
-                raise self.failures.pop(0)
-            return advance(slots, rows)
-
-        monkeypatch.setattr(OnnxRuntimeSlots, "_advance", gated)
-
-    def open(self, steps: int = 10**6) -> None:
-        self._allowed.release(steps)
 
 
 @pytest.fixture
