@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_MAX_TRACED = 4096
+MAX_TRACED = 4096
+"""Of graphs with more nodes all values are counted as if they were there at once."""
 
 
 class Step(NamedTuple):
@@ -62,7 +63,7 @@ def peak_bytes(steps: Sequence[Step], results: frozenset[int]) -> int:
     made from what the step makes, or unless all that read it must have run before. `results` are
     kept to the end.
     """
-    if len(steps) > _MAX_TRACED:
+    if len(steps) > MAX_TRACED:
         return total_bytes(steps)
     makers = [index for index, step in enumerate(steps) if sum(step.bytes) + step.extra]
     after = _descendants(steps)  # [i, j]: step i must run before step j

@@ -1,87 +1,193 @@
 """The decoder for ONNX Runtime's CPU provider in float32, with fewer multiplications.
 
 Convolutions over maps that are large enough are Winograd's (`aim_export.onnx.winograd`), which is
-the same arithmetic in another order. Maps of that size have their lines in fours throughout; norms,
-swish, sums and products of channels do not see it. Swish and a norm's gain and shift are computed
-strip by strip, in front of the convolution that reads them. All else is the plain decoder.
+the same arithmetic in another order. Maps of that size have their channels last and stay in strips
+of lines (`aim_export.onnx.strips`) from the first to the pixels: of a norm only sums are taken of
+the whole, and what it does to a value, and swish, is done to the lines that a convolution is about
+to read. A convolution's bias waits for the next norm, which takes it in. All else is the plain
+decoder.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from onnx import ModelProto
 
 from aim_export.onnx.decoder_source import LAST, DecoderSource, Map
 from aim_export.onnx.quantised_decoder import Decoder
-from aim_export.onnx.winograd import Prepare, WinogradConvolution, in_fours, in_order, pays
+from aim_export.onnx.strips import Prepare, StripedMap, group_norm, lines_of, moments_of
+from aim_export.onnx.winograd import WinogradConvolution, pays, strip_edges
+from aim_runtime.onnx_graph.cost import MAX_TRACED
+
+# Of a map: more of them save less memory than they cost in nodes.
+_MOST_STRIPS = 8
+
+_Lines = Callable[[int, int, str], str]
+"""Makes nodes of some lines of a map: from, to, and a value that must be there before."""
 
 
 def rearrange_decoder(source: DecoderSource) -> ModelProto | None:
     """The decoder with Winograd's convolutions; None if it has none that is worth it."""
     doublings = sum(kind == "upsample" for kind, _ in source.blocks)
-    return _FloatDecoder(source, {}).build() if pays(source.side << doublings) else None
+    if not pays(source.side << doublings):
+        return None
+    for most in range(_MOST_STRIPS, 1, -1):
+        model = _FloatDecoder(source, {}, most_strips=most).build()
+        if len(model.graph.node) <= MAX_TRACED:  # with more, its memory would not be known
+            return model
+    return _FloatDecoder(source, {}, most_strips=1).build()
 
 
+@dataclass
 class _FloatDecoder(Decoder):
-    """Maps for which `pays` are in fours."""
+    """Maps for which `pays` are striped."""
 
     graph_name = "aim_float_decoder"
     most_parts = 1
 
+    most_strips: int = _MOST_STRIPS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        blocks = list(self.source.blocks)
+        # All others are in front of a norm.
+        self._before_doubling = {
+            name for (_, name), (kind, _) in itertools.pairwise(blocks) if kind == "upsample"
+        }
+
     def _entered(self, x: Map) -> Map:
-        if not pays(x.side):
-            return x
-        return self._split(in_fours(self.g, self._whole(x), x.channels, x.side), x.channels, x.side)
+        return self._striped(x) if pays(x.side) else x
+
+    # -- blocks ------------------------------------------------------------------------------------
 
     def _residual(self, x: Map, name: str) -> Map:
-        if not pays(x.side):
+        if not isinstance(x, StripedMap):
             return super()._residual(x, name)
-        channels = self._value(f"{name}.conv1.weight").shape[0]
-        kept = self._shortcut(x, channels, name)
-        made = x
-        for number in (1, 2):
-            normed, prepare = self._normed_later(made, f"{name}.norm{number}")
-            conv = self._winograd(f"{name}.conv{number}", x.side)
-            made = self._split(conv.of(normed, prepare, behind=kept.parts[0]), channels, x.side)
-        return self._added(kept, made)
+        read = self._swished(x, f"{name}.norm1")
+        made = self._convolved_strips(x, f"{name}.conv1", x.side, read)
+        kept, offset = self._kept(x, made.channels, name)
+        read = self._swished(made, f"{name}.norm2")
+        normed = name not in self._before_doubling
+        made = self._convolved_strips(made, f"{name}.conv2", x.side, read, kept, normed=normed)
+        if offset:
+            made.offset = self.g.op("Add", made.offset, offset)
+        return made
+
+    def _kept(self, x: StripedMap, channels: int, name: str) -> tuple[_Lines, str]:
+        """Lines of what a residual block adds to what its convolutions make, and their offset."""
+        g = self.g
+
+        if x.channels == channels:
+            return lambda begin, end, before: lines_of(g, x, begin, end, before), x.offset
+        name = f"{name}.nin_shortcut"
+        weight = g.op("Reshape", self._stored(f"{name}.weight"), self._sizes(channels, -1))
+        offset = self._stored(f"{name}.bias")
+        if x.offset:
+            row = g.op("Reshape", x.offset, self._sizes(1, -1))
+            row = g.op("Reshape", self._matmul(row, weight, transB=1), self._sizes(-1))
+            offset = g.op("Add", offset, row)
+
+        def projected(begin: int, end: int, before: str) -> str:
+            lines = lines_of(g, x, begin, end, before, waiting=True)
+            return self._matmul(lines, weight, transB=1)
+
+        return projected, offset
+
+    def _attended(self, x: Map, name: str) -> Map:
+        if not isinstance(x, StripedMap):
+            return super()._attended(x, name)
+        made = super()._attended(x, name)
+        return self._striped(made, normed=name not in self._before_doubling)
 
     def _doubled(self, x: Map, name: str) -> Map:
         if not pays(2 * x.side):
             return super()._doubled(x, name)
-        whole = self._whole(x)
-        if pays(x.side):
-            whole = in_order(self.g, whole, x.channels, x.side)
-        made = self._winograd(name, x.side, doubled=True).of(whole)
-        return self._split(made, self._value(f"{name}.weight").shape[0], 2 * x.side)
+        x = x if isinstance(x, StripedMap) else self._striped(x, normed=False)
+        offset = x.offset
 
-    def _normed(self, x: Map, norm: str, reader: str) -> str:
-        made = super()._normed(x, norm, reader)
-        if reader == LAST and pays(x.side):
-            made = in_order(self.g, made, x.channels, x.side)
+        def prepare(lines: str) -> str:
+            return self.g.op("Add", lines, offset) if offset else lines
+
+        return self._convolved_strips(x, name, 2 * x.side, prepare)
+
+    def _finished(self, x: Map) -> None:
+        assert isinstance(x, StripedMap)  # the last map is the largest
+        g, prepare, made = self.g, self._swished(x, "decoder.norm_out"), [x.moments[-1]]
+        weight, bias = (self._stored(f"{LAST}.{what}") for what in ("weight", "bias"))
+        for first, last in x.ranges():
+            begin, end = max(first - 1, 0), min(last + 1, x.side)
+            read = prepare(lines_of(g, x, begin, end, made[-1]))
+            read = self._channels_first(read)
+            pads = [begin - first + 1, 1, last + 1 - end, 1]
+            made.append(self._in_levels(g.op("Conv", read, weight, bias, pads=pads)))
+        g.op("Concat", *made[1:], axis=1, result="image")
+
+    # -- strips ------------------------------------------------------------------------------------
+
+    def _swished(self, x: StripedMap, norm: str) -> Prepare:
+        """Norm and swish."""
+        normed = self._norm(x, norm)
+        return lambda lines: self._swish(normed(lines))
+
+    def _norm(self, x: StripedMap, norm: str) -> Prepare:
+        gain, shift = (self._stored(f"{norm}.{what}") for what in ("weight", "bias"))
+        return group_norm(self.g, x, gain, shift, self.source.groups, self.source.eps)
+
+    def _convolved_strips(
+        self,
+        x: StripedMap,
+        name: str,
+        side: int,
+        prepare: Prepare,
+        kept: _Lines | None = None,
+        *,
+        normed: bool = True,
+    ) -> StripedMap:
+        """The map of `side` that the convolution `name` makes, and what is `kept` added to it.
+
+        `normed`: a norm follows.
+        """
+        g = self.g
+        outputs, inputs, *_ = self._value(f"{name}.weight").shape
+        weight = self._stored(f"{name}.weight")
+        conv = WinogradConvolution(g, weight, (outputs, inputs), side, doubled=side != x.side)
+        edges = strip_edges(side, outputs, self.most_strips)
+        made = StripedMap([], outputs, side, edges=edges, offset=self._stored(f"{name}.bias"))
+        before = (x.moments or x.parts)[-1]  # a strip needs less than the whole of x
+        for first, last in itertools.pairwise(edges):
+            begin, end = conv.reads(first, last)
+            lines = prepare(lines_of(g, x, begin, end, before))
+            strip = conv.strip(lines, first, last)
+            if kept is not None:
+                strip = g.op("Add", kept(first, last, strip), strip)
+            made.parts.append(strip)
+            if normed:
+                made.moments.append(moments_of(g, strip, side))
+            before = (made.moments or made.parts)[-1]
         return made
 
-    def _normed_later(self, x: Map, norm: str) -> tuple[str, Prepare]:
-        """What is left of a norm and swish once it is normalised, and what makes it of that."""
-        g = self.g
-        gain, shift = (
-            g.op("Reshape", self._stored(f"{norm}.{name}"), self._sizes(-1, 1, 1))
-            for name in ("weight", "bias")
-        )
+    def _striped(self, x: Map, *, normed: bool = True) -> StripedMap:
+        """A whole map as one strip."""
+        strip = self._channels_last(self._whole(x))
+        moments = [moments_of(self.g, strip, x.side)] if normed else []
+        return StripedMap([strip], x.channels, x.side, edges=[0, x.side], moments=moments)
 
-        def prepare(value: str) -> str:
-            return self._swish(g.op("Add", g.op("Mul", value, gain), shift))
+    def _whole(self, x: Map) -> str:
+        if not isinstance(x, StripedMap):
+            return super()._whole(x)
+        whole = lines_of(self.g, x, 0, x.side, "")
+        if x.offset:
+            whole = self.g.op("Add", whole, x.offset)
+        return self._channels_first(whole)
 
-        (part,) = x.parts
-        normalised = self._normalised(part, self.source.groups)
-        return g.op("Reshape", normalised, self._sizes(0, x.channels, x.side, x.side)), prepare
+    def _normed(self, x: Map, norm: str, reader: str) -> str:
+        if not isinstance(x, StripedMap):
+            return super()._normed(x, norm, reader)
+        assert not reader  # behind swish are convolutions, which read strips
+        return self._channels_first(self._norm(x, norm)(lines_of(self.g, x, 0, x.side, "")))
 
-    def _winograd(self, name: str, side: int, *, doubled: bool = False) -> WinogradConvolution:
-        weight, bias = f"{name}.weight", f"{name}.bias"
-        outputs, inputs, *_ = self._value(weight).shape
-        return WinogradConvolution(
-            self.g,
-            self._stored(weight),
-            self._stored(bias),
-            (outputs, inputs),
-            side,
-            doubled=doubled,
-        )
+    def _channels_first(self, lines: str) -> str:
+        return self.g.op("Transpose", lines, perm=[0, 3, 1, 2])

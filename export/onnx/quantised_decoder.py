@@ -105,7 +105,7 @@ class Decoder:
             g.scope(name)
             x = steps[kind](x, name)
         g.scope("out")
-        self._pictures(self._normed(x, "decoder.norm_out", LAST), x.side)
+        self._finished(x)
         g.output("image", np.uint8, [ROWS, x.side, x.side, 3])
         model = g.build()
         for name in (name for pair in self.observed.values() for name in pair):
@@ -116,6 +116,10 @@ class Decoder:
         """The map in front of the first block."""
         return x
 
+    def _finished(self, x: Map) -> None:
+        """`image`, of what the last block made."""
+        self._pictures(self._normed(x, "decoder.norm_out", LAST), x.side)
+
     # -- blocks ------------------------------------------------------------------------------------
 
     def _residual(self, x: Map, name: str) -> Map:
@@ -125,16 +129,10 @@ class Decoder:
             conv = f"{name}.conv{number}"
             read = self._normed(made, f"{name}.norm{number}", conv)
             made = self._convolved(read, conv, x.side)
-        return self._added(self._shortcut(x, made.channels, name), made)
-
-    def _shortcut(self, x: Map, channels: int, name: str) -> Map:
-        """What a residual block adds to what its convolutions make."""
-        return x if x.channels == channels else self._projected(x, f"{name}.nin_shortcut")
-
-    def _added(self, x: Map, other: Map) -> Map:
-        """The sum of two maps."""
-        parts = [self.g.op("Add", a, b) for a, b in zip(x.parts, other.parts, strict=True)]
-        return Map(parts, x.channels, x.side)
+        same = x.channels == made.channels
+        kept = x if same else self._projected(x, f"{name}.nin_shortcut")
+        parts = [self.g.op("Add", a, b) for a, b in zip(kept.parts, made.parts, strict=True)]
+        return Map(parts, made.channels, x.side)
 
     def _projected(self, x: Map, name: str) -> Map:
         """A product for each pixel, where a block has another number of channels behind it."""
@@ -198,7 +196,6 @@ class Decoder:
 
     def _pictures(self, read: str, side: int) -> None:
         """`image`, of what comes out of the last swish."""
-        g = self.g
         if LAST in self.ranges:
             read = self._channels_last(read)
             self._product(
@@ -212,10 +209,15 @@ class Decoder:
             return
         made = self._plain_convolution(read, LAST, pad=1)
         self._look(LAST, read, made)
+        self._in_levels(made, result="image")
+
+    def _in_levels(self, made: str, *, result: str = "") -> str:
+        """What the last convolution made, (rows, 3, lines, side), as pixels with channels last."""
+        g = self.g
         levels = g.op("Mul", g.op("Add", made, g.constant(1)), g.constant(127.5))
         levels = g.op("Clip", g.op("Round", levels), g.constant(0), g.constant(255))
         levels = g.op("Cast", levels, to=TensorProto.UINT8)
-        g.op("Transpose", levels, perm=[0, 2, 3, 1], result="image")
+        return g.op("Transpose", levels, perm=[0, 2, 3, 1], result=result)
 
     # -- between convolutions ----------------------------------------------------------------------
 

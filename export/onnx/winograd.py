@@ -1,227 +1,181 @@
-"""A 3×3 convolution with a quarter of the multiplications, out of standard operators.
+"""A 3×3 convolution with a quarter of the multiplications or less, out of standard operators.
 
-Winograd's F(4×4, 3×3) (arXiv 1509.09308): the map is cut into patches of 6×6 that overlap by two,
-one for each 4×4 of the result. Of each patch 36 sums of its pixels are made, its *points*; at each
-point all patches are multiplied by one matrix (outputs, inputs), and of the 36 products of a patch
-come its 4×4 pixels. In float32 the result differs from the plain convolution's by about 1e-6 of it.
+Winograd's F(m×m, 3×3) (arXiv 1509.09308), m being 4 or 6: the map is cut into patches of m + 2
+pixels in either direction that overlap by two, one for each *tile*, m×m pixels of the result. Of
+each patch (m + 2)² sums of its pixels are made, its *points*; at each point all patches are
+multiplied by one matrix (outputs, inputs), and of the products of a patch come its m×m pixels. In
+float32 the result differs from the plain convolution's by about 1e-6 of it, or 1e-5 where m is 6.
 
-A map that is doubled first, each pixel four times, has patches of 4×4 different pixels, and in
-either direction one of six points is a difference of equal pixels, always 0: 25 are left.
+A map that is doubled first, each pixel four times, has patches of fewer different pixels, and in
+either direction one point is a difference of equal pixels, always 0: it is left out.
 
-Everything is laid out (rows, points, channels, patches), since products over patches want these in
-one line. Points are made by two convolutions of one channel, over lines and then along them. A line
-holds every fourth pixel, then the next ones of each four and so on (`in_fours`): its patches then
-lie one beside the other, and pixels are moved in pieces of a line only. What is done to single
-values, or to all of a channel, does not see the order.
-
-A map is transformed in strips, some lines of patches each, which stay in cache. Each strip asks for
-the size of the one before it, so that in whatever order nodes run there is one at a time.
+Maps are (rows, lines, columns, channels), so that all steps but the products move or add whole
+pixels, lines of a map are one piece of memory, and patches are where they are. Points are made by
+two convolutions of one channel, along lines and over them.
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aim_export.onnx.graph import MICROSOFT, GraphBuilder
 
-TILE = 4
-"""Pixels of a patch's result, in either direction."""
-
-# Points at 0, 1, -1, 2, -2 and infinity; rows of the first and columns of the last.
-_PATCH = np.array(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ]
-)
-_TAPS = np.array(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ]
-)
-_RESULT = np.array(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-)
-# Which of the four pixels a doubled patch's six are.
-_DOUBLED = np.array([0, 1, 1, 2, 2, 3])
+# Where the polynomials of a patch are evaluated, beside infinity, by the pixels of a tile.
+_PLACES = {4: (0, 1, -1, 2, -2), 6: (0, 1, -1, 2, -2, 1 / 2, -1 / 2)}
+# What making the matrices of the points takes, in products of as many patches.
+_PATCHES_OF_WEIGHTS = 16
+# Fewer tiles of 4×4 do not repay transforming the weights.
+_LEAST_TILES = 64
 # What a strip takes at all points.
-_STRIP_BYTES = 6 << 20
-# Fewer patches do not repay transforming the weights.
-_LEAST_PATCHES = 64
-
-Prepare = Callable[[str], str]
+_STRIP_BYTES = 4 << 20
 
 
 def pays(side: int) -> bool:
     """Whether a convolution whose result has side² pixels is faster so."""
-    return side % TILE == 0 and (side // TILE) ** 2 >= _LEAST_PATCHES
+    return (side // 4) ** 2 >= _LEAST_TILES
 
 
-def in_fours(g: GraphBuilder, x: str, channels: int, side: int) -> str:
-    """Lines of (rows, channels, side, side) in the order that patches want, see above."""
-    cut = g.op("Reshape", x, g.constant([0, channels, side, side // TILE, TILE], np.int64))
-    swapped = g.op("Transpose", cut, perm=[0, 1, 2, 4, 3])
-    return g.op("Reshape", swapped, g.constant([0, channels, side, side], np.int64))
+def best_tile(side: int) -> int:
+    """The m with which a result of side² pixels takes fewest products."""
+
+    def products(tile: int) -> int:
+        return (tile + 2) ** 2 * ((-(-side // tile)) ** 2 + _PATCHES_OF_WEIGHTS)
+
+    return min(_PLACES, key=products)
 
 
-def in_order(g: GraphBuilder, x: str, channels: int, side: int) -> str:
-    """What `in_fours` has changed as it was.
+def strip_edges(side: int, channels: int, most: int) -> list[int]:
+    """The lines of a map at which its strips begin, 0 being the first, and `side`.
 
-    In two steps, of which ONNX Runtime does one in pieces and one as a transposed matrix.
+    A strip is as many lines of tiles as stay in cache at all points, or more, so that there are no
+    more than `most` strips.
     """
-    cut = g.op("Reshape", x, g.constant([0, channels * side, TILE, side // TILE], np.int64))
-    apart = g.op("Transpose", cut, perm=[0, 2, 1, 3])
-    whole = g.op("Reshape", apart, g.constant([0, TILE, -1], np.int64))
-    mixed = g.op("Transpose", whole, perm=[0, 2, 1])
-    return g.op("Reshape", mixed, g.constant([0, channels, side, side], np.int64))
+    tile = best_tile(side)
+    tiles = -(-side // tile)
+    line_bytes = 4 * (tile + 2) ** 2 * channels * tiles
+    count = min(tiles, -(-line_bytes * tiles // _STRIP_BYTES), most)
+    return [min(side, tile * round(tiles * number / count)) for number in range(count + 1)]
 
 
 class WinogradConvolution:
-    """A convolution of pads 1 for maps of one size.
+    """A convolution of pads 1, without bias, for maps of one size.
 
     Args:
         weight: value (outputs, inputs, 3, 3), float32.
-        bias: value (outputs,), float32.
         shape: outputs and inputs.
-        side: of the map that is read, a multiple of `TILE` when doubled.
-        doubled: it reads each pixel four times.
+        side: of the map that is made.
+        doubled: it reads each pixel of a map half as large four times.
     """
 
     def __init__(
         self,
         g: GraphBuilder,
         weight: str,
-        bias: str,
         shape: tuple[int, int],
         side: int,
         *,
         doubled: bool = False,
     ) -> None:
-        self._g, self._side, self._doubled = g, side, doubled
+        self._g, self._side, self._tile = g, side, best_tile(side)
         self._outputs, self._inputs = shape
-        self._step = TILE // 2 if doubled else TILE  # from patch to patch, in pixels read
-        self._tiles = side // self._step
-        self._patch, taps, result = _matrices(doubled)
-        self._points = len(self._patch)
+        # From patch to patch, and the whole side, in pixels read.
+        self._step, self._read = (self._tile // 2, side // 2) if doubled else (self._tile, side)
+        self._patch, taps, result = _matrices(self._tile, doubled=doubled)
+        self._points, self._size = self._patch.shape
         self._result = g.constant(result)
-        self._matrices = self._transformed(weight, np.kron(taps, taps))
-        self._bias = g.op("Reshape", bias, self._sizes(-1, 1, 1))
+        self._matrices = self._transformed(weight, taps)
 
-    def of(self, x: str, prepare: Prepare | None = None, behind: str = "") -> str:
-        """The value (rows, outputs, height, width), in fours, for `x` (rows, inputs, side, side).
+    def reads(self, first: int, last: int) -> tuple[int, int]:
+        """First and last line, without the last, that lines of the result are made of."""
+        top, bottom = self._window(first, last)
+        return max(top, 0), min(bottom, self._read)
 
-        `x` is in fours too, but for a doubled one. `prepare` makes nodes of what is done before
-        to each of its values, strip by strip. The first strip is made when `behind`, another
-        value with rows, is there.
+    def strip(self, x: str, first: int, last: int) -> str:
+        """Lines (rows, last - first, side, outputs) of the result, of the lines that they read.
+
+        `first` is a multiple of a tile's.
         """
-        made: list[str] = []
-        for first, last in self._strips():
-            made.append(self._strip(x, prepare, first, last, made[-1] if made else behind))
-        return made[0] if len(made) == 1 else self._g.op("Concat", *made, axis=2)
-
-    def _strips(self) -> list[tuple[int, int]]:
-        """First and last line of patches of each strip."""
-        channels = max(self._inputs, self._outputs)
-        whole = 4 * self._points**2 * channels * self._tiles**2
-        count = min(self._tiles, -(-whole // _STRIP_BYTES))
-        ends = [round(self._tiles * number / count) for number in range(count + 1)]
-        return list(itertools.pairwise(ends))
-
-    def _strip(self, x: str, prepare: Prepare | None, first: int, last: int, before: str) -> str:
-        """Lines of patches, without the last, to (rows, outputs, 4 · that many, 4 · patches).
-
-        `before` is the strip made before, or empty.
-        """
-        g, side, height = self._g, self._side, last - first
-        top, bottom = self._step * first - 1, self._step * last + 1  # lines of pixels they read
-        begin, end = max(top, 0), min(bottom, side)
-        if (begin, end) != (0, side):
-            start = self._sizes(begin)
-            if before:
-                none = g.op("Mul", g.op("Shape", before, start=0, end=1), self._sizes(0))
-                start = g.op("Add", none, start)
-            x = g.op("Slice", x, start, self._sizes(end), self._sizes(2))
-        if prepare is not None:
-            x = prepare(x)
-        points = self._over_lines(x, end - begin, (begin - top, bottom - end))
-        points = self._along_lines(points, height)
-        patches = self._sizes(-1, self._points**2, self._inputs, height * self._tiles)
-        products = g.op("MatMul", self._matrices, g.op("Reshape", points, patches))
+        g, (top, bottom), (begin, end) = self._g, self._window(first, last), self.reads(first, last)
+        tile, wide = self._tile, -(-self._side // self._tile)
+        high = -(-(last - first) // tile)
+        points = self._along_lines(x, end - begin, wide)
+        points = self._over_lines(points, end - begin, wide, (begin - top, bottom - end))
+        patches = self._sizes(-1, self._points**2, high * wide, self._inputs)
+        products = self._product(g.op("Reshape", points, patches), self._matrices)
         products = g.op("Reshape", products, self._sizes(0, self._points, -1))
-        lines = g.op("MatMul", self._result, products)  # (rows, 4, points · outputs · patches)
-        lines = g.op("Reshape", lines, self._sizes(0, TILE, self._points, -1))
-        pixels = g.op("MatMul", self._result, lines)  # (rows, 4, 4, outputs · patches)
-        pieces = self._sizes(0, TILE, TILE, self._outputs * height, self._tiles)
-        pixels = g.op("Transpose", g.op("Reshape", pixels, pieces), perm=[0, 3, 1, 2, 4])
-        wide = self._sizes(0, self._outputs, TILE * height, TILE * self._tiles)
-        return g.op("Add", g.op("Reshape", pixels, wide), self._bias)
+        columns = g.op("MatMul", self._result, products)  # (rows, tile, points · patches · outputs)
+        columns = g.op("Reshape", columns, self._sizes(0, tile, self._points, -1))
+        pixels = g.op("MatMul", self._result, columns)  # (rows, tile, tile, patches · outputs)
+        pieces = self._sizes(0, tile, tile, high, wide, self._outputs)
+        pixels = g.op("Transpose", g.op("Reshape", pixels, pieces), perm=[0, 3, 2, 4, 1, 5])
+        whole = self._sizes(0, tile * high, tile * wide, self._outputs)
+        pixels = g.op("Reshape", pixels, whole)
+        if (tile * high, tile * wide) == (last - first, self._side):
+            return pixels
+        ends = self._sizes(last - first, self._side)
+        return g.op("Slice", pixels, self._sizes(0, 0), ends, self._sizes(1, 2))
 
-    def _over_lines(self, x: str, lines: int, pads: tuple[int, int]) -> str:
-        """(rows, inputs, lines, side) to (rows, points, inputs, lines of patches, side)."""
-        maps = self._g.op("Reshape", x, self._sizes(-1, 1, self._inputs, lines, self._side))
+    def _window(self, first: int, last: int) -> tuple[int, int]:
+        """As `reads`, with the pads."""
+        top = first // self._tile * self._step - 1
+        return top, top + (-(-(last - first) // self._tile) - 1) * self._step + self._size
+
+    def _along_lines(self, x: str, lines: int, wide: int) -> str:
+        """(rows, lines, columns, inputs) to (rows, points, lines, patches, inputs)."""
+        behind = self._step * (wide - 1) + self._size - 1 - self._read
         return self._g.op(
             "Conv",
-            maps,
+            self._g.op("Reshape", x, self._sizes(-1, 1, lines, self._read, self._inputs)),
+            self._g.constant(self._patch[:, None, None, :, None]),
+            strides=[1, self._step, 1],
+            pads=[0, 1, 0, 0, behind, 0],
+        )
+
+    def _over_lines(self, x: str, lines: int, wide: int, pads: tuple[int, int]) -> str:
+        """What `_along_lines` made to (rows · points, points, 1, lines of patches, ..)."""
+        return self._g.op(
+            "Conv",
+            self._g.op("Reshape", x, self._sizes(-1, 1, 1, lines, wide * self._inputs)),
             self._g.constant(self._patch[:, None, None, :, None]),
             strides=[1, self._step, 1],
             pads=[0, pads[0], 0, 0, pads[1], 0],
         )
 
-    def _along_lines(self, x: str, height: int) -> str:
-        """What `_over_lines` made to (rows · points, points, inputs · height, 1, patches)."""
-        lines = self._inputs * height
-        if self._doubled:
-            maps, strides = self._sizes(-1, 1, lines, 1, self._side), [1, 1, self._step]
-            kernel = self._patch[:, None, :]
-        else:
-            maps, strides = self._sizes(-1, 1, lines, TILE, self._tiles), [1, 1, 1]
-            # A patch's six pixels are in the fours before, its own and behind.
-            kernel = np.zeros((self._points, 3, TILE), np.float32)
-            kernel.reshape(self._points, -1)[:, TILE - 1 : 2 * TILE + 1] = self._patch
-            kernel = kernel.swapaxes(1, 2)
-        return self._g.op(
-            "Conv",
-            self._g.op("Reshape", x, maps),
-            self._g.constant(kernel[:, None, None]),
-            strides=strides,
-            pads=[0, 0, 1] * 2,
-        )
-
     def _transformed(self, weight: str, taps: NDArray[np.float32]) -> str:
         """The matrices of all points, (points², outputs, inputs).
 
-        ONNX Runtime does not compute its own operators when it loads a graph, so that what is four
-        times as large as the weights is made anew for each run, and is not kept.
+        ONNX Runtime does not compute its own operators when it loads a graph, so that what is
+        several times as large as the weights is made anew for each run, and is not kept.
         """
-        g = self._g
-        nine = g.op("Reshape", weight, self._sizes(-1, 9))
-        (made,) = g.ops(
-            "FusedMatMul", g.constant(taps), nine, results=[""], domain=MICROSOFT, transB=1
-        )
-        return g.op("Reshape", made, self._sizes(-1, self._outputs, self._inputs))
+        # Points along lines are the outer ones, the columns of the kernel the inner.
+        both = np.einsum("ax,oy->aoyx", taps, taps).reshape(-1, 9)
+        nine = self._g.op("Reshape", weight, self._sizes(-1, 9))
+        made = self._product(self._g.constant(both), nine)
+        return self._g.op("Reshape", made, self._sizes(-1, self._outputs, self._inputs))
+
+    def _product(self, a: str, b: str) -> str:
+        """`a` times `b` transposed."""
+        results: list[str | None] = [""]
+        (made,) = self._g.ops("FusedMatMul", a, b, results=results, domain=MICROSOFT, transB=1)
+        return made
 
     def _sizes(self, *numbers: int) -> str:
         return self._g.constant(numbers, np.int64)
 
 
-def _matrices(doubled: bool) -> list[NDArray[np.float32]]:
-    """Patches, taps and results in one direction: (points, pixels), (points, 3), (4, points)."""
-    patch, taps, result = _PATCH, _TAPS, _RESULT
+def _matrices(tile: int, *, doubled: bool) -> list[NDArray[np.float32]]:
+    """Patches, taps and results in one direction: (points, pixels), (points, 3), (tile, points)."""
+    places = np.array(_PLACES[tile], np.float64)
+    others = [np.delete(places, number) for number in range(len(places))]
+    patch = np.zeros((tile + 2, tile + 2))
+    for row, roots in enumerate([*others, places]):
+        patch[row, : len(roots) + 1] = np.poly(roots)[::-1]
+    scale = [np.prod(place - rest) for place, rest in zip(places, others, strict=True)]
+    taps = np.vstack([np.vander(places, 3, increasing=True) / np.array(scale)[:, None], [0, 0, 1]])
+    result = np.vstack([np.vander(places, tile, increasing=True), np.eye(tile)[-1]]).T
     if doubled:
-        patch = patch @ np.eye(4, dtype=int)[_DOUBLED]
+        patch = patch @ np.eye(tile // 2 + 2)[np.arange(1, tile + 3) // 2]
         used = patch.any(axis=1)
         patch, taps, result = patch[used], taps[used], result[:, used]
     return [matrix.astype(np.float32) for matrix in (patch, taps, result)]

@@ -3,6 +3,7 @@ time; and when there is none."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from aim_export import decoder, export_bundle
 from aim_export.decoder import add_decoder_graph, psnr_db
 from aim_export.onnx import winograd
 from aim_export.onnx.graph import MICROSOFT, GraphBuilder
-from aim_export.onnx.winograd import WinogradConvolution, in_fours, in_order, pays
+from aim_export.onnx.strips import StripedMap, group_norm, lines_of, moments_of
+from aim_export.onnx.winograd import WinogradConvolution, best_tile, pays, strip_edges
 from aim_runtime import Bundle
 from aim_runtime.engines.base import Engine
 from aim_runtime.engines.onnxruntime.cpu import load
@@ -49,92 +51,135 @@ def run(g: GraphBuilder, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(found)
 
 
-def convolution(side: int, shape: tuple[int, int], doubled: bool) -> tuple[GraphBuilder, Any, Any]:
-    """A graph of one convolution, lines in order on both sides, its weight and its bias."""
+def convolution(
+    side: int, shape: tuple[int, int], doubled: bool, strips: int = 8
+) -> tuple[GraphBuilder, Any, list[str]]:
+    """A graph of one convolution of `x`, strip by strip, its weight, and the strips it makes."""
     outputs, inputs = shape
-    rng = np.random.default_rng(side)
-    weight = rng.standard_normal((outputs, inputs, 3, 3)).astype(np.float32) / 3
-    bias = rng.standard_normal(outputs).astype(np.float32)
+    weight = np.random.default_rng(side).standard_normal((outputs, inputs, 3, 3)) / 3
+    weight = weight.astype(np.float32)
     g = GraphBuilder("one")
     g.domain(MICROSOFT, 1)
-    x = g.input("x", np.float32, ["rows", inputs, side, side])
-    if not doubled:
-        x = in_fours(g, x, inputs, side)
-    names = g.weight("weight", weight), g.weight("bias", bias)
-    conv = WinogradConvolution(g, *names, shape, side, doubled=doubled)
-    made, end = conv.of(x), 2 * side if doubled else side
-    g.op("Identity", in_order(g, made, outputs, end), result="y")
-    g.output("y", np.float32, ["rows", outputs, end, end])
-    return g, weight, bias
+    read = side // 2 if doubled else side
+    g.input("x", np.float32, ["rows", read, read, inputs])
+    x = StripedMap(["x"], inputs, read, edges=[0, read])
+    conv = WinogradConvolution(g, g.weight("weight", weight), shape, side, doubled=doubled)
+    made: list[str] = []
+    for first, last in itertools.pairwise(strip_edges(side, max(shape), strips)):
+        lines = lines_of(g, x, *conv.reads(first, last), made[-1] if made else "")
+        made.append(conv.strip(lines, first, last))
+    g.op("Concat", *made, axis=1, result="y")
+    g.output("y", np.float32, ["rows", side, side, outputs])
+    return g, weight, made
+
+
+def channels_first(x: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(x).double().permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("strip_bytes", [1 << 30, 20_000, 1])
 @pytest.mark.parametrize("doubled", [False, True])
-@pytest.mark.parametrize(("side", "shape"), [(4, (3, 2)), (12, (5, 3)), (28, (4, 7))])
+@pytest.mark.parametrize("tile", [4, 6])
+@pytest.mark.parametrize(("side", "shape"), [(4, (3, 2)), (12, (5, 3)), (26, (4, 7)), (28, (4, 7))])
 def test_it_is_the_plain_convolution(
-    side: int, shape: tuple[int, int], doubled: bool, strip_bytes: int, monkeypatch: Any
+    side: int, shape: tuple[int, int], tile: int, doubled: bool, strip_bytes: int, monkeypatch: Any
 ) -> None:
+    """Whether or not tiles fill the map, and strips hold as many lines as each other."""
     monkeypatch.setattr(winograd, "_STRIP_BYTES", strip_bytes)
-    g, weight, bias = convolution(side, shape, doubled)
-    x = np.random.default_rng(1).standard_normal((3, shape[1], side, side)).astype(np.float32)
-    read = torch.from_numpy(x)
+    monkeypatch.setattr(winograd, "best_tile", lambda _: tile)
+    g, weight, made = convolution(side, shape, doubled)
+    assert len(made) == {1 << 30: 1, 1: min(8, -(-side // tile))}.get(strip_bytes, len(made))
+    pixels = side // 2 if doubled else side
+    read = np.random.default_rng(1).standard_normal((3, pixels, pixels, shape[1]))
+    read = read.astype(np.float32)
+    plain = channels_first(read)
     if doubled:
-        read = F.interpolate(read, scale_factor=2.0, mode="nearest")
-    wanted = F.conv2d(read, torch.from_numpy(weight), torch.from_numpy(bias), padding=1)
-    np.testing.assert_allclose(run(g, x), wanted.numpy(), atol=1e-4)
+        plain = F.interpolate(plain, scale_factor=2.0, mode="nearest")
+    wanted = F.conv2d(plain, torch.from_numpy(weight).double(), padding=1)
+    np.testing.assert_allclose(run(g, read), wanted.permute(0, 2, 3, 1).numpy(), atol=2e-4)
 
 
-def test_what_comes_before_it_is_done_strip_by_strip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pads the map is 0 behind it, not in front."""
+def test_sides_that_tiles_do_not_fill_take_few_more_products() -> None:
+    assert {side: best_tile(side) for side in (32, 64, 66, 128, 256)} == {
+        32: 4,
+        64: 6,
+        66: 6,
+        128: 6,
+        256: 6,
+    }
+
+
+def test_strips_are_whole_tiles_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "_STRIP_BYTES", 1)
-    g = GraphBuilder("one")
-    g.domain(MICROSOFT, 1)
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((4, 4, 3, 3)).astype(np.float32)
-    names = g.weight("weight", weight), g.weight("bias", np.zeros(4, np.float32))
-    g.input("x", np.float32, ["rows", 4, 8, 8])
-    conv = WinogradConvolution(g, *names, (4, 4), 8)
-    made = conv.of(in_fours(g, "x", 4, 8), lambda value: g.op("Add", value, g.constant(1)))
-    g.op("Identity", in_order(g, made, 4, 8), result="y")
-    g.output("y", np.float32, ["rows", 4, 8, 8])
-    x = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
-    wanted = F.conv2d(torch.from_numpy(x + 1), torch.from_numpy(weight), padding=1)
-    np.testing.assert_allclose(run(g, x), wanted.numpy(), atol=1e-4)
+    assert strip_edges(64, 8, 4) == [0, 18, 36, 48, 64]
+    assert strip_edges(32, 8, 100) == list(range(0, 33, 4))
+    assert strip_edges(64, 8, 1) == [0, 64]
+    monkeypatch.setattr(winograd, "_STRIP_BYTES", 1 << 30)
+    assert strip_edges(64, 8, 4) == [0, 64]
 
 
-@pytest.mark.parametrize("side", [4, 20])
-def test_lines_in_fours_and_back(side: int) -> None:
+def test_lines_come_from_all_strips_that_have_some() -> None:
     g = GraphBuilder("lines")
-    g.input("x", np.float32, ["rows", 3, side, side])
-    back = in_order(g, in_fours(g, "x", 3, side), 3, side)
-    g.op("Identity", back, result="y")
-    g.output("y", np.float32, ["rows", 3, side, side])
-    x = np.random.default_rng(0).standard_normal((2, 3, side, side)).astype(np.float32)
-    np.testing.assert_array_equal(run(g, x), x)
+    g.input("x", np.float32, ["rows", 9, 2, 3])
+    parts = g.ops("Split", "x", results=[""] * 3, axis=1, num_outputs=3)
+    lines = lines_of(g, StripedMap(parts, 3, 2, edges=[0, 3, 6, 9]), 2, 8, "x")
+    g.op("Identity", lines, result="y")
+    g.output("y", np.float32, ["rows", 6, 2, 3])
+    x = np.random.default_rng(0).standard_normal((2, 9, 2, 3)).astype(np.float32)
+    np.testing.assert_array_equal(run(g, x), x[:, 2:8])
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("mean", [0, 30])
+def test_a_norm_of_strips_is_the_norm_of_the_whole(mean: int, offset: bool) -> None:
+    """Sums and squares are enough, however far values are from 0."""
+    rng = np.random.default_rng(0)
+    side, channels, groups, eps = 32, 8, 4, 1e-6
+    gain, shift, more = rng.standard_normal((3, channels)).astype(np.float32)
+    g = GraphBuilder("norm")
+    g.input("x", np.float32, ["rows", side, side, channels])
+    whole = StripedMap(["x"], channels, side, edges=[0, side])
+    edges = [0, 12, 24, 32]
+    parts = [lines_of(g, whole, *some, "") for some in itertools.pairwise(edges)]
+    moments = [moments_of(g, part, side) for part in parts]
+    striped = StripedMap(parts, channels, side, edges=edges, moments=moments)
+    if offset:
+        striped.offset = g.weight("more", more)
+    names = g.weight("gain", gain), g.weight("shift", shift)
+    prepare = group_norm(g, striped, *names, groups, eps)
+    g.op("Identity", prepare(lines_of(g, striped, 0, side, "")), result="y")
+    g.output("y", np.float32, ["rows", side, side, channels])
+    x = (mean + rng.standard_normal((2, side, side, channels))).astype(np.float32)
+    plain = channels_first(x + more if offset else x)
+    weights = (torch.from_numpy(value).double() for value in (gain, shift))
+    wanted = F.group_norm(plain, groups, *weights, eps)
+    found = run(g, x)
+    np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1).numpy(), atol=2e-3)
 
 
 def test_where_it_pays() -> None:
-    assert [side for side in (16, 28, 31, 32, 33, 34, 64, 256) if pays(side)] == [32, 64, 256]
+    assert [side for side in (16, 28, 31, 32, 33, 34, 64, 256) if pays(side)] == [
+        32,
+        33,
+        34,
+        64,
+        256,
+    ]
 
 
 def test_one_strip_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In whatever order nodes run: each strip depends on the one before it."""
     peaks = []
-    for strip_bytes in (1 << 30, 1 << 18):
+    for strip_bytes in (1 << 30, 1 << 17):
         monkeypatch.setattr(winograd, "_STRIP_BYTES", strip_bytes)
-        g = GraphBuilder("one")
-        g.domain(MICROSOFT, 1)
-        names = (
-            g.weight("weight", np.zeros((16, 16, 3, 3), np.float32)),
-            g.weight("bias", np.zeros(16, np.float32)),
-        )
-        made = WinogradConvolution(g, *names, (16, 16), 64).of("x")
+        g, _, made = convolution(64, (16, 16), False, strips=11)
         model = read_model(g.build().SerializeToString())
         trace = _Trace({})
         values = {name: trace.add(stored_value(t)) for name, t in model.initializers.items()}
-        values["x"] = trace.add(Value((Size(1, 0), fixed(16), fixed(64), fixed(64)), FLOAT))
+        values["x"] = trace.add(Value((Size(1, 0), fixed(64), fixed(64), fixed(16)), FLOAT))
         trace.run(model.nodes, values)
-        peaks.append(peak_bytes(trace.steps, frozenset({values[made]})))
+        # Without the last step, which puts strips together for this test.
+        peaks.append(peak_bytes(trace.steps[:-1], frozenset(values[strip] for strip in made)))
     assert peaks[1] < peaks[0] / 2
 
 
@@ -164,7 +209,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     model = AiM(config).initialise()
     path = save_checkpoint(folder / "m.safetensors", model, VQTokenizer(tokenizer), names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "_LEAST_PATCHES", 1 << 20)
+        patch.setattr(winograd, "_LEAST_TILES", 1 << 20)
         export_bundle(path, folder / "plain", precision=request.param)
     return folder / "plain"
 
@@ -177,7 +222,7 @@ def added(plain: Path, folder: Path, least: int = 64) -> tuple[Bundle, list[str]
     """`plain` with such a decoder, and what was said."""
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "_LEAST_PATCHES", least)
+        patch.setattr(winograd, "_LEAST_TILES", least)
         patch.setattr(winograd, "_STRIP_BYTES", 1 << 18)
         return add_decoder_graph(copy_bundle(plain, folder), lines.append, in_8_bits=False), lines
 
