@@ -21,8 +21,10 @@ _WORK_A_PARAMETER = 1 << 4
 # 8 bits; half precision takes less.
 _FLOATS_A_BYTE = {"int4": 2}
 # Of a decoder: its half precision is twice as much, and products that take the place of its
-# convolutions have matrices of four times their weights, which are reshaped.
-_DECODER_FLOATS_A_BYTE = 4
+# convolutions have matrices of seven times their weights, which are reshaped.
+_DECODER_FLOATS_A_BYTE = 8
+# Those matrices are 64 sums of nine weights each.
+_DECODER_WORK_A_BYTE = 1 << 6
 _FREE_FIXED_BYTES = 1 << 20
 _FREE_FIXED_WORK = 1 << 26
 
@@ -54,13 +56,14 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     row, decoder = memory_needed(manifest, rows_per_image=1)  # what a request is told that it takes
     outputs = {spec.name for spec in graph.outputs}
     floats_a_byte = _FLOATS_A_BYTE.get(manifest.precision, 1)
+    work_a_byte = _WORK_A_PARAMETER
     if "image" in outputs:
         pixels = model.image_height * model.image_width
         width = _BYTES_A_PIXEL_AND_WIDTH * math.isqrt(model.decoder_parameters)
         planned = 2 * decoder
         row_bytes = max(planned, width * pixels)
         row_work = _DECODER_WORK_PER_PIXEL * pixels
-        floats_a_byte = _DECODER_FLOATS_A_BYTE
+        floats_a_byte, work_a_byte = _DECODER_FLOATS_A_BYTE, _DECODER_WORK_A_BYTE
     else:
         activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
         planned = row_bytes = 2 * row + 4 * activations
@@ -70,5 +73,5 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
         row_bytes=row_bytes,
         fixed_bytes=floats_a_byte * 4 * stored + _FREE_FIXED_BYTES,
         row_work=row_work,
-        fixed_work=_WORK_A_PARAMETER * stored + _FREE_FIXED_WORK,
+        fixed_work=work_a_byte * stored + _FREE_FIXED_WORK,
     )
