@@ -14,6 +14,7 @@ import time
 from types import FrameType
 
 _AGAIN_S = 0.01
+_CAN_WAIT = hasattr(signal, "SIGALRM")  # Windows has no signal to spare
 _waiting: list[int] = []
 
 
@@ -23,8 +24,9 @@ def listen() -> None:
     Ctrl-C raises KeyboardInterrupt, the others SystemExit. A second one while the first waits for
     an import ends the process at once. What is ignored, as by `nohup`, stays ignored.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no hanging up
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _hear)
 
 
@@ -40,7 +42,7 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 def _act(number: int, frame: FrameType | None) -> None:
     """Raise what the signal raises, now or as soon as no module is being imported."""
-    if _importing(frame):
+    if _CAN_WAIT and _importing(frame):
         _waiting[:] = [number]
         signal.signal(signal.SIGALRM, lambda _, frame: _act(number, frame))
         _thread.start_new_thread(_ask_again, ())

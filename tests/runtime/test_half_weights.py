@@ -151,7 +151,7 @@ def test_graphs_of_a_large_model_load_one_after_another(
 ) -> None:
     monkeypatch.setattr(cpu, "_SMALL_BYTES", 0)
     load_engine(Bundle.open(tiny), backend="cpu")
-    assert [name for name, _ in loads[:1]] == ["decoder.onnx"]
+    assert loads[0][0] == "step.onnx"  # which takes most, beside nothing
     assert [under_way for _, under_way in loads] == [1, 1, 1]
 
 
