@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 
 from aim_export.agreement import TOLERANCES, mean_divergence, token_agreement
 from aim_export.cpu import write_step_graph
+from aim_export.cuda.stored import stored_tensors
 from aim_export.decoder import LEAST_PSNR_DB, psnr_db
 from aim_export.errors import ExportError
 from aim_export.onnx.graph import HALF_SUFFIX, Stored, write_graph
@@ -171,21 +172,16 @@ def _write_graphs(bundle: Bundle, folder: Path) -> None:
 
 def _floats(bundle: Bundle, name: str) -> ModelProto:
     """A graph of the bundle as it was before its weights were written, all in float32."""
-    spec = bundle.manifest.graphs[name]
-    model = onnx.load_from_string(checked_graph(bundle, spec))
-    data = bytes(bundle.read(spec.weights))
+    model = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs[name]))
+    stored = stored_tensors(bundle, name)
     halves: dict[str, str] = {}
     for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            start = int(place.get("offset", 0))
-            tensor.raw_data = data[start : start + int(place["length"])]
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-        if tensor.name.endswith(HALF_SUFFIX) and tensor.data_type == TensorProto.FLOAT16:
-            halves[tensor.name] = plain = tensor.name.removesuffix(HALF_SUFFIX)
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, plain))
+        plain = tensor.name.removesuffix(HALF_SUFFIX)
+        values = stored[plain].values
+        if tensor.name != plain:
+            halves[tensor.name] = plain
+            values = values.astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(values, plain))
     gathered = {}
     nodes = []
     for node in model.graph.node:

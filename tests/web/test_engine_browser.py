@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ class Page:
         self.site = site
         self.page.goto(f"{site.url}/page/engine_page.html")
         self.page.evaluate("(url) => start(url)", f"{site.url}/npm/engine/worker.js")
+
+    def start_behind(self, script: str) -> None:
+        """Another worker, in which a module runs before that of the worker does."""
+        name = f"behind-{zlib.crc32(script.encode())}.js"
+        script += "\nawait import('./worker.js');\npostMessage({ type: 'there' });\n"
+        (self.site.folders["npm"] / "engine" / name).write_text(script)
+        self.page.evaluate("(url) => start(url)", f"{self.site.url}/npm/engine/{name}")
+        self.until("there")
 
     def tell(self, *messages: dict[str, Any]) -> None:
         self.page.evaluate("(all) => all.forEach((one) => worker.postMessage(one))", list(messages))
@@ -179,12 +188,8 @@ def test_steps_are_rehearsed_while_nobody_waits(page: Page, tiny: Path) -> None:
       postMessage({ type: "stepped", rows: tokens.length });
       return step.call(this, tokens, position);
     };
-    await import("./worker.js");
-    postMessage({ type: "there" });
     """
-    (page.site.folders["npm"] / "engine" / "telling.js").write_text(script)
-    page.page.evaluate("(url) => start(url)", f"{page.site.url}/npm/engine/telling.js")
-    page.until("there")
+    page.start_behind(script)
     page.load(tiny)
     said = page.until("stepped", TOKENS)
     assert {one["rows"] for one in of(said, "stepped")} == {2}
@@ -204,12 +209,8 @@ def test_webassembly_is_compiled_from_its_address(page: Page, tiny: Path) -> Non
       return compileStreaming.call(WebAssembly, answer);
     };
     WebAssembly.compile = () => postMessage({ type: "compiled", url: "" });
-    await import("./worker.js");
-    postMessage({ type: "there" });
     """
-    (page.site.folders["npm"] / "engine" / "telling-of-code.js").write_text(script)
-    page.page.evaluate("(url) => start(url)", f"{page.site.url}/npm/engine/telling-of-code.js")
-    page.until("there")
+    page.start_behind(script)
     page.load(tiny)
     assert [one["url"] for one in of(page.until("ready"), "compiled")] == [
         page.site.runtime()["wasm"]
@@ -296,13 +297,10 @@ NO_MEMORY = "class { constructor() { throw new RangeError('could not allocate me
     ],
 )
 def test_a_browser_that_lacks_something(
-    page: Page, site: Site, engine: Path, tiny: Path, lacks: str, code: str, says: str
+    page: Page, tiny: Path, lacks: str, code: str, says: str
 ) -> None:
     """As the worker finds it: a module that runs before the worker's takes it away."""
-    script = f"{lacks}\nawait import('./worker.js');\npostMessage({{ type: 'there' }});\n"
-    (engine / "engine" / f"lacking-{len(says)}.js").write_text(script)
-    page.page.evaluate("(url) => start(url)", f"{site.url}/npm/engine/lacking-{len(says)}.js")
-    page.until("there")
+    page.start_behind(lacks)
     page.load(tiny)
     error = page.error()
     assert error["code"] == code
