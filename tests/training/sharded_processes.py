@@ -1,6 +1,6 @@
 """What every process of `test_sharded` runs: a sharded training beside an unsharded one.
 
-    torchrun --nproc-per-node 2 tests/training/sharded_processes.py
+    torchrun --nproc-per-node 2 tests/training/sharded_processes.py FOLDER [NAME ...]
 
 On GPUs where there are enough of them, else on the CPU.
 """
@@ -322,7 +322,7 @@ def check_foretold() -> None:
             with mock.patch.object(
                 gradients, "_compute", lambda parts, to=computed: to.append(len(parts[0][0]))
             ):
-                gradients._find_at_once((torch.zeros(IMAGES // 2),))
+                gradients._find_at_once((torch.zeros(IMAGES // 2, device=DEVICE),))
             assert gradients.at_once == fits, (free, allowed, gradients.at_once)
             assert taken(max(computed)) + allowed / 16 <= min(free, allowed)
 
