@@ -151,8 +151,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def test_scores_and_what_is_remembered(played: tuple[Played, Played]) -> None:
-    """Over two folds, with a row that begins anew while the other is in its chunk."""
-    for at in range(70):
+    """Over a whole image, with a row that begins anew while the other is in its chunk."""
+    for at in range(256):
         late = at - 5 if at >= 5 else at
         for each in played:
             each.put((at * 37 % 1000, at * 91 % 1000), (at, late))

@@ -106,7 +106,9 @@ def consumer(
     elif pid < SCAN + OUT:
         out_role(shared, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
     else:
-        bc_role(shared, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
+        units, bars, _bcs, _part_0, _part_1, _part_2, part_16, _scores = shared
+        parts = units, bars, part_16.index(0), part_16.index(1)
+        bc_role(parts, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
 
 
 @gluon.jit
@@ -167,7 +169,7 @@ def persistent(
     gl.warp_specialize(
         [
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
-            (producer, (memory, ring_, pid, layers, sizes, SCAN, OUT, PACE)),
+            (producer, (memory, ring_, position, pid, layers, sizes, SCAN, OUT, PACE)),
         ],
         [1],
         [24],

@@ -71,6 +71,12 @@ def polled(pointer):
 
 
 @gluon.jit
+def polled_where(condition):
+    """Conditions (512,) as polls take them: (512, 4) int32."""
+    return gl.full([512, 4], 0, gl.int32, L4) + gl.expand_dims(condition.to(gl.int32), 1)
+
+
+@gluon.jit
 def bounds(start, stalled):
     """When waits began, and where one that takes too long says so, as polls take them."""
     zeros = gl.full([512, 4], 0, gl.int64, L4)
@@ -78,11 +84,11 @@ def bounds(start, stalled):
 
 
 @gluon.jit
-def fragments():
-    """Where among 128 of an exchange's halves a thread's are, and its warp and lane: (512,)."""
+def threads():
+    """A thread's number, its lane, and where its halves are among a box's 64: (512,)."""
     tid = gl.arange(0, 512, L1)
     lane = tid & 31
-    return (tid >> 5) * 128 + (((lane >> 2) & 1) * 32 + (lane & 3) * 8), tid, lane
+    return tid, lane, ((lane >> 2) & 1) * 32 + (lane & 3) * 8
 
 
 @gluon.jit
@@ -94,7 +100,8 @@ def convolution_before(conv, layer, row, channel, at, inside, X: gl.constexpr, K
     ring, weight, bias = conv
     ring += layer * (2 * K * X)
     weight += layer * (K * X)
-    total = gl.load(bias + layer * X + channel)
+    bias += layer * X
+    total = gl.load(bias + channel)
     for back in gl.static_range(1, K):
         slot = (at - back + K) % K
         past = gl.load(ring + (row * K + slot) * X + channel, mask=inside & (at >= back), other=0.0)

@@ -49,17 +49,20 @@ def _fill_tile(ring, unit, weights, row, column, last, PACE: gl.constexpr, SLOTS
 
 
 @gluon.jit
-def _fill_states(ring, unit, states, row, last, INNER: gl.constexpr, PACE: gl.constexpr):
-    """Fetch the states of 32 channels of both rows."""
+def _fill_states(ring, unit, states, row, last, begun, INNER: gl.constexpr, PACE: gl.constexpr):
+    """Fetch the states of 32 channels of both rows, if some row's chunk is not its first."""
     _boxes, blocks, bars = ring
     slot = unit % UNITS
     full = bars.index(slot)
-    mbarrier.expect(full, 32768)
-    for block in gl.static_range(4):
-        if PACE > 0:
-            last = _paced(last, PACE)
-        at = row + (block // 2) * (INNER * 4) + (block % 2) * 64
-        tma.async_copy_global_to_shared(states, [at, 0], full, blocks.index(slot * 4 + block))
+    if begun:
+        mbarrier.expect(full, 32768)
+        for block in gl.static_range(4):
+            if PACE > 0:
+                last = _paced(last, PACE)
+            at = row + (block // 2) * (INNER * 4) + (block % 2) * 64
+            tma.async_copy_global_to_shared(states, [at, 0], full, blocks.index(slot * 4 + block))
+    else:
+        mbarrier.arrive(full, count=1)
     return last
 
 
@@ -79,6 +82,7 @@ def _wait_for_last_weights(bars, layer):
 def producer(
     memory,
     ring,
+    position,
     pid,
     layers,
     sizes: gl.constexpr,
@@ -92,6 +96,7 @@ def producer(
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
     last = pid * 0
+    begun = (gl.load(position) >= sizes.CHUNK) | (gl.load(position + 1) >= sizes.CHUNK)
     if pid < SCAN:
         PACE_SCAN: gl.constexpr = PACE // 20
         for layer in range(layers):
@@ -105,7 +110,7 @@ def producer(
             last = _fill_tile(ring, unit + 2, in_weights, row, 0, last, PACE_SCAN, UNITS)
             last = _fill_tile(ring, unit + 3, in_weights, row + 16, 0, last, PACE_SCAN, UNITS)
             at = (layer * (2 * INNER) + pid * 32) * 4
-            last = _fill_states(ring, unit + 4, states, at, last, INNER, PACE_SCAN)
+            last = _fill_states(ring, unit + 4, states, at, last, begun, INNER, PACE_SCAN)
     elif pid < SCAN + OUT:
         PACE_OUT: gl.constexpr = PACE // 16
         for layer in range(layers):

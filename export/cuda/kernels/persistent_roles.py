@@ -18,12 +18,12 @@ from aim_export.cuda.kernels.persistent_common import (
     UNITS,
     bounds,
     convolution_before,
-    fragments,
     inverse_rms,
     polled,
     ready,
     silu,
     softplus,
+    threads,
 )
 from aim_export.cuda.kernels.persistent_exchange import (
     clear_float,
@@ -65,9 +65,19 @@ STALLED = gl.constexpr(2)
 
 @gluon.jit
 def _project_out(
-    units, bars, layer, gated, limits, lane, parts, WIDTH: gl.constexpr, EPS: gl.constexpr
+    units,
+    bars,
+    layer,
+    turn,
+    gated,
+    limits,
+    lane,
+    parts,
+    gate,
+    WIDTH: gl.constexpr,
+    EPS: gl.constexpr,
 ):
-    """A program's 32 outputs of `out_proj` (2, 32), the norm's factor in them."""
+    """A program's 32 outputs of `out_proj` (2, 32), with gate and the norm's factor."""
     part_o, part_s = parts
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
     unit = layer * 4
@@ -77,7 +87,7 @@ def _project_out(
     b4, b5, b6, b7 = load_tile(units.index(ready(bars, unit + 3, UNITS)))
     mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
     gl.thread_barrier()
-    g0, g1, g2, g3 = poll_gated(gated, limits[0], limits[1])
+    g0, g1, g2, g3 = poll_gated(gated + turn * (2 * GATED_PLACES), limits[0], limits[1])
     ta = multiply(a2, a3, g1, multiply(a0, a1, g0, zero))
     ta = ta + multiply(a6, a7, g3, multiply(a4, a5, g2, zero))
     tb = multiply(b2, b3, g1, multiply(b0, b1, g0, zero))
@@ -86,7 +96,7 @@ def _project_out(
     put32(part_o, pick(ta, lane), pick(tb, lane))
     put32(part_s, total, total)
     out = gl.sum(part_o.load(PARTS32), axis=2)
-    return out, inverse_rms(part_s, PARTS32, WIDTH, EPS)
+    return gate * out * inverse_rms(part_s, PARTS32, WIDTH, EPS)
 
 
 @gluon.jit
@@ -100,8 +110,8 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     residual, status = result
     scaled, norms, gated, _bc = exchanges
     D: gl.constexpr = sizes.D
-    at_fragment, _tid, lane = fragments()
-    from_gated = polled(gated + at_fragment)
+    tid, lane, fragment = threads()
+    from_gated = polled(gated + (tid >> 5) * 128 + fragment)
     limits = bounds(start, stalled)
     row = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(1, OUT32)), 1)
     channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
@@ -122,11 +132,19 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
         turn = layer & 3
         gate_value = gl.load(gate + layer * (2 * D) + place)
         scale_value = gl.load(scale + (layer + 1) * (2 * D) + place)
-        polls = from_gated + turn * (2 * GATED_PLACES)
-        out, rms = _project_out(
-            units, bars, layer, polls, limits, lane, (part_o, part_s), sizes.INNER, sizes.EPS
+        value += _project_out(
+            units,
+            bars,
+            layer,
+            turn,
+            from_gated,
+            limits,
+            lane,
+            (part_o, part_s),
+            gate_value,
+            sizes.INNER,
+            sizes.EPS,
         )
-        value += gate_value * out * rms
         if layer + 1 < layers:
             following = (layer + 1) & 3
             hand_over(
@@ -141,8 +159,11 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     failed = gl.load(stalled, volatile=True) != 0
     gl.store(residual + place, gl.where(failed, 0.0, value))
     rows = gl.arange(0, 2, gl.SliceLayout(1, OUT32))
-    marks = gl.full([2], STALLED, gl.int32, gl.SliceLayout(1, OUT32))
-    gl.store(status + rows, marks, mask=(rows >= 0) & failed)
+    gl.store(
+        status + rows,
+        gl.full([2], STALLED, gl.int32, gl.SliceLayout(1, OUT32)),
+        mask=(rows >= 0) & failed,
+    )
 
 
 @gluon.jit
@@ -156,7 +177,7 @@ def hand_over(value, scale, to_scaled, to_norms):
 @gluon.jit
 def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """16 of the outputs that are B, C and dt."""
-    units, bars, _bcs, _part_0, _part_1, _part_2, part_16, _scores = shared
+    units, bars, part_b, part_s = shared
     begin, modulation, conv, rates, past, _result = pointers
     _token, position, _tables = begin
     _gate, _scale, shifted = modulation
@@ -168,15 +189,18 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     S: gl.constexpr = sizes.S
     X: gl.constexpr = sizes.X
     K: gl.constexpr = sizes.K
+    CHUNK: gl.constexpr = sizes.CHUNK
     E: gl.constexpr = INNER + X + sizes.H
-    at_fragment, tid, lane = fragments()
-    from_scaled, from_norms = polled(scaled + at_fragment), polled(norms + tid)
+    tid, lane, fragment = threads()
+    from_scaled = polled(scaled + (tid >> 5) * 128 + fragment)
+    from_norms = polled(norms + tid)
     start4, stalled4 = bounds(start, stalled)
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
     row = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(1, OUT16)), 1)
     channel = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, OUT16)), 0)
     output = p * 16 + channel  # among B, C and dt
     is_dt = p * 16 >= 2 * S
+    is_b = p * 16 < S
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
     kind = (p * 16) // S
@@ -194,14 +218,18 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         a0, a1, a2, a3 = load_tile(units.index(ready(bars, layer, 2)))
         mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
         gl.thread_barrier()
-        polls = from_scaled + turn * (2 * SCALED_PLACES), from_norms + turn * (4 * NORM_PLACES)
-        first, second, norm = poll_scaled(polls[0], polls[1], start4, stalled4)
+        first, second, norm = poll_scaled(
+            from_scaled + turn * (2 * SCALED_PLACES),
+            from_norms + turn * (4 * NORM_PLACES),
+            start4,
+            stalled4,
+        )
         tile = multiply(a2, a3, second, multiply(a0, a1, first, zero))
         total = add_over_pairs(gl.convert_layout(gl.sum(norm, axis=1), L1, assert_trivial=True))
-        put16(part_16.index(0), pick(tile, lane))
-        put16(part_16.index(1), total)
-        rms = inverse_rms(part_16.index(1), PARTS16, sizes.D, sizes.EPS)
-        newest = gl.sum(part_16.index(0).load(PARTS16), axis=2) * rms + shift
+        put16(part_b, pick(tile, lane))
+        put16(part_s, total)
+        rms = inverse_rms(part_s, PARTS16, sizes.D, sizes.EPS)
+        newest = gl.sum(part_b.load(PARTS16), axis=2) * rms + shift
         if is_dt:  # noqa: SIM108 - a program takes one side
             value = softplus(newest + bias)
         else:
@@ -210,5 +238,5 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         clear_float(to_bc + ((layer - 1) & 3) * BC_PLACES, 7)
         ring = conv_ring + layer * (2 * K * X) + (row * K + at % K) * X
         gl.store(ring + mixed, newest, mask=there)
-        token = past_b + layer * (2 * sizes.CHUNK * S) + (row * sizes.CHUNK + at % sizes.CHUNK) * S
-        gl.store(token + output, value, mask=there & (p * 16 < S))
+        token = past_b + layer * (2 * CHUNK * S) + (row * CHUNK + at % CHUNK) * S + output
+        gl.store(token, value, mask=there & is_b)

@@ -18,11 +18,12 @@ from aim_export.cuda.kernels.persistent_common import (
     UNITS,
     bounds,
     convolution_before,
-    fragments,
     inverse_rms,
     polled,
+    polled_where,
     ready,
     silu,
+    threads,
 )
 from aim_export.cuda.kernels.persistent_exchange import (
     clear_half,
@@ -92,12 +93,10 @@ def _along(AXIS: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _project(
-    units, bars, layer, scaled, norms, limits, lane, parts, D: gl.constexpr, EPS: gl.constexpr
-):
-    """32 outputs each of z and x (2, 32), without their shift."""
-    part_x, part_z, part_s = parts
-    zero = gl.full([512, 4], 0.0, gl.float32, L4)
+def _project(units, bars, layer, turn, polls, limits, zero):
+    """A warp's share of 32 outputs each of z and x, in two tiles each, and of the input's norm."""
+    from_scaled, from_norms = polls
+    start, stalled = limits
     unit = layer * 5
     z0, z1, z2, z3 = load_tile(units.index(ready(bars, unit, UNITS)))
     v0, v1, v2, v3 = load_tile(units.index(ready(bars, unit + 1, UNITS)))
@@ -105,63 +104,77 @@ def _project(
     u0, u1, u2, u3 = load_tile(units.index(ready(bars, unit + 3, UNITS)))
     mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
     gl.thread_barrier()
-    start, stalled = limits
-    first, second, norm = poll_scaled(scaled, norms, start, stalled)
+    first, second, norm = poll_scaled(
+        from_scaled + turn * (2 * SCALED_PLACES),
+        from_norms + turn * (4 * NORM_PLACES),
+        start,
+        stalled,
+    )
     zt = multiply(z2, z3, second, multiply(z0, z1, first, zero))
     vt = multiply(v2, v3, second, multiply(v0, v1, first, zero))
     xt = multiply(x2, x3, second, multiply(x0, x1, first, zero))
     ut = multiply(u2, u3, second, multiply(u0, u1, first, zero))
+    return (zt, vt, xt, ut), norm
+
+
+@gluon.jit
+def _summed(tiles, norm, shifts, lane, parts, D: gl.constexpr, EPS: gl.constexpr):
+    """The warps' shares together: x before the convolution and z behind silu, (2, 32)."""
+    zt, vt, xt, ut = tiles
+    shift_z, shift_x = shifts
+    part_x, part_z, part_s = parts
     total = add_over_pairs(gl.convert_layout(gl.sum(norm, axis=1), L1, assert_trivial=True))
     put32(part_z, pick(zt, lane), pick(vt, lane))
     put32(part_x, pick(xt, lane), pick(ut, lane))
     put32(part_s, total, total)
     rms = inverse_rms(part_s, PARTS32, D, EPS)
-    x = gl.sum(part_x.load(PARTS32), axis=2) * rms
-    return x, gl.sum(part_z.load(PARTS32), axis=2) * rms
+    newest = gl.sum(part_x.load(PARTS32), axis=2) * rms + shift_x
+    return newest, silu(gl.sum(part_z.load(PARTS32), axis=2) * rms + shift_z)
 
 
 @gluon.jit
-def _chunk(
-    position,
-    past_x,
-    past_b,
-    decays,
-    first,
-    H: gl.constexpr,
-    S: gl.constexpr,
-    CHUNK: gl.constexpr,
-    INNER: gl.constexpr,
-):
-    """The tokens since the chunk began: their B (2, CHUNK, S) and dt x, decayed until the last
-    token (2, CHUNK, 32 channels from `first` on)."""
+def _chunk_places(position, S: gl.constexpr, CHUNK: gl.constexpr):
+    """Which of the chunk's tokens are there, and where: along S for B, along the chunk for x."""
     row = _along(0, 2, ALONG_S)
     slot = _along(1, 32, ALONG_S)
+    along_s = _along(2, 128, ALONG_S)
     there = slot < gl.load(position + row).to(gl.int32) % CHUNK
-    key = gl.load(
-        past_b + ((row * CHUNK + slot) * S + _along(2, 128, ALONG_S)), mask=there, other=0.0
-    )
+    offset = (row * CHUNK + slot) * S + along_s
     c_row = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(1, gl.SliceLayout(2, ALONG_CHUNK))), 1)
     c_slot = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, ALONG_CHUNK))), 0)
-    at = gl.load(position + c_row).to(gl.int32) % CHUNK
-    past = c_slot < at
-    decay = gl.load(decays + c_row * (H * CHUNK) + c_slot, mask=past, other=0.0)
-    before = gl.load(decays + c_row * (H * CHUNK) + at - 1, mask=at > 0, other=0.0)
-    weight = gl.where(past, gl.exp(before - decay), 0.0)
     channel = _along(2, 32, ALONG_CHUNK)
+    at = gl.load(position + c_row).to(gl.int32) % CHUNK
+    return (there, offset), (c_row, c_slot, channel, at, c_slot < at)
+
+
+@gluon.jit
+def _chunk(places, past, layer, decays, p, sizes: gl.constexpr):
+    """The tokens since the chunk began: their B (2, CHUNK, S), and dt x of the program's 32
+    channels, decayed until the last token (2, CHUNK, 32)."""
+    along_s, along_chunk = places
+    past_x, past_b, _past_decay = past
+    CHUNK: gl.constexpr = sizes.CHUNK
+    there, offset = along_s
+    row, slot, channel, at, earlier = along_chunk
+    key = gl.load(past_b + layer * (2 * CHUNK * sizes.S) + offset, mask=there, other=0.0)
+    decay = gl.load(decays + row * (sizes.H * CHUNK) + slot, mask=earlier, other=0.0)
+    before = gl.load(decays + row * (sizes.H * CHUNK) + at - 1, mask=at > 0, other=0.0)
+    weight = gl.where(earlier, gl.exp(before - decay), 0.0)
     value = gl.load(
-        past_x + gl.expand_dims((c_row * CHUNK + c_slot) * INNER, 2) + (first + channel),
-        mask=gl.expand_dims(past, 2) & (channel >= 0),
+        past_x
+        + layer * (2 * CHUNK * sizes.INNER)
+        + gl.expand_dims((row * CHUNK + slot) * sizes.INNER, 2)
+        + (p * 32 + channel),
+        mask=gl.expand_dims(earlier, 2) & (channel >= 0),
         other=0.0,
     )
     return key, value * gl.expand_dims(weight, 2)
 
 
 @gluon.jit
-def _attend(bcs, scores, state, key, value, head, S: gl.constexpr):
+def _attend(floats, pairs, scores, state, key, value, head, S: gl.constexpr):
     """C with the states and the chunk's tokens (2, 32), and with B (2, 1); and dt (2, 1)."""
     S1: gl.constexpr = gl.SliceLayout(1, OUT32)
-    floats = bcs._reinterpret(gl.float32, [16, 128], PLAIN)
-    pairs = bcs._reinterpret(gl.float32, [1024, 2], PLAIN1)
     b = floats.slice(0, 2).load(gl.SliceLayout(1, ALONG_S))
     c = floats.slice(2, 2).load(gl.SliceLayout(1, ALONG_S))
     dt = gl.expand_dims(pairs.index(2 * S + head).load(S1), 1)
@@ -173,7 +186,7 @@ def _attend(bcs, scores, state, key, value, head, S: gl.constexpr):
     score = scores.load(gl.SliceLayout(2, ALONG_CHUNK))
     attended = gl.sum(value * gl.expand_dims(score, 2), axis=1)
     attended = gl.convert_layout(attended, OUT32, assert_trivial=True)
-    return from_state, attended, gl.expand_dims(own, 1), dt
+    return from_state, attended, own, dt
 
 
 @gluon.jit
@@ -181,13 +194,6 @@ def _states(unit):
     """The states of 32 channels of both rows, (2, 32, S)."""
     state = gl.reshape(unit.load(STATE_WORDS), [2, 32, 128]).to(gl.float32, bitcast=True)
     return gl.convert_layout(state, ALONG_S, assert_trivial=True)
-
-
-@gluon.jit
-def _store_decay(pointer, value, mine):
-    """Both (2, 1); once a row, and by one of a head's programs."""
-    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
-    gl.store(pointer + channel * 0, value + channel * 0.0, mask=(channel == 0) & mine)
 
 
 @gluon.jit
@@ -199,18 +205,21 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     _gate, _scale, shifted = modulation
     conv_ring, _conv_weight, _conv_bias = conv
     _dt_bias, a, d = rates
-    past_x, past_b, past_decay = past
+    past_x, _past_b, past_decay = past
     scaled, norms, gated, bc = exchanges
     INNER: gl.constexpr = sizes.INNER
+    X: gl.constexpr = sizes.X
     H: gl.constexpr = sizes.H
     S: gl.constexpr = sizes.S
+    K: gl.constexpr = sizes.K
     CHUNK: gl.constexpr = sizes.CHUNK
-    E: gl.constexpr = INNER + sizes.X + H
-    at_fragment, tid, lane = fragments()
-    from_scaled, from_norms = polled(scaled + at_fragment), polled(norms + tid)
+    E: gl.constexpr = INNER + X + H
+    tid, lane, fragment = threads()
+    polls = polled(scaled + (tid >> 5) * 128 + fragment), polled(norms + tid)
     from_bc = polled(bc + tid * 4)
-    active = polled((tid < (4 * S + 2 * H) // 4).to(gl.int32)).to(gl.int32)
+    active = polled_where(tid < (4 * S + 2 * H) // 4)
     limits = bounds(start, stalled)
+    zero = gl.full([512, 4], 0.0, gl.float32, L4)
     row = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(1, OUT32)), 1)
     channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
     inner = p * 32 + channel
@@ -218,46 +227,40 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     to_gated = gated + p * 64 + row * 32 + channel
     at = gl.load(position + row).to(gl.int32)  # (2, 1)
     slot = at % CHUNK
+    old = at >= CHUNK
+    everywhere = (row + channel) >= 0
+    places = _chunk_places(position, S, CHUNK)
+    floats = bcs._reinterpret(gl.float32, [16, 128], PLAIN)
+    pairs = bcs._reinterpret(gl.float32, [1024, 2], PLAIN1)
     for layer in range(layers):
         turn = layer & 3
         shift = shifted + layer * (2 * E) + row * E + inner
-        shift_z, shift_x = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
-        before, tap = convolution_before(
-            conv, layer, row, inner, at, (row + channel) >= 0, sizes.X, sizes.K
-        )
+        shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
+        before, tap = convolution_before(conv, layer, row, inner, at, everywhere, X, K)
         rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
         decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
         last = gl.load(decays + row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
-        polls = from_scaled + turn * (2 * SCALED_PLACES), from_norms + turn * (4 * NORM_PLACES)
-        x, z = _project(
-            units,
-            bars,
-            layer,
-            polls[0],
-            polls[1],
-            limits,
-            lane,
-            (part_x, part_z, part_s),
-            sizes.D,
-            sizes.EPS,
-        )
-        newest, z = x + shift_x, silu(z + shift_z)
+        tiles, norm = _project(units, bars, layer, turn, polls, limits, zero)
+        # The chunk's tokens and the state, while sums and B, C and dt are on their way.
+        key, value = _chunk(places, past, layer, decays, p, sizes)
+        parts = part_x, part_z, part_s
+        newest, z = _summed(tiles, norm, shifts, lane, parts, sizes.D, sizes.EPS)
         x = silu(before + newest * tap)
-        # The chunk's tokens and the state, while B, C and dt are on their way.
-        tokens = past_x + layer * (2 * CHUNK * INNER)
-        key, value = _chunk(
-            position, tokens, past_b + layer * (2 * CHUNK * S), decays, p * 32, H, S, CHUNK, INNER
-        )
         state = _states(units.index(ready(bars, layer * 5 + 4, UNITS)))
         bcs.store(poll_words(from_bc + turn * (4 * BC_PLACES), active, limits[0], limits[1]))
-        from_state, attended, own, dt = _attend(bcs, scores, state, key, value, head, S)
+        from_state, attended, own, dt = _attend(floats, pairs, scores, state, key, value, head, S)
         change = dt * rate
-        y = gl.exp(change) * (gl.where(at >= CHUNK, gl.exp(last) * from_state, 0.0) + attended)
-        y = (y + (own * dt + skip) * x) * z
+        y = gl.exp(change) * (gl.where(old, gl.exp(last) * from_state, 0.0) + attended)
+        y = (y + (gl.expand_dims(own, 1) * dt + skip) * x) * z
         publish_half(to_gated + turn * GATED_PLACES, y, 7)
         clear_half(to_gated + ((layer - 1) & 3) * GATED_PLACES, 7)
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
-        newest_at = layer * (2 * sizes.K * sizes.X) + (row * sizes.K + at % sizes.K) * sizes.X
-        gl.store(conv_ring + newest_at + inner, newest)
-        gl.store(tokens + (row * CHUNK + slot) * INNER + inner, dt * x)
-        _store_decay(decays + row * (H * CHUNK) + slot, change + last, p * 32 == head * sizes.P)
+        ring = conv_ring + layer * (2 * K * X)
+        gl.store(ring + (row * K + at % K) * X + inner, newest)
+        token = past_x + layer * (2 * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
+        gl.store(token, dt * x)
+        gl.store(
+            decays + row * (H * CHUNK) + slot + channel * 0,
+            change + last + channel * 0.0,
+            mask=(channel == 0) & (p * 32 == head * sizes.P),
+        )
