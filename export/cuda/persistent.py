@@ -13,7 +13,7 @@ from typing import Any
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent
-from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.launch import ABSENT, KernelSpec
 from aim_export.cuda.precision import FORMATS, Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.tuning import Tuning
@@ -25,8 +25,9 @@ CAPABILITIES = (90,)
 # Multiprocessors of the smallest GPU of those: one program each.
 _PROGRAMS = 114
 # Cycles a layer over which a program spreads its loads, for models up to a width and for wider
-# ones: measured on an H100 with AiM-B and AiM-L.
+# ones, and with 8-bit weights for all: measured on an H100 with AiM-B and AiM-L.
 _NARROW, _PACE_NARROW, _PACE = 768, 8500, 10000
+_PACE8 = 6200
 _DEPTH = 4
 # The warp that fetches, of a group of four.
 _WORKERS = 4
@@ -41,10 +42,16 @@ def programs(g: Geometry) -> int:
     return g.inner // 32 + g.D // 32 + -(-(2 * g.S + g.H) // 16)
 
 
+def _pace(g: Geometry, precision: Format) -> int:
+    if precision.quantised:
+        return _PACE8
+    return _PACE_NARROW if g.D <= _NARROW else _PACE
+
+
 def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
     """Whether the kernel can take a model in a format."""
     return (
-        precision == FORMATS["fp16"]
+        precision in (FORMATS["fp16"], FORMATS["int8"])
         and tuning.chunk == 32
         and g.S == 128
         and g.P % 32 == 0
@@ -116,7 +123,7 @@ class _PersistentBuilder(StepBuilder):
         return (self._layers(), self._fold(), self._final_norm(), self._head(), self._draw())
 
     def _layers(self) -> SpecLaunch:
-        g = self.g
+        g, quantised = self.g, self.precision.quantised
         same = (
             *("token", "position", "word_table", "position_table", "class_embedding", "gate"),
             *("scale", "shifted", "in_proj", "out_proj", "conv_weight", "conv_bias", "dt_bias"),
@@ -128,6 +135,8 @@ class _PersistentBuilder(StepBuilder):
             persistent.persistent,
             programs(g),
             **names,
+            in_proj_scales="in_proj_scales" if quantised else ABSENT,
+            out_proj_scales="out_proj_scales" if quantised else ABSENT,
             scaled="scaled_exchange",
             norms="norm_exchange",
             gated="gated_exchange",
@@ -144,7 +153,7 @@ class _PersistentBuilder(StepBuilder):
             CHUNK=self.tuning.chunk,
             POSITION_OFFSET=g.position_offset,
             EPS=g.norm_eps,
-            PACE=_PACE_NARROW if g.D <= _NARROW else _PACE,
+            PACE=_pace(g, self.precision),
         )
         kernel = replace(
             launch.kernel,

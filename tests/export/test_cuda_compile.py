@@ -149,9 +149,10 @@ def test_published_sizes() -> None:
 
 
 class TestAllLayersInOneLaunch:
-    def test_machine_code(self) -> None:
+    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    def test_machine_code(self, precision: str) -> None:
         """For 9.0 alone, with a warp that fetches and a place for what the launch passes last."""
-        bucket = persistent_bucket(PUBLISHED["B"], FORMATS["fp16"], TUNING[2])
+        bucket = persistent_bucket(PUBLISHED["B"], FORMATS[precision], TUNING[2])
         kernel = kernel_of(bucket, persistent.persistent)
         ((found, binary),) = compile_kernels([kernel], CAPABILITIES, workers=1).items()
         assert found == (kernel.id, 90)
@@ -164,11 +165,12 @@ class TestAllLayersInOneLaunch:
         scratch = bucket.buffers[launch.arguments[-1].name]
         assert scratch.size == kernel.scratch * launch.grid[0]
 
+    @pytest.mark.parametrize("precision", ["fp16", "int8"])
     @pytest.mark.parametrize("size", ["B", "L"])
-    def test_it_remembers_what_the_other_launches_do(self, size: str) -> None:
+    def test_it_remembers_what_the_other_launches_do(self, size: str, precision: str) -> None:
         """So that images can move to other buckets, and back."""
-        bucket = persistent_bucket(PUBLISHED[size], FORMATS["fp16"], TUNING[2])
-        other = step_bucket(PUBLISHED[size], FORMATS["fp16"], 2, TUNING[2])
+        bucket = persistent_bucket(PUBLISHED[size], FORMATS[precision], TUNING[2])
+        other = step_bucket(PUBLISHED[size], FORMATS[precision], 2, TUNING[2])
         assert bucket.memory == other.memory
         for name in bucket.memory:
             assert bucket.buffers[name] == other.buffers[name]
@@ -186,7 +188,7 @@ class TestAllLayersInOneLaunch:
             (PUBLISHED["XL"], "fp16", [90]),  # more programs than multiprocessors
             (PUBLISHED["L"], "fp32", [90]),
             (PUBLISHED["L"], "fp16-state16", [90]),
-            (PUBLISHED["L"], "int8", [90]),
+            (PUBLISHED["L"], "int8-state16", [90]),
             (GOLDEN, "fp16", [90]),  # layers that do not bring the exchanges back to their start
             (replace(PUBLISHED["L"], S=64), "fp16", [90]),
         ],

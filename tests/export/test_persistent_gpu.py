@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,13 +21,13 @@ import triton
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import CAPABILITIES, persistent_bucket
-from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.precision import FORMATS, Format
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
 from aim_export.cuda.tuning import TUNING
 from aim_runtime.engines.cuda.plan import NOT_DRAWN, Bucket, Launch, unrolled
 
-PRECISION = FORMATS["fp16"]
+PRECISIONS = ("fp16", "int8")
 # One with as many channels as the kernel can take, one with places that stay empty.
 GEOMETRIES = [
     Geometry(D=D, L=L, S=128, P=64, K=4, V=1024, T=256, groups=4, position_offset=1, num_classes=10)
@@ -46,10 +47,10 @@ pytestmark = [
 ]
 
 
-def random_weights(g: Geometry) -> dict[str, Tensor]:
+def random_weights(g: Geometry, precision: Format) -> dict[str, Tensor]:
     torch.manual_seed(0)
     found = {}
-    for name, tensor in weight_table(g, PRECISION).tensors.items():
+    for name, tensor in weight_table(g, precision).tensors.items():
         values = torch.randn(tensor.shape, device="cuda")
         if name == "a":
             values = -1 - 15 * torch.rand_like(values)
@@ -59,6 +60,10 @@ def random_weights(g: Geometry) -> dict[str, Tensor]:
             values = 1 + 0.1 * values
         elif name == "class_table":
             values *= 0.5
+        elif name.endswith("_scales"):
+            values = 0.0005 * (1 + torch.rand_like(values))
+        elif tensor.dtype == "int8":
+            values = (values * 40).round().clamp(-127, 127)
         else:
             values *= 0.3 if name in ("conv_weight", "modulation_table") else 0.03
         found[name] = values.to(getattr(torch, tensor.dtype)).contiguous()
@@ -133,13 +138,16 @@ def scratch() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.fixture(params=GEOMETRIES, ids=lambda g: f"D {g.D}")
+@pytest.fixture(
+    params=itertools.product(GEOMETRIES, PRECISIONS), ids=lambda made: f"D {made[0].D} {made[1]}"
+)
 def played(request: pytest.FixtureRequest) -> tuple[Played, Played]:
     """The step in one launch, and the other, ready for their first position."""
-    weights = random_weights(request.param)
+    geometry, precision = request.param[0], FORMATS[request.param[1]]
+    weights = random_weights(geometry, precision)
     found = (
-        Played(persistent_bucket(request.param, PRECISION, TUNING[2]), weights),
-        Played(step_bucket(request.param, PRECISION, 2, TUNING[2]), weights),
+        Played(persistent_bucket(geometry, precision, TUNING[2]), weights),
+        Played(step_bucket(geometry, precision, 2, TUNING[2]), weights),
     )
     for each in found:
         each.begin()

@@ -49,16 +49,21 @@ ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 @gluon.jit
 def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr):
-    """What the copy engine fetches: boxes of 16 weight rows by 64 halves, 16 channels' states."""
+    """What the copy engine fetches: boxes of 16 weight rows by 128 bytes, 16 channels' states."""
     D: gl.constexpr = sizes.D
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
+    EACH: gl.constexpr = 32 // sizes.BITS  # weights of a word
     word = gl.pointer_type(gl.int32)
     in_weights = tma.make_tensor_descriptor(
-        in_proj.to(word, bitcast=True), [L * E, D // 2], [D // 2, 1], [16, 32], WORDS
+        in_proj.to(word, bitcast=True), [L * E, D // EACH], [D // EACH, 1], [16, 32], WORDS
     )
     out_weights = tma.make_tensor_descriptor(
-        out_proj.to(word, bitcast=True), [L * D, INNER // 2], [INNER // 2, 1], [16, 32], WORDS
+        out_proj.to(word, bitcast=True),
+        [L * D, INNER // EACH],
+        [INNER // EACH, 1],
+        [16, 32],
+        WORDS,
     )
     states = tma.make_tensor_descriptor(
         state.to(word, bitcast=True),
@@ -76,6 +81,7 @@ def _shared_memory():
     boxes = gl.allocate_shared_memory(gl.int32, [UNITS * 16, 16, 32], WORDS)
     blocks = boxes._reinterpret(gl.int32, [UNITS * 4, 64, 32], WORDS)
     units = boxes._reinterpret(gl.int32, [UNITS, 256, 32], WORDS)
+    halves = boxes._reinterpret(gl.int32, [UNITS * 2, 128, 32], WORDS)
     bars = gl.allocate_shared_memory(gl.int64, [10, 1], mbarrier.MBarrierLayout())
     bcs = gl.allocate_shared_memory(gl.int32, [512, 4], ROWS)
     part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
@@ -85,7 +91,15 @@ def _shared_memory():
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     for index in gl.static_range(10):
         mbarrier.init(bars.index(index), count=1)
-    return (boxes, blocks, bars), (units, bars, bcs, part_0, part_1, part_2, part_16, scores)
+    return (boxes, blocks, bars), (
+        (units, halves, bars),
+        bcs,
+        part_0,
+        part_1,
+        part_2,
+        part_16,
+        scores,
+    )
 
 
 @gluon.jit
@@ -106,8 +120,8 @@ def consumer(
     elif pid < SCAN + OUT:
         out_role(shared, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
     else:
-        units, bars, _bcs, _part_0, _part_1, _part_2, part_16, _scores = shared
-        parts = units, bars, part_16.index(0), part_16.index(1)
+        ring, _bcs, _part_0, _part_1, _part_2, part_16, _scores = shared
+        parts = ring, part_16.index(0), part_16.index(1)
         bc_role(parts, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
 
 
@@ -121,8 +135,10 @@ def persistent(
     gate,  # (L, R, D) float32
     scale,  # (L + 1, R, D) float32
     shifted,  # (L, R, E)
-    in_proj,  # (L * E, D) float16
-    out_proj,  # (L * D, I) float16
+    in_proj,  # (L * E, D) float16 or int8
+    out_proj,  # (L * D, I), likewise
+    in_proj_scales,  # (L * E,) float32, of int8 weights
+    out_proj_scales,  # (L * D,) float32, of int8 weights
     conv_weight,  # (L, K, X) float32
     conv_bias,  # (L, X) float32
     dt_bias,  # (L, H) float32
@@ -153,7 +169,8 @@ def persistent(
     EPS: gl.constexpr,
     PACE: gl.constexpr,  # cycles a layer over which a program's loads are spread, 0 for none
 ):
-    sizes: gl.constexpr = Sizes(D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS)
+    BITS: gl.constexpr = in_proj.dtype.element_ty.primitive_bitwidth
+    sizes: gl.constexpr = Sizes(D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS)
     SCAN: gl.constexpr = INNER // 32
     OUT: gl.constexpr = D // 32
     pid = gl.program_id(0)
@@ -164,7 +181,8 @@ def persistent(
     begin = (token, position, (word_table, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
     past, result = (past_x, past_b, past_decay), (residual, status)
-    pointers = (begin, (gate, scale, shifted), conv, rates, past, result)
+    scales = (in_proj_scales, out_proj_scales)
+    pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
     exchanges = (scaled, norms, gated, bc)
     gl.warp_specialize(
         [

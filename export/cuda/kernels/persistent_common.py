@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from aim_export.cuda.kernels.persistent_products import L1, L4
+from aim_export.cuda.kernels.persistent_products import L1, L4, load_tile, load_tile8
 
 # Places of one layer in the exchanges, in elements.
 SCALED_PLACES = gl.constexpr(2048)  # halves: box, half of it, row, 32
@@ -34,6 +34,7 @@ class Sizes(NamedTuple):
     CHUNK: Any
     POSITION_OFFSET: Any
     EPS: Any
+    BITS: Any  # of a weight of the projections, 16 or 8
 
 
 @gluon.jit
@@ -61,6 +62,33 @@ def ready(bars, unit, UNITS: gl.constexpr):
     """Wait for a unit of the ring; returns its slot."""
     mbarrier.wait(bars.index(unit % UNITS), (unit // UNITS) & 1)
     return unit % UNITS
+
+
+@gluon.jit
+def load_pair(ring, first, pair, BITS: gl.constexpr):
+    """The fragments of two tiles, once they are there: of two units with 16 bits, of one with 8.
+
+    `first` is the layer's first unit.
+    """
+    units, halves, bars = ring
+    if BITS == 16:
+        unit = first + 2 * pair
+        one = load_tile(units.index(ready(bars, unit, UNITS)))
+        other = load_tile(units.index(ready(bars, unit + 1, UNITS)))
+    else:
+        slot = ready(bars, first + pair, UNITS)
+        one = load_tile8(halves.index(2 * slot))
+        other = load_tile8(halves.index(2 * slot + 1))
+    return one, other
+
+
+@gluon.jit
+def factor_of(scales, at, BITS: gl.constexpr):
+    """What outputs `at` of 8-bit weights are multiplied by."""
+    factor = 1.0
+    if BITS == 8:
+        factor = gl.load(scales + at)
+    return factor
 
 
 @gluon.jit

@@ -31,19 +31,36 @@ def _paced(last, T):
 
 
 @gluon.jit
-def _fill_tile(ring, unit, weights, row, column, last, PACE: gl.constexpr, SLOTS: gl.constexpr):
-    """Fetch 16 weight rows by 16 boxes of 64 halves, from `column` (in words) on."""
+def _fill(
+    ring,
+    unit,
+    weights,
+    row,
+    column,
+    last,
+    PACE: gl.constexpr,
+    SLOTS: gl.constexpr,
+    WIDE: gl.constexpr = 16,
+    BOXES: gl.constexpr = 16,
+):
+    """Fetch BOXES boxes of 16 weight rows by 128 bytes, from `column` (in words) on.
+
+    WIDE of them lie side by side, the next ones are of the 16 rows below.
+    """
     boxes, _blocks, bars = ring
     slot = unit % SLOTS
     full = bars.index(slot)
-    mbarrier.expect(full, 32768)
-    for quarter in gl.static_range(4):
+    mbarrier.expect(full, BOXES * 2048)
+    for four in gl.static_range(BOXES // 4):
         if PACE > 0:
             last = _paced(last, PACE)
         for box in gl.static_range(4):
-            at = quarter * 4 + box
+            at = four * 4 + box
             tma.async_copy_global_to_shared(
-                weights, [row, column + at * 32], full, boxes.index(slot * 16 + at)
+                weights,
+                [row + at // WIDE * 16, column + at % WIDE * 32],
+                full,
+                boxes.index(slot * 16 + at),
             )
     return last
 
@@ -64,6 +81,12 @@ def _fill_states(ring, unit, states, row, last, begun, INNER: gl.constexpr, PACE
     else:
         mbarrier.arrive(full, count=1)
     return last
+
+
+@gluon.jit
+def _wait_for_states(bars, layer):
+    """Until the states of the layer before last have left the ring."""
+    mbarrier.wait(bars.index(8 + (layer & 1)), ((layer >> 1) & 1) ^ 1)
 
 
 @gluon.jit
@@ -98,33 +121,47 @@ def producer(
     last = pid * 0
     begun = (gl.load(position) >= sizes.CHUNK) | (gl.load(position + 1) >= sizes.CHUNK)
     if pid < SCAN:
-        PACE_SCAN: gl.constexpr = PACE // 20
         for layer in range(layers):
             row = layer * E + pid * 32
-            unit = layer * 5
-            mbarrier.wait(bars.index(8 + (layer & 1)), ((layer >> 1) & 1) ^ 1)
-            last = _fill_tile(ring, unit, in_weights, row, 0, last, PACE_SCAN, UNITS)
-            _wait_for_last_weights(bars, layer)
-            last = _fill_tile(ring, unit + 1, in_weights, row + 16, 0, last, PACE_SCAN, UNITS)
-            row += INNER
-            last = _fill_tile(ring, unit + 2, in_weights, row, 0, last, PACE_SCAN, UNITS)
-            last = _fill_tile(ring, unit + 3, in_weights, row + 16, 0, last, PACE_SCAN, UNITS)
             at = (layer * (2 * INNER) + pid * 32) * 4
-            last = _fill_states(ring, unit + 4, states, at, last, begun, INNER, PACE_SCAN)
+            if sizes.BITS == 16:
+                unit = layer * 5
+                _wait_for_states(bars, layer)
+                last = _fill(ring, unit, in_weights, row, 0, last, PACE // 20, UNITS)
+                _wait_for_last_weights(bars, layer)
+                last = _fill(ring, unit + 1, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+                row += INNER
+                last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
+                last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+                last = _fill_states(ring, unit + 4, states, at, last, begun, INNER, PACE // 20)
+            else:
+                unit = layer * 3
+                _wait_for_weights(bars, layer)
+                last = _fill(ring, unit, in_weights, row, 0, last, PACE // 12, UNITS, 8)
+                row += INNER
+                last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
+                _wait_for_states(bars, layer)
+                last = _fill_states(ring, unit + 2, states, at, last, begun, INNER, PACE // 12)
     elif pid < SCAN + OUT:
-        PACE_OUT: gl.constexpr = PACE // 16
         for layer in range(layers):
             row = layer * D + (pid - SCAN) * 32
-            unit = layer * 4
             _wait_for_weights(bars, layer)
-            last = _fill_tile(ring, unit, out_weights, row, 0, last, PACE_OUT, UNITS)
-            last = _fill_tile(ring, unit + 1, out_weights, row, 512, last, PACE_OUT, UNITS)
-            _wait_for_last_weights(bars, layer)
-            last = _fill_tile(ring, unit + 2, out_weights, row + 16, 0, last, PACE_OUT, UNITS)
-            last = _fill_tile(ring, unit + 3, out_weights, row + 16, 512, last, PACE_OUT, UNITS)
+            if sizes.BITS == 16:
+                unit = layer * 4
+                last = _fill(ring, unit, out_weights, row, 0, last, PACE // 16, UNITS)
+                last = _fill(ring, unit + 1, out_weights, row, 512, last, PACE // 16, UNITS)
+                _wait_for_last_weights(bars, layer)
+                last = _fill(ring, unit + 2, out_weights, row + 16, 0, last, PACE // 16, UNITS)
+                last = _fill(ring, unit + 3, out_weights, row + 16, 512, last, PACE // 16, UNITS)
+            else:
+                unit = layer * 2
+                last = _fill(ring, unit, out_weights, row, 0, last, PACE // 8, UNITS)
+                last = _fill(ring, unit + 1, out_weights, row + 16, 0, last, PACE // 8, UNITS)
     else:
-        PACE_BC: gl.constexpr = PACE // 4
         for layer in range(layers):
             row = layer * E + 2 * INNER + (pid - SCAN - OUT) * 16
             _wait_for_weights(bars, layer)
-            last = _fill_tile(ring, layer, in_weights, row, 0, last, PACE_BC, 2)
+            if sizes.BITS == 16:
+                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 4, 2)
+            else:
+                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 2, 2, 8, 8)

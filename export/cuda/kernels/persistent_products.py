@@ -28,6 +28,16 @@ TILE = gl.constexpr(
         [256, 32],
     )
 )
+# The same of 8-bit weights, (128, 32) words: a line has the inputs of two warps.
+TILE8 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [8, 0], [0, 8]],
+        [[0, 2], [0, 4], [4, 0], [1, 0], [2, 0]],
+        [[0, 16], [16, 0], [32, 0], [64, 0]],
+        [],
+        [128, 32],
+    )
+)
 # Partial products (2 rows, outputs, 16 warps): how they are read, and how they lie without
 # conflicts between banks.
 PARTS32 = gl.constexpr(
@@ -114,6 +124,44 @@ def load_tile(unit):
         gl.convert_layout(c, L4, assert_trivial=True),
         gl.convert_layout(d, L4, assert_trivial=True),
     )
+
+
+@gluon.jit
+def _widen(words):
+    """Eight 8-bit weights each of rows q and q + 8, (512, 4) words, to halves: two of (512, 4)."""
+    text: gl.constexpr = _widen_text()
+    return gl.inline_asm_elementwise(
+        text,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
+        [words],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.constexpr_function
+def _widen_text():
+    """PTX: a byte plus 128 is the lower byte of the half 1024 + 128 + byte."""
+    text = "{ .reg .b32 c, k, s; mov.b32 c, 0x64646464; mov.b32 k, 0x64806480;"
+    for i in range(4):
+        low, high = f"${2 * i}", f"${2 * i + 1}"
+        text += f"xor.b32 s, ${8 + i}, 0x80808080; prmt.b32 {low}, s, c, 0x4140;"
+        text += f"prmt.b32 {high}, s, c, 0x4342; sub.rn.f16x2 {low}, {low}, k;"
+        text += f"sub.rn.f16x2 {high}, {high}, k;"
+    return text + " }"
+
+
+@gluon.jit
+def load_tile8(half):
+    """`load_tile` of 8-bit weights, which fill half a unit."""
+    words = gl.reshape(half.load(TILE8), [8, 2, 2, 2, 2, 2, 2, 4, 2])  # warp 3 to 1, +8, q0, q2,
+    # q1, warp 0, half, j, word
+    words = gl.reshape(gl.permute(words, [0, 5, 3, 4, 2, 7, 1, 8, 6]), [512, 4, 2])
+    first, second = gl.split(words)
+    a, b = _widen(gl.convert_layout(first, L4, assert_trivial=True))
+    c, d = _widen(gl.convert_layout(second, L4, assert_trivial=True))
+    return a, b, c, d
 
 
 @gluon.jit

@@ -15,10 +15,11 @@ from aim_export.cuda.kernels.persistent_common import (
     GATED_PLACES,
     NORM_PLACES,
     SCALED_PLACES,
-    UNITS,
     bounds,
     convolution_before,
+    factor_of,
     inverse_rms,
+    load_pair,
     polled,
     ready,
     silu,
@@ -40,6 +41,7 @@ from aim_export.cuda.kernels.persistent_products import (
     PARTS32,
     add_over_pairs,
     load_tile,
+    load_tile8,
     multiply,
     pick,
     put16,
@@ -65,8 +67,7 @@ STALLED = gl.constexpr(2)
 
 @gluon.jit
 def _project_out(
-    units,
-    bars,
+    ring,
     layer,
     turn,
     gated,
@@ -76,16 +77,19 @@ def _project_out(
     gate,
     WIDTH: gl.constexpr,
     EPS: gl.constexpr,
+    BITS: gl.constexpr,
 ):
     """A program's 32 outputs of `out_proj` (2, 32), with gate and the norm's factor."""
     part_o, part_s = parts
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    unit = layer * 4
-    a0, a1, a2, a3 = load_tile(units.index(ready(bars, unit, UNITS)))
-    a4, a5, a6, a7 = load_tile(units.index(ready(bars, unit + 1, UNITS)))
-    b0, b1, b2, b3 = load_tile(units.index(ready(bars, unit + 2, UNITS)))
-    b4, b5, b6, b7 = load_tile(units.index(ready(bars, unit + 3, UNITS)))
-    mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
+    first = layer * (BITS // 4)
+    one, other = load_pair(ring, first, 0, BITS)
+    a0, a1, a2, a3 = one
+    a4, a5, a6, a7 = other
+    one, other = load_pair(ring, first, 1, BITS)
+    b0, b1, b2, b3 = one
+    b4, b5, b6, b7 = other
+    mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
     gl.thread_barrier()
     g0, g1, g2, g3 = poll_gated(gated + turn * (2 * GATED_PLACES), limits[0], limits[1])
     ta = multiply(a2, a3, g1, multiply(a0, a1, g0, zero))
@@ -102,8 +106,9 @@ def _project_out(
 @gluon.jit
 def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """The step's input, and 32 channels of the residual from layer to layer."""
-    units, bars, _bcs, part_o, part_s, _part_2, _part_16, _scores = shared
-    begin, modulation, _conv, _rates, _past, result = pointers
+    ring, _bcs, part_o, part_s, _part_2, _part_16, _scores = shared
+    begin, modulation, _conv, _rates, _past, scales, result = pointers
+    _in_scales, out_scales = scales
     token, position, tables = begin
     gate, scale, _shifted = modulation
     word_table, position_table, class_embedding = tables
@@ -131,10 +136,10 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     for layer in range(layers):
         turn = layer & 3
         gate_value = gl.load(gate + layer * (2 * D) + place)
+        gate_value *= factor_of(out_scales, layer * D + here, sizes.BITS)
         scale_value = gl.load(scale + (layer + 1) * (2 * D) + place)
         value += _project_out(
-            units,
-            bars,
+            ring,
             layer,
             turn,
             from_gated,
@@ -144,6 +149,7 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
             gate_value,
             sizes.INNER,
             sizes.EPS,
+            sizes.BITS,
         )
         if layer + 1 < layers:
             following = (layer + 1) & 3
@@ -177,8 +183,10 @@ def hand_over(value, scale, to_scaled, to_norms):
 @gluon.jit
 def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """16 of the outputs that are B, C and dt."""
-    units, bars, part_b, part_s = shared
-    begin, modulation, conv, rates, past, _result = pointers
+    ring, part_b, part_s = shared
+    units, halves, bars = ring
+    begin, modulation, conv, rates, past, scales, _result = pointers
+    in_scales, _out_scales = scales
     _token, position, _tables = begin
     _gate, _scale, shifted = modulation
     conv_ring, _conv_weight, _conv_bias = conv
@@ -215,7 +223,11 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         shift = gl.load(shifted + layer * (2 * E) + row * E + 2 * INNER + loaded).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, mixed, at, there, X, K)
         bias = gl.load(dt_bias + layer * sizes.H + head)
-        a0, a1, a2, a3 = load_tile(units.index(ready(bars, layer, 2)))
+        factor = factor_of(in_scales, layer * E + 2 * INNER + loaded, sizes.BITS)
+        if sizes.BITS == 16:
+            a0, a1, a2, a3 = load_tile(units.index(ready(bars, layer, 2)))
+        else:
+            a0, a1, a2, a3 = load_tile8(halves.index(2 * ready(bars, layer, 2)))
         mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
         gl.thread_barrier()
         first, second, norm = poll_scaled(
@@ -229,14 +241,14 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         put16(part_b, pick(tile, lane))
         put16(part_s, total)
         rms = inverse_rms(part_s, PARTS16, sizes.D, sizes.EPS)
-        newest = gl.sum(part_b.load(PARTS16), axis=2) * rms + shift
+        newest = gl.sum(part_b.load(PARTS16), axis=2) * rms * factor + shift
         if is_dt:  # noqa: SIM108 - a program takes one side
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
         publish_float(to_bc + turn * BC_PLACES, value, 7)
         clear_float(to_bc + ((layer - 1) & 3) * BC_PLACES, 7)
-        ring = conv_ring + layer * (2 * K * X) + (row * K + at % K) * X
-        gl.store(ring + mixed, newest, mask=there)
+        newest_at = layer * (2 * K * X) + (row * K + at % K) * X
+        gl.store(conv_ring + newest_at + mixed, newest, mask=there)
         token = past_b + layer * (2 * CHUNK * S) + (row * CHUNK + at % CHUNK) * S + output
         gl.store(token, value, mask=there & is_b)

@@ -18,7 +18,9 @@ from aim_export.cuda.kernels.persistent_common import (
     UNITS,
     bounds,
     convolution_before,
+    factor_of,
     inverse_rms,
+    load_pair,
     polled,
     polled_where,
     ready,
@@ -36,7 +38,6 @@ from aim_export.cuda.kernels.persistent_products import (
     L4,
     PARTS32,
     add_over_pairs,
-    load_tile,
     multiply,
     pick,
     put32,
@@ -93,16 +94,17 @@ def _along(AXIS: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _project(units, bars, layer, turn, polls, limits, zero):
+def _project(ring, first, layer, turn, polls, limits, zero, BITS: gl.constexpr):
     """A warp's share of 32 outputs each of z and x, in two tiles each, and of the input's norm."""
     from_scaled, from_norms = polls
     start, stalled = limits
-    unit = layer * 5
-    z0, z1, z2, z3 = load_tile(units.index(ready(bars, unit, UNITS)))
-    v0, v1, v2, v3 = load_tile(units.index(ready(bars, unit + 1, UNITS)))
-    x0, x1, x2, x3 = load_tile(units.index(ready(bars, unit + 2, UNITS)))
-    u0, u1, u2, u3 = load_tile(units.index(ready(bars, unit + 3, UNITS)))
-    mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
+    one, other = load_pair(ring, first, 0, BITS)
+    z0, z1, z2, z3 = one
+    v0, v1, v2, v3 = other
+    one, other = load_pair(ring, first, 1, BITS)
+    x0, x1, x2, x3 = one
+    u0, u1, u2, u3 = other
+    mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
     gl.thread_barrier()
     first, second, norm = poll_scaled(
         from_scaled + turn * (2 * SCALED_PLACES),
@@ -118,18 +120,19 @@ def _project(units, bars, layer, turn, polls, limits, zero):
 
 
 @gluon.jit
-def _summed(tiles, norm, shifts, lane, parts, D: gl.constexpr, EPS: gl.constexpr):
+def _summed(tiles, norm, shifts, factors, lane, parts, D: gl.constexpr, EPS: gl.constexpr):
     """The warps' shares together: x before the convolution and z behind silu, (2, 32)."""
     zt, vt, xt, ut = tiles
     shift_z, shift_x = shifts
+    factor_z, factor_x = factors
     part_x, part_z, part_s = parts
     total = add_over_pairs(gl.convert_layout(gl.sum(norm, axis=1), L1, assert_trivial=True))
     put32(part_z, pick(zt, lane), pick(vt, lane))
     put32(part_x, pick(xt, lane), pick(ut, lane))
     put32(part_s, total, total)
     rms = inverse_rms(part_s, PARTS32, D, EPS)
-    newest = gl.sum(part_x.load(PARTS32), axis=2) * rms + shift_x
-    return newest, silu(gl.sum(part_z.load(PARTS32), axis=2) * rms + shift_z)
+    newest = gl.sum(part_x.load(PARTS32), axis=2) * rms * factor_x + shift_x
+    return newest, silu(gl.sum(part_z.load(PARTS32), axis=2) * rms * factor_z + shift_z)
 
 
 @gluon.jit
@@ -199,8 +202,10 @@ def _states(unit):
 @gluon.jit
 def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """x and z of 32 channels, and one token through their states."""
-    units, bars, bcs, part_x, part_z, part_s, _part_16, scores = shared
-    begin, modulation, conv, rates, past, _result = pointers
+    ring, bcs, part_x, part_z, part_s, _part_16, scores = shared
+    units, _halves, bars = ring
+    begin, modulation, conv, rates, past, scales, _result = pointers
+    in_scales, _out_scales = scales
     _token, position, _tables = begin
     _gate, _scale, shifted = modulation
     conv_ring, _conv_weight, _conv_bias = conv
@@ -214,6 +219,7 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     K: gl.constexpr = sizes.K
     CHUNK: gl.constexpr = sizes.CHUNK
     E: gl.constexpr = INNER + X + H
+    UNITS_OF_LAYER: gl.constexpr = sizes.BITS // 4 + 1  # weights' and one of states
     tid, lane, fragment = threads()
     polls = polled(scaled + (tid >> 5) * 128 + fragment), polled(norms + tid)
     from_bc = polled(bc + tid * 4)
@@ -240,13 +246,18 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
         decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
         last = gl.load(decays + row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
-        tiles, norm = _project(units, bars, layer, turn, polls, limits, zero)
+        factors = (
+            factor_of(in_scales, layer * E + inner, sizes.BITS),
+            factor_of(in_scales, layer * E + INNER + inner, sizes.BITS),
+        )
+        first = layer * UNITS_OF_LAYER
+        tiles, norm = _project(ring, first, layer, turn, polls, limits, zero, sizes.BITS)
         # The chunk's tokens and the state, while sums and B, C and dt are on their way.
         key, value = _chunk(places, past, layer, decays, p, sizes)
         parts = part_x, part_z, part_s
-        newest, z = _summed(tiles, norm, shifts, lane, parts, sizes.D, sizes.EPS)
+        newest, z = _summed(tiles, norm, shifts, factors, lane, parts, sizes.D, sizes.EPS)
         x = silu(before + newest * tap)
-        state = _states(units.index(ready(bars, layer * 5 + 4, UNITS)))
+        state = _states(units.index(ready(bars, first + UNITS_OF_LAYER - 1, UNITS)))
         bcs.store(poll_words(from_bc + turn * (4 * BC_PLACES), active, limits[0], limits[1]))
         from_state, attended, own, dt = _attend(floats, pairs, scores, state, key, value, head, S)
         change = dt * rate
@@ -255,8 +266,8 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         publish_half(to_gated + turn * GATED_PLACES, y, 7)
         clear_half(to_gated + ((layer - 1) & 3) * GATED_PLACES, 7)
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
-        ring = conv_ring + layer * (2 * K * X)
-        gl.store(ring + (row * K + at % K) * X + inner, newest)
+        newest_at = layer * (2 * K * X) + (row * K + at % K) * X
+        gl.store(conv_ring + newest_at + inner, newest)
         token = past_x + layer * (2 * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
         gl.store(token, dt * x)
         gl.store(
