@@ -83,7 +83,7 @@ def step_bytes(
         "conditioning": size(buffers, "shifted", "scale", "gate", "final_modulation"),
         "convolution": size(buffers, "ring"),
     }
-    state = size(buffers, "state", "state_scale")
+    state = size(buffers, "state", "state_scale", "column_scale")
     if "past_x" in buffers:
         chunk = buffers["past_x"].shape[2]
         terms["state, read"] = state * (steps - chunk) / steps

@@ -15,7 +15,8 @@ class Format:
         table: the word table (also the head) and the conditioning's matrices: int8 there costs
             more quality than it saves time.
         activation: what enters a product.
-        state: the recurrent state; int8 with one factor a channel of a head.
+        state: the recurrent state; float16 with a factor for each channel of a head, int8 with one
+            for each channel and one for each column (`aim_export.cuda.kernels.short_states`).
         history: the tokens since the state was last rewritten.
     """
 
@@ -51,7 +52,7 @@ FORMATS: Mapping[str, Format] = {
         matrix="float16",
         table="float16",
         activation="float16",
-        state="bfloat16",
+        state="float16",
         history="float16",
     ),
     "fp16-state8": Format(
@@ -72,7 +73,7 @@ FORMATS: Mapping[str, Format] = {
         matrix="int8",
         table="float16",
         activation="float16",
-        state="bfloat16",
+        state="float16",
         history="float16",
     ),
     "int8-state8": Format(

@@ -219,7 +219,7 @@ class StepBuilder:
             position="position",
             ring="ring",
             state="state",
-            state_scale=self._state_scale(),
+            **self._state_factors(),
             past_x="past_x",
             past_b="past_b",
             past_decay="past_decay",
@@ -239,8 +239,11 @@ class StepBuilder:
             OVERLAPS=self.overlaps,
         )
 
-    def _state_scale(self) -> str | Argument:
-        return "state_scale" if self.precision.state == "int8" else ABSENT
+    def _state_factors(self) -> dict[str, str | Argument]:
+        return {
+            name: name if name in self.buffers else ABSENT
+            for name in ("state_scale", "column_scale")
+        }
 
     def _out_proj(self) -> SpecLaunch:
         g, tile = self.g, self.tuning.out_proj
@@ -277,7 +280,7 @@ class StepBuilder:
             (states // heads, self.rows),
             position="position",
             state="state",
-            state_scale=self._state_scale(),
+            **self._state_factors(),
             past_x="past_x",
             past_b="past_b",
             past_decay="past_decay",

@@ -120,8 +120,10 @@ def buffer_table(
     # The memory.
     found.add_memory("ring", "float32", g.L, R, g.K, g.X)
     found.add_memory("state", precision.state, g.L, R, g.H, g.P, g.S)
-    if precision.state == "int8":
+    if precision.state != "float32":
         found.add_memory("state_scale", "float32", g.L, R, g.H, g.P)
+    if precision.state == "int8":
+        found.add_memory("column_scale", "float16", g.L, R, g.H, g.S)
     found.add_memory("past_x", precision.history, g.L, R, C, g.inner)
     found.add_memory("past_b", precision.history, g.L, R, C, g.S)
     found.add_memory("past_decay", "float32", g.L, R, g.H, C)

@@ -57,7 +57,7 @@ class Tuning:
 
 
 # Scan a head a program, whatever the type of the state.
-_SINGLE_HEADS = {"float32": ScanCut(), "bfloat16": ScanCut(), "int8": ScanCut()}
+_SINGLE_HEADS = {"float32": ScanCut(), "float16": ScanCut(), "int8": ScanCut()}
 
 # By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
 # the tensor cores are faster with 16.
@@ -90,7 +90,7 @@ TUNING: Mapping[int, Tuning] = {
         chunk=16,
         scan={
             "float32": ScanCut(heads=2, stages=2, num_warps=4),
-            "bfloat16": ScanCut(heads=4, stages=4, num_warps=2),
+            "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=2),
         },
     ),
@@ -101,7 +101,7 @@ TUNING: Mapping[int, Tuning] = {
         chunk=16,
         scan={
             "float32": ScanCut(heads=4, stages=3, num_warps=4),
-            "bfloat16": ScanCut(heads=4, stages=4, num_warps=2),
+            "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=2),
         },
     ),
@@ -112,7 +112,7 @@ TUNING: Mapping[int, Tuning] = {
         chunk=16,
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
-            "bfloat16": ScanCut(heads=4, stages=3, num_warps=2),
+            "float16": ScanCut(heads=4, stages=3, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=2),
         },
     ),
@@ -123,7 +123,7 @@ TUNING: Mapping[int, Tuning] = {
         chunk=16,
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
-            "bfloat16": ScanCut(heads=8, stages=3, num_warps=2),
+            "float16": ScanCut(heads=8, stages=3, num_warps=2),
             "int8": ScanCut(heads=16, stages=5, num_warps=4),
         },
     ),

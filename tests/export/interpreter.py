@@ -334,7 +334,6 @@ def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not come between the replies
     patch_once()
-    multiply_bfloat16()
     while True:
         try:
             name, arguments = pickle.load(sys.stdin.buffer)
@@ -367,25 +366,6 @@ def patch_once() -> None:
         return Lasting()
 
     interpreter._patch_lang = lasting
-
-
-def multiply_bfloat16() -> None:
-    """Let the interpreter multiply bfloat16 matrices: it takes their bits for the numbers."""
-    from triton.language import bfloat16, float32
-    from triton.runtime import interpreter
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def widened(operand: Any) -> Any:
-        if operand.dtype != bfloat16:
-            return operand
-        bits = operand.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), float32)
-
-    def create_dot(builder: Any, left: Any, right: Any, *others: Any) -> Any:
-        return multiply(builder, widened(left), widened(right), *others)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def coarse(rows: int) -> Tuning:
     Most cost those of 16 rows, which are the tensor cores': they get shorter chunks.
     """
     narrow, wide = Tile(rows=rows, outputs=128), Tile(rows=rows, outputs=256)
-    scan = dict.fromkeys(("float32", "bfloat16", "int8"), ScanCut(heads=4))
+    scan = dict.fromkeys(("float32", "float16", "int8"), ScanCut(heads=4))
     return Tuning(wide, narrow, wide, CHUNK if rows < 16 else CHUNK // 2, scan)
 
 

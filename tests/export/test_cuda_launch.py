@@ -71,14 +71,15 @@ def test_a_layers_tensors_advance_and_what_a_format_lacks_is_absent(precision: s
     pointers = [name for name in item.kernel.parameters if name not in constants(item.kernel)]
     arguments = dict(zip(pointers, item.arguments, strict=True))
     quantised = precision == "int8-state8"
-    assert arguments["state_scale"] == (("state_scale", 0) if quantised else ABSENT)
+    for name in ("state_scale", "column_scale"):
+        assert arguments[name] == ((name, 0) if quantised else ABSENT)
     assert layers.times == 3  # type: ignore[union-attr]
     strides = layers.strides  # type: ignore[union-attr]
     assert strides["state"] == 2 * g.H * g.P * g.S * (1 if quantised else 4)
     assert strides["conv_weight"] == g.K * g.X * 4
     assert not {"residual", "position", "absent"} & set(strides)
     assert ABSENT.name in bucket.buffers
-    assert ("state_scale" in bucket.buffers) == quantised
+    assert {"state_scale", "column_scale"}.issubset(bucket.buffers) == quantised
 
 
 def constants(kernel: KernelSpec) -> dict[str, Any]:

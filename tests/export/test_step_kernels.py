@@ -266,6 +266,7 @@ def scan_memory(
         if state == torch.int8
         else unset(rows, H, SCAN_P, S, dtype=state),
         "state_scale": unset(rows, H, SCAN_P),
+        "column_scale": unset(rows, H, S, dtype=torch.float16),
         "past_x": unset(rows, CHUNK, SCAN_INNER, dtype=history),
         "past_b": unset(rows, CHUNK, S, dtype=history),
         "past_decay": unset(rows, H, CHUNK),
@@ -337,44 +338,74 @@ def test_scan(interpreter: Interpreter, heads: int, convolves: bool, width: int)
 
 
 @pytest.mark.parametrize("convolves", [False, True])
-@pytest.mark.parametrize("state", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("state", "tolerance"), [(torch.float16, 5e-4), (torch.int8, 6e-3)])
 def test_scan_with_a_short_memory(
-    interpreter: Interpreter, state: torch.dtype, convolves: bool
+    interpreter: Interpreter, state: torch.dtype, tolerance: float, convolves: bool
 ) -> None:
-    """What rounding the states costs, and no more. The interpreter cuts bfloat16's digits off."""
+    """What rounding the states costs, and no more."""
     memory = scan_memory(2, state, torch.float16, torch.float16)
     projected = finished(memory["projected"], memory)
     if not convolves:
         memory["projected"] = projected.float()
     found = interpreter.run(scan_launches(memory, 2, convolves=convolves), memory)
     gated, states = expected_scan(memory, projected)
-    close(found["gated"], gated, 8e-3)
-    kept = found["state"].double()
-    if state == torch.int8:
-        assert kept.abs().amax(-1).eq(127).all()
-        kept *= found["state_scale"][..., None]
+    close(found["gated"], gated, tolerance)
+    assert found["state"].double().abs().amax(-1).eq(127 if state == torch.int8 else 1).all()
     for row, last in enumerate(FOLDED_LAST):
-        close(kept[row], states[last, row], 8e-3)
+        close(kept_state(found)[row], states[last, row], tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_reading_a_short_state(interpreter: Interpreter, dtype: torch.dtype) -> None:
-    """What the state says is as exact as the state is, whatever its type."""
-    memory = scan_memory(2, dtype, width=1)
+def kept_state(memory: Memory) -> Tensor:
+    """The states of `memory` (R, H, P, S), with their factors."""
+    state = memory["state"] * memory["state_scale"].double()[..., None]
+    if memory["state"].dtype == torch.int8:
+        state *= memory["column_scale"].double()[:, :, None]
+    return state
+
+
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e8])
+@pytest.mark.parametrize(("state", "tolerance"), [(torch.float16, 5e-4), (torch.int8, 1e-2)])
+def test_columns_of_very_different_sizes(
+    interpreter: Interpreter, state: torch.dtype, tolerance: float, size: float
+) -> None:
+    """Each column of a state keeps its digits, and a state of zeros stays one."""
+    memory = scan_memory(4, state)
+    sizes = torch.logspace(0, -3, S)
+    memory["position"] = torch.full_like(memory["position"], CHUNK - 1)
+    memory["past_x"] = normal(51, *memory["past_x"].shape) * size
+    memory["past_x"][1] = 0
+    memory["past_b"] = normal(52, *memory["past_b"].shape) * sizes
+    memory["past_decay"] = torch.zeros_like(memory["past_decay"])
+    fold = scan_launches(memory, 4)[1]
+    found = kept_state(interpreter.run([fold], memory))
+    x = memory["past_x"].double().unflatten(-1, (H, SCAN_P))
+    wanted = torch.einsum("rchp,rcs->rhps", x, memory["past_b"].double())
+    assert found[1].eq(0).all()
+    for column in range(S):
+        close(found[::2, ..., column], wanted[::2, ..., column], tolerance)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, FULL), (torch.int8, 6e-5)])
+def test_reading_a_short_state(
+    interpreter: Interpreter, dtype: torch.dtype, tolerance: float, heads: int
+) -> None:
+    """What the state says is as exact as the state is: C's digits are finer than an int8's."""
+    memory = scan_memory(heads, dtype, width=1)
     memory |= {name: memory[name][:1] for name in ("projected", "position", "gated", "squares")}
     memory["position"] = torch.full_like(memory["position"], CHUNK)
     shape = memory["state"].shape
     if dtype == torch.int8:
         generator = torch.Generator().manual_seed(17)
         memory["state"] = torch.randint(-127, 128, shape, generator=generator, dtype=dtype)
-        memory["state_scale"] = normal(18, *shape[:3]).abs()
-        state = memory["state"] * memory["state_scale"].double()[..., None]
     else:
         memory["state"] = normal(17, *shape, dtype=dtype)
-        state = memory["state"].double()
-    gated, _ = expected_scan(memory, finished(memory["projected"], memory), state)
-    found = interpreter.run(scan_launches(memory, 2), memory)
-    close(found["gated"], gated)
+    memory["state_scale"] = normal(18, *shape[:3]).abs()
+    memory["column_scale"] = normal(19, *memory["column_scale"].shape, dtype=torch.float16).abs()
+    projected = finished(memory["projected"], memory)
+    gated, _ = expected_scan(memory, projected, kept_state(memory))
+    found = interpreter.run(scan_launches(memory, heads), memory)
+    close(found["gated"], gated, tolerance)
 
 
 def test_scan_with_steps_of_any_length(interpreter: Interpreter) -> None:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aim_export.cuda.kernels.common import (
-    begin_dependents,
-    from_int8,
-    int8_unit,
-    rounded,
-    silu,
-    softplus,
-    store_rounded,
-    to_int8,
+from aim_export.cuda.kernels.common import begin_dependents, silu, softplus, store_rounded
+from aim_export.cuda.kernels.short_states import (
+    in_digits,
+    in_thirds,
+    load_column_scale,
+    restored,
+    store_state,
+    times_c,
 )
 
 
@@ -130,49 +129,12 @@ def load_chunk(
 
 
 @triton.jit
-def in_columns(value, like: tl.constexpr):
-    """(S,) float32 as columns (S, 8) of type `like` and their factors (8,) float32.
-
-    The columns times their factors add up to `value` to float32's accuracy, so that the tensor
-    cores can multiply by it.
-    """
-    column = tl.arange(0, 8)
-    if like == tl.int8:
-        # Digits to the base 254, for each leaves at most a half over.
-        unit = int8_unit(tl.max(tl.abs(value), axis=0))
-        value /= unit
-        first = rounded(value)
-        value = (value - first) * 254.0
-        second = rounded(value)
-        third = rounded((value - second) * 254.0)
-        factors = tl.where(column == 0, 1.0, tl.where(column == 1, 1 / 254.0, 1 / 64516.0)) * unit
-    else:
-        first = value.to(like).to(tl.float32)
-        value -= first
-        second = value.to(like).to(tl.float32)
-        third = value - second
-        factors = tl.full((8,), 1.0, tl.float32)
-    column = column[None, :]
-    columns = tl.where(column == 0, first[:, None], second[:, None])
-    columns = tl.where(column == 2, third[:, None], columns)
-    return tl.where(column < 3, columns, 0.0).to(like), factors
-
-
-@triton.jit
-def times_c(state, query, factors, DOT: tl.constexpr):
-    """state (P, S) times C, float32 (P,); with DOT C comes `in_columns`."""
-    if DOT:
-        return tl.sum(tl.dot(state, query).to(tl.float32) * factors[None, :], axis=1)
-    else:
-        return tl.sum(state.to(tl.float32) * query[None, :], axis=1)
-
-
-@triton.jit
 def read_states(
     source,  # one row of `projected`
     cells,  # the program's first head's state
     newest,  # a row's slot of the ring
     c_memory,  # from `load_convolution`, if it convolves
+    weights,  # from `load_column_scale`, of int8 states
     heads,
     inner,
     old,  # whether there are states yet
@@ -186,16 +148,18 @@ def read_states(
     """What the states as they were before the chunk make of the token's C: y (HEADS, P).
 
     Waits for the launch before, and returns the token as well, of which C is convolved: y, C, B, x,
-    z and dt. States of int8 are read as they are, without their factors.
+    z and dt. y lacks the factors of the channels.
     """
     dtype: tl.constexpr = cells.dtype.element_ty
-    DOT: tl.constexpr = (dtype == tl.int8) or (CONVOLVES and (dtype == tl.bfloat16))
+    THIRDS: tl.constexpr = CONVOLVES and (dtype == tl.float16)
     HEADS: tl.constexpr = inner.shape[0]
     P: tl.constexpr = inner.shape[1]
     states = tl.arange(0, S)
     column = tl.arange(0, HEADS)[None, :]
     c = tl.zeros((S,), tl.float32)
-    if DOT:
+    if dtype == tl.int8:
+        query, factors = tl.zeros(weights.shape, dtype), tl.zeros((weights.shape[1],), tl.float32)
+    elif THIRDS:
         query, factors = tl.zeros((S, 8), dtype), tl.zeros((8,), tl.float32)
     else:
         query, factors = c, 1.0
@@ -214,11 +178,13 @@ def read_states(
                 if tl.program_id(0) == 0:
                     tl.store(newest + INNER + S + states, c)
                 c = convolved(c, c_memory)
-            if DOT:
-                query, factors = in_columns(c, dtype)
+            if dtype == tl.int8:
+                query, factors = in_digits(c, weights)
+            elif THIRDS:
+                query, factors = in_thirds(c)
             else:
                 query = c
-        head_output = times_c(kept, query, factors, DOT)
+        head_output = times_c(kept, query, factors, index)
         y = tl.where(column == index, head_output[:, None], y)
     return tl.trans(y), c, b, x, z, dt
 
@@ -279,7 +245,8 @@ def scan(
     position,  # (R,) int64
     ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
     state,  # (R, H, P, S), as it was before this chunk
-    state_scale,  # (R, H, P) float32, of int8 states
+    state_scale,  # (R, H, P) float32, what a channel counts, unless states are float32
+    column_scale,  # (R, H, S) float16, what a column counts, of int8 states
     past_x,  # (R, C, I), dt * x of the chunk's tokens so far
     past_b,  # (R, C, S), their B
     past_decay,  # (R, H, C) float32, the sums of dt * a from the chunk's start
@@ -318,14 +285,31 @@ def scan(
     x_memory, b_memory, c_memory, bias = load_convolution(
         ring, conv_weight, conv_bias, dt_bias, heads, inner, at, INNER, X, S, K, CONVOLVES
     )
-    if state.dtype.element_ty == tl.int8:
+    if state.dtype.element_ty != tl.float32:
         written = (inner >= 0) & (at >= CHUNK)
         scale = tl.load(state_scale + row * (H * P) + inner, mask=written, other=0.0)
+    if state.dtype.element_ty == tl.int8:
+        weights = load_column_scale(column_scale, row, group, at >= CHUNK, H, S, HEADS)
+    else:
+        weights = 1.0
     source = projected + row * (INNER + X + H)
     y, c, b, x, z, dt = read_states(
-        source, cells, newest, c_memory, heads, inner, old, INNER, X, S, CONVOLVES, STAGES, OVERLAPS
+        source,
+        cells,
+        newest,
+        c_memory,
+        weights,
+        heads,
+        inner,
+        old,
+        INNER,
+        X,
+        S,
+        CONVOLVES,
+        STAGES,
+        OVERLAPS,
     )
-    if state.dtype.element_ty == tl.int8:
+    if state.dtype.element_ty != tl.float32:
         y *= scale
     if CONVOLVES:
         tl.store(newest + inner, x)
@@ -345,7 +329,8 @@ def scan(
 def fold(
     position,  # (R,) int64
     state,  # (L, R, H, P, S), updated
-    state_scale,  # (L, R, H, P) float32, of int8 states, updated
+    state_scale,  # (L, R, H, P) float32, unless states are float32, updated
+    column_scale,  # (L, R, H, S) float16, of int8 states, updated
     past_x,  # (L, R, C, I), dt * x of the chunk's tokens
     past_b,  # (L, R, C, S), their B
     past_decay,  # (L, R, H, C) float32, the sums of dt * a from the chunk's start
@@ -383,11 +368,8 @@ def fold(
             cells = state + ((place * H + head) * P + channels[:, None]) * S + states[None, :]
             kept = tl.load(cells, mask=at >= CHUNK, other=0)
             factors = state_scale + (place * H + head) * P + channels
-            if state.dtype.element_ty == tl.int8:
-                factor = tl.load(factors, mask=at >= CHUNK, other=0.0)
-                kept = from_int8(kept) * (factor * tl.exp(total))[:, None]
-            else:
-                kept = kept.to(tl.float32) * tl.exp(total)
+            columns = column_scale + (place * H + head) * S + states
+            kept = restored(kept, factors, columns, at >= CHUNK) * tl.exp(total)
             x = x.to(tl.float32) * decay[None, :]
             if b.dtype == tl.float16:
                 # Two halves hold 22 bits of x, down to 2**-24; b is one half already.
@@ -397,9 +379,4 @@ def fold(
             else:
                 # Three products of the tensor cores' format make one of float32.
                 kept = tl.dot(x, b, kept, input_precision="tf32x3")
-            if state.dtype.element_ty == tl.int8:
-                factor = int8_unit(tl.max(tl.abs(kept), axis=1))
-                tl.store(factors, factor)
-                tl.store(cells, to_int8(kept * (1.0 / factor)[:, None]))
-            else:
-                tl.store(cells, kept.to(state.dtype.element_ty))
+            store_state(cells, kept, factors, columns)
