@@ -16,7 +16,7 @@ from aim_export.cuda.kernels.common import begin_dependents, silu, softplus, sto
 from aim_export.cuda.kernels.short_states import (
     in_digits,
     in_thirds,
-    load_column_scale,
+    load_factors,
     restored,
     store_state,
     times_c,
@@ -133,8 +133,7 @@ def read_states(
     source,  # one row of `projected`
     cells,  # the program's first head's state
     newest,  # a row's slot of the ring
-    c_memory,  # from `load_convolution`, if it convolves
-    weights,  # from `load_column_scale`, of int8 states
+    of_c,  # its memory from `load_convolution`, and int8 states' weights from `load_factors`
     heads,
     inner,
     old,  # whether there are states yet
@@ -150,6 +149,7 @@ def read_states(
     Waits for the launch before, and returns the token as well, of which C is convolved: y, C, B, x,
     z and dt. y lacks the factors of the channels.
     """
+    c_memory, weights = of_c
     dtype: tl.constexpr = cells.dtype.element_ty
     THIRDS: tl.constexpr = CONVOLVES and (dtype == tl.float16)
     HEADS: tl.constexpr = inner.shape[0]
@@ -272,12 +272,11 @@ def scan(
     inner = heads[:, None] * P + channels[None, :]
     slots, at = tl.arange(0, CHUNK), tl.load(position + row).to(tl.int32)
     slot = at % CHUNK
-    past = slots < slot
     cells = state + (row * H + group * HEADS) * P * S + channels[:, None] * S + states[None, :]
     old = (at >= CHUNK) & (channels[:, None] >= 0)
     # Everything up to the wait, which `read_states` does, was written a step ago or earlier.
     x_then, b_then, decay_then = load_chunk(
-        past_x, past_b, past_decay, row, heads, inner, past, INNER, H, S, CHUNK
+        past_x, past_b, past_decay, row, heads, inner, slots < slot, INNER, H, S, CHUNK
     )
     rate, skip = tl.load(a + heads), tl.load(d + heads)
     ring += row * (K * X)
@@ -285,32 +284,15 @@ def scan(
     x_memory, b_memory, c_memory, bias = load_convolution(
         ring, conv_weight, conv_bias, dt_bias, heads, inner, at, INNER, X, S, K, CONVOLVES
     )
-    if state.dtype.element_ty != tl.float32:
-        written = (inner >= 0) & (at >= CHUNK)
-        scale = tl.load(state_scale + row * (H * P) + inner, mask=written, other=0.0)
-    if state.dtype.element_ty == tl.int8:
-        weights = load_column_scale(column_scale, row, group, at >= CHUNK, H, S, HEADS)
-    else:
-        weights = 1.0
+    scale, weights = load_factors(
+        state_scale, column_scale, row, group, inner, at >= CHUNK, state.dtype.element_ty, H, S
+    )
+    of_c = c_memory, weights
     source = projected + row * (INNER + X + H)
     y, c, b, x, z, dt = read_states(
-        source,
-        cells,
-        newest,
-        c_memory,
-        weights,
-        heads,
-        inner,
-        old,
-        INNER,
-        X,
-        S,
-        CONVOLVES,
-        STAGES,
-        OVERLAPS,
+        source, cells, newest, of_c, heads, inner, old, INNER, X, S, CONVOLVES, STAGES, OVERLAPS
     )
-    if state.dtype.element_ty != tl.float32:
-        y *= scale
+    y *= scale
     if CONVOLVES:
         tl.store(newest + inner, x)
         if group == 0:

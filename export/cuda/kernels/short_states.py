@@ -72,15 +72,32 @@ def times_c(state, query, factors, index):
 
 
 @triton.jit
-def load_column_scale(
-    column_scale, row, group, old, H: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr
+def load_factors(
+    state_scale,
+    column_scale,
+    row,
+    group,
+    inner,  # (HEADS, P), the program's channels
+    old,  # whether there are states yet
+    dtype: tl.constexpr,  # theirs
+    H: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """What the columns of a program's int8 states count, as `in_digits` wants it; `old` if any."""
+    """The factors of a program's states: of channels (HEADS, P), of columns as `in_digits` wants.
+
+    1.0 for those that states of the type do not have.
+    """
+    HEADS: tl.constexpr = inner.shape[0]
     COLUMNS: tl.constexpr = max(8, 2 * HEADS)
-    head = tl.arange(0, COLUMNS)[None, :] // 2
-    places = (row * H + group * HEADS + head) * S + tl.arange(0, S)[:, None]
-    written = (head < HEADS) & old
-    return tl.load(column_scale + places, mask=written, other=0.0).to(tl.float32)
+    channel, column = 1.0, 1.0
+    if dtype != tl.float32:
+        places = row * (H * inner.shape[1]) + inner
+        channel = tl.load(state_scale + places, mask=old & (inner >= 0), other=0.0)
+    if dtype == tl.int8:
+        head = tl.arange(0, COLUMNS)[None, :] // 2
+        cells = (row * H + group * HEADS + head) * S + tl.arange(0, S)[:, None]
+        column = tl.load(column_scale + cells, mask=old & (head < HEADS), other=0.0).to(tl.float32)
+    return channel, column
 
 
 @triton.jit
