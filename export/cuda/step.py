@@ -219,7 +219,8 @@ class StepBuilder:
             position="position",
             ring="ring",
             state="state",
-            **self._state_factors(),
+            state_scale=self._if_there("state_scale"),
+            column_scale=self._if_there("column_scale"),
             past_x="past_x",
             past_b="past_b",
             past_decay="past_decay",
@@ -239,11 +240,8 @@ class StepBuilder:
             OVERLAPS=self.overlaps,
         )
 
-    def _state_factors(self) -> dict[str, str | Argument]:
-        return {
-            name: name if name in self.buffers else ABSENT
-            for name in ("state_scale", "column_scale")
-        }
+    def _if_there(self, buffer: str) -> str | Argument:
+        return buffer if buffer in self.buffers else ABSENT
 
     def _out_proj(self) -> SpecLaunch:
         g, tile = self.g, self.tuning.out_proj
@@ -280,7 +278,8 @@ class StepBuilder:
             (states // heads, self.rows),
             position="position",
             state="state",
-            **self._state_factors(),
+            state_scale=self._if_there("state_scale"),
+            column_scale=self._if_there("column_scale"),
             past_x="past_x",
             past_b="past_b",
             past_decay="past_decay",

@@ -83,6 +83,17 @@ def load_pair(ring, first, pair, BITS: gl.constexpr):
 
 
 @gluon.jit
+def load_single(ring, layer, BITS: gl.constexpr):
+    """The fragments of the one tile that a layer has, in a ring of two units."""
+    units, halves, bars = ring
+    if BITS == 16:
+        tile = load_tile(units.index(ready(bars, layer, 2)))
+    else:
+        tile = load_tile8(halves.index(2 * ready(bars, layer, 2)))
+    return tile
+
+
+@gluon.jit
 def factor_of(scales, at, BITS: gl.constexpr):
     """What outputs `at` of 8-bit weights are multiplied by."""
     factor = 1.0

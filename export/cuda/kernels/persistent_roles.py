@@ -20,8 +20,8 @@ from aim_export.cuda.kernels.persistent_common import (
     factor_of,
     inverse_rms,
     load_pair,
+    load_single,
     polled,
-    ready,
     silu,
     softplus,
     threads,
@@ -40,8 +40,6 @@ from aim_export.cuda.kernels.persistent_products import (
     PARTS16,
     PARTS32,
     add_over_pairs,
-    load_tile,
-    load_tile8,
     multiply,
     pick,
     put16,
@@ -184,7 +182,6 @@ def hand_over(value, scale, to_scaled, to_norms):
 def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """16 of the outputs that are B, C and dt."""
     ring, part_b, part_s = shared
-    units, halves, bars = ring
     begin, modulation, conv, rates, past, scales, _result = pointers
     in_scales, _out_scales = scales
     _token, position, _tables = begin
@@ -224,11 +221,8 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         before, tap = convolution_before(conv, layer, row, mixed, at, there, X, K)
         bias = gl.load(dt_bias + layer * sizes.H + head)
         factor = factor_of(in_scales, layer * E + 2 * INNER + loaded, sizes.BITS)
-        if sizes.BITS == 16:
-            a0, a1, a2, a3 = load_tile(units.index(ready(bars, layer, 2)))
-        else:
-            a0, a1, a2, a3 = load_tile8(halves.index(2 * ready(bars, layer, 2)))
-        mbarrier.arrive(bars.index(6 + (layer & 1)), count=1)
+        a0, a1, a2, a3 = load_single(ring, layer, sizes.BITS)
+        mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
         gl.thread_barrier()
         first, second, norm = poll_scaled(
             from_scaled + turn * (2 * SCALED_PLACES),

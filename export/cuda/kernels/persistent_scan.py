@@ -175,9 +175,11 @@ def _chunk(places, past, layer, decays, p, sizes: gl.constexpr):
 
 
 @gluon.jit
-def _attend(floats, pairs, scores, state, key, value, head, S: gl.constexpr):
+def _attend(bcs, scores, state, key, value, head, S: gl.constexpr):
     """C with the states and the chunk's tokens (2, 32), and with B (2, 1); and dt (2, 1)."""
     S1: gl.constexpr = gl.SliceLayout(1, OUT32)
+    floats = bcs._reinterpret(gl.float32, [16, 128], PLAIN)
+    pairs = bcs._reinterpret(gl.float32, [1024, 2], PLAIN1)
     b = floats.slice(0, 2).load(gl.SliceLayout(1, ALONG_S))
     c = floats.slice(2, 2).load(gl.SliceLayout(1, ALONG_S))
     dt = gl.expand_dims(pairs.index(2 * S + head).load(S1), 1)
@@ -197,6 +199,13 @@ def _states(unit):
     """The states of 32 channels of both rows, (2, 32, S)."""
     state = gl.reshape(unit.load(STATE_WORDS), [2, 32, 128]).to(gl.float32, bitcast=True)
     return gl.convert_layout(state, ALONG_S, assert_trivial=True)
+
+
+@gluon.jit
+def _store_decay(pointer, value, mine):
+    """Both (2, 1); once a row, and by one of a head's programs."""
+    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
+    gl.store(pointer + channel * 0, value + channel * 0.0, mask=(channel == 0) & mine)
 
 
 @gluon.jit
@@ -236,8 +245,6 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     old = at >= CHUNK
     everywhere = (row + channel) >= 0
     places = _chunk_places(position, S, CHUNK)
-    floats = bcs._reinterpret(gl.float32, [16, 128], PLAIN)
-    pairs = bcs._reinterpret(gl.float32, [1024, 2], PLAIN1)
     for layer in range(layers):
         turn = layer & 3
         shift = shifted + layer * (2 * E) + row * E + inner
@@ -246,20 +253,20 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
         decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
         last = gl.load(decays + row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
-        factors = (
-            factor_of(in_scales, layer * E + inner, sizes.BITS),
-            factor_of(in_scales, layer * E + INNER + inner, sizes.BITS),
-        )
+        factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
+        factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
         first = layer * UNITS_OF_LAYER
         tiles, norm = _project(ring, first, layer, turn, polls, limits, zero, sizes.BITS)
         # The chunk's tokens and the state, while sums and B, C and dt are on their way.
         key, value = _chunk(places, past, layer, decays, p, sizes)
         parts = part_x, part_z, part_s
-        newest, z = _summed(tiles, norm, shifts, factors, lane, parts, sizes.D, sizes.EPS)
+        newest, z = _summed(
+            tiles, norm, shifts, (factor_z, factor_x), lane, parts, sizes.D, sizes.EPS
+        )
         x = silu(before + newest * tap)
         state = _states(units.index(ready(bars, first + UNITS_OF_LAYER - 1, UNITS)))
         bcs.store(poll_words(from_bc + turn * (4 * BC_PLACES), active, limits[0], limits[1]))
-        from_state, attended, own, dt = _attend(floats, pairs, scores, state, key, value, head, S)
+        from_state, attended, own, dt = _attend(bcs, scores, state, key, value, head, S)
         change = dt * rate
         y = gl.exp(change) * (gl.where(old, gl.exp(last) * from_state, 0.0) + attended)
         y = (y + (gl.expand_dims(own, 1) * dt + skip) * x) * z
@@ -270,8 +277,4 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         gl.store(conv_ring + newest_at + inner, newest)
         token = past_x + layer * (2 * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
         gl.store(token, dt * x)
-        gl.store(
-            decays + row * (H * CHUNK) + slot + channel * 0,
-            change + last + channel * 0.0,
-            mask=(channel == 0) & (p * 32 == head * sizes.P),
-        )
+        _store_decay(decays + row * (H * CHUNK) + slot, change + last, p * 32 == head * sizes.P)
