@@ -16,6 +16,30 @@ from aim_training.options import TrainingOptions
 
 # What torchrun sets, and job schedulers leave in the environment.
 _OF_SEVERAL = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+_SHARDS = "what shares a model's states among processes is `aim train model --shard-states`"
+# What `accelerate launch` leaves in the environment, by its options or its configuration file, for
+# Accelerate to do what is done otherwise here, or not at all: the option, values that ask for
+# nothing, what to do instead.
+_OF_LAUNCH = {
+    "ACCELERATE_USE_FSDP": ("--use_fsdp", ("false",), _SHARDS),
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", ("false",), _SHARDS),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", ("false",), _SHARDS),
+    "ACCELERATE_DYNAMO_BACKEND": (
+        "--dynamo_backend",
+        ("no",),
+        "what compiles a tokenizer is --compile",
+    ),
+    "ACCELERATE_MIXED_PRECISION": (
+        "--mixed_precision",
+        ("no", "bf16"),
+        "arithmetic is chosen by --precision, fp32 or bf16",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "--gradient_accumulation_steps",
+        ("1",),
+        "what computes a model's batch in parts is --micro-batch",
+    ),
+}
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
@@ -26,8 +50,10 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
 
     Raises:
         TrainingError: there is no GPU to compile for, there are fewer than processes, the
-            processes do not find each other, or the service to log to is not installed.
+            processes do not find each other, `accelerate launch` was told what Accelerate does not
+            do here, or the service to log to is not installed.
     """
+    _check_launch()
     if options.log_with is not None and importlib.util.find_spec(options.log_with) is None:
         raise TrainingError(
             f"log_with is {options.log_with}, which is not installed: pip install "
@@ -68,6 +94,17 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
             f"compile needs an NVIDIA GPU, and this run would use {accelerator.device.type}"
         )
     return accelerator
+
+
+def _check_launch() -> None:
+    """Raise TrainingError where `accelerate launch` was given an option that has no effect."""
+    for name, (option, nothing, instead) in _OF_LAUNCH.items():
+        value = os.environ.get(name, "")
+        if value and value.lower() not in nothing:
+            raise TrainingError(
+                f"`accelerate launch {option}` ({name}={value[:20]}, from the command line or "
+                f"Accelerate's configuration) has no effect here: {instead}; start without it"
+            )
 
 
 def device_name(device: torch.device) -> str:

@@ -64,7 +64,7 @@ def rehearse(
     needs, most = memory.Needs(*largest_needs), -lack
     moments = sum(learner.moments_bytes() for learner in task.learners.values())
     takes = needs.bytes(at_once) + moments
-    in_parts = ""
+    in_parts = f" in each of {processes} processes" if processes > 1 else ""
     if takes > most:
         fits = needs.most_images(most - moments)
         sums = sum(bytes_of(learner.network) for learner in task.learners.values())
