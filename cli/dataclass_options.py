@@ -93,6 +93,10 @@ class CommaSeparated(click.ParamType):
         self.choices = choices
         self.name = "|".join(choices) if choices else f"{item.__name__},..."
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:
+        """The words as they are typed."""
+        return f"[{self.name}],..." if self.choices else None
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Any, ...]:

@@ -42,7 +42,7 @@ class AimGroup(LazyGroup):
         LazyCommand("eval", "Measure pictures and models.", "aim_cli.commands.eval"),
         LazyCommand("bench", "Measure seconds an image and memory.", "aim_cli.commands.bench"),
         LazyCommand("export", "Turn a checkpoint into a bundle.", "aim_cli.commands.export"),
-        LazyCommand("train", "Train a tokenizer or a model.", "aim_cli.commands.train"),
+        LazyCommand("train", "Train on pictures of your own.", "aim_cli.commands.train"),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="'aim COMMAND --help' explains a command. Exit codes: 0 done, 2 a problem that the "

@@ -123,7 +123,8 @@ class TrainingOptions:
     )
     compile: bool = _option(
         False,
-        "Compile the tokenizer: minutes at the start, faster after. The model has own kernels.",
+        "On a GPU, compile a tokenizer, or the layers of a model for whose sizes there are no "
+        "kernels: up to minutes at the start, faster after.",
     )
     workers: int = _option(
         8, "Processes that read images, where they do not fit in memory.", least=0, most=1024

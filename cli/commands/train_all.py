@@ -33,14 +33,16 @@ _SHOWN, _EACH = 32, 8
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
-    default=60.0,
+    type=click.FloatRange(min=0, min_open=True, max=1_000_000),
+    metavar="N",
+    default=60,
     show_default=True,
     help="Training time in all; encoding, exporting and drawing come on top.",
 )
 @click.option(
     "--size",
     type=click.IntRange(16, 1024),
+    metavar="N",
     help="Side of the square pictures, pixels, a multiple of 16. [default: what suits the pictures "
     "and the machine]",
 )
@@ -52,7 +54,8 @@ _SHOWN, _EACH = 32, 8
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=int,
+    metavar="N",
     default=0,
     show_default=True,
     help="Decides initial weights, data order and augmentation.",
@@ -78,6 +81,8 @@ def command(
         import aim_export.bundle  # noqa: F401
     if size is not None and size % 16:
         raise click.UsageError(f"--size is {size}; it must be a multiple of 16")
+    if not 0 <= seed < 2**63:
+        raise click.UsageError(f"--seed is {seed}; it must be 0 or more and below 2^63")
     if not math.isfinite(minutes):
         raise click.UsageError(f"--minutes is {minutes}; it must be a finite number")
     _check_place(out)

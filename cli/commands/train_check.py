@@ -32,6 +32,7 @@ _ROWS = 30
 @click.option(
     "--size",
     type=click.IntRange(1, 1 << 14),
+    metavar="N",
     default=TrainingOptions.size,
     show_default=True,
     help="Side of the square images that will be trained on, pixels.",
@@ -39,8 +40,8 @@ _ROWS = 30
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
-    show_default="one a core, 8 at most",
-    help="Threads that decode.",
+    metavar="N",
+    help="Threads that decode. [default: one a core, 8 at most]",
 )
 def command(data: Path, val_data: Path | None, size: int, workers: int | None) -> None:
     """Look through the images of DATA before training on them.
@@ -99,8 +100,8 @@ def _overview(found: Survey, size: int) -> str:
     if headers:
         least = min(headers, key=lambda header: header.width * header.height)
         most = max(headers, key=lambda header: header.width * header.height)
-        span = f"{least.width} x {least.height} to {most.width} x {most.height} pixels"
-        pairs.insert(0, ("sizes", span))
+        ends = dict.fromkeys(f"{one.width} x {one.height}" for one in (least, most))
+        pairs.insert(0, ("sizes", f"{' to '.join(ends)} pixels"))
     return f"{table(lines)}\n\n{fields(pairs)}"
 
 
