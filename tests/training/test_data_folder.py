@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from aim_training.data import DataError, ImageFolder, shown
+from aim_training.data import DataError, ImageFolder, open_data, shown
 from aim_training.data.digest import contents_digest
 
 
@@ -66,6 +67,23 @@ def test_a_class_without_images_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "cat" / "0.heix").write_bytes(b"x")
     with pytest.raises(DataError, match=r"cat holds no images \(left out 1 file: 1 \.heix\)"):
         ImageFolder.scan(tmp_path)
+
+
+@pytest.mark.parametrize("splits", [["train", "val"], ["Train"], ["test", "validation"]])
+def test_splits_are_no_classes(tmp_path: Path, splits: list[str]) -> None:
+    for name in splits:
+        draw(tmp_path / name / "cat" / "0.png")
+    first = re.escape(str(tmp_path / splits[0]))
+    with pytest.raises(DataError, match=f"holds {' and '.join(splits)} .*such as {first}$"):
+        open_data(tmp_path)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    """With their images directly in them, or beside others."""
+    for path in ("a/test/0.png", "b/test/deep/0.png", "b/cat/0.png"):
+        draw(tmp_path / path)
+    assert open_data(tmp_path / "a").class_names == ("test",)
+    assert open_data(tmp_path / "b").class_names == ("cat", "test")
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:

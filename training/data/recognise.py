@@ -25,7 +25,7 @@ from aim_training.data.shards import Kind, Progress, ShardedImages
 _ENDINGS: dict[str, Kind] = {".tar": "tar", ".parquet": "parquet"}
 _COMPRESSED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 _EXPECTED = "expected a folder per class, tar shards or Parquet files"
-# Words in the names of shards that tell of what use they are, by the use.
+# Words in the names of shards and folders that tell of what use they are, by the use.
 _SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
 _SPLITS |= {"validation": "validation", "dev": "validation", "test": "test", "testing": "test"}
 
@@ -91,6 +91,7 @@ def _in_folder(folder: str) -> tuple[Kind, list[StoredFile]] | None:
     if shards:
         return _one_split(folder, [stored_file(path) for path in shards])
     if images:
+        _refuse_splits_for_classes(folder, folders)
         return None
     below = {path: _shards_directly_in(path) for path in folders}
     below = {path: names for path, names in below.items() if names}
@@ -158,6 +159,26 @@ def _one_split(folder: str, files: list[StoredFile]) -> tuple[Kind, list[StoredF
             f"one by a pattern, such as '{shown(folder, 60)}/*{splits[0]}*'"
         )
     return _one_kind(folder, files)
+
+
+def _refuse_splits_for_classes(folder: str, folders: list[str]) -> None:
+    """Refuse a folder of splits with the classes' folders in them: splits would be the classes."""
+    names = [os.path.basename(path) for path in folders]
+    if all(name.lower() in _SPLITS for name in names) and all(map(_holds_folders, folders)):
+        first = next((n for n in names if _SPLITS[n.lower()] == "train"), names[0])
+        raise DataError(
+            f"{shown(folder)} holds {' and '.join(names)} with further folders in them, and would "
+            f"take these for its classes; name the folder that holds the classes' own, such as "
+            f"{shown(Path(folder, first))}"
+        )
+
+
+def _holds_folders(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.is_dir() and not is_hidden(entry.name) for entry in entries)
+    except OSError:
+        return False
 
 
 def _one_kind(named: str, files: list[StoredFile]) -> tuple[Kind, list[StoredFile]]:
