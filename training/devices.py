@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as distributed
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from aim_training.data.errors import one_line
 from aim_training.errors import TrainingError
@@ -69,12 +70,13 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
             f"(torchrun --nproc-per-node {gpus})"
         )
     found = ", ".join(name for name in _OF_SEVERAL if name in os.environ)
+    on_cpu = on_cpu or (world > 1 and not gpus)
+    # A PyTorch that was built with MPI would take that, which knows nothing of torchrun.
+    gloo = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and world > 1 else []
     try:
         # Networks are cast by torch.autocast in the tasks, so Accelerate must not do it again.
         accelerator = Accelerator(
-            mixed_precision="no",
-            cpu=on_cpu or (world > 1 and not gpus),
-            log_with=options.log_with,
+            mixed_precision="no", cpu=on_cpu, log_with=options.log_with, kwargs_handlers=gloo
         )
     except (ValueError, RuntimeError, OSError) as error:
         if not found:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aim_training import devices
 from aim_training.devices import make_accelerator
 from aim_training.errors import TrainingError
 from aim_training.options import TrainingOptions
@@ -41,6 +43,26 @@ def test_options_of_accelerate_launch_without_effect_are_refused(
     (line,) = str(refused.value).splitlines()
     assert line.startswith(f"`accelerate launch {option}` ({name}={value}, ")
     assert instead in line
+
+
+@pytest.mark.parametrize("started", [1, 2])
+def test_processes_without_a_gpu_find_each_other_through_gloo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    """Also with a PyTorch that was built with MPI, as Debian's is."""
+    asked: dict[str, Any] = {}
+
+    def accelerator(**settings: Any) -> Any:
+        asked.update(settings)
+        raise OSError("enough")
+
+    monkeypatch.setattr(devices, "Accelerator", accelerator)
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(TrainingError, match="enough"):
+        make_accelerator(TrainingOptions(data=tmp_path, out=tmp_path / "run"))
+    assert [found.backend for found in asked["kwargs_handlers"]] == ["gloo"] * (started > 1)
+    assert asked["cpu"] is True
 
 
 def test_what_accelerate_launch_says_by_default_is_no_request(
