@@ -45,15 +45,20 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def nearest(self, name: str) -> str | None:
+        """The command that a mistyped or shortened name is likely to stand for."""
+        near = [known for known in self.lazy if known.startswith(name)]
+        near = near or difflib.get_close_matches(name, self.lazy, n=1)
+        return near[0] if near else None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or say which one may have been meant."""
         name = args[0]
         if name not in self.lazy and not name.startswith("-"):
-            near = [known for known in self.lazy if known.startswith(name)]
-            near = near or difflib.get_close_matches(name, self.lazy, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "there are " + ", ".join(self.lazy)
+            near = self.nearest(name)
+            hint = f"did you mean '{near}'?" if near else "there are " + ", ".join(self.lazy)
             ctx.fail(f"there is no command '{name}'; {hint}")
         return super().resolve_command(ctx, args)
 

@@ -78,6 +78,11 @@ def check_same_run(
         for name in ours.keys() & theirs.keys()
         if ours[name] != theirs[name] and not (options.allow_changed_data and name in _DATA)
     )
+    if "kind" in different:
+        raise TrainingError(
+            f"{options.out} holds the training of a {theirs['kind']}, and this is one of a "
+            f"{ours['kind']}; choose another run folder"
+        )
     if "class_names" in different:
         # Before the geometry, which counts the classes.
         raise TrainingError(_other_classes(theirs["class_names"], ours["class_names"], options))

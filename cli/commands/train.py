@@ -32,10 +32,10 @@ class TrainGroup(LazyGroup):
     """`aim train PICTURES` is `aim train all PICTURES`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default command before a folder, or an option, that is no command's name."""
+        """Put the default command before what is no command's name, nor like one by mistake."""
         first = args[0] if args else "--help"
-        if first not in self.lazy and (
-            Path(first).exists() or "/" in first or (first[0] == "-" and first not in _HELP)
+        if first not in (*self.lazy, *_HELP) and (
+            Path(first).exists() or first.startswith("-") or not self.nearest(first)
         ):
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)

@@ -263,7 +263,8 @@ def test_everything_at_once(cli: Cli, data: Path, folder: Path) -> None:
         (["data", "--out", "run", "--minutes", "nan"], "--minutes"),
         (["data", "--out", "run", "--size", "40"], "--size is 40; it must be a multiple of 16"),
         (["tokeniser", "data", "--out", "run"], "did you mean 'tokenizer'?"),
-        (["nowhere", "--out", "run"], "there is no command 'nowhere'"),
+        (["nowhere", "--out", "run"], "nowhere is not a folder"),
+        (["data", "--out", "run", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
     ],
 )
 def test_bad_arguments_of_everything(

@@ -399,7 +399,7 @@ def test_changed_options_are_said_and_recorded(
 @pytest.mark.parametrize(
     ("before", "now", "words"),
     [
-        ({"kind": "other"}, {}, "its kind is 'other', now it is 'tiny'"),
+        ({"kind": "model"}, {}, "holds the training of a model, and this is one of a tiny"),
         ({"data_digest": "e"}, {}, "--allow-changed-data goes on with them"),
         ({"class_names": ["a"]}, {}, "has now 'b'; a model's classes cannot change"),
         ({"class_names": ["a", "b", "c"]}, {}, "has no longer 'c'"),
