@@ -108,6 +108,12 @@ def _check_shards(options: ModelTrainingOptions, accelerator: Accelerator) -> No
             "shard_states is True, and one process has nobody to share with; start several, one a "
             "GPU (torchrun --nproc-per-node N -m aim_cli train model ...), or leave it out"
         )
+    on_cpu = accelerator.device.type == "cpu"
+    if options.shard_states and on_cpu and not hasattr(torch.cpu.Stream, "record_event"):
+        raise TrainingError(
+            "shard_states is True, which without a GPU takes a newer PyTorch than "
+            f"{torch.__version__}; upgrade it, or leave it out"
+        )
 
 
 def _ways(
