@@ -7,6 +7,7 @@ starts them all at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -75,10 +76,14 @@ class StepGraph:
         self._graph = graph
 
     def forget(self) -> None:
-        """Give the memory of a recording back, also of one that failed."""
+        """Give back the memory of a recording, also of one that failed, and what was compiled."""
         self._graph, self._inputs, self._gradients = None, [], []
         self._value = torch.empty(0)
         self._network.zero_grad(set_to_none=True)
+        # PyTorch compiles a function for eight shapes and runs it as it is for all others: those
+        # that did not fit must not count. (Nothing was compiled before this module is there.)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
 
     def _gradients_of_loss(self) -> Tensor:
         self._network.zero_grad(set_to_none=True)
