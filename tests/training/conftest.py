@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from .processes import Processes
+
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 
 
@@ -25,6 +27,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Starts several processes of a training."""
+    started = Processes()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,9 @@ from aim_training.batch_gradients import BatchGradients
 from aim_training.config import ModelConfig
 from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.model import AiM
+from aim_training.step_graph import StepGraph
+
+from .processes import Processes
 
 CODES, CLASSES, TOKENS, IMAGES = 32, 5, 16, 6
 
@@ -121,12 +121,29 @@ def test_activations_computed_again_give_the_same_gradient_bit_for_bit(dropout: 
     assert kept_bytes(again) < 0.5 * kept_bytes(kept)
 
 
+def test_sizes_that_did_not_fit_leave_layers_to_be_compiled_for_the_one_that_does() -> None:
+    """PyTorch stops compiling a function after eight shapes; a size takes two, with the first layer
+    and without."""
+    from torch._dynamo.testing import CompileCounter
+
+    config = ModelConfig(CODES, CLASSES, TOKENS, 32, 3, d_state=8, head_dim=8)
+    model = AiM(config).initialise()
+    graphs = CompileCounter()
+    model.compile(backend=graphs, dynamic=False)
+    codes, classes = batch()
+    for size in range(IMAGES, 0, -1):
+        model(codes[:size], classes[:size])
+        assert graphs.frame_count == 2, size
+        graphs.clear()
+        StepGraph(model, mean_loss(model)).forget()
+
+
 _TWO = """
 import sys
 import torch
 import torch.distributed as distributed
 sys.path.insert(0, sys.argv[1])
-from test_batch_gradients import batch, gradients, mean_loss, network
+from tests.training.test_batch_gradients import batch, gradients, mean_loss, network
 from aim_training.batch_gradients import BatchGradients
 
 distributed.init_process_group("gloo")
@@ -149,17 +166,8 @@ distributed.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
+def test_two_processes_have_the_gradient_of_one(processes: Processes, tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(_TWO)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", script, str(Path(__file__).parent)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the same") == 2 * 2
+    said = processes.run(2, script, Path(__file__).parents[2])
+    assert said.stdout.count("the same") == 2 * 2

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from aim_training.checkpoint import load_checkpoint
 from aim_training.errors import TrainingError
 from aim_training.options import ModelTrainingOptions, TokenizerTrainingOptions
 from aim_training.train_tokenizer import train_tokenizer
+
+from .processes import Processes
 
 HERE = Path(__file__).parent
 CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -36,12 +39,12 @@ TINY: dict[str, Any] = {
 }
 
 
-def launched(count: int, *command: Any, by: str = "torchrun", **environment: str) -> str:
-    """What several processes said; both roads that they may be started by."""
-    launcher = {
-        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"],
-        "accelerate": ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={count}"],
-    }[by]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2")
+
+
+def launched(launcher: tuple[str, ...], *command: Any, **environment: str) -> str:
+    """What two processes said that were started as a person would."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *map(str, command)],
         env={**os.environ, **environment},
@@ -77,9 +80,11 @@ CHECKS = [
 ]
 
 
-def test_two_processes_train_in_shards_what_they_train_whole(tmp_path: Path) -> None:
-    said = launched(2, HERE / "sharded_processes.py", tmp_path, *CHECKS, **CPU)
-    assert_all_passed(said, CHECKS)
+def test_two_processes_train_in_shards_what_they_train_whole(
+    processes: Processes, tmp_path: Path
+) -> None:
+    said = processes.run(2, HERE / "sharded_processes.py", tmp_path, *CHECKS)
+    assert_all_passed(said.stdout, CHECKS)
 
 
 @pytest.mark.gpu
@@ -87,7 +92,7 @@ def test_two_processes_train_in_shards_what_they_train_whole(tmp_path: Path) -> 
 def test_two_gpus_train_in_shards_what_they_train_whole(tmp_path: Path) -> None:
     # But for dropout: a recorded step draws its own numbers.
     checks = [name for name in CHECKS if name != "dropout"] + ["compiled", "what fits"]
-    said = launched(2, HERE / "sharded_processes.py", tmp_path, *checks)
+    said = launched(TORCHRUN, HERE / "sharded_processes.py", tmp_path, *checks)
     assert_all_passed(said, checks)
 
 
@@ -98,6 +103,19 @@ def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="one process has nobody to share with"):
         trainer.train_model(options)
     assert not options.out.exists()
+
+
+def test_a_pytorch_that_shards_on_gpus_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 2.6 does, without a word of it."""
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    options = ModelTrainingOptions(
+        data=tmp_path, out=tmp_path / "run", tokenizer=tmp_path, shard_states=True
+    )
+    two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(TrainingError, match="without a GPU takes a newer PyTorch than 2"):
+        trainer._check_shards(options, two)
 
 
 @pytest.fixture(scope="module")
@@ -144,24 +162,21 @@ def assert_same(ours: Any, theirs: Any, place: str = "") -> None:
 
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_exactly_and_with_any_number_of_processes(
-    squares: Path, held_out: Path, tokenizer: Path, tmp_path: Path
+    processes: Processes, squares: Path, held_out: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     options = TINY | {"tokenizer": tokenizer, "val_data": held_out, "cache": tmp_path / "codes"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     model = ["-m", "aim_cli", "train", "model", squares, *flags, "--shard-states"]
 
-    def trained(run: str, steps: int, count: int, by: str = "torchrun") -> str:
-        return launched(count, *model, "--out", tmp_path / run, f"--steps={steps}", by=by, **CPU)
-
-    trained("straight", 2, 2)
-    trained("halted", 1, 2)
-    assert "Resuming" in trained("halted", 2, 2, by="accelerate")
     halted, straight = tmp_path / "halted", tmp_path / "straight"
+    processes.run(2, *model, "--out", straight, "--steps=2")
+    processes.run(2, *model, "--out", halted, "--steps=1")
+    assert "Resuming" in launched(ACCELERATE, *model, "--out", halted, "--steps=2", **CPU)
     assert_same(state(halted, 2), state(straight, 2))
     for name in ("model.safetensors", "samples/step-00000002.png"):
         assert (halted / name).read_bytes() == (straight / name).read_bytes()
     # Another number of processes, and then one that shards nothing.
-    said = trained("halted", 3, 3)
+    said = processes.run(3, *model, "--out", halted, "--steps=3").stderr
     assert "Resuming" in said
     assert "changed since: shard" not in said
     alone = ModelTrainingOptions(data=squares, out=halted, steps=4, **options)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from aim_training.options import ModelTrainingOptions, TokenizerTrainingOptions
 from aim_training.train_model import ModelTask, train_model
 from aim_training.train_tokenizer import TokenizerTask, train_tokenizer
 
+from .processes import Processes
 from .shards import as_parquet, as_tars
 
 TOKENIZER: dict[str, Any] = {
@@ -132,22 +130,15 @@ def test_codes_too_many_for_memory_are_read_from_their_files(
 
 
 @pytest.mark.slow
-def test_two_processes_encode_what_one_does(squares: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_two_processes_encode_what_one_does(
+    processes: Processes, squares: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     data = as_tars(squares, tmp_path / "data")
     options = MODEL | {"tokenizer": tokenizer, "steps": 1}
     train_model(ModelTrainingOptions(data=data, out=tmp_path / "run1", **options))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "aim_cli", "train", "model", data, "--out", tmp_path / "run2", *flags],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "120 of 120 images" in done.stderr
+    train = ["-m", "aim_cli", "train", "model", data, "--out", tmp_path / "run2", *flags]
+    assert "120 of 120 images" in processes.run(2, *train).stderr
     parts = sorted((tmp_path / "run2" / "codes").glob("train-*.npy"))
     assert len(parts) == 2
     one = np.load(tmp_path / "run1" / "codes" / "train.npy")

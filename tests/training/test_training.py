@@ -26,6 +26,8 @@ from aim_training.options import (
 from aim_training.train_model import ModelTask, train_model
 from aim_training.train_tokenizer import TokenizerTask, train_tokenizer
 
+from .processes import Processes
+
 TINY_TOKENIZER: dict[str, Any] = {
     "size": 32,
     "codebook_size": 16,
@@ -369,29 +371,32 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(
-    squares: Path, tokenizer: Path, tmp_path: Path
+    processes: Processes, squares: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    """As README starts them, on a machine without a GPU; a resumed run, too, which
-    computes its images one by one, and their activations twice."""
+    """On a machine without a GPU; a resumed run, too, which computes its images one by one, and
+    their activations twice. The first as README starts it."""
     flags = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in (TINY_MODEL | {"tokenizer": tokenizer, "save_every": 2}).items()
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    train = ["-m", "aim_cli", "train", "model", squares, *flags, "--out"]
+    first = subprocess.run(
+        [*launcher, "--nproc-per-node=2", *train, tmp_path / "run2", "--steps=2"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert first.returncode == 0, first.stderr
+    assert "in each of 2 processes" in first.stderr
     less_memory = ["--micro-batch=1", "--checkpoint-activations"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for count, steps, more in ((1, 4, []), (2, 2, []), (2, 4, less_memory)):
-        run = tmp_path / f"run{count}"
-        command = [*launcher, f"--nproc-per-node={count}", "-m", "aim_cli", "train", "model"]
-        done = subprocess.run(
-            [*command, squares, "--out", run, "--steps", str(steps), *flags, *more],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("weights") == 1
-        assert ("Resuming" in done.stderr) == (run.name == "run2" and steps == 4)
+    resumed = processes.run(2, *train, tmp_path / "run2", "--steps=4", *less_memory)
+    alone = processes.run(1, *train, tmp_path / "run1", "--steps=4")
+    for said, resumes in ((first, False), (resumed, True), (alone, False)):
+        assert said.stdout.count("weights") == 1
+        assert ("Resuming" in said.stderr) == resumes
     one, two = (load_checkpoint(tmp_path / f"run{count}").model for count in (1, 2))
     assert one is not None
     assert two is not None
