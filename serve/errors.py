@@ -129,7 +129,7 @@ def of_value(error: ValueError, params: Iterable[str], class_param: str) -> ApiE
     first = message.partition(" ")[0]
     if first == "class":
         where = "GET /v1/classes lists them"
-        return ApiError(400, f"{message}; {where}", "unknown_class", class_param)
+        return ApiError(400, f"{message} ({where})", "unknown_class", class_param)
     return ApiError(400, message, "invalid_value", first if first in params else None)
 
 
