@@ -126,12 +126,12 @@ def test_sizes_that_did_not_fit_leave_layers_to_be_compiled_for_the_one_that_doe
     and without."""
     from torch._dynamo.testing import CompileCounter
 
-    config = ModelConfig(CODES, CLASSES, TOKENS, 32, 3, d_state=8, head_dim=8)
+    config = ModelConfig(CODES, CLASSES, TOKENS, 32, 2, d_state=8, head_dim=8)
     model = AiM(config).initialise()
     graphs = CompileCounter()
     model.compile(backend=graphs, dynamic=False)
     codes, classes = batch()
-    for size in range(IMAGES, 0, -1):
+    for size in range(IMAGES, 1, -1):
         model(codes[:size], classes[:size])
         assert graphs.frame_count == 2, size
         graphs.clear()
