@@ -12,7 +12,12 @@ import { announce, counted, element, iconButton } from "./dom.js";
  * @property {() => void} retry Draw the very same.
  * @property {() => void} again Draw the same with other seeds.
  * @property {() => void} remove
+ *
+ * @typedef {{ done: number, total: number, of?: Drawn }} Progress Tokens of all pictures together.
  */
+
+/** Milliseconds between two looks at how far it is: each repaints the page, and tokens come faster. */
+const TICK = 100;
 
 export class Group {
   /** The cards by their place in the order; `cards` are those that are still there. */
@@ -25,6 +30,8 @@ export class Group {
   #pictures = element("ul", { class: "pictures" });
   #started = 0;
   #ticking = 0;
+  /** What there is to show at the next tick. @type {Progress | null} */
+  #progress = null;
 
   /**
    * @param {Order} order
@@ -69,16 +76,23 @@ export class Group {
     this.#buttons.replaceChildren(iconButton("close", `Cancel ${this.title}`, this.actions.cancel));
     for (const card of this.cards) card.begin();
     this.#started = performance.now();
-    const tick = () => (this.#time.textContent = duration(performance.now() - this.#started));
-    tick();
+    this.#progress = null;
+    this.#tick();
     this.#state.append(" · ", this.#time);
-    this.#ticking = window.setInterval(tick, 100);
+    this.#ticking = window.setInterval(() => this.#tick(), TICK);
     announce(`Drawing ${counted(this.count, "picture")} of ${this.title}.`);
   }
 
-  /** @param {{ done: number, total: number, of?: Drawn }} news */
-  progress({ done, total, of }) {
-    if (!done) return;
+  /** @param {Progress} news */
+  progress(news) {
+    if (news.done) this.#progress = news;
+  }
+
+  #tick() {
+    this.#time.textContent = duration(performance.now() - this.#started);
+    if (!this.#progress) return;
+    const { done, total, of } = this.#progress;
+    this.#progress = null;
     if (this.#state.firstChild) this.#state.firstChild.textContent = "Drawing";
     this.root.dataset["state"] = "drawing";
     this.#bar.max = total;

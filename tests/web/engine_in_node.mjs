@@ -90,6 +90,17 @@ const tasks = {
     );
   },
 
+  async previews({ paces }) {
+    const { PreviewPace } = await load("previews.js");
+    return paces.map(({ every, images, tokens, stepMs, pictureMs }) => {
+      const pace = new PreviewPace(every, images, tokens);
+      return Array.from({ length: tokens - 1 }, (_, step) => [
+        step + 1,
+        pace.due(step + 1, stepMs * (step + 1), pictureMs),
+      ]).filter(([, due]) => due.length);
+    });
+  },
+
   async scores({ files, runtime, classes, tokens }) {
     const { ready } = await loaded(files, runtime);
     const rows = await ready.begin(classes);
@@ -112,6 +123,8 @@ const tasks = {
       copied++;
       return run.apply(this, given);
     };
+    // So that there is time for previews.
+    Object.defineProperty(ready, "decodeMs", { get: () => 1e-3, set: () => {} });
     const drawn = [];
     for (const order of orders) {
       const pictures = [];

@@ -52,6 +52,26 @@ def test_noise_is_that_of_the_specification() -> None:
     np.testing.assert_array_equal(np.array(found), uniforms(seeds, 300))
 
 
+@pytest.mark.parametrize(
+    ("step_ms", "picture_ms", "images", "expected"),
+    [
+        (1, 1, 1, [(32 * n, [0]) for n in range(1, 8)]),  # no more than were asked for
+        (10, 300, 1, [(86, [0]), (171, [0])]),  # 640 ms are a quarter of the steps' time
+        (10, 2000, 1, []),
+        (10, None, 1, []),  # unknown, and so slow
+        (40, None, 1, [(128, [0])]),
+        (20, 300, 4, [(52, [0]), (103, [1]), (154, [2]), (205, [3])]),  # by turns
+        (20, 200, 4, [(64, [0, 1]), (128, [2, 3]), (192, [0, 1])]),
+    ],
+)
+def test_previews_take_little_of_the_time(
+    step_ms: float, picture_ms: float | None, images: int, expected: list[tuple[int, list[int]]]
+) -> None:
+    pace = {"images": images, "tokens": 256, "stepMs": step_ms, "pictureMs": picture_ms}
+    found = in_node("previews", paces=[{"every": 32, **pace}, {"every": 0, **pace}])
+    assert [[(step, due) for step, due in one] for one in found] == [expected, []]
+
+
 OPTIONS = [
     SamplingOptions(),
     SamplingOptions(cfg_scale=3.0, temperature=0.8, top_p=0.95),

@@ -45,10 +45,12 @@ async function* drawTogether(engine, { classes, seeds, options, every }, first, 
   const each = rowsPerImage(options);
   const wanted = classes.slice(first, first + count);
   const images = wanted.map(() => new Int32Array(num_tokens));
-  const pace = new PreviewPace(every, count);
+  const pace = new PreviewPace(every, count, num_tokens);
   const rows = await engine.begin(
     wanted.flatMap((one) => rowClasses(one, options.cfg_scale, num_classes)),
   );
+  let stepping = 0; // ms
+  let began = performance.now();
   try {
     for (let step = 0; step < num_tokens; step++) {
       const last = images.flatMap((tokens) => Array(each).fill(step ? tokens[step - 1] : 0));
@@ -63,7 +65,11 @@ async function* drawTogether(engine, { classes, seeds, options, every }, first, 
       const done = step + 1;
       yield { type: "progress", step: done, num_tokens, first, count };
       await breath();
-      if (done < num_tokens) yield* previews(engine, images, done, first, pace);
+      if (done === num_tokens) break;
+      stepping += performance.now() - began;
+      const due = pace.due(done, stepping, engine.decodeMs);
+      yield* previews(engine, images, due, done, first);
+      began = performance.now();
     }
   } finally {
     rows.dispose();
@@ -78,14 +84,12 @@ async function* drawTogether(engine, { classes, seeds, options, every }, first, 
 /**
  * @param {Engine} engine
  * @param {Int32Array[]} images
+ * @param {number[]} due Which of them.
  * @param {number} step
  * @param {number} first
- * @param {PreviewPace} pace
  * @returns {AsyncGenerator<Drawn>}
  */
-async function* previews(engine, images, step, first, pace) {
-  const due = pace.due(step);
-  const began = performance.now();
+async function* previews(engine, images, due, step, first) {
   for (const image of due) {
     const tokens = images[image];
     if (!tokens) continue;
@@ -94,7 +98,6 @@ async function* previews(engine, images, step, first, pace) {
     yield { type: "preview", index: first + image, step, ...pixels(engine, rgba) };
     await breath();
   }
-  if (due.length) pace.took(due.length, performance.now() - began);
 }
 
 /**

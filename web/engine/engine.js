@@ -25,6 +25,8 @@ export class Engine {
     this.manifest = manifest;
     this.runtime = runtime;
     this.sessions = sessions;
+    /** What decoding the last image took, in ms; null before the first. @type {number | null} */
+    this.decodeMs = null;
   }
 
   /**
@@ -60,8 +62,12 @@ export class Engine {
     try {
       // One after the other: what was loaded is let go before the next needs room.
       for (const graph of [prologue, decoder, step]) {
-        const often = graph !== prologue;
-        made.push(await session(bundle, graph, runtime, stays(graph, manifest), often));
+        const options = {
+          outputs: stays(graph, manifest),
+          often: graph !== prologue,
+          asIs: graph === decoder && decoder !== bundle.manifest.graphs.decoder,
+        };
+        made.push(await session(bundle, graph, runtime, options));
       }
     } catch (error) {
       await Promise.all(made.map((one) => one.release()));
@@ -104,10 +110,12 @@ export class Engine {
    */
   async decode(tokens) {
     const { ort } = this.runtime;
+    const began = performance.now();
     const feeds = { tokens: integers(ort, Array.from(tokens), [1, tokens.length]) };
     const { image } = await run(this.sessions.decoder, feeds, this.manifest.graphs.decoder, 1);
     const rgb = /** @type {Uint8Array} */ (await image?.getData());
     image?.dispose();
+    this.decodeMs = performance.now() - began;
     const rgba = new Uint8ClampedArray((rgb.length / 3) * 4).fill(255);
     for (let from = 0, to = 0; from < rgb.length; to++) // alpha stays
       if (to % 4 !== 3) rgba[to] = rgb[from++] ?? 0;
@@ -190,14 +198,18 @@ function stays(graph, manifest) {
  * @param {Bundle} bundle
  * @param {GraphSpec} graph
  * @param {Runtime} runtime
- * @param {Record<string, "cpu" | "gpu-buffer">} outputs
- * @param {boolean} often Weights of few bits that it makes float32 of are made so once.
+ * @param {object} options
+ * @param {Record<string, "cpu" | "gpu-buffer">} options.outputs Where they stay, under WebGPU.
+ * @param {boolean} options.often Weights of few bits that it makes float32 of are made so once.
+ * @param {boolean} options.asIs It was made to be run as it is: looking for a better graph takes longer
+ *   than running this one.
  */
-async function session(bundle, graph, { ort, backend }, outputs, often) {
+async function session(bundle, graph, { ort, backend }, { outputs, often, asIs }) {
   const [model, weights] = await Promise.all([bundle.read(graph.file), bundle.read(graph.weights)]);
   try {
     return await ort.InferenceSession.create(model, {
       executionProviders: [backend],
+      graphOptimizationLevel: asIs ? "disabled" : "all",
       logSeverityLevel: 3, // errors: a page's console is not the place for warnings of graphs
       externalData: weights.length ? [{ path: graph.weights, data: weights }] : [],
       extra: { session: { disable_quant_qdq: often ? "1" : "0", load_model_format: "ONNX" } },

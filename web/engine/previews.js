@@ -1,54 +1,55 @@
-/** Pictures on their way, gray where nothing is decided, without taking the time that steps need. */
+/** Pictures on their way, gray where nothing is decided, without much of the time that steps need. */
 
 import { tokenSide } from "./parts.js";
 
 /** @import { ModelCard } from "./types.js" */
 
-// After a preview none is decoded for so many times what it took: steps keep two thirds of the time.
-const REST = 2;
+// Of the time that steps take, at most so much goes to previews besides.
+const SHARE = 1 / 4;
 // At a time so many images as take about so long; where decoding is slow, one after another.
 const LONGEST_MS = 500;
+// What decoding an image is thought to take before one was: browsers run it slowly at first.
+const UNKNOWN_MS = 2000;
 
 const GRAY = 128;
 
-/** When to decode which images of those that are drawn together. */
+/** When to decode which images of those that are drawn together: evenly, as many as there is time for. */
 export class PreviewPace {
-  #freeAt = 0;
-  #pictureMs = LONGEST_MS;
+  /** Of the places where there may be a preview. */
+  #last = 0;
   #next = 0;
 
   /**
-   * @param {number} every Steps; 0 for never.
+   * @param {number} every At least so many steps from one to the next; 0 for none.
    * @param {number} images
+   * @param {number} numTokens
    */
-  constructor(every, images) {
+  constructor(every, images, numTokens) {
     this.every = every;
     this.images = images;
+    this.numTokens = numTokens;
   }
 
   /**
    * The images to show now that so many tokens are drawn: by turns, none if it is not time.
    *
    * @param {number} step
+   * @param {number} steppingMs What these steps took.
+   * @param {number | null} pictureMs What decoding an image takes, if that is known.
    */
-  due(step) {
-    if (!this.every || step % this.every || performance.now() < this.#freeAt) return [];
-    const most = Math.max(1, Math.floor(LONGEST_MS / this.#pictureMs));
-    const count = Math.min(most, this.images);
+  due(step, steppingMs, pictureMs) {
+    if (!this.every) return [];
+    const each = pictureMs ?? UNKNOWN_MS;
+    const together = Math.min(this.images, Math.max(1, Math.floor(LONGEST_MS / each)));
+    const steps = (steppingMs / step) * this.numTokens;
+    const affordable = Math.floor((SHARE * steps) / (together * each));
+    const times = Math.min(affordable, Math.ceil(this.numTokens / this.every) - 1);
+    const place = Math.floor((step * (times + 1)) / this.numTokens);
+    if (place <= this.#last) return [];
+    this.#last = place;
     const first = this.#next;
-    this.#next = (first + count) % this.images;
-    return Array.from({ length: count }, (_, index) => (first + index) % this.images);
-  }
-
-  /**
-   * So many images took so long.
-   *
-   * @param {number} count
-   * @param {number} ms
-   */
-  took(count, ms) {
-    this.#freeAt = performance.now() + REST * ms;
-    this.#pictureMs = ms / count;
+    this.#next = (first + together) % this.images;
+    return Array.from({ length: together }, (_, index) => (first + index) % this.images);
   }
 }
 

@@ -38,7 +38,8 @@
  * @property {number} [temperature] Left out, the bundle's default.
  * @property {number} [top_k] Left out, the bundle's default.
  * @property {number} [top_p] Left out, the bundle's default.
- * @property {number} [every] Tokens between two previews; 0, the default, for none.
+ * @property {number} [every] Tokens from one preview to the next, about, where there is time for as many;
+ *   0, the default, for none.
  *
  * @typedef {{ type: "cancel", id: number | string }} CancelOrder Answered with `cancelled`, unless the
  *   order is done already or there is none, which is answered with nothing.
