@@ -29,6 +29,7 @@ from aim_export.onnx.decoder_source import (
 )
 from aim_export.onnx.float_decoder import rearrange_decoder
 from aim_export.onnx.graph import HALF_SUFFIX
+from aim_export.onnx.packed import INT8
 from aim_export.onnx.quantised_decoder import observed_decoder, quantise_decoder
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_files
@@ -132,6 +133,9 @@ def _added(bundle: Bundle, folder: Path, say: Report, *, in_8_bits: bool) -> Bun
         say(f"the decoder stays the plain one: another takes onnxruntime {FIRST_ONNXRUNTIME}")
         return bundle
     source = decoder_source(bundle)
+    if any(tensor.name.endswith(INT8) for tensor in source.plain.graph.initializer):
+        say("the decoder stays as it is: its weights lie in 8 bits, and others are made of floats")
+        return bundle
     written = in_8_bits and write_quantised_decoder(bundle, source, folder, say)
     if written or write_float_decoder(bundle, source, folder, say):
         return add_files(bundle.path, folder)

@@ -18,6 +18,7 @@ from aim_runtime.engines.onnxruntime.decoder_graph import DECODER_GRAPH_FILE
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE
 from aim_web import Site
 
+from ..runtime.tiny_bundle import copy_bundle
 from ..web.site_parts import fake_package
 
 
@@ -104,6 +105,16 @@ def test_what_is_too_far_is_not_written(
         in_8_bits(source, tmp_path / "out")
     assert len(str(caught.value)) <= 300
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_that_lies_in_8_bits_stays(made: Bundle, tmp_path: Path) -> None:
+    folder = copy_bundle(made.path, tmp_path / "copy")
+    said: list[str] = []
+    after = add_decoder_graph(folder, said.append)
+    assert after.manifest_sha256 == made.manifest_sha256
+    assert said == [
+        "the decoder stays as it is: its weights lie in 8 bits, and others are made of floats"
+    ]
 
 
 def test_what_has_8_bits_already_is_refused(made: Bundle, tmp_path: Path) -> None:
