@@ -80,7 +80,7 @@ def test_loads_draws_and_says_how_to_draw_it_again(watched: Watched, host: Host)
     host.slow = "step.weights"
     page = watched.open(host.url)
     loading = page.locator(".loading")
-    expect(loading).to_contain_text(re.compile(r"Loading the model: \d+\.\d MB of \d+\.\d MB"))
+    expect(loading).to_contain_text(re.compile(r"Loading the model: \d+\.\d of \d+\.\d MB, once"))
     page.fill("#seed", "7")
     draw(page, "dog", count=2)
     group(page, "waiting")  # it can be ordered before all is there
@@ -110,6 +110,24 @@ def test_loads_draws_and_says_how_to_draw_it_again(watched: Watched, host: Host)
         assert "seed: 8" in image.text["parameters"]
 
 
+def test_with_few_bits_it_says_that_python_draws_another(
+    watched: Watched, host: Host, tiny: Path, package: Path, tmp_path: Path
+) -> None:
+    files = tmp_path / "files"
+    shutil.copytree(tiny, files)
+    (files / "manifest.json").unlink()
+    manifest = dataclasses.replace(Bundle.open(tiny).manifest, precision="int8")
+    few_bits = write_bundle(manifest, files, tmp_path / "int8")
+    notes = []
+    for bundle in (Bundle.open(tiny), few_bits):
+        write_site(bundle, Package.at(package), host.folder)
+        page = watched.open(f"{host.url}?class=dog&seed=3&draw=1")
+        group(page).locator(".picture").click()
+        notes.append(page.get_by_text("Python, which adds in another order").count())
+        expect(page.locator("#details-command")).to_contain_text("--seed 3")
+    assert notes == [0, 1]
+
+
 def test_pictures_form_several_in_a_row_and_cancel(watched: Watched, host: Host) -> None:
     page = watched.open(host.url)
     loaded(page)
@@ -127,6 +145,26 @@ def test_pictures_form_several_in_a_row_and_cancel(watched: Watched, host: Host)
     page.fill("#cfg_scale", "4")
     draw(page)
     group(page)
+
+
+def test_progress_is_painted_ten_times_a_second(watched: Watched, host: Host) -> None:
+    """Tokens come faster, and on machines of few cores painting takes the time of steps."""
+    page = watched.open(host.url)
+    loaded(page)
+    page.evaluate(
+        """() => {
+            window.painted = [];
+            new MutationObserver((changes) => {
+                const seen = ({ target }) => target.matches(".group progress") && target.value;
+                if (changes.some(seen)) painted.push(performance.now());
+            }).observe(document, { subtree: true, attributes: true });
+        }"""
+    )
+    page.fill("#cfg_scale", "40")  # ms a token of the stand-in
+    draw(page, "dog")
+    group(page)
+    times = page.evaluate("painted")
+    assert 1 <= len(times) <= (times[-1] - times[0]) / 100 + 2
 
 
 def test_works_without_a_network_once_it_was_open(watched: Watched, host: Host) -> None:
@@ -188,7 +226,7 @@ def test_a_file_with_a_wrong_checksum_is_not_kept(watched: Watched, host: Host) 
 def test_a_tab_closed_while_loading_leaves_nothing_half(watched: Watched, host: Host) -> None:
     host.slow = "step.weights"
     page = watched.open(host.url)
-    expect(page.locator(".loading")).to_contain_text("MB of")
+    expect(page.locator(".loading")).to_contain_text(" MB, once")
     until(page, lambda: any(path.endswith("step.weights") for path in host.asked))
     page.close()
     host.go.set()
@@ -295,7 +333,7 @@ def test_accessible_by_the_rules_of_axe(
         found = page.evaluate("axe.run().then(({violations}) => violations)")
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
 
-    expect(page.locator(".loading[data-state=loading]")).to_contain_text("MB of")
+    expect(page.locator(".loading[data-state=loading]")).to_contain_text(" MB, once")
     check()
     host.go.set()
     expect(page.locator(".loading[data-state=failed]")).to_be_visible()
@@ -312,7 +350,7 @@ def test_fits_a_phone(watched: Watched, host: Host) -> None:
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360
 
-    expect(page.locator(".loading[data-state=loading]")).to_contain_text("MB of")
+    expect(page.locator(".loading[data-state=loading]")).to_contain_text(" MB, once")
     fits()
     host.go.set()
     expect(page.locator(".loading[data-state=failed]")).to_be_visible()

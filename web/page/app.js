@@ -1,6 +1,6 @@
 /** The page of a site: what draws is the engine, in a worker of this page. */
 
-import { byId, say } from "../../serve/page/dom.js";
+import { byId, element, say } from "../../serve/page/dom.js";
 import { Page, prepare } from "../../serve/page/page.js";
 import { Engine } from "./engine.js";
 import { Loading } from "./loading.js";
@@ -12,6 +12,9 @@ import { keepForOffline } from "./offline.js";
 const MOST_PREVIEWS = 8;
 const NO_ROOM =
   "This browser has no room to keep the model: it will be loaded again at the next visit.";
+/** Below the command that draws a picture in Python, with weights of few bits. */
+const ANOTHER =
+  "This page draws with weights of few bits. Python, which adds in another order, draws another picture.";
 /** Milliseconds that it stays to be read. */
 const NO_ROOM_FOR = 10_000;
 
@@ -31,6 +34,8 @@ async function start() {
     draw: (order, signal) => engine.draw(order, signal),
     trouble: () => {},
   });
+  if (["int8", "int4"].includes(site.precision))
+    byId("command-title", HTMLElement).after(element("p", { class: "hint" }, ANOTHER));
   if (savesData()) loading.later();
   else load();
   page.open(new URLSearchParams(location.search));

@@ -60,7 +60,7 @@ export class Loading {
     this.#bar.value = done;
     this.#text.textContent =
       done < all
-        ? `Loading the model: ${megabytes(done)} of ${megabytes(all)}, once.`
+        ? `Loading the model: ${number(done)} of ${megabytes(all)}, once.`
         : "Starting the model…";
   }
 
@@ -98,5 +98,10 @@ export class Loading {
 
 /** @param {number} bytes */
 function megabytes(bytes) {
-  return `${(bytes / 1e6).toFixed(1)} MB`;
+  return `${number(bytes)} MB`;
+}
+
+/** @param {number} bytes */
+function number(bytes) {
+  return (bytes / 1e6).toFixed(1);
 }
