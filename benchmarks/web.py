@@ -149,6 +149,12 @@ def drawn(chromium: Any, url: str, label: str, files: list[str], threads: int) -
     }
 
 
+def browser_version() -> str:
+    """Chromium's."""
+    said = subprocess.run([CHROMIUM, "--version"], capture_output=True, text=True, check=True)
+    return said.stdout.split()[1]
+
+
 @contextmanager
 def profile(chromium: Any) -> Iterator[Any]:
     """A browser that has seen nothing yet."""
@@ -251,8 +257,7 @@ def timed(named: dict[str, Path], threads: list[int]) -> Iterator[dict[str, Any]
     """Rows of what drawing takes, one for each bundle and number of threads."""
     from playwright.sync_api import sync_playwright
 
-    said = subprocess.run([CHROMIUM, "--version"], capture_output=True, text=True, check=True)
-    version = said.stdout.split()[1]
+    version = browser_version()
     with served(named) as url, sync_playwright() as started:
         for label, path in named.items():
             for number in threads:
