@@ -96,13 +96,17 @@ class Measurement:
         }
 
 
-def measure(workload: Workload) -> Measurement:
+def measure(workload: Workload, python: str = sys.executable) -> Measurement:
     """Run a workload in a process of its own.
+
+    Args:
+        workload: what to measure.
+        python: the interpreter; another one may have another version of this package.
 
     Raises:
         ClickException: the process failed; its message is passed on.
     """
-    command = [sys.executable, "-m", "aim_cli.measure", json.dumps(asdict(workload))]
+    command = [python, "-m", "aim_cli.measure", json.dumps(asdict(workload))]
     started = time.time()
     # In one encoding, whatever this process's streams are in: names come back as they were.
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:backslashreplace"}
