@@ -56,6 +56,8 @@ def main(
     target: Path | None,
 ) -> None:
     """Measure requests of so many images, under guidance, on this machine's CPU."""
+    # No package of another version in the folder that this is called from.
+    os.environ["PYTHONSAFEPATH"] = "1"
     named, interpreters = labelled(bundles), labelled(pythons)
     if unknown := interpreters.keys() - named.keys():
         raise click.UsageError(f"--python names {min(unknown)!r}, which is none of the bundles")

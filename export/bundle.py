@@ -32,13 +32,13 @@ from aim_export.manifest import (
 from aim_export.onnx.decoder import lower_decoder
 from aim_export.onnx.graph import PRECISIONS, Precision, write_graph
 from aim_export.onnx.lowering import lower_prologue, lower_step
-from aim_export.onnx.packed import Matrix, pack
+from aim_export.onnx.packed import Matrix, pack, pack_kernels, read_by
 from aim_export.parity import ParityReport, Progress, check_parity
 from aim_export.quantization import int4_matrices, int8_matrices
 from aim_export.versions import check_versions
 from aim_runtime import Bundle, Manifest, write_bundle
 from aim_runtime.bundle import check_target
-from aim_runtime.bundle.manifest import GraphSpec, SamplingOptions, TensorSpec
+from aim_runtime.bundle.manifest import FEW_BITS, GraphSpec, SamplingOptions, TensorSpec
 from aim_runtime.onnx_graph import checked_graphs
 from aim_training.checkpoint import Checkpoint, load_checkpoint
 from aim_training.model import AiM
@@ -160,6 +160,8 @@ def write_graphs(
         lowered = lower()
         specs[graph] = _graph_spec(graph, lowered)
         pack(lowered, packed or {})
+        if graph == "decoder" and precision in FEW_BITS:
+            pack_kernels(lowered, read_by(lowered, {"Conv": 1}, dims=4))
         write_graph(lowered, folder, graph, "fp32" if precision == "fp32" else "fp16")
     return specs
 

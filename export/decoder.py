@@ -239,7 +239,8 @@ def _written(
 def decoder_source(bundle: Bundle) -> DecoderSource:
     """What the decoder of `bundle` is made of. Raises ExportError for one of another make."""
     plain = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"]))
-    names = {tensor.name.removesuffix(HALF_SUFFIX) for tensor in plain.graph.initializer}
+    stored = [tensor.name for tensor in plain.graph.initializer]
+    names = {name.removesuffix(HALF_SUFFIX).removesuffix(INT8) for name in stored}
     try:
         tensors, norms = decoder_tensors(bundle), group_norms(bundle)
         order = list(blocks(tensors))

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, numpy_helper
 
 from aim_export.agreement import TOLERANCES, mean_divergence, token_agreement
 from aim_export.cpu import write_step_graph
@@ -26,7 +25,7 @@ from aim_export.cuda.stored import stored_tensors
 from aim_export.decoder import LEAST_PSNR_DB, psnr_db
 from aim_export.errors import ExportError
 from aim_export.onnx.graph import HALF_SUFFIX, Stored, write_graph
-from aim_export.onnx.packed import INT8, SCALE, int8_matrix, pack
+from aim_export.onnx.packed import int8_matrix, pack, pack_kernels, read_by
 from aim_runtime import Bundle, write_bundle
 from aim_runtime.bundle.manifest import FEW_BITS
 from aim_runtime.engines.backends import load_engine
@@ -42,8 +41,6 @@ from aim_runtime.quoting import shown
 
 Report = Callable[[str], None]
 
-# Below this many weights there is nothing to save.
-_FROM_ELEMENTS = 4096
 _IMAGES = 4
 # Steps from zero to a kernel's largest weight. 7 of the 8 bits are far more than pictures need, and
 # what hosts compress on the way is smaller by as much; a decoder that computes in 8 bits takes all.
@@ -147,8 +144,8 @@ def _write_graphs(bundle: Bundle, folder: Path) -> None:
     """The graphs of `bundle` over weights of 8 bits, those for the CPU too if it has them."""
     stored: Stored = "fp32" if bundle.manifest.precision == "fp32" else "fp16"
     lowered = {name: _floats(bundle, name) for name in bundle.manifest.graphs}
-    matrices = {name: _weights(lowered[name], {"Gemm": 1}, dims=2) for name in ("prologue", "step")}
-    kernels = _weights(lowered["decoder"], {"Conv": 1}, dims=4)
+    matrices = {name: read_by(lowered[name], {"Gemm": 1}, dims=2) for name in ("prologue", "step")}
+    kernels = read_by(lowered["decoder"], {"Conv": 1}, dims=4)
     if not (matrices["step"] or kernels):
         raise ExportError(f"{shown(bundle.manifest.name)} has no weights that 8 bits would save")
     for name, found in matrices.items():
@@ -156,7 +153,7 @@ def _write_graphs(bundle: Bundle, folder: Path) -> None:
     decoder = chosen_decoder(bundle).decoder
     computed = decoder is not None and decoder.precision == "int8"
     levels = _LEVELS_TO_COMPUTE_IN if computed else _LEVELS
-    _pack_kernels(lowered["decoder"], kernels, levels)
+    pack_kernels(lowered["decoder"], kernels, levels)
     for name, model in lowered.items():
         write_graph(model, folder, name, stored)
     files = bundle.manifest.files
@@ -165,7 +162,7 @@ def _write_graphs(bundle: Bundle, folder: Path) -> None:
         write_step_graph((folder / step.file).read_bytes(), step, bundle.manifest.model, folder)
     if DECODER_FILE in files:
         model = onnx.load_from_string(bytes(bundle.read(DECODER_GRAPH_FILE)))
-        _pack_kernels(model, kernels, levels)
+        pack_kernels(model, kernels, levels)
         _move(model, onnx.load_from_string((folder / "decoder.onnx").read_bytes()))
         (folder / DECODER_GRAPH_FILE).write_bytes(model.SerializeToString())
 
@@ -194,51 +191,6 @@ def _floats(bundle: Bundle, name: str) -> ModelProto:
         nodes.append(node)
     _replace(model.graph.node, nodes)
     return model
-
-
-def _weights(
-    model: ModelProto, readers: Mapping[str, int], dims: int
-) -> dict[str, NDArray[np.float32]]:
-    """Weights by name that nodes of these types read in that place, if 8 bits save something."""
-    read = {
-        node.input[readers[node.op_type]] for node in model.graph.node if node.op_type in readers
-    }
-    return {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in model.graph.initializer
-        if tensor.name in read
-        and len(tensor.dims) == dims
-        and np.prod(tensor.dims) >= _FROM_ELEMENTS
-    }
-
-
-def _pack_kernels(
-    model: ModelProto, kernels: Mapping[str, NDArray[np.float32]], levels: int
-) -> None:
-    """Store those of `kernels` (outputs, inputs, height, width) that a graph has in 8 bits.
-
-    Each output has a scale, by which its weights go from -levels to levels. They may be there as
-    float32 or as half precision with a cast; all else of the graph stays.
-    """
-    graph = model.graph
-    there = {t.name.removesuffix(HALF_SUFFIX) for t in graph.initializer} & kernels.keys()
-    gone = there | {name + HALF_SUFFIX for name in there}
-    tensors = [tensor for tensor in graph.initializer if tensor.name not in gone]
-    made = []
-    for name in sorted(there):
-        largest = np.abs(kernels[name]).max(axis=(1, 2, 3))
-        scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(levels)
-        values = np.rint(kernels[name] / scale[:, None, None, None]).astype(np.int8)
-        tensors += [
-            numpy_helper.from_array(values, name + INT8),
-            numpy_helper.from_array(scale, name + SCALE),
-        ]
-        inputs = [name + INT8, name + SCALE]
-        made.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=0))
-    casts = {name + HALF_SUFFIX for name in there}
-    nodes = [n for n in graph.node if not (n.op_type == "Cast" and n.input[0] in casts)]
-    _replace(graph.initializer, tensors)
-    _replace(graph.node, [*made, *nodes])
 
 
 def _move(model: ModelProto, written: ModelProto) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_TRACED = 4096
+MAX_TRACED = 5120
 """Of graphs with more nodes all values are counted as if they were there at once."""
 
 

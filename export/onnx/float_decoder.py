@@ -16,14 +16,26 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from aim_export.onnx.decoder_source import LAST, DecoderSource, Map
+from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource, Map
+from aim_export.onnx.packed import INT8, as_float
 from aim_export.onnx.quantised_decoder import Decoder
-from aim_export.onnx.strips import Prepare, StripedMap, group_norm, lines_of, moments_of
+from aim_export.onnx.strips import (
+    Prepare,
+    StripedMap,
+    as_half,
+    group_norm,
+    lines_of,
+    moments_of,
+)
 from aim_export.onnx.winograd import WinogradConvolution, pays, strip_edges
 from aim_runtime.onnx_graph.cost import MAX_TRACED
 
 # Of a map: more of them save less memory than they cost in nodes.
-_MOST_STRIPS = 8
+_MOST_STRIPS = 11
+# Of a weight as float32. Smaller ones are laid out for their kernels when the graph is loaded.
+_LARGE_WEIGHT_BYTES = 4 << 20
+# As float32. Of weights of 8 bits, maps from that size on rest in half precision.
+_LARGE_MAP_BYTES = 16 << 20
 
 _Lines = Callable[[int, int, str], str]
 """Makes nodes of some lines of a map: from, to, and a value that must be there before."""
@@ -52,6 +64,7 @@ class _FloatDecoder(Decoder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._narrow = any(name.endswith(INT8) for name in self.tensors)
         blocks = list(self.source.blocks)
         # All others are in front of a norm.
         self._before_doubling = {
@@ -125,6 +138,21 @@ class _FloatDecoder(Decoder):
             made.append(self._in_levels(g.op("Conv", read, weight, bias, pads=pads)))
         g.op("Concat", *made[1:], axis=1, result="image")
 
+    # -- weights -----------------------------------------------------------------------------------
+
+    def _plain_convolution(self, x: str, name: str, *, pad: int) -> str:
+        weight, bias = self._behind(x, f"{name}.weight"), self._stored(f"{name}.bias")
+        return self.g.op("Conv", x, weight, bias, pads=[pad] * 4)
+
+    def _behind(self, x: str, name: str) -> str:
+        """A weight (outputs, inputs, height, width) in float32, made when `x`, a map, is there.
+
+        ONNX Runtime would make float32 of all large weights first, and have them all at once.
+        """
+        if PREFIX + name in self.tensors or 4 * self._value(name).size < _LARGE_WEIGHT_BYTES:
+            return self._stored(name)
+        return as_float(self.g, self.tensors, PREFIX + name, behind=x)
+
     # -- strips ------------------------------------------------------------------------------------
 
     def _swished(self, x: StripedMap, norm: str) -> Prepare:
@@ -155,7 +183,9 @@ class _FloatDecoder(Decoder):
         weight = self._stored(f"{name}.weight")
         conv = WinogradConvolution(g, weight, (outputs, inputs), side, doubled=side != x.side)
         edges = strip_edges(side, outputs, self.most_strips)
-        made = StripedMap([], outputs, side, edges=edges, offset=self._stored(f"{name}.bias"))
+        half = self._narrow and 4 * outputs * side**2 >= _LARGE_MAP_BYTES
+        bias = self._stored(f"{name}.bias")
+        made = StripedMap([], outputs, side, edges=edges, offset=bias, half=half)
         before = (x.moments or x.parts)[-1]  # a strip needs less than the whole of x
         for first, last in itertools.pairwise(edges):
             begin, end = conv.reads(first, last)
@@ -163,7 +193,7 @@ class _FloatDecoder(Decoder):
             strip = conv.strip(lines, first, last)
             if kept is not None:
                 strip = g.op("Add", kept(first, last, strip), strip)
-            made.parts.append(strip)
+            made.parts.append(as_half(g, strip) if made.half else strip)
             if normed:
                 made.moments.append(moments_of(g, strip, side))
             before = (made.moments or made.parts)[-1]

@@ -9,7 +9,7 @@ Names: a matrix that graphs know as NAME is stored as NAME/int8 or NAME/int4 and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from aim_export.onnx.graph import HALF_SUFFIX, GraphBuilder
+
 INT8, INT4 = "/int8", "/int4"
 SCALE, ZERO = "/scale", "/zero"
 BLOCK = 32
 """Weights of 4 bits that share a scale."""
+LEVELS = 127
+"""Steps of 8 bits from zero to the largest weight."""
+# Below this many weights there is nothing to save.
+_FROM_ELEMENTS = 4096
 # The first opset whose DequantizeLinear takes blocks and 4 bits.
 _BLOCKS_OPSET = 21
 
@@ -98,7 +104,7 @@ Matrix = Int8Matrix | Int4Matrix
 def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
     """`weight` (N, K), every row to the nearest of 255 steps."""
     largest = np.abs(weight).max(axis=1, keepdims=True)  # (N, 1)
-    scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127)
+    scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(LEVELS)
     values = np.rint(weight / scale).astype(np.int8)
     return Int8Matrix(np.ascontiguousarray(values.T), scale[:, 0])
 
@@ -123,6 +129,74 @@ def pack(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
         for opset in (*plain.opset_import, *(f.opset_import[0] for f in plain.functions)):
             if not opset.domain:
                 opset.version = max(opset.version, _BLOCKS_OPSET)
+
+
+def read_by(
+    model: ModelProto, readers: Mapping[str, int], dims: int
+) -> dict[str, NDArray[np.float32]]:
+    """Weights by name that nodes of these types read in that place, if 8 bits save something."""
+    read = {
+        node.input[readers[node.op_type]] for node in model.graph.node if node.op_type in readers
+    }
+    return {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.name in read
+        and len(tensor.dims) == dims
+        and np.prod(tensor.dims) >= _FROM_ELEMENTS
+    }
+
+
+def pack_kernels(
+    model: ModelProto, kernels: Mapping[str, NDArray[np.float32]], levels: int = LEVELS
+) -> None:
+    """Store those of `kernels` (outputs, inputs, height, width) that a graph has in 8 bits.
+
+    Each output has a scale, by which its weights go from -levels to levels. They may be there as
+    float32 or as half precision with a cast; all else of the graph stays.
+    """
+    graph = model.graph
+    there = {t.name.removesuffix(HALF_SUFFIX) for t in graph.initializer} & kernels.keys()
+    gone = there | {name + HALF_SUFFIX for name in there}
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in gone]
+    made = []
+    for name in sorted(there):
+        largest = np.abs(kernels[name]).max(axis=(1, 2, 3))
+        scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(levels)
+        values = np.rint(kernels[name] / scale[:, None, None, None]).astype(np.int8)
+        tensors += [
+            numpy_helper.from_array(values, name + INT8),
+            numpy_helper.from_array(scale, name + SCALE),
+        ]
+        inputs = [name + INT8, name + SCALE]
+        made.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=0))
+    casts = {name + HALF_SUFFIX for name in there}
+    nodes = [n for n in graph.node if not (n.op_type == "Cast" and n.input[0] in casts)]
+    _replace(graph.initializer, tensors)
+    _replace(graph.node, [*made, *nodes])
+
+
+def as_float(
+    g: GraphBuilder,
+    tensors: Mapping[str, TensorProto],
+    name: str,
+    *,
+    behind: str = "",
+    result: str = "",
+) -> str:
+    """The weight NAME in float32, of what is stored of it: half precision, or 8 bits an output.
+
+    `behind`: another value of as many dimensions, which must be there first.
+    """
+    packed = tensors.get(name + INT8)
+    value = g.stored(packed if packed is not None else tensors[name + HALF_SUFFIX])
+    if behind:
+        as_it_is = g.op("Mul", g.op("Shape", behind), g.constant([0], np.int64))
+        value = g.op("Reshape", value, as_it_is)  # a size of 0 is the input's
+    if packed is None:
+        return g.op("Cast", value, to=TensorProto.FLOAT, result=result)
+    scale = g.stored(tensors[name + SCALE])
+    return g.op("DequantizeLinear", value, scale, axis=0, result=result)
 
 
 def as_bytes(tensor: TensorProto, shape: Sequence[int]) -> TensorProto:
@@ -171,7 +245,7 @@ def _nibbles(values: NDArray[np.uint8], name: str) -> TensorProto:
     return helper.make_tensor(name, TensorProto.UINT4, values.shape, raw, raw=True)
 
 
-def _replace(field: Any, messages: Sequence[Any]) -> None:
+def _replace(field: Any, messages: Iterable[Any]) -> None:
     """Make `messages`, some of which may be in it, all of a repeated field."""
     copies = [type(message).FromString(message.SerializeToString()) for message in messages]
     del field[:]

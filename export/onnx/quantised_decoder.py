@@ -30,6 +30,7 @@ from aim_export.onnx.decoder_ranges import ConvolutionRanges, Range
 from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource, Map
 from aim_export.onnx.graph import HALF_SUFFIX, ROWS, GraphBuilder
 from aim_export.onnx.integer_convolution import MIDDLE, integer_convolution
+from aim_export.onnx.packed import as_float
 
 _MICROSOFT = "com.microsoft"
 _CODEBOOK = "quantize.embedding.weight"
@@ -427,10 +428,9 @@ class Decoder:
         g, name = self.g, PREFIX + name
         if name in self.tensors:
             return g.stored(self.tensors[name])
-        half = g.stored(self.tensors[name + HALF_SUFFIX])
         if name not in self.cast:
             self.cast.add(name)
-            g.op("Cast", half, to=TensorProto.FLOAT, result=name)
+            as_float(g, self.tensors, name, result=name)
         return name
 
     def _own(self, array: NDArray[np.generic]) -> str:

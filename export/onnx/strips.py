@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from onnx import TensorProto
 
 from aim_export.onnx.decoder_source import Map
 from aim_export.onnx.graph import GraphBuilder
@@ -23,9 +24,10 @@ from aim_export.onnx.graph import GraphBuilder
 
 @dataclass
 class StripedMap(Map):
-    """A map as strips of lines: `parts`, each (rows, lines, side, C), float32.
+    """A map as strips of lines: `parts`, each (rows, lines, side, C).
 
     Attributes:
+        half: strips are of half precision, and float32 again where they are read.
         edges: the lines at which strips begin, and `side`.
         offset: a value (C,) that is still to be added to each pixel, or empty.
         moments: of each strip, where a norm follows, (rows, lines, 2, C): what each line of it
@@ -35,6 +37,7 @@ class StripedMap(Map):
     edges: list[int] = field(default_factory=list)
     offset: str = ""
     moments: list[str] = field(default_factory=list)
+    half: bool = False
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """First and last line, without the last, of each strip."""
@@ -53,12 +56,12 @@ def sizes(g: GraphBuilder, *numbers: int) -> str:
 def lines_of(
     g: GraphBuilder, x: StripedMap, begin: int, end: int, before: str, *, waiting: bool = False
 ) -> str:
-    """The lines from `begin` to `end` of a map, (rows, end - begin, side, C).
+    """The lines from `begin` to `end` of a map, (rows, end - begin, side, C), float32.
 
     Those that are not a whole strip are read when `before`, another value with rows, is there;
     `waiting`: a whole one is too.
     """
-    pieces, none = [], ""
+    pieces, now = [], ""
     for part, (first, last) in zip(x.parts, x.ranges(), strict=True):
         start, stop = max(begin, first) - first, min(end, last) - first
         if start >= stop:
@@ -66,11 +69,19 @@ def lines_of(
         if waiting or (start, stop) != (0, last - first):
             place = sizes(g, start)
             if before:
-                none = none or g.op("Mul", g.op("Shape", before, start=0, end=1), sizes(g, 0))
-                place = g.op("Add", none, place)
+                now = now or g.op("Mul", g.op("Shape", before, start=0, end=1), sizes(g, 0))
+                place = g.op("Add", now, place) if start else now
             part = g.op("Slice", part, place, sizes(g, stop), sizes(g, 1))
         pieces.append(part)
-    return pieces[0] if len(pieces) == 1 else g.op("Concat", *pieces, axis=1)
+    lines = pieces[0] if len(pieces) == 1 else g.op("Concat", *pieces, axis=1)
+    return g.op("Cast", lines, to=TensorProto.FLOAT) if x.half else lines
+
+
+def as_half(g: GraphBuilder, strip: str) -> str:
+    """A strip in half precision, whose largest numbers are what larger ones become."""
+    largest = float(np.finfo(np.float16).max)
+    clipped = g.op("Clip", strip, g.constant(-largest), g.constant(largest))
+    return g.op("Cast", clipped, to=TensorProto.FLOAT16)
 
 
 def moments_of(g: GraphBuilder, strip: str, side: int) -> str:

@@ -49,13 +49,15 @@ def strip_edges(side: int, channels: int, most: int) -> list[int]:
     """The lines of a map at which its strips begin, 0 being the first, and `side`.
 
     A strip is as many lines of tiles as stay in cache at all points, or more, so that there are no
-    more than `most` strips.
+    more than `most` strips. But for the last, which may have fewer lines, all are alike: what one
+    leaves in the engine's memory fits the next.
     """
     tile = best_tile(side)
     tiles = -(-side // tile)
     line_bytes = 4 * (tile + 2) ** 2 * channels * tiles
     count = min(tiles, -(-line_bytes * tiles // _STRIP_BYTES), most)
-    return [min(side, tile * round(tiles * number / count)) for number in range(count + 1)]
+    lines = tile * -(-tiles // count)
+    return [*range(0, side, lines), side]
 
 
 class WinogradConvolution:

@@ -70,6 +70,16 @@ def test_no_matrix_of_the_step_is_stored_twice(
     assert sizes[1] < 0.62 * sizes[0]
 
 
+def test_kernels_of_the_decoder_have_8_bits(few_bits: tuple[Bundle, ParityReport]) -> None:
+    bundle, parity = few_bits
+    graph = onnx.load(bundle.path / "decoder.onnx", load_external_data=False).graph
+    large = {t.name: t.data_type for t in graph.initializer if np.prod(t.dims) >= 4096}
+    kernels = {name: kind for name, kind in large.items() if ".conv" in name}
+    assert kernels
+    assert set(kernels.values()) == {onnx.TensorProto.INT8}
+    assert parity.psnr_db >= 40
+
+
 def test_the_manifest_says_so_in_a_format_that_older_runtimes_refuse(
     few_bits: tuple[Bundle, ParityReport],
 ) -> None:

@@ -1,4 +1,4 @@
-"""Large half-precision weights that each run casts, and the order in which a large model loads."""
+"""Large narrow weights that each run makes float32, and the order in which large models load."""
 
 from __future__ import annotations
 
@@ -73,6 +73,37 @@ def model() -> onnx.ModelProto:
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def with_eight_bits() -> onnx.ModelProto:
+    """A convolution whose weight has 8 bits, as `aim export --precision int8` stores them."""
+    rng = np.random.default_rng(4)
+    tensors = [
+        numpy_helper.from_array(rng.integers(-127, 128, (256, 256, 3, 3)).astype(np.int8), "k"),
+        numpy_helper.from_array(rng.uniform(1e-4, 1e-3, 256).astype(np.float32), "scale"),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["k", "scale"], ["k:cast"], axis=0),
+        conv("x", "k", "y"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 256, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@bears_it
+def test_weights_of_8_bits_too() -> None:
+    data = with_eight_bits().SerializeToString()
+    narrow = with_half_weights(data)
+    x = np.random.default_rng(1).normal(size=(1, 256, 8, 8)).astype(np.float32)
+    plain, in_runs = (
+        onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        for graph in (data, narrow)
+    )
+    assert [value.name for value in in_runs.get_overridable_initializers()] == ["k"]
+    wanted, found = plain.run(None, {"x": x})[0], in_runs.run(None, {"x": x})[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_large_weights_of_convolutions_and_no_others() -> None:

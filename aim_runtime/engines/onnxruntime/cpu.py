@@ -116,7 +116,8 @@ def _load(
 ) -> Sessions:
     def make(name: str, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
         spec, data = graphs[name].spec, graphs[name].data
-        if name == "decoder" and size > _SMALL_BYTES and can_cast_in_runs():
+        large_decoder = name == "decoder" and size > _SMALL_BYTES
+        if large_decoder and can_cast_in_runs():
             data = with_half_weights(data)
         return make_session(
             bundle,
@@ -126,6 +127,7 @@ def _load(
             providers=[("CPUExecutionProvider", {})],
             stopping=stopping,
             arena=arena,
+            pattern=not large_decoder,  # which gives its memory back
             often=name != "prologue",
         )
 

@@ -152,6 +152,8 @@ class OnnxRuntimeEngine(Engine):
                 (image,) = run()
         except Exception as error:
             raise failed(error) from error
+        if self.memory[0] == "cpu" and not self._keeps_decoding:
+            give_back()
         spec = self.manifest.graphs["decoder"].output("image")
         _check_shape(spec, image.shape, len(tokens))
         return image  # (n, height, width, 3)
@@ -283,6 +285,7 @@ def make_session(
     providers: Sequence[tuple[str, Mapping[str, str]]],
     stopping: Stopping,
     arena: bool = False,
+    pattern: bool = True,
     often: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Make a session for `graph`, whose checked file is `model`.
@@ -290,6 +293,7 @@ def make_session(
     `providers` are names with their options, the best first.
     `arena` plans working memory on the host and keeps it until a run gives it back. Without it,
     each value of a run is memory that the system clears first.
+    `pattern`: what one run took is one block of the next.
     `often`: weights of few bits that the graph dequantises become float32 once, when it is loaded;
     of a graph that runs now and then they stay what they are.
     `stopping` ends it, with a BundleError.
@@ -301,7 +305,7 @@ def make_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.enable_cpu_mem_arena = arena
+    options.enable_cpu_mem_arena, options.enable_mem_pattern = arena, pattern
     options.log_severity_level = log_level()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_quant_qdq", "1" if often else "0")

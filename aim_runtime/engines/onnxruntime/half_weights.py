@@ -1,7 +1,7 @@
-"""Large weights of half precision that stay what they are until a run comes to them.
+"""Large weights of half precision or 8 bits that stay what they are until a run comes to them.
 
 ONNX Runtime computes what follows from constants alone once, when it loads a graph: it makes
-float32 of stored half precision and keeps that, and while it lays it out for its kernels there are
+float32 of what is stored in less and keeps that, and while it lays it out for its kernels there are
 three of each. A weight that may be given anew with every run is no constant, so that each run casts
 it where it is used, which takes a hundredth of the time of the convolution behind it. Nobody gives
 it anew: what the graph stores is its default.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older
-from aim_runtime.onnx_graph.model import FLOAT, FLOAT16, Model, Node, Tensor, read_model
+from aim_runtime.onnx_graph.model import FLOAT, FLOAT16, INT8, Model, Node, Tensor, read_model
 from aim_runtime.onnx_graph.operators import MICROSOFT
 
 _FIRST_ONNXRUNTIME = "1.30"  # those before end the process when they load such a graph
@@ -34,7 +34,7 @@ def can_cast_in_runs() -> bool:
 
 
 def with_half_weights(data: bytes) -> bytes:
-    """The ONNX file `data` with its large half-precision convolution weights cast by each run.
+    """The ONNX file `data` with its large narrow convolution weights made float32 by each run.
 
     They are declared as inputs too. In Protocol Buffers a message behind another is added to it.
     """
@@ -44,7 +44,7 @@ def with_half_weights(data: bytes) -> bytes:
 
 
 def half_weights(model: Model) -> list[Tensor]:
-    """The large weights of half precision that convolutions take, as float32, and nothing else."""
+    """The large weights of half precision or 8 bits that only convolutions take, as float32."""
     readers: dict[str, list[Node]] = {}
     for node in model.nodes:
         for name in node.inputs:
@@ -53,7 +53,7 @@ def half_weights(model: Model) -> list[Tensor]:
     return [
         tensor
         for tensor in model.initializers.values()
-        if tensor.dtype == FLOAT16
+        if tensor.dtype in (FLOAT16, INT8)
         and 4 * math.prod(tensor.shape) >= _LARGE_BYTES
         and tensor.name not in results
         and all(
@@ -62,11 +62,12 @@ def half_weights(model: Model) -> list[Tensor]:
     ]
 
 
-def _only_for_convolutions(cast: Node, readers: dict[str, list[Node]], results: set[str]) -> bool:
-    """Whether `cast` makes float32 that nothing but convolutions reads, as their weights."""
-    if cast.op_type != "Cast" or cast.domain or cast.attributes.get("to") != FLOAT:
+def _only_for_convolutions(node: Node, readers: dict[str, list[Node]], results: set[str]) -> bool:
+    """Whether `node` makes float32 that nothing but convolutions reads, as their weights."""
+    cast = node.op_type == "Cast" and node.attributes.get("to") == FLOAT
+    if node.domain or not (cast or node.op_type == "DequantizeLinear"):
         return False
-    return _are_kernels(cast.outputs[0], readers, results)
+    return _are_kernels(node.outputs[0], readers, results)
 
 
 def _are_kernels(name: str, readers: dict[str, list[Node]], results: set[str]) -> bool:
