@@ -133,9 +133,6 @@ def _added(bundle: Bundle, folder: Path, say: Report, *, in_8_bits: bool) -> Bun
         say(f"the decoder stays the plain one: another takes onnxruntime {FIRST_ONNXRUNTIME}")
         return bundle
     source = decoder_source(bundle)
-    if any(tensor.name.endswith(INT8) for tensor in source.plain.graph.initializer):
-        say("the decoder stays as it is: its weights lie in 8 bits, and others are made of floats")
-        return bundle
     written = in_8_bits and write_quantised_decoder(bundle, source, folder, say)
     if written or write_float_decoder(bundle, source, folder, say):
         return add_files(bundle.path, folder)

@@ -107,14 +107,10 @@ def test_what_is_too_far_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_decoder_that_lies_in_8_bits_stays(made: Bundle, tmp_path: Path) -> None:
-    folder = copy_bundle(made.path, tmp_path / "copy")
+def test_a_decoder_that_lies_in_8_bits_is_read(made: Bundle, tmp_path: Path) -> None:
     said: list[str] = []
-    after = add_decoder_graph(folder, said.append)
-    assert after.manifest_sha256 == made.manifest_sha256
-    assert said == [
-        "the decoder stays as it is: its weights lie in 8 bits, and others are made of floats"
-    ]
+    add_decoder_graph(copy_bundle(made.path, tmp_path / "copy"), said.append)
+    assert "PSNR from the plain decoder" in said[-1]
 
 
 def test_what_has_8_bits_already_is_refused(made: Bundle, tmp_path: Path) -> None:
