@@ -18,7 +18,7 @@ from aim_export.calibration import HeldOut, Setting, moments
 from aim_export.drawing import Progress
 from aim_export.four_bits import int4_matrix
 from aim_export.onnx.lowering import adaln_matrices, step_matrices
-from aim_export.onnx.packed import BLOCK, Int4Matrix, Matrix, int8_matrix
+from aim_export.onnx.packed import BLOCK, Int4Matrix, Matrix, held_in_4_bits, int8_matrix
 from aim_training.model import AiM
 
 _IMAGES = 32
@@ -45,7 +45,10 @@ def int4_matrices(
     say(f"drawing {_IMAGES} images to see what the projections multiply")
     seen = moments(model, setting, _IMAGES, progress)
     say(f"rounding {len(candidates)} matrices to 4 bits")
-    narrow = {name: int4_matrix(weights[name], seen[name]) for name in candidates}
+    narrow = {
+        name: held_in_4_bits(weights[name]) or int4_matrix(weights[name], seen[name])
+        for name in candidates
+    }
     candidates.sort(key=lambda n: _harm(weights[n], narrow[n], seen[n]) / weights[n].size)
     held_out, bound = HeldOut(model, setting), _SHARE * TOLERANCES["int4"].divergence
 

@@ -333,6 +333,13 @@ class ModelTrainingOptions(TrainingOptions):
         "What the versions are: random crops, or the ten of ten-crop, whatever --variants says: "
         "corners and centre of the image's middle square and their mirror images.",
     )
+    weight_bits: int | None = _option(
+        None,
+        "Quantisation-aware training: each weight of a matrix is one of 2^N - 1 steps, one size of "
+        "step an output, as exports with few bits store it; best with --init.",
+        least=2,
+        most=8,
+    )
     cache: Path | None = _option(None, "Folder of the cached codes; RUN/codes when left out.")
     sample_guidance: float = _option(2.0, "Guidance of the sample pictures.", least=0, most=1000)
     sample_count: int = _option(16, "Images in a sample picture.", least=1, most=4096)
@@ -345,6 +352,8 @@ class ModelTrainingOptions(TrainingOptions):
                 "tokenizer is missing: give a trained one (--tokenizer), or weights that have one "
                 "(--init)"
             )
+        if self.weight_bits is not None and self.shard_states:
+            raise ValueError(f"weight_bits is {self.weight_bits}; it does not go with shard_states")
         if self.relearn_codes and (self.tokenizer is None or self.init is None):
             raise ValueError("relearn_codes is True; it takes init and another tokenizer")
 

@@ -25,6 +25,7 @@ from aim_training.data import BadImages, BatchOrder, Crop
 from aim_training.dataset import training_images
 from aim_training.devices import make_accelerator
 from aim_training.errors import TrainingError, explained, options_that_fit
+from aim_training.fake_quantization import plain_model, round_model
 from aim_training.initial import MODEL_PARTS, begin_model, freeze, start
 from aim_training.kernels.cross_entropy import cross_entropy
 from aim_training.learner import Learner, autocast
@@ -165,6 +166,8 @@ class ModelTask(Task):
         with options_that_fit():
             tokens = (options.size // factor) ** 2
             network = self._network(tokenizer.config.codebook_size, tokens)
+            if options.weight_bits is not None:
+                round_model(network, options.weight_bits)
             freeze(network, options.freeze, MODEL_PARTS)
             self.order = BatchOrder(
                 len(self.folder),
@@ -398,6 +401,7 @@ class ModelTask(Task):
             "class_names": list(self.folder.class_names),
             "data_digest": self.folder.digest,
             "tokenizer_sha256": self.tokenizer_sha256,
+            "weight_bits": self.options.weight_bits,
         }
 
     def remark(self) -> str | None:
@@ -426,4 +430,5 @@ class ModelTask(Task):
             "data_digest": self.folder.digest,
             "tokenizer_sha256": self.tokenizer_sha256,
         }
-        save_checkpoint(self.path, at(self.averaged(), weights), self.tokenizer, metadata)
+        model = plain_model(at(self.averaged(), weights))
+        save_checkpoint(self.path, model, self.tokenizer, metadata)

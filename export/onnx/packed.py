@@ -27,6 +27,10 @@ LEVELS = 127
 """Steps of 8 bits from zero to the largest weight."""
 # Below this many weights there is nothing to save.
 _FROM_ELEMENTS = 4096
+# What stands for zero in `held_in_4_bits`.
+_MIDDLE = 8
+# Weights of a row that are looked at before all, and how far from a whole number of steps is whole.
+_GLANCE, _NEARLY = 16, 1e-4
 # The first opset whose DequantizeLinear takes blocks and 4 bits.
 _BLOCKS_OPSET = 21
 
@@ -102,11 +106,53 @@ Matrix = Int8Matrix | Int4Matrix
 
 
 def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
-    """`weight` (N, K), every row to the nearest of 255 steps."""
-    largest = np.abs(weight).max(axis=1, keepdims=True)  # (N, 1)
-    scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(LEVELS)
-    values = np.rint(weight / scale).astype(np.int8)
-    return Int8Matrix(np.ascontiguousarray(values.T), scale[:, 0])
+    """`weight` (N, K), every row to the nearest of 255 steps, or as it is where fewer hold it."""
+    scale = row_steps(weight, LEVELS)
+    values = np.rint(weight / scale[:, None]).astype(np.int8)
+    return Int8Matrix(np.ascontiguousarray(values.T), scale)
+
+
+def held_in_4_bits(weight: NDArray[np.float32]) -> Int4Matrix | None:
+    """`weight` (N, K) as it is, if every row is -7 to 7 times a float16; `BLOCK` divides K.
+
+    A training with `--weight-bits 4` or fewer ends in such weights.
+    """
+    scale = row_steps(weight, LEVELS)
+    values = np.rint(weight / scale[:, None])
+    if np.abs(values).max() > _MIDDLE - 1 or (scale != scale.astype(np.float16)).any():
+        return None
+    shape = (len(weight), weight.shape[1] // BLOCK)
+    return Int4Matrix(
+        (values + _MIDDLE).astype(np.uint8),
+        np.broadcast_to(scale[:, None], shape).copy(),
+        np.full(shape, _MIDDLE, np.uint8),
+    )
+
+
+def row_steps(weight: NDArray[np.float32], most: int) -> NDArray[np.float32]:
+    """The step (N,) of each row of `weight` (N, ...): its largest weight over `most`.
+
+    Of a row that is whole numbers of larger steps, as after a training to be rounded, the largest.
+    """
+    rows = weight.reshape(len(weight), -1)
+    largest = np.abs(rows).max(axis=1)
+    largest = np.where(largest > 0, largest, 1).astype(np.float32)
+    steps: NDArray[np.float32] = np.divide(largest, most, dtype=np.float32)
+    looking = np.arange(len(rows))
+    for count in range(1, most):
+        # Most rows that are not whole show it at once.
+        few = looking[_whole(rows[looking, :_GLANCE], largest[looking] / np.float32(count))]
+        found = few[_whole(rows[few], largest[few] / np.float32(count))]
+        steps[found] = largest[found] / np.float32(count)
+        looking = np.setdiff1d(looking, found, assume_unique=True)
+    return steps
+
+
+def _whole(rows: NDArray[np.float32], steps: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which rows (N, K) are whole numbers of their steps (N,) but for rounding in float32."""
+    scaled = rows / steps[:, None]
+    whole: NDArray[np.bool_] = (np.abs(scaled - np.rint(scaled)) < _NEARLY).all(axis=1)
+    return whole
 
 
 def pack(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
@@ -152,8 +198,9 @@ def pack_kernels(
 ) -> None:
     """Store those of `kernels` (outputs, inputs, height, width) that a graph has in 8 bits.
 
-    Each output has a scale, by which its weights go from -levels to levels. They may be there as
-    float32 or as half precision with a cast; all else of the graph stays.
+    Each output has a scale, by which its weights go from -levels to levels, or from fewer that hold
+    them as they are (`row_steps`). They may be there as float32 or as half precision with a cast;
+    all else of the graph stays.
     """
     graph = model.graph
     there = {t.name.removesuffix(HALF_SUFFIX) for t in graph.initializer} & kernels.keys()
@@ -161,8 +208,7 @@ def pack_kernels(
     tensors = [tensor for tensor in graph.initializer if tensor.name not in gone]
     made = []
     for name in sorted(there):
-        largest = np.abs(kernels[name]).max(axis=(1, 2, 3))
-        scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(levels)
+        scale = row_steps(kernels[name], levels)
         values = np.rint(kernels[name] / scale[:, None, None, None]).astype(np.int8)
         tensors += [
             numpy_helper.from_array(values, name + INT8),

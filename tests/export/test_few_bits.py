@@ -11,7 +11,7 @@ import pytest
 from aim_export import ExportError, ParityReport, agreement, export_bundle
 from aim_export.cpu import add_step_graph
 from aim_export.cuda.bundle import compile_engines
-from aim_export.onnx.packed import int8_matrix
+from aim_export.onnx.packed import held_in_4_bits, int8_matrix
 from aim_export.wide import check_wide
 from aim_runtime import BackendError, Bundle, SamplingOptions
 from aim_runtime.engines.backends import load_engine
@@ -40,6 +40,34 @@ def test_a_matrix_of_8_bits_is_the_nearest_there_is() -> None:
     assert np.abs(found.values).max() == 127
     assert (np.abs(found.matrix() - weight) <= found.scale[:, None] / 2 * 1.0001).all()
     assert not found.matrix()[3].any()
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 15, 63])
+def test_rows_of_few_steps_are_held_as_they_are(most: int) -> None:
+    """As `--weight-bits` leaves them; some rows need not reach the largest number."""
+    generator = np.random.default_rng(most)
+    whole = generator.integers(-most, most + 1, (6, 64))
+    whole[5] = 0
+    step = np.float32(2.0) ** -9 * generator.integers(1 << 4, 1 << 5, 6).astype(np.float32)
+    weight = (whole * step[:, None]).astype(np.float32)
+    found = int8_matrix(weight)
+    assert np.array_equal(found.matrix(), weight)
+    assert np.abs(found.values).max() <= most
+    narrow = held_in_4_bits(weight)
+    if most > 7:
+        assert narrow is None
+    else:
+        assert narrow is not None
+        assert np.array_equal(narrow.matrix(), weight)
+
+
+def test_a_row_that_few_steps_do_not_hold_takes_all() -> None:
+    weight = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    assert held_in_4_bits(weight) is None
+    weight[2] = np.rint(weight[2] * 3) / 4
+    assert (np.abs(int8_matrix(weight).values).max(axis=0) == 127).tolist() == [
+        row != 2 for row in range(5)
+    ]
 
 
 def test_it_is_near_enough_and_says_how_near(few_bits: tuple[Bundle, ParityReport]) -> None:
