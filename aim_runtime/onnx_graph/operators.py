@@ -165,6 +165,8 @@ def _integers_to_float(scales: int, point: int, bias: int) -> Rule:
 
     def rule(call: Call) -> list[Value]:
         (made,) = product(call)
+        if not made.shape:  # of two vectors
+            raise GraphRefused("a product in it is of other sizes than it says")
         columns = made.shape[-1].constant
         one_each = {1, columns}
         _check_sizes(call, {scales: one_each, point: one_each, bias: {columns}})
@@ -285,7 +287,7 @@ def _linear_attention(call: Call) -> list[Value]:
     batch, of, keys, values = state.shape
     time = value.shape[1] if len(value.shape) == 3 else ONE
     sharing = 1  # heads of the state with one key
-    if keys.constant and key.shape[-1].constant:
+    if keys.constant and key.shape and key.shape[-1].constant:
         sharing, rest = divmod(heads * keys.constant, key.shape[-1].constant)
         if rest or heads % sharing:
             raise GraphRefused("a recurrence in it has keys for another number of heads")

@@ -847,6 +847,7 @@ POINTS = of(8, 1, dtype=TensorProto.UINT8)
         ("MatMulIntegerToFloat", [X, of(64, 8), of(), of(7)]),
         ("MatMulIntegerToFloat", [X, of(64, 8), of(), of(8), of(), of(2)]),
         ("MatMulIntegerToFloat", [X, of(64, 8), of(), of(8), of(), None, of(1)]),
+        ("MatMulIntegerToFloat", [of(64), of(64), of(), of()]),
         ("DynamicQuantizeMatMul", [X, of(64, 8), of(9)]),
         ("DynamicQuantizeMatMul", [X, of(64, 8), of(8), None, of(7)]),
     ],
@@ -890,6 +891,13 @@ def test_keys_of_a_recurrence_have_as_many_heads_as_divide_the_others(keys: int,
     else:
         with pytest.raises(GraphRefused, match="keys for another number of heads"):
             rule(call)
+
+
+def test_a_recurrence_of_one_number_as_keys_is_refused() -> None:
+    inputs = [of(1, 1, 4), of(), of(1, 1, 16), of(1, 4, 4, 4), of(1, 1, 4)]
+    call = Call("LinearAttention", inputs, {"q_num_heads": 1, "kv_num_heads": 4}, 2)
+    with pytest.raises(GraphRefused, match="a state of another shape"):
+        OPERATORS["com.microsoft"]["LinearAttention"](call)
 
 
 def test_the_model_in_the_box_holds_what_it_may() -> None:
