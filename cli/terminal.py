@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import click
 
+from aim_cli.errors import silence_stdout
+
 
 class _Indifferent:
     """A stream that loses what cannot be written.
@@ -80,7 +82,7 @@ def finish(text: str, done: str) -> None:
         click.echo(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        pass
+        silence_stdout()
     except OSError as error:
         reason = error.strerror or str(error)
         raise click.ClickException(
