@@ -229,14 +229,15 @@ class Server:
         pairs = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
-    def left_behind(self) -> dict[str, float]:
-        """What has not gone some time after the clients have."""
+    def left_behind(self, files: int) -> dict[str, float]:
+        """What has not gone some time after the clients have; before them there were `files`."""
         end = time.perf_counter() + LEAVING_SECONDS
         while True:
             found = self.metrics()
             left = {name: found[name] for name in EMPTY}
             # One is the question itself.
             left["requests"] = found["aim_http_requests_in_progress"] - 1
+            left["files"] = max(0, self.files - files)
             if not any(left.values()) or time.perf_counter() > end:
                 return left
             time.sleep(0.2)
@@ -327,8 +328,7 @@ def main(
         files = server.files
         say(f"asking {server.url} for {seconds:g} s")
         record, memory = asyncio.run(crowd(server, wishes, clients, seconds, leaving, seed))
-        left = server.left_behind()
-        left["files"] = max(0, server.files - files)
+        left = server.left_behind(files)
         counted = server.metrics()
         say("telling it to end")
         last = asyncio.run(told_to_end(server, wishes, min(clients, 8), seed + 1))
