@@ -893,6 +893,13 @@ def test_keys_of_a_recurrence_have_as_many_heads_as_divide_the_others(keys: int,
             rule(call)
 
 
+@pytest.mark.parametrize("shape", [of(0), Value((ROWS, Size(0, 0)), TensorProto.FLOAT)])
+def test_a_reduction_of_no_numbers_is_refused(shape: Value) -> None:
+    """ONNX Runtime 1.24 ends the process."""
+    with pytest.raises(GraphRefused, match="a reduction in it is of no numbers"):
+        OPERATORS[""]["ReduceMax"](Call("ReduceMax", [shape], {}, 1))
+
+
 def test_a_recurrence_of_one_number_as_keys_is_refused() -> None:
     inputs = [of(1, 1, 4), of(), of(1, 1, 16), of(1, 4, 4, 4), of(1, 1, 4)]
     call = Call("LinearAttention", inputs, {"q_num_heads": 1, "kv_num_heads": 4}, 2)
