@@ -50,8 +50,30 @@ def _same(call: Call) -> list[Value]:
 def _normalised(call: Call) -> list[Value]:
     # Statistics beside the value are float32, and of fewer elements.
     first = call.input(0)
+    if count(first.shape) == (0, 0):  # ONNX Runtime 1.24 divides by it
+        raise GraphRefused("a norm in it is of no numbers")
     statistics = [Value(first.shape, FLOAT)] * (call.outputs - 1)
     return [Value(first.shape, first.dtype), *statistics]
+
+
+def _skipped(call: Call) -> list[Value]:
+    """The norm of a sum, whose second part and weights ONNX Runtime 1.24 takes on trust."""
+    first = call.input(0)
+    weights = [call.given(index) for index in range(2, len(call.inputs))]
+    if (
+        not first.shape
+        or call.input(1).shape != first.shape
+        or any(weight is not None and weight.shape != first.shape[-1:] for weight in weights)
+    ):
+        raise GraphRefused("a norm in it has weights of other sizes than its input")
+    return _normalised(call)
+
+
+def _modulo(call: Call) -> list[Value]:
+    (made,) = _stretched()(call)
+    if made.dtype != FLOAT:  # whole ones divide by 0
+        raise GraphRefused("a remainder in it is not of float32")
+    return [made]
 
 
 def _stretched(*operands: int) -> Rule:
@@ -348,7 +370,8 @@ _STANDARD: dict[str, Rule] = {
     **_each("InstanceNormalization LayerNormalization", _normalised),
     **_each("LpNormalization RMSNormalization SimplifiedLayerNormalization", _normalised),
     "GroupNormalization": _grouped,
-    **_each("Max Mean Min Mod Pow PRelu Sum", _stretched()),
+    **_each("Max Mean Min Pow PRelu Sum", _stretched()),
+    "Mod": _modulo,
     "Where": _stretched(0, 1, 2),
     **_each("And Equal Greater GreaterOrEqual Less LessOrEqual Or Xor", _compared),
     **_each("ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean", _reduced),
@@ -370,8 +393,8 @@ _STANDARD: dict[str, Rule] = {
 _MICROSOFT: dict[str, Rule] = {
     **_each("Gelu QuickGelu", _same),
     **_each("BiasGelu", _stretched(1, 0)),
-    **_each("GatedRMSNorm SkipLayerNormalization", _normalised),
-    **_each("SimplifiedLayerNormalization SkipSimplifiedLayerNormalization", _normalised),
+    **_each("GatedRMSNorm SimplifiedLayerNormalization", _normalised),
+    **_each("SkipLayerNormalization SkipSimplifiedLayerNormalization", _skipped),
     **_each("FusedGemm FusedMatMul", _multiplied(0, 1)),
     "FusedConv": _convolved(0, 1, bias=2),
     "DynamicQuantizeMatMul": _integers_to_float(2, 3, 4),

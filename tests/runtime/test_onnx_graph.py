@@ -830,6 +830,7 @@ def of(*sizes: int, dtype: int = TensorProto.FLOAT) -> Value:
 
 
 X = Value((ROWS, Size(0, 64)), TensorProto.FLOAT)
+SKIPPED = "SkipSimplifiedLayerNormalization"
 BITS = {"N": 8, "K": 64, "bits": 4, "block_size": 32, "accuracy_level": 4}
 PACKED, SCALES = of(8, 2, 16, dtype=TensorProto.UINT8), of(8, 2)
 POINTS = of(8, 1, dtype=TensorProto.UINT8)
@@ -898,6 +899,29 @@ def test_a_reduction_of_no_numbers_is_refused(shape: Value) -> None:
     """ONNX Runtime 1.24 ends the process."""
     with pytest.raises(GraphRefused, match="a reduction in it is of no numbers"):
         OPERATORS[""]["ReduceMax"](Call("ReduceMax", [shape], {}, 1))
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "inputs", "says"),
+    [
+        ("", "LpNormalization", [of(0, 1, 3)], "a norm in it is of no numbers"),
+        ("", "Mod", [of(3, dtype=TensorProto.INT8)] * 2, "a remainder in it is not of float32"),
+        ("com.microsoft", SKIPPED, [of(), of(), of()], "weights of other sizes"),
+        ("com.microsoft", SKIPPED, [X, of(64), of(64)], "weights of other sizes"),
+        ("com.microsoft", SKIPPED, [X, X, of()], "weights of other sizes"),
+        ("com.microsoft", SKIPPED, [X, X, of(64), of(63)], "weights of other sizes"),
+    ],
+)
+def test_what_ends_the_process_of_older_runtimes_is_refused(
+    domain: str, name: str, inputs: list[Value | None], says: str
+) -> None:
+    with pytest.raises(GraphRefused, match=says):
+        OPERATORS[domain][name](Call(name, inputs, {}, 1))
+
+
+def test_a_norm_of_a_sum_is_as_large_as_its_parts() -> None:
+    (made,) = OPERATORS["com.microsoft"][SKIPPED](Call(SKIPPED, [X, X, of(64)], {}, 1))
+    assert made == X
 
 
 def test_a_recurrence_of_one_number_as_keys_is_refused() -> None:
