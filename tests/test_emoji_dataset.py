@@ -1,12 +1,9 @@
 """The emoji data set's pure parts: classes, split, placement. No network, no renderer."""
 
-import importlib
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,17 +13,7 @@ from PIL import Image, ImageDraw
 
 from aim_runtime import models_dir
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
-
-
-def load_script(name: str) -> ModuleType:
-    """Import a recipe, which is a script and finds its siblings beside it."""
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPE))
-
+from .emoji_recipe import load_script
 
 artwork = load_script("artwork")
 emoji_data = load_script("make_dataset")

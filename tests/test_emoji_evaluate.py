@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,17 +22,7 @@ from aim_training.config import ModelConfig, TokenizerConfig
 from aim_training.model import AiM
 from aim_training.tokenizer import VQTokenizer
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
-
-
-def load_script(name: str) -> ModuleType:
-    """Import a recipe, which is a script and finds its siblings beside it."""
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPE))
-
+from .emoji_recipe import load_script
 
 evaluation = load_script("evaluate")
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,17 +16,9 @@ from aim_runtime import Bundle, models_dir
 from aim_runtime.engines.backends import load_engine
 from aim_training.checkpoint import load_checkpoint
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
+from .emoji_recipe import load_script
+
 BOX = models_dir() / "emoji"
-
-
-def load_script(name: str) -> ModuleType:
-    """Import a recipe, which is a script and finds its siblings beside it."""
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPE))
 
 
 box_weights = load_script("box_weights")
