@@ -53,6 +53,49 @@ def test_a_signal_stops_the_work() -> None:
     assert time.monotonic() - started < 60
 
 
+def test_a_signal_while_the_work_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, stopped = threading.Thread.start, threading.Event()
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: stopped.wait(120), stopped.set)
+    assert stopped.is_set()
+
+
+def test_the_process_outlives_work_that_does_not_stop(tiny: Path) -> None:
+    """The interpreter's end aborted a process whose threads were in ONNX Runtime, up to 3.13."""
+    code = """
+    import signal, sys, threading
+    import onnxruntime
+    from aim_runtime.engines.onnxruntime import interruptible
+
+    def work():
+        threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT)).start()
+        while threading.main_thread().is_alive():
+            onnxruntime.InferenceSession(sys.argv[1])
+        for _ in range(100):
+            onnxruntime.InferenceSession(sys.argv[1])
+        print("to the end")
+
+    interruptible._STOP_SECONDS = 0.1
+    try:
+        interruptible.interruptible(work, lambda: None)
+    except KeyboardInterrupt:
+        print("interrupted")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tiny / "decoder.onnx")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == ("interrupted\nto the end\n", 0), done.stderr
+
+
 def test_all_work_is_stopped_that_has_begun_or_begins_later() -> None:
     stopping, ended = Stopping(), []
     stopping.by(lambda: ended.append("first"))

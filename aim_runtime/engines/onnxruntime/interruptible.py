@@ -64,8 +64,11 @@ def interruptible(work: Callable[[], T], stop: Callable[[], None]) -> T:
         finally:
             done.set()
 
-    threading.Thread(target=run, name="aim-work", daemon=True).start()
+    # No daemon: Python waits for its end. Up to 3.13 the interpreter's end would unwind a thread
+    # that comes back from a library, through C++ that does not allow it, and abort the process.
+    worker = threading.Thread(target=run, name="aim-work")
     try:
+        worker.start()  # waits for the thread to run: a signal may come here too
         while not done.wait(_LOOK_SECONDS):
             pass
     except BaseException:
