@@ -116,10 +116,20 @@ def device_name(device: torch.device) -> str:
 
 def largest(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The largest that any process has of each number; all of them must ask."""
+    return _reduced(numbers, device, "MAX")
+
+
+def means(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The mean over all processes of each number; all of them must ask."""
+    *sums, count = _reduced([*numbers, 1.0], device, "SUM")
+    return [total / count for total in sums]
+
+
+def _reduced(numbers: Sequence[float], device: torch.device, operation: str) -> list[float]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return list(numbers)
     shared = torch.tensor(numbers, dtype=torch.float64, device=device)
-    distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+    distributed.all_reduce(shared, getattr(distributed.ReduceOp, operation))
     found: list[float] = shared.tolist()
     return found
 

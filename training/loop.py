@@ -30,7 +30,7 @@ from torch import Tensor
 
 from aim_training import errors, foresight, memory
 from aim_training.best import Best
-from aim_training.devices import device_name, make_accelerator
+from aim_training.devices import device_name, make_accelerator, means
 from aim_training.divergence import Diverged, Watch, check_weights
 from aim_training.errors import (
     TrainingError,
@@ -261,12 +261,12 @@ class _Run:
             self.progress.say(foresight.rehearse(self.task, self.options, processes, *left))
 
     def _report(self, values: Mapping[str, Tensor]) -> None:
-        numbers = {name: float(value) for name, value in values.items()}
-        numbers |= self.task.window()
+        numbers = {name: float(value) for name, value in values.items()} | self.task.window()
+        device = self.accelerator.device
+        numbers = dict(zip(numbers, means([*numbers.values()], device), strict=True))
         self._check(numbers)
         shown = {name: value for name, value in numbers.items() if "/" not in name}
         left = self.limit_s - self.elapsed_s
-        device = self.accelerator.device
         took = [memory.gib(memory.peak(device))] if device.type == "cuda" else []
         count, work = self.options.batch_size, self.task.flops_per_image()
         speed = self.progress.show(self.step, shown, count, left, work=work, more=took)

@@ -307,7 +307,7 @@ class TokenizerTask(Task):
         self.revival_use.zero_()
 
     def window(self) -> dict[str, float]:
-        """Codebook use since the last log line (this process's)."""
+        """Codebook use by this process's images since the last log line."""
         share = self.logged_use / self.logged_use.sum().clamp(min=1)
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         used = (self.logged_use > 0).float().mean()

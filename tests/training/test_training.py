@@ -408,8 +408,12 @@ def test_two_processes_train_what_one_trains(
     ]
     facts = json.loads((tmp_path / "run2" / "model.json").read_text())["training"]
     assert facts["devices"] == 2
-    logged = [line["step"] for line in metrics(tmp_path / "run2") if "loss" in line]
-    assert logged == [2, 4]
+    by_two, by_one = (
+        {line["step"]: line["loss"] for line in metrics(tmp_path / f"run{count}") if "loss" in line}
+        for count in (2, 1)
+    )
+    assert list(by_two) == [2, 4]
+    assert by_two == pytest.approx(by_one, rel=1e-3)  # of all their images
 
 
 def test_processes_that_do_not_find_each_other_are_refused(
