@@ -38,7 +38,6 @@ from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from aim_runtime.engines.onnxruntime.decoder_graph import (
     DECODER_FILE,
     DECODER_GRAPH_FILE,
-    EQUAL_PICTURES_DB,
     DecoderGraph,
     chosen_decoder,
 )
@@ -257,11 +256,13 @@ def decoder_source(bundle: Bundle) -> DecoderSource:
 
 
 def psnr_db(pictures: NDArray[np.uint8], others: NDArray[np.uint8]) -> float:
-    """Of 8-bit pictures (N, height, width, 3), the mean over them; 999 for equal ones."""
-    squares = np.square(pictures.astype(np.float64) - others).mean(axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        found = 10 * np.log10(255**2 / squares)
-    return float(np.minimum(found, EQUAL_PICTURES_DB).mean())
+    """Of 8-bit pictures (N, height, width, 3), the mean over them.
+
+    An equal one counts as one in which one value is a level off, so that the mean means something.
+    """
+    squares = np.square(pictures.astype(np.float64) - others).sum(axis=(1, 2, 3))
+    values = pictures[0].size
+    return float(np.mean(10 * np.log10(255**2 * values / np.maximum(squares, 1))))
 
 
 def _codes(bundle: Bundle, images: int) -> NDArray[np.int64]:

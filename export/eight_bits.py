@@ -55,7 +55,7 @@ class Rounded:
         divergence: mean Kullback-Leibler divergence of the tokens' probabilities, in nats,
             guidance on, temperature 1.
         token_agreement: share of draws with the same token, given the same past and noise.
-        psnr_db: of the pictures, the mean over them; 999 for equal ones.
+        psnr_db: of the pictures, the mean over them.
     """
 
     images: int

@@ -245,6 +245,17 @@ def added(plain: Path, folder: Path, least: int = 64) -> tuple[Bundle, list[str]
         return add_decoder_graph(copy_bundle(plain, folder), lines.append, in_8_bits=False), lines
 
 
+def test_an_equal_picture_counts_as_one_with_one_value_a_level_off() -> None:
+    pictures = np.full((2, 4, 4, 3), 100, np.uint8)
+    others = pictures.copy()
+    best = 10 * np.log10(255**2 * 48)
+    assert psnr_db(pictures, others) == pytest.approx(best)
+    others[0, 0, 0, 0] += 1
+    assert psnr_db(pictures, others) == pytest.approx(best)
+    others[1] += 5
+    assert psnr_db(pictures, others) == pytest.approx((best + 10 * np.log10(255**2 / 25)) / 2)
+
+
 @pytest.mark.parametrize("least", [1, 16, 64])
 def test_pictures_are_the_plain_ones(plain: Path, tmp_path: Path, least: int) -> None:
     """From which map on lines are in fours makes no difference."""

@@ -27,8 +27,7 @@ DECODER_GRAPH_FILE = "decoder-cpu.onnx"
 FORMAT = "aim-decoder-graph"
 FORMAT_VERSION = 1
 PRECISIONS = ("int8", "fp32")
-EQUAL_PICTURES_DB = 999.0
-"""What stands for the PSNR of pictures that are equal."""
+_MOST_DB = 999.0
 
 _JSON = CheckedJson(DECODER_FILE)
 _DESCRIPTION = Description(_JSON, "decoder graph", FORMAT, FORMAT_VERSION, most_bytes=1 << 20)
@@ -106,7 +105,7 @@ def _decoder_from_json(value: Any, manifest: Manifest) -> DecoderGraph:
             graphs["decoder"], "graphs.decoder", max_tensors(manifest.model), _JSON
         ),
         precision=_JSON.choice(top["precision"], "precision", PRECISIONS),
-        psnr_db=_JSON.number(top["psnr_db"], "psnr_db", 0, EQUAL_PICTURES_DB),
+        psnr_db=_JSON.number(top["psnr_db"], "psnr_db", 0, _MOST_DB),
         onnxruntime=_DESCRIPTION.onnxruntime(top["onnxruntime"], "1.24"),
     )
     decoder.applied(manifest)
