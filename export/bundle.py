@@ -32,7 +32,7 @@ from aim_export.manifest import (
 from aim_export.onnx.decoder import lower_decoder
 from aim_export.onnx.graph import PRECISIONS, Precision, write_graph
 from aim_export.onnx.lowering import lower_prologue, lower_step
-from aim_export.onnx.packed import Matrix, pack, pack_kernels, read_by
+from aim_export.onnx.packed import Matrix, nearest_rows, pack, pack_rows, read_by, rows_as_they_are
 from aim_export.parity import ParityReport, Progress, check_parity
 from aim_export.quantization import int4_matrices, int8_matrices
 from aim_export.versions import check_versions
@@ -160,8 +160,12 @@ def write_graphs(
         lowered = lower()
         specs[graph] = _graph_spec(graph, lowered)
         pack(lowered, packed or {})
-        if graph == "decoder" and precision in FEW_BITS:
-            pack_kernels(lowered, read_by(lowered, {"Conv": 1}, dims=4))
+        kernels = read_by(lowered, {"Conv": 1}, dims=4)
+        if precision in FEW_BITS:
+            pack_rows(lowered, {name: nearest_rows(kernel) for name, kernel in kernels.items()})
+        else:
+            matrices = read_by(lowered, {"Gemm": 1}, dims=2)
+            pack_rows(lowered, rows_as_they_are(matrices | kernels))
         write_graph(lowered, folder, graph, "fp32" if precision == "fp32" else "fp16")
     return specs
 

@@ -29,7 +29,7 @@ from aim_export.onnx.decoder_source import (
 )
 from aim_export.onnx.float_decoder import rearrange_decoder
 from aim_export.onnx.graph import HALF_SUFFIX
-from aim_export.onnx.packed import INT8
+from aim_export.onnx.packed import lying_in_rows
 from aim_export.onnx.quantised_decoder import observed_decoder, quantise_decoder
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_files
@@ -235,8 +235,8 @@ def _written(
 def decoder_source(bundle: Bundle) -> DecoderSource:
     """What the decoder of `bundle` is made of. Raises ExportError for one of another make."""
     plain = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs["decoder"]))
-    stored = [tensor.name for tensor in plain.graph.initializer]
-    names = {name.removesuffix(HALF_SUFFIX).removesuffix(INT8) for name in stored}
+    names = {tensor.name.removesuffix(HALF_SUFFIX) for tensor in plain.graph.initializer}
+    names |= lying_in_rows(plain.graph)
     try:
         tensors, norms = decoder_tensors(bundle), group_norms(bundle)
         order = list(blocks(tensors))
@@ -252,6 +252,7 @@ def decoder_source(bundle: Bundle) -> DecoderSource:
         norms.groups,
         norms.eps,
         bundle.manifest.model.grid[0],
+        rounded=bundle.manifest.precision in EIGHT_BITS,
     )
 
 

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto
 
 from aim_export.agreement import TOLERANCES, mean_divergence, token_agreement
 from aim_export.cpu import write_step_graph
-from aim_export.cuda.stored import stored_tensors
 from aim_export.decoder import LEAST_PSNR_DB, psnr_db
 from aim_export.errors import ExportError
-from aim_export.onnx.graph import HALF_SUFFIX, Stored, write_graph
-from aim_export.onnx.packed import int8_matrix, pack, pack_kernels, read_by
+from aim_export.onnx.graph import Stored, write_graph
+from aim_export.onnx.in_floats import in_floats
+from aim_export.onnx.packed import int8_matrix, nearest_rows, pack, pack_rows, read_by
 from aim_runtime import Bundle, write_bundle
 from aim_runtime.bundle.manifest import FEW_BITS
 from aim_runtime.engines.backends import load_engine
@@ -36,7 +35,7 @@ from aim_runtime.engines.onnxruntime.decoder_graph import (
 )
 from aim_runtime.engines.onnxruntime.step_graph import STEP_FILE
 from aim_runtime.noise import uniforms
-from aim_runtime.onnx_graph import checked_graph, checked_graphs
+from aim_runtime.onnx_graph import checked_graphs
 from aim_runtime.quoting import shown
 
 Report = Callable[[str], None]
@@ -143,17 +142,18 @@ def compared(made: Bundle, source: Bundle) -> Rounded:
 def _write_graphs(bundle: Bundle, folder: Path) -> None:
     """The graphs of `bundle` over weights of 8 bits, those for the CPU too if it has them."""
     stored: Stored = "fp32" if bundle.manifest.precision == "fp32" else "fp16"
-    lowered = {name: _floats(bundle, name) for name in bundle.manifest.graphs}
+    lowered = {name: in_floats(bundle, name) for name in bundle.manifest.graphs}
     matrices = {name: read_by(lowered[name], {"Gemm": 1}, dims=2) for name in ("prologue", "step")}
-    kernels = read_by(lowered["decoder"], {"Conv": 1}, dims=4)
-    if not (matrices["step"] or kernels):
+    convolutions = read_by(lowered["decoder"], {"Conv": 1}, dims=4)
+    if not (matrices["step"] or convolutions):
         raise ExportError(f"{shown(bundle.manifest.name)} has no weights that 8 bits would save")
     for name, found in matrices.items():
         pack(lowered[name], {key: int8_matrix(weight) for key, weight in found.items()})
     decoder = chosen_decoder(bundle).decoder
     computed = decoder is not None and decoder.precision == "int8"
     levels = _LEVELS_TO_COMPUTE_IN if computed else _LEVELS
-    pack_kernels(lowered["decoder"], kernels, levels)
+    kernels = {name: nearest_rows(kernel, levels) for name, kernel in convolutions.items()}
+    pack_rows(lowered["decoder"], kernels)
     for name, model in lowered.items():
         write_graph(model, folder, name, stored)
     files = bundle.manifest.files
@@ -162,35 +162,9 @@ def _write_graphs(bundle: Bundle, folder: Path) -> None:
         write_step_graph((folder / step.file).read_bytes(), step, bundle.manifest.model, folder)
     if DECODER_FILE in files:
         model = onnx.load_from_string(bytes(bundle.read(DECODER_GRAPH_FILE)))
-        pack_kernels(model, kernels, levels)
+        pack_rows(model, kernels)
         _move(model, onnx.load_from_string((folder / "decoder.onnx").read_bytes()))
         (folder / DECODER_GRAPH_FILE).write_bytes(model.SerializeToString())
-
-
-def _floats(bundle: Bundle, name: str) -> ModelProto:
-    """A graph of the bundle as it was before its weights were written, all in float32."""
-    model = onnx.load_from_string(checked_graph(bundle, bundle.manifest.graphs[name]))
-    stored = stored_tensors(bundle, name)
-    halves: dict[str, str] = {}
-    for tensor in model.graph.initializer:
-        plain = tensor.name.removesuffix(HALF_SUFFIX)
-        values = stored[plain].values
-        if tensor.name != plain:
-            halves[tensor.name] = plain
-            values = values.astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(values, plain))
-    gathered = {}
-    nodes = []
-    for node in model.graph.node:
-        source = node.input[0] if node.input else ""
-        if node.op_type == "Cast" and (source in halves or source in gathered):
-            continue  # of what is float32 now
-        if node.op_type == "Gather" and source in halves:
-            gathered[node.output[0]] = node.output[0].removesuffix(HALF_SUFFIX)
-            node.input[0], node.output[0] = halves[source], gathered[node.output[0]]
-        nodes.append(node)
-    _replace(model.graph.node, nodes)
-    return model
 
 
 def _move(model: ModelProto, written: ModelProto) -> None:
@@ -199,10 +173,3 @@ def _move(model: ModelProto, written: ModelProto) -> None:
     for tensor in model.graph.initializer:
         if tensor.name in places:
             tensor.CopyFrom(places[tensor.name])
-
-
-def _replace(field: Any, messages: Iterable[Any]) -> None:
-    """Make `messages`, some of which may be in it, all of a repeated field."""
-    copies = [type(message).FromString(message.SerializeToString()) for message in messages]
-    del field[:]
-    field.extend(copies)

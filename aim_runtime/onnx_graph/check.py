@@ -6,6 +6,7 @@ sizes of all values are bounded, with the memory and the work that one row takes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -86,7 +87,8 @@ def check_model(model: Model, manifest: Manifest, graph: GraphSpec) -> int:
         if spec.name not in names:
             raise GraphRefused(f"nothing in it makes its output {shown(spec.name)}")
     results = frozenset(names[spec.name] for spec in graph.outputs)
-    return _check_cost(trace, results, graph_limits(manifest, graph))
+    weights = sum(math.prod(tensor.shape) for tensor in model.initializers.values())
+    return _check_cost(trace, results, graph_limits(manifest, graph, weights))
 
 
 def _check_border(

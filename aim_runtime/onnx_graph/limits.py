@@ -17,14 +17,15 @@ _DECODER_WORK_PER_PIXEL = 1 << 24
 # Values as wide as the model that a step may make in each layer and at either end.
 _ACTIVATIONS = 1 << 7
 _WORK_A_PARAMETER = 1 << 4
-# How many float32 a stored byte may become, in what the engine folds and keeps. One, for numbers of
-# 8 bits; half precision takes less.
-_FLOATS_A_BYTE = {"int4": 2}
-# Of a decoder: its half precision is twice as much, and products that take the place of its
-# convolutions have matrices of seven times their weights, which are reshaped.
-_DECODER_FLOATS_A_BYTE = 8
+# Of each stored weight, in what the engine folds and keeps: a float32, and on the way the whole
+# number or half precision that it is made of, or that these are.
+_FIXED_BYTES_A_WEIGHT = 8
+# Of a decoder: products that take the place of its convolutions have matrices of seven times their
+# weights, which are reshaped.
+_DECODER_FIXED_BYTES_A_WEIGHT = 64
+_FIXED_WORK_A_WEIGHT = 1 << 5
 # Those matrices are 64 sums of nine weights each.
-_DECODER_WORK_A_BYTE = 1 << 6
+_DECODER_FIXED_WORK_A_WEIGHT = 1 << 7
 _FREE_FIXED_BYTES = 1 << 20
 _FREE_FIXED_WORK = 1 << 26
 
@@ -49,21 +50,22 @@ class GraphLimits:
     fixed_work: int
 
 
-def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
-    """The limits for `graph`; what it is follows from its outputs."""
+def graph_limits(manifest: Manifest, graph: GraphSpec, weights: int) -> GraphLimits:
+    """The limits for `graph`, which has so many stored `weights`.
+
+    What it is follows from its outputs.
+    """
     model = manifest.model
-    stored = manifest.files[graph.weights].size
     row, decoder = memory_needed(manifest, rows_per_image=1)  # what a request is told that it takes
     outputs = {spec.name for spec in graph.outputs}
-    floats_a_byte = _FLOATS_A_BYTE.get(manifest.precision, 1)
-    work_a_byte = _WORK_A_PARAMETER
+    fixed_bytes, fixed_work = _FIXED_BYTES_A_WEIGHT, _FIXED_WORK_A_WEIGHT
     if "image" in outputs:
         pixels = model.image_height * model.image_width
         width = _BYTES_A_PIXEL_AND_WIDTH * math.isqrt(model.decoder_parameters)
         planned = 2 * decoder
         row_bytes = max(planned, width * pixels)
         row_work = _DECODER_WORK_PER_PIXEL * pixels
-        floats_a_byte, work_a_byte = _DECODER_FLOATS_A_BYTE, _DECODER_WORK_A_BYTE
+        fixed_bytes, fixed_work = _DECODER_FIXED_BYTES_A_WEIGHT, _DECODER_FIXED_WORK_A_WEIGHT
     else:
         activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
         planned = row_bytes = 2 * row + 4 * activations
@@ -71,7 +73,7 @@ def graph_limits(manifest: Manifest, graph: GraphSpec) -> GraphLimits:
     return GraphLimits(
         planned_row_bytes=planned,
         row_bytes=row_bytes,
-        fixed_bytes=floats_a_byte * 4 * stored + _FREE_FIXED_BYTES,
+        fixed_bytes=fixed_bytes * weights + _FREE_FIXED_BYTES,
         row_work=row_work,
-        fixed_work=work_a_byte * stored + _FREE_FIXED_WORK,
+        fixed_work=fixed_work * weights + _FREE_FIXED_WORK,
     )

@@ -58,7 +58,7 @@ class DecoderPart:
 
     Attributes:
         weights: matrices in the bundle; needed by `setup` only.
-        constants: small float32 vectors that the bundle keeps nowhere by themselves.
+        constants: tensors that the bundle keeps nowhere by themselves, or in fewer bits.
         setup: repacks the weights.
         buckets: the launches, `tokens` to `image`.
     """

@@ -9,7 +9,6 @@ import onnx
 
 from aim_export.cuda import unnamed
 from aim_export.cuda.stored import StoredTensor, shortest, stored_tensors
-from aim_export.onnx.packed import INT8, SCALE
 from aim_runtime import Bundle
 from aim_runtime.onnx_graph import checked_graph
 
@@ -58,12 +57,12 @@ def group_norms(bundle: Bundle) -> GroupNorms:
 def decoder_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
     """The decoder's parameters in `bundle` by their names in the tokenizer.
 
-    A small codebook lies there normalised already. Kernels of 8 bits come in float32.
+    A small codebook lies there normalised already.
     """
     stored = stored_tensors(bundle, "decoder")
     named = {
         name.removeprefix(PREFIX): tensor
-        for name, tensor in _unpacked(stored).items()
+        for name, tensor in stored.items()
         if name.startswith(PREFIX)
     }
     if _CODEBOOK not in named or _LAST_NORM not in named:
@@ -88,17 +87,6 @@ def blocks(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, str]]:
             block += 1
         if f"{prefix}.upsample.conv.weight" in tensors:
             yield "upsample", f"{prefix}.upsample.conv"
-
-
-def _unpacked(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors with kernels of 8 bits and their scales in one, by the kernel's name."""
-    found = dict(stored)
-    for name in [name for name in stored if name.endswith(INT8)]:
-        kernel, plain = found.pop(name).values, name.removesuffix(INT8)
-        scale = found.pop(plain + SCALE).values
-        values = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-        found[plain] = StoredTensor(values, None)
-    return found
 
 
 def _graph(bundle: Bundle) -> onnx.GraphProto:

@@ -46,7 +46,7 @@ class DecoderWeights:
         return Setup(self._packed, tuple(self._launches))
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Small float32 tensors that the bundle keeps nowhere by themselves."""
+        """Tensors that the bundle keeps nowhere by themselves, or in fewer bits."""
         return {_VECTORS: np.concatenate(self._vectors), **self._constants}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -157,8 +157,8 @@ class DecoderWeights:
         stored = self.tensors[f"{name}.weight"]
         key = f"{PREFIX}{name}.weight"
         if stored.part is None:
-            self._constants[key] = np.asarray(stored.values, np.float32)
-            self.known[key] = Tensor("float32", stored.values.shape)
+            self._constants[key] = stored.values
+            self.known[key] = Tensor(stored.dtype, stored.values.shape)
         else:
             self.known[key] = Tensor(stored.dtype, stored.values.shape)
             self.weights[key] = Weight(self.known[key], stored.dtype, (stored.part,))

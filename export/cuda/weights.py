@@ -21,7 +21,7 @@ _ALIGNMENT = 256
 
 
 class Constants:
-    """Small tensors that are derived rather than stored: one file, each on its own boundary.
+    """Tensors that are derived rather than stored: one file, each on its own boundary.
 
     Equal tensors share a place, so that the plans of several formats can share the file.
     """
@@ -90,7 +90,7 @@ def step_weights(
     for name, tensor in weight_table(geometry, precision).tensors.items():
         if name in matrices:
             scales = f"{name}_scales" if tensor.dtype == "int8" else None
-            found[name] = _placed(name, tensor, matrices[name], scales)
+            found[name] = _matrix(name, tensor, matrices[name], constants, scales)
         elif name in vectors:
             found[name] = constants.add(np.asarray(vectors[name], np.float32))
             _check_shape(name, tensor, found[name].tensor.shape)
@@ -116,16 +116,27 @@ def _modulation(
     }
 
 
-def _placed(
-    name: str, tensor: Tensor, parts: Sequence[StoredTensor], scales: str | None = None
+def _matrix(
+    name: str,
+    tensor: Tensor,
+    parts: Sequence[StoredTensor],
+    constants: Constants,
+    scales: str | None,
 ) -> Weight:
-    """The weight `tensor` out of matrices of the bundle, one after another."""
+    """The weight `tensor` out of matrices of the bundle, one after another.
+
+    Where they lie in fewer bits than they are read in, it is one of the constants.
+    """
     rows = sum(part.values.shape[0] for part in parts)
     _check_shape(name, tensor, (rows, *parts[0].values.shape[1:]))
     types = sorted({part.dtype for part in parts})
     if len(types) > 1:
         raise ValueError(f"the bundle's {name} is of several types: {', '.join(types)}")
-    return Weight(tensor, parts[0].dtype, tuple(part.placed() for part in parts), None, scales)
+    if any(part.packed for part in parts):
+        places = constants.add(np.concatenate([part.values for part in parts])).parts
+    else:
+        places = tuple(part.placed() for part in parts)
+    return Weight(tensor, parts[0].dtype, places, None, scales)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

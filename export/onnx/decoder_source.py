@@ -28,6 +28,7 @@ class DecoderSource:
         groups: of every norm.
         eps: of every norm.
         side: of the grid of codes.
+        rounded: its weights were rounded to 8 bits, so that maps may be to half precision.
     """
 
     plain: ModelProto
@@ -36,6 +37,7 @@ class DecoderSource:
     groups: int
     eps: float
     side: int
+    rounded: bool
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from onnx import ModelProto
 
 from aim_export.onnx.decoder_source import LAST, PREFIX, DecoderSource, Map
-from aim_export.onnx.packed import INT8, as_float
+from aim_export.onnx.packed import as_float
 from aim_export.onnx.quantised_decoder import Decoder
 from aim_export.onnx.strips import (
     Prepare,
@@ -34,7 +34,7 @@ from aim_runtime.onnx_graph.cost import MAX_TRACED
 _MOST_STRIPS = 11
 # Of a weight as float32. Smaller ones are laid out for their kernels when the graph is loaded.
 _LARGE_WEIGHT_BYTES = 4 << 20
-# As float32. Of weights of 8 bits, maps from that size on rest in half precision.
+# As float32. Of rounded weights, maps from that size on rest in half precision.
 _LARGE_MAP_BYTES = 16 << 20
 
 _Lines = Callable[[int, int, str], str]
@@ -64,7 +64,6 @@ class _FloatDecoder(Decoder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._narrow = any(name.endswith(INT8) for name in self.tensors)
         blocks = list(self.source.blocks)
         # All others are in front of a norm.
         self._before_doubling = {
@@ -183,7 +182,7 @@ class _FloatDecoder(Decoder):
         weight = self._stored(f"{name}.weight")
         conv = WinogradConvolution(g, weight, (outputs, inputs), side, doubled=side != x.side)
         edges = strip_edges(side, outputs, self.most_strips)
-        half = self._narrow and 4 * outputs * side**2 >= _LARGE_MAP_BYTES
+        half = self.source.rounded and 4 * outputs * side**2 >= _LARGE_MAP_BYTES
         bias = self._stored(f"{name}.bias")
         made = StripedMap([], outputs, side, edges=edges, offset=bias, half=half)
         before = (x.moments or x.parts)[-1]  # a strip needs less than the whole of x

@@ -26,7 +26,18 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from aim_export.errors import ExportError
 from aim_export.onnx.graph import HALF_SUFFIX, MICROSOFT, NORM_EPS, ROWS, GraphBuilder, Shape
 from aim_export.onnx.names import CLASS_EMBEDDING, FINAL, MODULATION, next_name, state_names
-from aim_export.onnx.packed import BLOCK, INT4, INT8, SCALE, ZERO, as_bytes
+from aim_export.onnx.packed import (
+    BLOCK,
+    INT4,
+    INT8,
+    NIBBLES,
+    SCALE,
+    ZERO,
+    as_bytes,
+    as_float,
+    as_int8,
+    lying_in_rows,
+)
 from aim_export.onnx.products import int4_product, int8_product, int8_rows
 from aim_runtime.bundle.manifest import GraphSpec, ModelCard, StatePair, TensorSpec
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, StepGraph
@@ -82,6 +93,7 @@ class _FusedStep:
         self.plain = plain.graph
         self.tensors = {tensor.name: tensor for tensor in plain.graph.initializer}
         self.cast: set[str] = set()
+        self.rows = lying_in_rows(self.plain)
         self.g = GraphBuilder("aim_fused_step")
         self.g.domain(MICROSOFT, 1)
         self.eps = _USUAL_EPS
@@ -213,7 +225,7 @@ class _FusedStep:
         shift, scale = g.ops("Split", FINAL, results=["", ""], axis=1, num_outputs=2)
         hidden = g.op("Mul", self._norm(hidden, self.model.d_model), scale)
         hidden = g.op("Add", hidden, shift)
-        if "word_table" + INT8 in self.tensors:
+        if self._whole("word_table") is not None:
             logits = self._product(hidden, "word_table")
             g.op("Squeeze", logits, self.one, result="logits")
             return
@@ -223,10 +235,10 @@ class _FusedStep:
     def _product(self, value: str, weight: str, *, normed: bool = False) -> str:
         """`value` (R, 1, K) times a weight (N, K), however it is stored: (R, 1, N)."""
         g = self.g
-        if weight + INT8 in self.tensors:
-            terms = self.tensors[weight + INT8].dims[0]
-            stored = [g.stored(self.tensors[weight + part]) for part in (INT8, SCALE)]
-            return int8_product(g, value, stored[0], stored[1], terms, normed=normed)
+        whole = self._whole(weight)
+        if whole is not None:
+            scale = g.stored(self.tensors[weight + SCALE])
+            return int8_product(g, value, self._int8(weight), scale, whole.dims[0], normed=normed)
         if weight + INT4 in self.tensors:
             rows, terms = self.tensors[weight + INT4].dims
             packed, zero = (
@@ -256,19 +268,33 @@ class _FusedStep:
         """A weight of the plain graph, in float32."""
         if name in self.tensors:
             return self.g.stored(self.tensors[name])
-        half = self.g.stored(self._tensor(name + HALF_SUFFIX, name))
         if name not in self.cast:
             self.cast.add(name)
-            self.g.op("Cast", half, to=TensorProto.FLOAT, result=name)
+            if name not in self.rows:
+                self._tensor(name + HALF_SUFFIX, name)
+            as_float(self.g, self.tensors, name, result=name)
         return name
+
+    def _whole(self, name: str) -> TensorProto | None:
+        """The whole numbers (K, N) of a weight that is multiplied as such, as they lie."""
+        if name in self.rows:
+            return None
+        return self.tensors.get(name + INT8) or self.tensors.get(name + NIBBLES)
+
+    def _int8(self, name: str) -> str:
+        """The same as int8."""
+        if name + INT8 not in self.cast:
+            self.cast.add(name + INT8)
+            as_int8(self.g, self.tensors, name)
+        return name + INT8
 
     def _looked_up(self, name: str, index: str) -> str:
         """Rows of a table; of one in fewer bits only these are cast."""
-        if name + INT8 in self.tensors:
-            stored = [self.g.stored(self.tensors[name + part]) for part in (INT8, SCALE)]
-            return int8_rows(self.g, stored[0], stored[1], index)
-        if name in self.tensors:
-            return self.g.op("Gather", self.g.stored(self.tensors[name]), index, axis=0)
+        if self._whole(name) is not None:
+            scale = self.g.stored(self.tensors[name + SCALE])
+            return int8_rows(self.g, self._int8(name), scale, index)
+        if name in self.tensors or name in self.rows:
+            return self.g.op("Gather", self._weight(name), index, axis=0)
         half = self.g.stored(self._tensor(name + HALF_SUFFIX, name))
         return self.g.op("Cast", self.g.op("Gather", half, index, axis=0), to=TensorProto.FLOAT)
 

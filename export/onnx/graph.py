@@ -16,6 +16,9 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, nump
 
 # 20 is the oldest opset with everything used here; TensorRT 10.9 and later read it.
 OPSET = 20
+FOUR_BITS = (TensorProto.UINT4, TensorProto.INT4)
+FOUR_BITS_OPSET = 21
+"""The first operator set with tensors of 4 bits, and scales of blocks."""
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 # Name of the symbolic dimension that counts rows.
@@ -72,6 +75,8 @@ class GraphBuilder:
 
     def stored(self, tensor: TensorProto) -> str:
         """A tensor of another graph, as it lies there."""
+        if tensor.data_type in FOUR_BITS:
+            self.domain("", FOUR_BITS_OPSET)
         self._initializers[tensor.name] = tensor
         return tensor.name
 
@@ -136,7 +141,7 @@ class GraphBuilder:
         )
 
 
-def write_graph(model: ModelProto, directory: Path, name: str, precision: Stored) -> None:
+def write_graph(model: ModelProto, directory: Path, name: str, precision: Stored) -> Path:
     """Write `name.onnx` and `name.weights`, then let the ONNX checker judge them.
 
     Args:
@@ -145,6 +150,8 @@ def write_graph(model: ModelProto, directory: Path, name: str, precision: Stored
         name: stem of both files.
         precision: `fp16` stores large matrices in half precision and casts them where they are
             used. Engines fold those casts when they load, so arithmetic stays in float32.
+
+    Returns the graph's file.
     """
     if precision == "fp16":
         _store_half(model)
@@ -160,6 +167,7 @@ def write_graph(model: ModelProto, directory: Path, name: str, precision: Stored
             stream.write(raw)
     graph_file.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(graph_file), full_check=True)
+    return graph_file
 
 
 def _point_to(tensor: TensorProto, location: str, offset: int, length: int) -> None:

@@ -4,7 +4,10 @@ The bytes lie in the order that the products of ONNX Runtime's CPU provider want
 should read nothing but them. The plain graph has the same bytes behind `DequantizeLinear`, which
 is ONNX's own operator: engines turn it into float32 when they load.
 
+What is float32 once it is loaded, as kernels of the decoder, may lie in few bits all the same.
+
 Names: a matrix that graphs know as NAME is stored as NAME/int8 or NAME/int4 and what belongs to it.
+Whole numbers from -8 to 7 lie two a byte, as NAME/nibbles in the place of NAME/int8.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from aim_export.onnx.graph import HALF_SUFFIX, GraphBuilder
+from aim_export.onnx.graph import FOUR_BITS, FOUR_BITS_OPSET, HALF_SUFFIX, GraphBuilder
 
-INT8, INT4 = "/int8", "/int4"
+INT8, INT4, NIBBLES = "/int8", "/int4", "/nibbles"
 SCALE, ZERO = "/scale", "/zero"
 BLOCK = 32
 """Weights of 4 bits that share a scale."""
@@ -31,8 +34,7 @@ _FROM_ELEMENTS = 4096
 _MIDDLE = 8
 # Weights of a row that are looked at before all, and how far from a whole number of steps is whole.
 _GLANCE, _NEARLY = 16, 1e-4
-# The first opset whose DequantizeLinear takes blocks and 4 bits.
-_BLOCKS_OPSET = 21
+_LEAST_NIBBLE, _LARGEST_NIBBLE = -8, 7
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,20 @@ class Int8Matrix:
 
     def tensors(self, name: str) -> list[TensorProto]:
         """What is stored of it."""
-        return [
-            numpy_helper.from_array(self.values, name + INT8),
-            numpy_helper.from_array(self.scale, name + SCALE),
-        ]
+        return _whole_numbers(self.values, self.scale, name)
 
     def nodes(self, name: str) -> list[NodeProto]:
-        """How the plain graph makes NAME (K, N) of it."""
-        inputs = [name + INT8, name + SCALE]
-        return [helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=1)]
+        """How the plain graph makes NAME (K, N) of it; NAME/int8 is there for others too."""
+        whole = name + INT8
+        made = [
+            helper.make_node(
+                "DequantizeLinear", [whole, name + SCALE], [name], f"{name}/float", axis=1
+            )
+        ]
+        if _are_nibbles(self.values):
+            unpacked = [name + NIBBLES], [whole], f"{name}/unpacked"
+            made.insert(0, helper.make_node("Cast", *unpacked, to=TensorProto.INT8))
+        return made
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,9 @@ class Int4Matrix:
     def tensors(self, name: str) -> list[TensorProto]:
         """What is stored of it: two weights a byte, the first in the low half."""
         return [
-            _nibbles(self.values, name + INT4),
+            _nibbles(self.values, name + INT4, TensorProto.UINT4),
             numpy_helper.from_array(self.scale, name + SCALE),
-            _nibbles(self.zero, name + ZERO),
+            _nibbles(self.zero, name + ZERO, TensorProto.UINT4),
         ]
 
     def nodes(self, name: str) -> list[NodeProto]:
@@ -103,6 +110,49 @@ class Int4Matrix:
 
 
 Matrix = Int8Matrix | Int4Matrix
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A weight (N, ...) that lies as whole numbers and is float32 once it is loaded.
+
+    Attributes:
+        values: int8 (N, ...).
+        scale: float32 (N,), of each output.
+    """
+
+    values: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+    def weight(self) -> NDArray[np.float32]:
+        """What it stands for (N, ...)."""
+        made: NDArray[np.float32] = self.values * _along(self.scale, self.values)
+        return made
+
+    def tensors(self, name: str) -> list[TensorProto]:
+        """What is stored of it."""
+        return _whole_numbers(self.values, self.scale, name)
+
+    def node(self, name: str) -> NodeProto:
+        """How graphs make NAME of it."""
+        stored = name + (NIBBLES if _are_nibbles(self.values) else INT8)
+        inputs = [stored, name + SCALE]
+        return helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=0)
+
+
+def nearest_rows(weight: NDArray[np.float32], levels: int = LEVELS) -> Rows:
+    """`weight` (N, ...) as -levels to levels times a step, or as fewer that hold it as it is."""
+    scale = row_steps(weight, levels)
+    return Rows(np.rint(weight / _along(scale, weight)).astype(np.int8), scale)
+
+
+def exact_rows(weight: NDArray[np.float32]) -> Rows | None:
+    """`weight` (N, ...) as it is, to the last bit, if every row is whole numbers of a step.
+
+    A training with `--weight-bits 8` or fewer ends in such weights.
+    """
+    found = nearest_rows(weight)
+    return found if np.array_equal(found.weight(), weight) else None
 
 
 def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
@@ -155,6 +205,12 @@ def _whole(rows: NDArray[np.float32], steps: NDArray[np.floating]) -> NDArray[np
     return whole
 
 
+def rows_as_they_are(weights: Mapping[str, NDArray[np.float32]]) -> dict[str, Rows]:
+    """Those of `weights` that lie as they are in 8 bits or fewer (`exact_rows`), by name."""
+    found = {name: exact_rows(weight) for name, weight in weights.items()}
+    return {name: rows for name, rows in found.items() if rows is not None}
+
+
 def pack(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
     """Store those of `matrices` that a plain graph has in few bits; what takes them follows.
 
@@ -171,10 +227,7 @@ def pack(plain: ModelProto, matrices: Mapping[str, Matrix]) -> None:
         nodes += _over_packed(node, matrices)
     _replace(graph.initializer, [*kept, *packed])
     _replace(graph.node, nodes)
-    if any(isinstance(matrix, Int4Matrix) for matrix in matrices.values()):
-        for opset in (*plain.opset_import, *(f.opset_import[0] for f in plain.functions)):
-            if not opset.domain:
-                opset.version = max(opset.version, _BLOCKS_OPSET)
+    _allow_4_bits(plain)
 
 
 def read_by(
@@ -193,33 +246,32 @@ def read_by(
     }
 
 
-def pack_kernels(
-    model: ModelProto, kernels: Mapping[str, NDArray[np.float32]], levels: int = LEVELS
-) -> None:
-    """Store those of `kernels` (outputs, inputs, height, width) that a graph has in 8 bits.
+def pack_rows(model: ModelProto, weights: Mapping[str, Rows]) -> None:
+    """Store those of `weights` that a graph has as `Rows`; all else of the graph stays.
 
-    Each output has a scale, by which its weights go from -levels to levels, or from fewer that hold
-    them as they are (`row_steps`). They may be there as float32 or as half precision with a cast;
-    all else of the graph stays.
+    They may be there as float32 or as half precision with a cast.
     """
     graph = model.graph
-    there = {t.name.removesuffix(HALF_SUFFIX) for t in graph.initializer} & kernels.keys()
+    there = {t.name.removesuffix(HALF_SUFFIX) for t in graph.initializer} & weights.keys()
     gone = there | {name + HALF_SUFFIX for name in there}
     tensors = [tensor for tensor in graph.initializer if tensor.name not in gone]
-    made = []
-    for name in sorted(there):
-        scale = row_steps(kernels[name], levels)
-        values = np.rint(kernels[name] / scale[:, None, None, None]).astype(np.int8)
-        tensors += [
-            numpy_helper.from_array(values, name + INT8),
-            numpy_helper.from_array(scale, name + SCALE),
-        ]
-        inputs = [name + INT8, name + SCALE]
-        made.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=0))
+    tensors += [tensor for name in sorted(there) for tensor in weights[name].tensors(name)]
     casts = {name + HALF_SUFFIX for name in there}
     nodes = [n for n in graph.node if not (n.op_type == "Cast" and n.input[0] in casts)]
     _replace(graph.initializer, tensors)
-    _replace(graph.node, [*made, *nodes])
+    _replace(graph.node, [*(weights[name].node(name) for name in sorted(there)), *nodes])
+    _allow_4_bits(model)
+
+
+def lying_in_rows(graph: GraphProto) -> set[str]:
+    """The weights that a graph has as `Rows`, by name."""
+    return {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear"
+        and node.input[1] == node.output[0] + SCALE
+        and any(a.name == "axis" and a.i == 0 for a in node.attribute)
+    }
 
 
 def as_float(
@@ -230,19 +282,28 @@ def as_float(
     behind: str = "",
     result: str = "",
 ) -> str:
-    """The weight NAME in float32, of what is stored of it: half precision, or 8 bits an output.
+    """The weight NAME in float32, of what is stored of it: half precision, or `Rows`.
 
     `behind`: another value of as many dimensions, which must be there first.
     """
-    packed = tensors.get(name + INT8)
-    value = g.stored(packed if packed is not None else tensors[name + HALF_SUFFIX])
+    stored = next(s for s in (NIBBLES, INT8, HALF_SUFFIX) if name + s in tensors)
+    value = g.stored(tensors[name + stored])
     if behind:
+        if stored == NIBBLES:  # of which ONNX Runtime gives none another shape
+            value = g.op("Cast", value, to=TensorProto.INT8)
         as_it_is = g.op("Mul", g.op("Shape", behind), g.constant([0], np.int64))
         value = g.op("Reshape", value, as_it_is)  # a size of 0 is the input's
-    if packed is None:
+    if stored == HALF_SUFFIX:
         return g.op("Cast", value, to=TensorProto.FLOAT, result=result)
     scale = g.stored(tensors[name + SCALE])
     return g.op("DequantizeLinear", value, scale, axis=0, result=result)
+
+
+def as_int8(g: GraphBuilder, tensors: Mapping[str, TensorProto], name: str) -> str:
+    """The whole numbers of the weight NAME as int8, however they lie."""
+    if name + INT8 in tensors:
+        return g.stored(tensors[name + INT8])
+    return g.op("Cast", g.stored(tensors[name + NIBBLES]), to=TensorProto.INT8, result=name + INT8)
 
 
 def as_bytes(tensor: TensorProto, shape: Sequence[int]) -> TensorProto:
@@ -284,11 +345,38 @@ def _over_packed(node: NodeProto, matrices: Mapping[str, Matrix]) -> Iterator[No
     yield node
 
 
-def _nibbles(values: NDArray[np.uint8], name: str) -> TensorProto:
-    flat = values.ravel()
+def _whole_numbers(
+    values: NDArray[np.int8], scale: NDArray[np.float32], name: str
+) -> list[TensorProto]:
+    if _are_nibbles(values):
+        stored = _nibbles(values, name + NIBBLES, TensorProto.INT4)
+    else:
+        stored = numpy_helper.from_array(values, name + INT8)
+    return [stored, numpy_helper.from_array(scale, name + SCALE)]
+
+
+def _are_nibbles(values: NDArray[np.int8]) -> bool:
+    return bool(values.min() >= _LEAST_NIBBLE and values.max() <= _LARGEST_NIBBLE)
+
+
+def _nibbles(values: NDArray[np.uint8] | NDArray[np.int8], name: str, dtype: int) -> TensorProto:
+    flat = values.ravel().view(np.uint8) & 15
     flat = np.pad(flat, (0, flat.size % 2))
     raw = (flat[0::2] | flat[1::2] << 4).tobytes()
-    return helper.make_tensor(name, TensorProto.UINT4, values.shape, raw, raw=True)
+    return helper.make_tensor(name, dtype, values.shape, raw, raw=True)
+
+
+def _along(scale: NDArray[np.float32], weight: NDArray[Any]) -> NDArray[np.float32]:
+    """A number for each output, (N,), as (N, 1, ...)."""
+    return scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _allow_4_bits(model: ModelProto) -> None:
+    """Ask for the operator set that 4 bits take, if there are tensors of them."""
+    if any(t.data_type in FOUR_BITS for t in model.graph.initializer):
+        for opset in (*model.opset_import, *(f.opset_import[0] for f in model.functions)):
+            if not opset.domain:
+                opset.version = max(opset.version, FOUR_BITS_OPSET)
 
 
 def _replace(field: Any, messages: Iterable[Any]) -> None:

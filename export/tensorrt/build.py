@@ -16,6 +16,9 @@ from typing import Any
 from onnx import ModelProto
 
 from aim_export.errors import EnginesUnavailable, ExportError
+from aim_export.onnx.graph import Stored, write_graph
+from aim_export.onnx.in_floats import in_floats
+from aim_export.onnx.packed import lying_in_rows
 from aim_export.onnx.state_scan import NAME
 from aim_export.tensorrt.graphs import cast_pixels_last, multiply_in_half, read_graph
 from aim_export.wide import check_wide
@@ -118,13 +121,19 @@ def _write_graph(bundle: Bundle, graph: str, folder: Path) -> Path:
     """A copy of a graph, in the form that TensorRT takes, beside its weights.
 
     Its bytes are those whose checksums the manifest gives; TensorRT reads weights by path only.
+    Weights that lie in fewer bits than they are read in are written as they are read.
     """
     spec = bundle.manifest.graphs[graph]
-    model = read_graph(checked_graph(bundle, spec), spec.weights, f"{bundle.path}: {spec.file}")
+    path, where = folder / spec.file, f"{bundle.path}: {spec.file}"
+    model = read_graph(checked_graph(bundle, spec), spec.weights, where)
+    if lying_in_rows(model.graph):
+        stored: Stored = "fp32" if bundle.manifest.precision == "fp32" else "fp16"
+        written = write_graph(in_floats(bundle, graph), folder, Path(spec.weights).stem, stored)
+        model = read_graph(written.read_bytes(), spec.weights, where)
+    else:
+        (folder / spec.weights).write_bytes(bundle.read(spec.weights))
     prepare(model)
-    path = folder / spec.file
     path.write_bytes(model.SerializeToString())
-    (folder / spec.weights).write_bytes(bundle.read(spec.weights))
     return path
 
 

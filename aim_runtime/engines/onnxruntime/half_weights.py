@@ -1,4 +1,4 @@
-"""Large weights of half precision or 8 bits that stay what they are until a run comes to them.
+"""Large weights of half precision, 8 or 4 bits that stay what they are until a run comes to them.
 
 ONNX Runtime computes what follows from constants alone once, when it loads a graph: it makes
 float32 of what is stored in less and keeps that, and while it lays it out for its kernels there are
@@ -12,7 +12,16 @@ from __future__ import annotations
 import math
 
 from aim_runtime.engines.onnxruntime.library import installed_version, is_older
-from aim_runtime.onnx_graph.model import FLOAT, FLOAT16, INT8, Model, Node, Tensor, read_model
+from aim_runtime.onnx_graph.model import (
+    FLOAT,
+    FLOAT16,
+    INT4,
+    INT8,
+    Model,
+    Node,
+    Tensor,
+    read_model,
+)
 from aim_runtime.onnx_graph.operators import MICROSOFT
 
 _FIRST_ONNXRUNTIME = "1.30"  # those before end the process when they load such a graph
@@ -44,7 +53,7 @@ def with_half_weights(data: bytes) -> bytes:
 
 
 def half_weights(model: Model) -> list[Tensor]:
-    """The large weights of half precision or 8 bits that only convolutions take, as float32."""
+    """The large weights of half precision, 8 or 4 bits that only convolutions take, as float32."""
     readers: dict[str, list[Node]] = {}
     for node in model.nodes:
         for name in node.inputs:
@@ -53,7 +62,7 @@ def half_weights(model: Model) -> list[Tensor]:
     return [
         tensor
         for tensor in model.initializers.values()
-        if tensor.dtype in (FLOAT16, INT8)
+        if tensor.dtype in (FLOAT16, INT8, INT4)
         and 4 * math.prod(tensor.shape) >= _LARGE_BYTES
         and tensor.name not in results
         and all(
