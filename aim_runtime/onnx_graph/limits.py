@@ -51,9 +51,9 @@ class GraphLimits:
 
 
 def graph_limits(manifest: Manifest, graph: GraphSpec, weights: int) -> GraphLimits:
-    """The limits for `graph`, which has so many stored `weights`.
+    """The limits for `graph`, which has so many stored `weights`; what it is, its outputs say.
 
-    What it is follows from its outputs.
+    Of the weights as many count as the manifest's geometry has: a byte of a file may hold two.
     """
     model = manifest.model
     row, decoder = memory_needed(manifest, rows_per_image=1)  # what a request is told that it takes
@@ -66,10 +66,12 @@ def graph_limits(manifest: Manifest, graph: GraphSpec, weights: int) -> GraphLim
         row_bytes = max(planned, width * pixels)
         row_work = _DECODER_WORK_PER_PIXEL * pixels
         fixed_bytes, fixed_work = _DECODER_FIXED_BYTES_A_WEIGHT, _DECODER_FIXED_WORK_A_WEIGHT
+        weights = min(weights, model.decoder_parameters)
     else:
         activations = (model.num_layers + 2) * _ACTIVATIONS * model.d_model
         planned = row_bytes = 2 * row + 4 * activations
         row_work = _WORK_A_PARAMETER * (model_parameters(model) + row)
+        weights = min(weights, model_parameters(model))
     return GraphLimits(
         planned_row_bytes=planned,
         row_bytes=row_bytes,

@@ -7,8 +7,8 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from aim_export.cuda.stored import stored_tensors
-from aim_export.onnx.graph import HALF_SUFFIX
-from aim_export.onnx.packed import INT8, NIBBLES, SCALE, lying_in_rows
+from aim_export.onnx.graph import HALF_SUFFIX, OPSET
+from aim_export.onnx.packed import INT8, NIBBLES, SCALE, ask_for, lying_in_rows
 from aim_runtime import Bundle
 from aim_runtime.onnx_graph import checked_graph
 
@@ -49,6 +49,8 @@ def in_floats(bundle: Bundle, name: str) -> ModelProto:
             gathered[node.output[0]] = node.output[0].removesuffix(HALF_SUFFIX)
             node.input[0], node.output[0] = halves[source], gathered[node.output[0]]
         nodes.append(NodeProto.FromString(node.SerializeToString()))
+    if rows:
+        ask_for(model, OPSET)  # no longer the one that 4 bits take
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(tensors)
     graph.node.extend(nodes)

@@ -274,6 +274,13 @@ def lying_in_rows(graph: GraphProto) -> set[str]:
     }
 
 
+def ask_for(model: ModelProto, opset: int) -> None:
+    """Let a model and its functions be of this version of ONNX's own operators."""
+    for found in (*model.opset_import, *(f.opset_import[0] for f in model.functions)):
+        if not found.domain:
+            found.version = opset
+
+
 def as_float(
     g: GraphBuilder,
     tensors: Mapping[str, TensorProto],
@@ -374,9 +381,7 @@ def _along(scale: NDArray[np.float32], weight: NDArray[Any]) -> NDArray[np.float
 def _allow_4_bits(model: ModelProto) -> None:
     """Ask for the operator set that 4 bits take, if there are tensors of them."""
     if any(t.data_type in FOUR_BITS for t in model.graph.initializer):
-        for opset in (*model.opset_import, *(f.opset_import[0] for f in model.functions)):
-            if not opset.domain:
-                opset.version = max(opset.version, FOUR_BITS_OPSET)
+        ask_for(model, FOUR_BITS_OPSET)
 
 
 def _replace(field: Any, messages: Iterable[Any]) -> None:

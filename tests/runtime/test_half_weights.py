@@ -75,11 +75,13 @@ def model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def with_eight_bits() -> onnx.ModelProto:
-    """A convolution whose weight has 8 bits, as `aim export --precision int8` stores them."""
+def with_whole_numbers(dtype: int) -> onnx.ModelProto:
+    """A convolution whose weight has 8 or 4 bits, as `aim export` stores them."""
     rng = np.random.default_rng(4)
+    shape, values = (256, 256, 3, 3), rng.integers(-128, 128, 256 * 256 * 9).astype(np.int8)
+    raw = values.tobytes()[: values.size if dtype == TensorProto.INT8 else values.size // 2]
     tensors = [
-        numpy_helper.from_array(rng.integers(-127, 128, (256, 256, 3, 3)).astype(np.int8), "k"),
+        helper.make_tensor("k", dtype, shape, raw, raw=True),
         numpy_helper.from_array(rng.uniform(1e-4, 1e-3, 256).astype(np.float32), "scale"),
     ]
     nodes = [
@@ -89,12 +91,13 @@ def with_eight_bits() -> onnx.ModelProto:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 256, 8, 8])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)
     graph = helper.make_graph(nodes, "g", [x], [y], tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 @bears_it
-def test_weights_of_8_bits_too() -> None:
-    data = with_eight_bits().SerializeToString()
+@pytest.mark.parametrize("dtype", [TensorProto.INT8, TensorProto.INT4])
+def test_weights_of_8_and_4_bits_too(dtype: int) -> None:
+    data = with_whole_numbers(dtype).SerializeToString()
     narrow = with_half_weights(data)
     x = np.random.default_rng(1).normal(size=(1, 256, 8, 8)).astype(np.float32)
     plain, in_runs = (

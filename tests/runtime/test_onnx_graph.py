@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from aim_runtime import Bundle, BundleError, Generator, plan_batches
 from aim_runtime.bundle import models_dir
 from aim_runtime.engines.onnxruntime.step_graph import chosen_step
-from aim_runtime.onnx_graph import KNOWN_MANIFESTS, check, checked_graph
+from aim_runtime.onnx_graph import KNOWN_MANIFESTS, check, checked_graph, limits
 from aim_runtime.onnx_graph.limits import GraphLimits
 from aim_runtime.onnx_graph.operator_call import Call
 from aim_runtime.onnx_graph.operators import OPERATORS
@@ -520,14 +520,40 @@ def test_an_engine_never_sees_what_is_refused(
     assert seen == []  # not the other graphs either
 
 
+@pytest.mark.parametrize("times", [1, 4])
+def test_weights_of_4_bits_may_become_float32(
+    edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """That is eight times their bytes, and ten with whole numbers on the way; not four times so."""
+    monkeypatch.setattr(limits, "_FREE_FIXED_BYTES", 0)
+    count = 1 << 10
+
+    def edit(model: onnx.ModelProto) -> None:
+        raw = bytes(count // 2)
+        packed = helper.make_tensor("packed", TensorProto.INT4, [4, count // 4], raw, raw=True)
+        steps = numpy_helper.from_array(np.ones(4, np.float32), "steps")
+        model.graph.initializer.extend([packed, steps])
+        model.graph.node.append(node("Cast", "packed", "whole", to=TensorProto.INT8))
+        for index in range(times):
+            made = node("DequantizeLinear", "whole steps", f"made_{index}", axis=0)
+            model.graph.node.append(made)
+        model.opset_import[0].version = 21
+
+    bundle = edited(edit)
+    if times == 1:
+        Generator.load(bundle, backend="cpu", threads=1)
+    else:
+        assert f"takes up to {17 * count} bytes of memory;" in refused(bundle)
+
+
 def test_work_is_bounded_besides_memory(
     edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(edited(lambda model: None))
     step = bundle.manifest.graphs["step"]
     for row, fixed, says in ((100, 10**9, "operations a row"), (10**9, -1, "0 operations")):
-        limits = GraphLimits(10**9, 10**9, 10**9, row, fixed)
-        monkeypatch.setattr(check, "graph_limits", lambda *of, limits=limits: limits)
+        allowed = GraphLimits(10**9, 10**9, 10**9, row, fixed)
+        monkeypatch.setattr(check, "graph_limits", lambda *of, allowed=allowed: allowed)
         with pytest.raises(BundleError, match=says):
             checked_graph(bundle, step)
 
