@@ -1,4 +1,5 @@
-"""The tiny bundle with 8-bit matrices, as `aim export --precision int8` stores and multiplies."""
+"""The tiny bundle with matrices of 8 bits, as `aim export --precision int8` stores and multiplies
+them, and of 4 bits, as it stores those that a training left on a grid."""
 
 from __future__ import annotations
 
@@ -11,7 +12,16 @@ import onnx
 from onnx import ModelProto, helper, numpy_helper
 
 from aim_export.onnx.graph import MICROSOFT, GraphBuilder, write_graph
-from aim_export.onnx.packed import INT8, SCALE, Int8Matrix, int8_matrix
+from aim_export.onnx.packed import (
+    INT8,
+    NIBBLES,
+    SCALE,
+    Int8Matrix,
+    int8_matrix,
+    nearest_rows,
+    pack,
+    pack_rows,
+)
 from aim_export.onnx.products import int8_product
 from aim_runtime.bundle import add_files
 from aim_runtime.bundle.manifest import StatePair
@@ -49,6 +59,27 @@ def write_int8_bundle(tiny: Path, folder: Path) -> Path:
     path.write_text(json.dumps(document | {"precision": "int8", "format_version": 3}))
     rehash(folder)
     add_files(folder, made)
+    return folder
+
+
+def write_4_bits_bundle(tiny: Path, folder: Path) -> Path:
+    """Copy the `tiny` bundle to `folder`, its step's matrices in 4 bits.
+
+    One of them becomes float32 at once, the other by way of 8 bits, as steps of `int8` do.
+    """
+    copy_bundle(tiny, folder)
+    model = onnx.load(folder / "step.onnx")
+    weights = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.name in MATRICES
+    }
+    rows = {name: nearest_rows(weight, 7) for name, weight in weights.items()}
+    pack_rows(model, {"mix": rows["mix"]})
+    pack(model, {"head": int8_matrix(nearest_rows(weights["head"].T, 7).weight())})
+    assert {name + NIBBLES for name in MATRICES} <= {t.name for t in model.graph.initializer}
+    write_graph(model, folder, "step", "fp32")
+    rehash(folder)
     return folder
 
 

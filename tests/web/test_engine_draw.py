@@ -145,6 +145,14 @@ def test_a_bundle_of_few_bits(site: Site, tiny: Path, tmp_path: Path) -> None:
     assert tokens_of(plain["drawn"][0]).shape == expected.tokens.shape
 
 
+def test_weights_of_4_bits(site: Site, tiny: Path, tmp_path: Path) -> None:
+    """They become float32, or 8 bits, when the step is loaded: the tokens are Python's."""
+    folder = _few_bits().write_4_bits_bundle(tiny, tmp_path / "tiny-4-bits")
+    order = ORDERS[0]
+    (drawing,) = drawn(site, folder, order)["drawn"]
+    np.testing.assert_array_equal(tokens_of(drawing), by_python(folder, order).tokens)
+
+
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-5), ("int8", 5e-3)])
 def test_scores_are_near_those_of_python(
     site: Site, tiny: Path, tmp_path: Path, precision: str, bound: float
