@@ -129,14 +129,13 @@ def _matrix(
     """
     rows = sum(part.values.shape[0] for part in parts)
     _check_shape(name, tensor, (rows, *parts[0].values.shape[1:]))
+    if any(part.packed for part in parts):
+        made = constants.add(np.concatenate([part.values for part in parts]))
+        return Weight(tensor, made.stored, made.parts, None, scales)
     types = sorted({part.dtype for part in parts})
     if len(types) > 1:
         raise ValueError(f"the bundle's {name} is of several types: {', '.join(types)}")
-    if any(part.packed for part in parts):
-        places = constants.add(np.concatenate([part.values for part in parts])).parts
-    else:
-        places = tuple(part.placed() for part in parts)
-    return Weight(tensor, parts[0].dtype, places, None, scales)
+    return Weight(tensor, parts[0].dtype, tuple(part.placed() for part in parts), None, scales)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
