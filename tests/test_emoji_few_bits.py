@@ -143,7 +143,7 @@ def test_a_worth_of_size_makes_the_steps_larger() -> None:
 def test_the_recipe_ends_in_a_checkpoint_of_rounded_weights(tmp_path: Path) -> None:
     """One step of everything, which learns nothing."""
     sizes = ["--images=4", "--held-out=2", "--batch=2", "--steps=1", "--device=cpu"]
-    done = CliRunner().invoke(few_bits.main, [str(tmp_path / "out"), *sizes])
+    done = CliRunner().invoke(few_bits.main, [str(BOX), str(tmp_path / "out"), *sizes])
     assert done.exit_code == 0, done.output
     path = tmp_path / "out" / "model.safetensors"
     checkpoint = load_checkpoint(path)
@@ -171,7 +171,7 @@ def test_the_recipe_ends_in_a_checkpoint_of_rounded_weights(tmp_path: Path) -> N
 def test_what_does_not_fit_is_one_sentence(
     tmp_path: Path, options: list[str], message: str
 ) -> None:
-    done = CliRunner().invoke(few_bits.main, [str(tmp_path / "out"), *options])
+    done = CliRunner().invoke(few_bits.main, [str(BOX), str(tmp_path / "out"), *options])
     assert done.exit_code == 2
     assert message in done.output
     assert not (tmp_path / "out").exists()

@@ -1,10 +1,8 @@
-"""Trains the model in the box to have weights of few bits, from itself alone.
+"""Trains an emoji model to have weights of few bits, from itself alone: the box's last step.
 
-    python recipes/emoji/few_bits.py OUT
+    python recipes/emoji/few_bits.py BUNDLE OUT
 
-A trial, whose model is not the one in the box: README.md says what it reached.
-
-The model as it is teaches one whose weights are on a grid (`aim_training.fake_quantization`). Both
+The model of BUNDLE teaches one whose weights are on a grid (`aim_training.fake_quantization`). Both
 read codes that the teacher draws, and the student learns its probabilities, so that no picture is
 needed (data-free distillation, arXiv 2305.17888). The decoder's convolutions follow in the same
 way, picture by picture.
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from box_weights import bundle_networks
 from torch import Tensor, nn
 
-from aim_runtime import Bundle, models_dir
+from aim_runtime import Bundle
 from aim_training.batch_gradients import BatchGradients
 from aim_training.checkpoint import save_checkpoint
 from aim_training.ema import Ema
@@ -276,8 +274,8 @@ def write_record(records: list[Lesson], path: Path) -> None:
 
 
 @click.command()
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--bundle", type=click.Path(exists=True, path_type=Path), help="Default: the box.")
 @click.option("--model-bits", default=4, show_default=True, type=click.IntRange(2, 8))
 @click.option("--decoder-bits", default=4, show_default=True, type=click.IntRange(2, 8))
 @click.option("--model-minutes", default=7.2, show_default=True, type=_MINUTES)
@@ -296,8 +294,8 @@ def write_record(records: list[Lesson], path: Path) -> None:
 )
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def main(
+    bundle: Path,
     out: Path,
-    bundle: Path | None,
     model_bits: int,
     decoder_bits: int,
     model_minutes: float,
@@ -308,16 +306,18 @@ def main(
     held_out: int,
     device: str,
 ) -> None:
-    """Write OUT/model.safetensors, a checkpoint to export, and OUT/lessons.json."""
+    """Teach a student of BUNDLE, an export in half precision of a model of train.sh.
+
+    Writes OUT/model.safetensors, a checkpoint to export, and OUT/lessons.json.
+    """
     if images // 2 * 2 <= held_out // 2:
         raise click.UsageError(f"--images is {images}; the decoder needs more than --held-out / 2")
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("no GPU is found; with --device cpu a step takes minutes")
     out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
-    path = bundle or models_dir() / "emoji"
-    names = Bundle.open(path).manifest.class_names
-    model, tokenizer = bundle_networks(path)
+    names = Bundle.open(bundle).manifest.class_names
+    model, tokenizer = bundle_networks(bundle)
     model.to(device).requires_grad_(False)
     tokenizer.to(device).requires_grad_(False)
     codes, classes = draw_both_ways(model, images, 0)
