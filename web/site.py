@@ -17,6 +17,7 @@ from typing import Any
 
 from aim_runtime import AimError, Bundle
 from aim_runtime.bundle.files import MANIFEST_NAME
+from aim_runtime.engines.onnxruntime.decoder_graph import DECODER_FILE, chosen_decoder
 from aim_runtime.quoting import shown
 from aim_runtime.replacing import replacing_folder
 from aim_runtime.version import __version__
@@ -32,6 +33,8 @@ _FORMAT, _FORMAT_VERSION = "aim-site", 1
 _MOST_LIST_BYTES = 4 << 20
 _SERVICE_WORKER = "sw.js"
 _HASH_LETTERS = 12
+# Parameters from which on a decoder of fewer multiplications saves more than it takes to load.
+_LARGE_DECODER = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,29 @@ def _places(folder: str, names: Container[str]) -> dict[str, Any]:
 
 
 def _model(writer: _Writer, bundle: Bundle) -> dict[str, str]:
-    """Write the bundle's files, but for engines of GPUs; where they are, by their names in it."""
+    """Write the bundle's files that browsers use; where they are, by their names in it."""
     folder = f"model-{bundle.manifest_sha256[:_HASH_LETTERS]}"
     files = {MANIFEST_NAME: f"{folder}/{MANIFEST_NAME}"}
     writer.put(files[MANIFEST_NAME], bundle.manifest_bytes())
+    left_out = _not_for_browsers(bundle)
     for name in bundle.manifest.files:
-        if "/" not in name:
+        if name not in left_out:
             files[name] = f"{folder}/{name}"
             writer.put(files[name], bundle.read(name))
     return files
+
+
+def _not_for_browsers(bundle: Bundle) -> set[str]:
+    """Engines for GPUs, and the float decoder of fewer multiplications if it is a small one.
+
+    WebAssembly loads that graph half a second longer than the plain one at each first visit.
+    """
+    names = {name for name in bundle.manifest.files if "/" in name}
+    decoder = chosen_decoder(bundle).decoder
+    small = bundle.manifest.model.decoder_parameters < _LARGE_DECODER
+    if decoder is not None and decoder.precision == "fp32" and small:
+        names |= {DECODER_FILE, decoder.graph.file}
+    return names
 
 
 def _index(page: str, about: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from aim_cli.main import aim
-from aim_runtime import Bundle
+from aim_runtime import Bundle, models_dir
 from aim_runtime.bundle import add_engine
 from aim_web import Package, Site, modules, site, write_site
 from aim_web.headers import POLICY
@@ -128,6 +128,18 @@ def test_engines_of_gpus_stay_out(tmp_path: Path, package: Path) -> None:
     add_engine(bundle, "cuda", tmp_path / "engine")
     assert web("site", "--bundle", bundle, "--onnxruntime-web", package).exit_code == 0
     assert not [path for path in everything(Path("site")) if "kernels.bin" in path]
+
+
+def test_a_small_decoder_comes_in_the_form_that_loads_soon(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(models_dir() / "emoji")
+    files = {"decoder-cpu.json", "decoder-cpu.onnx"}
+    assert files <= set(bundle.manifest.files)
+    for large, found in ((1 << 24, set()), (1, files)):
+        monkeypatch.setattr(site, "_LARGE_DECODER", large)
+        assert web("site", "--onnxruntime-web", package).exit_code == 0
+        assert {path.split("/")[-1] for path in everything(Path("site"))} & files == found
 
 
 def test_an_own_site_is_replaced_and_nothing_else(tiny: Path, package: Path) -> None:
