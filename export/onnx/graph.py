@@ -6,6 +6,7 @@ tensors, which a reader can map into memory and share between engines.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,8 @@ _ALIGNMENT = 64
 # Smaller tensors stay in the graph: shapes and axes must be readable there, and a page of the
 # weights file for each scalar would be waste.
 _INLINE_BELOW_BYTES = 1024
+# Of a constant that its name tells.
+_LONGEST_NUMBERS = 64
 # Marks the stored name of a matrix in half precision; its value under the plain name is cast.
 HALF_SUFFIX = "/half"
 # Name of what every RMSNorm of the step adds to the mean square before its root.
@@ -83,8 +86,10 @@ class GraphBuilder:
     def constant(self, value: object, dtype: type[np.generic] = np.float32) -> str:
         """A small literal; equal literals share one initializer."""
         array = np.asarray(value, dtype)
-        name = f"const/{array.dtype}/{'x'.join(map(str, array.shape))}/{array.tolist()}"
-        return self.weight(name, array)
+        shape, numbers = "x".join(map(str, array.shape)), str(array.tolist())
+        if len(numbers) > _LONGEST_NUMBERS:  # each node that reads it repeats its name
+            numbers = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        return self.weight(f"const/{array.dtype}/{shape}/{numbers}", array)
 
     def op(self, op_type: str, *inputs: str, result: str = "", **attributes: Any) -> str:
         """Append a node with one output, called `result` if given."""
