@@ -1,6 +1,7 @@
 /** The three graphs of a bundle, loaded: prologue, step and decoder. */
 
 import { EngineError, wrapped } from "./errors.js";
+import { FEW_BITS } from "./manifest.js";
 import { concreteShape, elements } from "./parts.js";
 import { WasmRows } from "./wasm_rows.js";
 import { startedRuntime } from "./webassembly.js";
@@ -64,7 +65,7 @@ export class Engine {
       for (const graph of [prologue, decoder, step]) {
         const options = {
           outputs: stays(graph, manifest),
-          often: graph !== prologue,
+          often: graph !== prologue || !FEW_BITS.includes(manifest.precision),
           asIs: graph === decoder && decoder !== bundle.manifest.graphs.decoder,
         };
         made.push(await session(bundle, graph, runtime, options));

@@ -36,7 +36,7 @@ const MAX_PROVENANCE_ITEMS = 2 ** 14;
 /** @type {GraphName[]} */
 const GRAPHS = ["prologue", "step", "decoder"];
 const PRECISIONS = ["fp32", "fp16"];
-const FEW_BITS = ["int8", "int4"];
+export const FEW_BITS = ["int8", "int4"];
 const KEYS = /** @type {const} */ ([
   "format",
   "format_version",
