@@ -23,7 +23,7 @@ def test_every_file_is_what_the_manifest_says(generator: Generator) -> None:
 
 def test_it_fits_into_the_wheel() -> None:
     total = sum(path.stat().st_size for path in models_dir().rglob("*") if path.is_file())
-    assert total <= 40e6
+    assert total <= 12e6
 
 
 def test_licences_and_card_are_with_it(generator: Generator) -> None:
