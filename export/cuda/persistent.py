@@ -56,6 +56,7 @@ def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
         and g.S == 128
         and g.P % 32 == 0
         and g.H <= 64
+        and g.H % 4 == 0  # `dt_bias`, a and d of a layer begin at 16 bytes
         and g.D % 64 == 0
         and g.D <= 1024
         and g.L % _DEPTH == 0

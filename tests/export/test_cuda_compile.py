@@ -191,6 +191,7 @@ class TestAllLayersInOneLaunch:
             (PUBLISHED["L"], "int8-state16", [90]),
             (GOLDEN, "fp16", [90]),  # layers that do not bring the exchanges back to their start
             (replace(PUBLISHED["L"], S=64), "fp16", [90]),
+            (replace(PUBLISHED["L"], D=192), "fp16", [90]),  # 6 heads
         ],
     )
     def test_where_it_does_not_fit(
