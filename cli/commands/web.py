@@ -60,8 +60,9 @@ _BUILDING = (*(field.name for field in dataclasses.fields(Sources)), "webgpu")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    help="How weights are stored: int8 is half to download; int4, which takes --ckpt, a little "
-    "less. [default: as the bundle has them, or fp16 of --ckpt]",
+    help="How weights are stored: int8 is half to download (unless they were trained to have 4 "
+    "bits, as the model in the box was); int4, which takes --ckpt, a little less. Needs "
+    "aim-runtime[export]. [default: as the bundle has them, or fp16 of --ckpt]",
 )
 @click.option(
     "--onnxruntime-web",
@@ -110,8 +111,8 @@ def command(
 
     \b
     aim web site                              the model in the box, as files in the folder site
-    aim web site --precision int8             half to download; needs aim-runtime[export]
     aim web site --bundle aim-b               another bundle
+    aim web site --bundle aim-b --precision int8      half to download
     aim web site --ckpt aim_b.pt --precision int8
     aim web --serve                           try it here: open http://127.0.0.1:8001
     aim web --serve site                      look at a site that was made
