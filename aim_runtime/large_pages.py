@@ -13,7 +13,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,30 @@ _COLLAPSE = 25  # MADV_COLLAPSE of linux/mman.h
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 
 
-def gather_in_large_pages() -> int:
-    """Put memory that is all there into large pages; returns how many bytes are in such now.
+class NewMemory:
+    """The memory that this process takes from when this is made; what it had may be many GiB."""
 
-    Nothing but speed changes: memory that is not there stays so, and where the system has no large
-    pages, or shall not use them, nothing happens.
-    """
-    large = _large_page()
-    if not large:
-        return 0
-    gathered = 0
-    for start, end in _own_memory():
-        for begin, stop in _present(-(-start // large) * large, end // large * large, large):
-            if not _system().madvise(begin, stop - begin, _COLLAPSE):
-                gathered += stop - begin
-            elif ctypes.get_errno() == errno.EINVAL:  # Linux is older
-                return gathered
-    return gathered
+    def __init__(self) -> None:
+        self._before = sorted(_own_memory()) if _large_page() else []
+
+    def gather_in_large_pages(self) -> int:
+        """Put what is all there into large pages; returns how many bytes are in such now.
+
+        Nothing but speed changes: memory that is not there stays so, and where the system has no
+        large pages, or shall not use them, nothing happens.
+        """
+        large = _large_page()
+        if not large:
+            return 0
+        gathered = 0
+        new = (part for found in _own_memory() for part in _without(*found, self._before))
+        for start, end in new:
+            for begin, stop in _present(-(-start // large) * large, end // large * large, large):
+                if not _system().madvise(begin, stop - begin, _COLLAPSE):
+                    gathered += stop - begin
+                elif ctypes.get_errno() == errno.EINVAL:  # Linux is older
+                    return gathered
+        return gathered
 
 
 def _large_page() -> int:
@@ -65,6 +72,17 @@ def _own_memory() -> Iterator[tuple[int, int]]:
         if access == "rw-p" and file == "0" and name in ([], ["[heap]"]):
             start, _, end = addresses.partition("-")
             yield int(start, 16), int(end, 16)
+
+
+def _without(start: int, end: int, others: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The parts of a range that are in none of the others, which are sorted and lie apart."""
+    for first, last in others:
+        if first < end and start < last:
+            if start < first:
+                yield start, first
+            start = last
+    if start < end:
+        yield start, end
 
 
 def _present(start: int, end: int, large: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aim_runtime import large_pages
-from aim_runtime.large_pages import gather_in_large_pages
+from aim_runtime.large_pages import NewMemory
 
 MIB = 2**20
 
@@ -40,8 +40,9 @@ def in_small_pages(size: int, written: int) -> tuple[mmap.mmap, np.ndarray]:
 
 
 def test_what_is_there_is_in_large_pages_afterwards_and_the_same() -> None:
+    new = NewMemory()
     _memory, array = in_small_pages(16 * MIB, 16 * MIB)
-    if not gather_in_large_pages():
+    if not new.gather_in_large_pages():
         pytest.skip("this system gathers nothing in large pages")
     # It begins and ends somewhere within a large page.
     assert kilobytes(array.ctypes.data, "AnonHugePages") >= 12 * 1024
@@ -49,20 +50,43 @@ def test_what_is_there_is_in_large_pages_afterwards_and_the_same() -> None:
 
 
 def test_what_was_never_written_takes_no_memory() -> None:
+    new = NewMemory()
     _memory, array = in_small_pages(16 * MIB, 5 * MIB)
-    gather_in_large_pages()
+    new.gather_in_large_pages()
     there = np.zeros(array.size // mmap.PAGESIZE, np.uint8)
     where = (array.ctypes.data, array.size, there.ctypes.data)
     assert large_pages._system().mincore(*where) == 0
     assert np.count_nonzero(there & 1) == 5 * MIB // mmap.PAGESIZE
 
 
+def test_what_was_there_before_stays_as_it_was() -> None:
+    """It may be the many GiB of a program that a generator is but a part of."""
+    _memory, array = in_small_pages(16 * MIB, 16 * MIB)
+    NewMemory().gather_in_large_pages()
+    assert kilobytes(array.ctypes.data, "AnonHugePages") == 0
+
+
+@pytest.mark.parametrize(
+    ("others", "left"),
+    [
+        ([], [(10, 20)]),
+        ([(0, 10), (20, 30)], [(10, 20)]),
+        ([(0, 12), (14, 15), (18, 40)], [(12, 14), (15, 18)]),
+        ([(5, 25)], []),
+    ],
+)
+def test_parts_of_a_range(others: list[tuple[int, int]], left: list[tuple[int, int]]) -> None:
+    assert list(large_pages._without(10, 20, others)) == left
+
+
 def test_a_system_that_shall_not_use_them_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    new = NewMemory()
+    _memory, _ = in_small_pages(16 * MIB, 16 * MIB)
     (tmp_path / "hpage_pmd_size").write_text("2097152\n")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
     monkeypatch.setattr(large_pages, "_SETTINGS", tmp_path)
-    assert gather_in_large_pages() == 0
+    assert new.gather_in_large_pages() == 0
     monkeypatch.setattr(large_pages, "_SETTINGS", tmp_path / "nothing")
-    assert gather_in_large_pages() == 0
+    assert new.gather_in_large_pages() == 0

@@ -38,7 +38,7 @@ from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph, chosen_step
 from aim_runtime.engines.slots import drained
 from aim_runtime.errors import BundleError
-from aim_runtime.large_pages import gather_in_large_pages
+from aim_runtime.large_pages import NewMemory
 from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph
 from aim_runtime.sampling import SamplingOptions
@@ -139,8 +139,9 @@ def _load(
     if size > _SMALL_BYTES:
         # One after another, since one that loads takes two to four times what it keeps, and the one
         # that takes most first, beside nothing.
+        memory = NewMemory()
         step = make("step", threads, arena=True)
-        gather_in_large_pages()  # the weights: each step reads them all
+        memory.gather_in_large_pages()  # the weights: each step reads them all
         prologue = make("prologue", threads=1)
         return Sessions(prologue, step, make("decoder", threads, arena=True))
     # ONNX Runtime loads on one core: the small graphs are ready before the step is.
