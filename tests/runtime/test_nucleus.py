@@ -44,7 +44,7 @@ def scores_of(kind: str, size: int, spread: float, rng: np.random.Generator) -> 
         "equal steps": lambda: np.log(np.arange(1, size + 1)) * spread,
         "powers of two": lambda: -np.log(2.0) * (np.arange(size) % 60),
         "neighbours": lambda: np.nextafter(np.float32(spread), np.float32(9e9)) - normal * 1e-7,
-        "far apart": lambda: normal * 1e37,
+        "far apart": lambda: np.clip(normal * 1e37, -3e38, 3e38),  # as far as float32 goes
         "never": lambda: np.where(rng.random(size) < 0.9, -np.inf, normal),
     }[kind]()
     return found.astype(np.float32)

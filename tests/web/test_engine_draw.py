@@ -198,12 +198,12 @@ def test_a_step_that_does_not_run_here_leaves_the_plain_one(
 
 
 def test_the_model_in_the_box(site: Site, tmp_path: Path) -> None:
-    """Four pictures; their step is the one of fused operators."""
+    """Four pictures, by the graphs for a CPU."""
     folder = tmp_path / "emoji"
     shutil.copytree(Bundle.open().path, folder)
     order = {"classes": [12, 5, 44, 97], "seeds": [41, 42, 43, 44], "top_k": 1000}
     found = drawn(site, folder, order)
-    assert found["graphs"] == ["step-cpu.onnx", "decoder.onnx"]
+    assert found["graphs"] == ["step-cpu.onnx", "decoder-cpu.onnx"]
     expected = by_python(folder, order)
     np.testing.assert_array_equal(tokens_of(found["drawn"][0]), expected.tokens)
     for picture, image in zip(found["drawn"][0]["pictures"], expected.array, strict=True):
