@@ -7,6 +7,7 @@ follow from the difference.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import time
@@ -16,8 +17,6 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
-
-from aim_runtime.memory import give_back
 
 # Seconds between looks at the memory in use.
 _LOOK_EVERY_S = 0.002
@@ -97,7 +96,7 @@ def gib(count: float) -> str:
 def _peak(run: Callable[[], None]) -> tuple[float, float]:
     """Most resident bytes while `run` runs, and its seconds."""
     process, done = psutil.Process(), threading.Event()
-    give_back()  # what was freed before would be taken without a trace
+    _give_back()  # what was freed before would be taken without a trace
     most = process.memory_info().rss
 
     def look() -> None:
@@ -115,6 +114,13 @@ def _peak(run: Callable[[], None]) -> tuple[float, float]:
         done.set()
         watcher.join()
     return float(most), seconds
+
+
+def _give_back() -> None:
+    """Give the system what was freed and glibc keeps; other C libraries keep little."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _left_in_container() -> float:
