@@ -157,9 +157,8 @@ def exact_rows(weight: NDArray[np.float32]) -> Rows | None:
 
 def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
     """`weight` (N, K), every row to the nearest of 255 steps, or as it is where fewer hold it."""
-    scale = row_steps(weight, LEVELS)
-    values = np.rint(weight / scale[:, None]).astype(np.int8)
-    return Int8Matrix(np.ascontiguousarray(values.T), scale)
+    rows = nearest_rows(weight)
+    return Int8Matrix(np.ascontiguousarray(rows.values.T), rows.scale)
 
 
 def held_in_4_bits(weight: NDArray[np.float32]) -> Int4Matrix | None:
