@@ -33,7 +33,7 @@ from aim_export.cuda.kernels.persistent_common import (
 )
 from aim_export.cuda.kernels.persistent_exchange import clock
 from aim_export.cuda.kernels.persistent_producer import producer
-from aim_export.cuda.kernels.persistent_products import STORED16, STORED32
+from aim_export.cuda.kernels.persistent_products import stored_parts
 from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
 from aim_export.cuda.kernels.persistent_scan import scan_role
 
@@ -67,7 +67,7 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
     )
     states = tma.make_tensor_descriptor(
         state.to(word, bitcast=True),
-        [L * 2 * INNER * (sizes.S // 32), 32],
+        [L * sizes.R * INNER * (sizes.S // 32), 32],
         [32, 1],
         [64, 32],
         WORDS,
@@ -84,21 +84,18 @@ def _shared_memory():
     halves = boxes._reinterpret(gl.int32, [UNITS * 2, 128, 32], WORDS)
     bars = gl.allocate_shared_memory(gl.int64, [10, 1], mbarrier.MBarrierLayout())
     bcs = gl.allocate_shared_memory(gl.int32, [512, 4], ROWS)
-    part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
-    part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
-    part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], STORED32)
-    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], STORED16)
+    part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     for index in gl.static_range(10):
         mbarrier.init(bars.index(index), count=1)
-    return (boxes, blocks, bars), (
-        (units, halves, bars),
-        bcs,
-        part_0,
-        part_1,
-        part_2,
-        part_16,
-        scores,
+    ring = units, halves, bars
+    scan = ring, bcs, part_0, part_1, part_2, scores
+    return (
+        (boxes, blocks, bars),
+        (scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))),
     )
 
 
@@ -115,14 +112,13 @@ def consumer(
     OUT: gl.constexpr,
 ):
     start = clock(pid)
+    of_scan, of_out, of_bc = shared
     if pid < SCAN:
-        scan_role(shared, pointers, exchanges, pid, layers, start, stalled, sizes)
+        scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN + OUT:
-        out_role(shared, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
+        out_role(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
     else:
-        ring, _bcs, _part_0, _part_1, _part_2, part_16, _scores = shared
-        parts = ring, part_16.index(0), part_16.index(1)
-        bc_role(parts, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
+        bc_role(of_bc, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
 
 
 @gluon.jit
@@ -170,7 +166,7 @@ def persistent(
     PACE: gl.constexpr,  # cycles a layer over which a program's loads are spread, 0 for none
 ):
     BITS: gl.constexpr = in_proj.dtype.element_ty.primitive_bitwidth
-    sizes: gl.constexpr = Sizes(D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS)
+    sizes: gl.constexpr = Sizes(2, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS)
     SCAN: gl.constexpr = INNER // 32
     OUT: gl.constexpr = D // 32
     pid = gl.program_id(0)
@@ -214,9 +210,9 @@ def clear_exchanges(
     empty = tl.full((BLOCK,), -1, tl.int32)
     word = tl.pointer_type(tl.int32)
     if program == 0:
-        inside = at % (_SCALED // 2) // 64 < D // 64
+        inside = at % _SCALED // 64 < D // 64
         tl.store(
-            scaled.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _SCALED * 2
+            scaled.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _SCALED * 4
         )
     elif program == 1:
         inside = at % _NORMS // 32 < D // 64
@@ -224,11 +220,11 @@ def clear_exchanges(
             norms.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _NORMS * 4
         )
     elif program == 2:
-        inside = at % (_GATED // 2) // 64 < INNER // 64
+        inside = at % _GATED // 64 < INNER // 64
         tl.store(
-            gated.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _GATED * 2
+            gated.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _GATED * 4
         )
     elif program == 3:
-        tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < _BC * 4)
+        tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < _BC * 8)
     else:
         tl.store(stalled + at, empty + 1, mask=at < 4)

@@ -12,11 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from aim_export.cuda.kernels.persistent_products import L1, L4, load_tile, load_tile8
 
-# Places of one layer in the exchanges, in elements.
-SCALED_PLACES = gl.constexpr(2048)  # halves: box, half of it, row, 32
+# Places of one layer in the exchanges, in elements, where they are as many for each row.
+SCALED_PLACES = gl.constexpr(1024)  # a row, halves: box, half of it, row, 32
 NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and warp, row
-GATED_PLACES = gl.constexpr(4096)  # halves, as those of `scaled`
-BC_PLACES = gl.constexpr(640)  # float32: B (2, S), C (2, S), dt (H, 2)
+GATED_PLACES = gl.constexpr(2048)  # a row, halves, as those of `scaled`
+BC_PLACES = gl.constexpr(320)  # a row, float32: B (R, S), C (R, S), dt (H, R)
 
 UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 
@@ -24,6 +24,7 @@ UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 class Sizes(NamedTuple):
     """Constants of the kernel, by the letters of `aim_export.cuda.kernels.step`."""
 
+    R: Any
     D: Any
     INNER: Any
     X: Any
@@ -50,11 +51,6 @@ def softplus(value):
     kept = gl.where(total == 1.0, 1.0, total - 1.0)
     small = gl.where(total == 1.0, power, gl.log(total) * (power / kept))
     return gl.where(value > 20.0, value, small)
-
-
-@gluon.jit
-def inverse_rms(parts, LAYOUT: gl.constexpr, WIDTH: gl.constexpr, EPS: gl.constexpr):
-    return 1.0 / gl.sqrt(gl.sum(parts.load(LAYOUT), axis=2) * (1.0 / WIDTH) + EPS)
 
 
 @gluon.jit
@@ -123,21 +119,23 @@ def bounds(start, stalled):
 
 
 @gluon.jit
-def threads():
-    """A thread's number, its lane, and where its halves are among a box's 64: (512,)."""
+def threads(R: gl.constexpr):
+    """A thread's number, its lane, and where its halves are among R times a box's 64: (512,)."""
     tid = gl.arange(0, 512, L1)
     lane = tid & 31
-    return tid, lane, ((lane >> 2) & 1) * 32 + (lane & 3) * 8
+    return tid, lane, ((lane >> 2) & (R - 1)) * 32 + (lane & 3) * 8
 
 
 @gluon.jit
-def convolution_before(conv, layer, row, channel, at, inside, X: gl.constexpr, K: gl.constexpr):
+def convolution_before(conv, layer, row, channel, at, inside, sizes: gl.constexpr):
     """The convolution without its newest input, and that input's tap.
 
-    `conv` are its ring (L, 2, K, X), weights (L, K, X) and biases (L, X).
+    `conv` are its ring (L, R, K, X), weights (L, K, X) and biases (L, X).
     """
     ring, weight, bias = conv
-    ring += layer * (2 * K * X)
+    X: gl.constexpr = sizes.X
+    K: gl.constexpr = sizes.K
+    ring += layer * (sizes.R * K * X)
     weight += layer * (K * X)
     bias += layer * X
     total = gl.load(bias + channel)

@@ -73,13 +73,13 @@ def _halves_operands(count, partial):
 
 
 @gluon.jit
-def poll_scaled(address, partial, start, stalled):
-    """Wait for a warp's 64 inputs of `in_proj` and its share of their norm.
+def poll_scaled(address, partial, start, stalled, R: gl.constexpr):
+    """Wait for a warp's 64 inputs of `in_proj` for R rows and its share of their norm.
 
     `address` and `partial` (512, 4) int64 have one address a thread. Returns the two groups of
     fragments (512, 4) int32, and (512, 4) float32 whose sum over axis 1 is a sum of squares.
     """
-    text: gl.constexpr = _halves_text((0, 128), True, True)
+    text: gl.constexpr = _halves_text((0, 64 * R), True, True)
     operands: gl.constexpr = _halves_operands(2, True)
     return gl.inline_asm_elementwise(
         text,
@@ -92,9 +92,9 @@ def poll_scaled(address, partial, start, stalled):
 
 
 @gluon.jit
-def poll_gated(address, start, stalled):
+def poll_gated(address, start, stalled, R: gl.constexpr):
     """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32."""
-    text: gl.constexpr = _halves_text((0, 128, 4096, 4224), False, False)
+    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, False)
     operands: gl.constexpr = _halves_operands(4, False)
     return gl.inline_asm_elementwise(
         text,

@@ -1,10 +1,14 @@
-"""Products of two rows with weights in shared memory, for the roles of the persistent step.
+"""Products of two or eight rows with weights in shared memory, for the persistent step's roles.
 
 A product is cut over 16 warps along the sum: a warp takes 64 numbers of it (128 in `out_proj`) and
-16 weight rows at a time through mma.m16n8k16, weights as A and the two rows in the eight columns,
-each four times. K is put in an order of its own, the same for both: lane j of a row takes eight
-numbers that lie side by side, so that weights come as they are stored and rows as they are polled.
-Partial products of the warps are added from shared memory.
+16 weight rows at a time through mma.m16n8k16, weights as A and the rows in the eight columns, two
+rows four times each. K is put in an order of its own, the same for both: lane j of a row takes
+eight numbers that lie side by side, so that weights come as they are stored and rows as they are
+polled. Partial products of the warps are added from shared memory.
+
+Lanes are named by the fragments: lane = 4 q + j. A result's tile has in c0, c1 of a lane weight row
+q with columns 2 j, 2 j + 1, in c2, c3 weight row q + 8; q counts weight rows in the order that
+`TILE` says.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -38,57 +42,70 @@ TILE8 = gl.constexpr(
         [128, 32],
     )
 )
-# Partial products (2 rows, outputs, 16 warps): how they are read, and how they lie without
-# conflicts between banks.
-PARTS32 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 8]],
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0]],
-        [[1, 0, 0], [0, 4, 0], [0, 8, 0], [0, 16, 0]],
+
+
+@gluon.constexpr_function
+def parts32(R):
+    """Partial products (R rows, 32 outputs, 16 warps) as they are read: an output a thread.
+
+    Of two rows eight lanes have the same output, of eight rows the two lanes j and j ^ 2, in the
+    places that q and j & 1 name (`persistent_scan_eight` has states' products there).
+    """
+    if R == 2:
+        return gl.DistributedLinearLayout(
+            [[0, 0, 8]],
+            [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0]],
+            [[1, 0, 0], [0, 4, 0], [0, 8, 0], [0, 16, 0]],
+            [],
+            [2, 32, 16],
+        )
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4]],
+        [[0, 8, 0], [0, 0, 8], [0, 2, 0], [0, 1, 0], [0, 4, 0]],
+        [[0, 16, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
         [],
-        [2, 32, 16],
+        [8, 32, 16],
     )
-)
-PARTS16 = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 8]],
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0]],
-        [[1, 0, 0], [0, 4, 0], [0, 8, 0], [0, 0, 0]],
+
+
+@gluon.constexpr_function
+def parts16(R):
+    """The same of 16 outputs: eight lanes of two warps have the same one, or four lanes."""
+    if R == 2:
+        return gl.DistributedLinearLayout(
+            [[0, 0, 8]],
+            [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0]],
+            [[1, 0, 0], [0, 4, 0], [0, 8, 0], [0, 0, 0]],
+            [],
+            [2, 16, 16],
+        )
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2]],
+        [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[0, 8, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
         [],
-        [2, 16, 16],
+        [8, 16, 16],
     )
-)
-STORED32 = gl.constexpr(
-    gl.SharedLinearLayout(
-        [
-            [1, 0, 0],
-            [0, 8, 0],
-            [0, 1, 0],
-            [0, 2, 0],
-            [0, 4, 0],
-            [1, 0, 1],
-            [0, 8, 2],
-            [0, 4, 4],
-            [0, 0, 8],
-            [0, 16, 0],
-        ]
-    )
-)
-STORED16 = gl.constexpr(
-    gl.SharedLinearLayout(
-        [
-            [1, 0, 0],
-            [0, 8, 0],
-            [0, 1, 0],
-            [0, 2, 0],
-            [0, 4, 0],
-            [1, 0, 1],
-            [0, 8, 2],
-            [0, 4, 4],
-            [0, 0, 8],
-        ]
-    )
-)
+
+
+@gluon.constexpr_function
+def stored_parts(R, OUTPUTS):
+    """How partial products (R, OUTPUTS, 16) lie in shared memory, without conflicts of banks."""
+    lines = [[1, 0, 0], [0, 8, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    if R == 2:
+        lines += [[1, 0, 1], [0, 8, 2], [0, 4, 4], [0, 0, 8]]
+        lines += [[0, 16, 0]] if OUTPUTS == 32 else []
+    elif OUTPUTS == 32:
+        lines += [[3, 0, 0], [4, 8, 0], [1, 0, 8], [0, 16, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    else:
+        lines += [[3, 0, 0], [4, 8, 0], [0, 8, 8], [1, 0, 4], [0, 0, 1], [0, 0, 2]]
+    return gl.SharedLinearLayout(lines)
+
+
+@gluon.constexpr_function
+def lanes_of_outputs(R, OUTPUTS):
+    """The bits of a lane's number among lanes that hold the same output."""
+    return 7 if R == 2 else (2 if OUTPUTS == 32 else 3)
 
 
 @gluon.jit
@@ -179,7 +196,7 @@ def square(pair, total):
 
 
 @gluon.jit
-def add_over_pairs(value):
+def _add_over_pairs(value):
     """The sum over the lanes of the same parity."""
     return gl.inline_asm_elementwise(
         "{ .reg .f32 r, t; shfl.sync.bfly.b32 r, $1, 2, 0x1f, 0xffffffff; add.f32 t, r, $1;"
@@ -213,40 +230,136 @@ def _row_sum(value):
 
 
 @gluon.jit
-def squares(a, b, c, d, lane, zero):
-    """The warp's sum of squares of row lane & 1; the four copies of a fragment share the work."""
-    low = gl.expand_dims((lane & 8) != 0, 1)
-    high = gl.expand_dims((lane & 16) != 0, 1)
-    mine = gl.where(high, gl.where(low, d, c), gl.where(low, b, a))
-    total = gl.sum(square(mine, zero), axis=1)
-    return _row_sum(gl.convert_layout(total, L1, assert_trivial=True))
-
-
-@gluon.jit
-def pick(tile, lane):
-    """Of a tile's four results lane j keeps that of weight row q + 8 (j >> 1), row j & 1."""
+def unpacked(tile):
+    """The four registers of a tile's fragments (512, 4), each (512,)."""
     first, second = gl.split(gl.reshape(tile, [512, 2, 2]))
     a, c = gl.split(first)
     b, d = gl.split(second)
-    a = gl.convert_layout(a, L1, assert_trivial=True)
-    b = gl.convert_layout(b, L1, assert_trivial=True)
-    c = gl.convert_layout(c, L1, assert_trivial=True)
-    d = gl.convert_layout(d, L1, assert_trivial=True)
+    return (
+        gl.convert_layout(a, L1, assert_trivial=True),
+        gl.convert_layout(b, L1, assert_trivial=True),
+        gl.convert_layout(c, L1, assert_trivial=True),
+        gl.convert_layout(d, L1, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _multiply_rows(rows, total):
+    """total + eight rows times each other, over 32 numbers: (512, 4), twice the same tile."""
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$4,$5,$5},"
+        " {$4,$5}, {$8,$9,$10,$11};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$6,$6,$7,$7},"
+        " {$6,$7}, {$0,$1,$2,$3};",
+        "=&f,=&f,=&f,=&f,r,r,r,r,f,f,f,f",
+        [rows, total],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def squares(a, b, c, d, lane, zero, R: gl.constexpr):
+    """The warp's sums of squares of R rows' fragments, as `put_sums` stores them."""
+    if R == 2:
+        # The four copies of a fragment share the work.
+        low = gl.expand_dims((lane & 8) != 0, 1)
+        high = gl.expand_dims((lane & 16) != 0, 1)
+        mine = gl.where(high, gl.where(low, d, c), gl.where(low, b, a))
+        total = gl.sum(square(mine, zero), axis=1)
+        sums = _row_sum(gl.convert_layout(total, L1, assert_trivial=True))
+    else:
+        tile = _multiply_rows(b, _multiply_rows(a, zero))
+        tile += _multiply_rows(d, _multiply_rows(c, zero))
+        even, odd, _even, _odd = unpacked(tile)
+        # On the diagonal, row q by column q, are lanes with j = q // 2.
+        mine = gl.where((lane & 4) != 0, odd, even)
+        mine = gl.where((lane & 3) == ((lane >> 3) & 3), mine, 0.0)
+        sums = gl.sum(gl.reshape(mine, [16, 8, 4]), axis=2)
+    return sums
+
+
+@gluon.jit
+def shared_sums(shares, R: gl.constexpr):
+    """The warp's sums for R rows of 32 lanes' shares (512, 4), a lane's of row lane & (R - 1)."""
+    share = gl.convert_layout(gl.sum(shares, axis=1), L1, assert_trivial=True)
+    if R == 2:
+        sums = _add_over_pairs(share)
+    else:
+        sums = gl.sum(gl.reshape(share, [16, 4, 8]), axis=1)
+    return sums
+
+
+@gluon.jit
+def put_sums(part, sums, R: gl.constexpr, OUTPUTS: gl.constexpr):
+    """Store what `squares` or `shared_sums` made, for `inverse_rms`.
+
+    Two rows' in the place of products, so that whoever has an output reads the sums of its row;
+    eight rows' as (8, 16).
+    """
+    if R == 8:
+        part.store(gl.permute(sums, [1, 0]))
+    elif OUTPUTS == 32:
+        put32(part, sums, sums, R)
+    else:
+        put16(part, sums, R)
+
+
+@gluon.jit
+def inverse_rms(
+    parts, WIDTH: gl.constexpr, EPS: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """1 / rms of each row of WIDTH numbers, from what `put_sums` stored: (R, outputs or 1).
+
+    `LAYOUT` is that of the partial products that it goes with.
+    """
+    if R == 2:
+        total = gl.sum(parts.load(LAYOUT), axis=2)
+    else:
+        rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+        total = gl.sum(parts.load(gl.SliceLayout(1, LAYOUT)), axis=1)
+        total = gl.expand_dims(gl.convert_layout(total, rows, assert_trivial=True), 1)
+    return 1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS)
+
+
+@gluon.jit
+def _pick(tile, lane):
+    """Of a tile's four results lane j keeps that of weight row q + 8 (j >> 1), row j & 1."""
+    a, b, c, d = unpacked(tile)
     odd = (lane & 1) != 0
     return gl.where((lane & 2) != 0, gl.where(odd, d, c), gl.where(odd, b, a))
 
 
 @gluon.jit
-def put32(part, first, second):
-    """Store a warp's partial products of two tiles: (2, 32, 16)."""
-    value = gl.reshape(
-        gl.join(first, second), [16, 2, 2, 2, 2, 2, 2]
-    )  # warp, q2 q1 q0, j1 j0, tile
-    part.store(gl.reshape(gl.permute(value, [5, 6, 4, 3, 1, 2, 0]), [2, 32, 16]))
+def results(tile, lane, R: gl.constexpr):
+    """A tile's results as `put32` and `put16` store them: of two rows those that a lane keeps."""
+    found = tile
+    if R == 2:
+        found = _pick(tile, lane)
+    return found
 
 
 @gluon.jit
-def put16(part, value):
-    """Store a warp's partial products of one tile: (2, 16, 16)."""
-    value = gl.reshape(value, [16, 2, 2, 2, 2, 2])
-    part.store(gl.reshape(gl.permute(value, [5, 4, 3, 1, 2, 0]), [2, 16, 16]))
+def put32(part, first, second, R: gl.constexpr):
+    """Store a warp's partial products of two tiles: (R, 32, 16)."""
+    value = gl.join(first, second)
+    if R == 2:
+        # warp, q2 q1 q0, j1 j0, tile
+        value = gl.permute(gl.reshape(value, [16, 2, 2, 2, 2, 2, 2]), [5, 6, 4, 3, 1, 2, 0])
+    else:
+        # warp, q2 q1 q0, j1 j0, +8, column, tile
+        value = gl.reshape(value, [16, 2, 2, 2, 2, 2, 2, 2, 2])
+        value = gl.permute(value, [4, 5, 7, 8, 6, 3, 1, 2, 0])
+    part.store(gl.reshape(value, [R, 32, 16]))
+
+
+@gluon.jit
+def put16(part, value, R: gl.constexpr):
+    """Store a warp's partial products of one tile: (R, 16, 16)."""
+    if R == 2:
+        value = gl.permute(gl.reshape(value, [16, 2, 2, 2, 2, 2]), [5, 4, 3, 1, 2, 0])
+    else:
+        value = gl.reshape(value, [16, 2, 2, 2, 2, 2, 2, 2])
+        value = gl.permute(value, [4, 5, 7, 6, 3, 1, 2, 0])
+    part.store(gl.reshape(value, [R, 16, 16]))

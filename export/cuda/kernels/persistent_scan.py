@@ -19,7 +19,6 @@ from aim_export.cuda.kernels.persistent_common import (
     bounds,
     convolution_before,
     factor_of,
-    inverse_rms,
     load_pair,
     polled,
     polled_where,
@@ -34,16 +33,20 @@ from aim_export.cuda.kernels.persistent_exchange import (
     publish_half,
 )
 from aim_export.cuda.kernels.persistent_products import (
-    L1,
     L4,
-    PARTS32,
-    add_over_pairs,
+    inverse_rms,
+    lanes_of_outputs,
     multiply,
-    pick,
+    parts32,
     put32,
+    put_sums,
+    results,
+    shared_sums,
 )
 
-OUT32 = gl.constexpr(gl.SliceLayout(2, PARTS32.value))  # (2, 32): a program's outputs
+PARTS = gl.constexpr(parts32(2))
+OUT32 = gl.constexpr(gl.SliceLayout(2, PARTS.value))  # (2, 32): a program's outputs
+SAME = gl.constexpr(lanes_of_outputs(2, 32))
 # (2, 32, 128) numbers along S: states of 32 channels, or B of a chunk's 32 tokens.
 ALONG_S = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -94,10 +97,12 @@ def _along(AXIS: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _project(ring, first, layer, turn, polls, limits, zero, BITS: gl.constexpr):
+def project(ring, first, layer, turn, polls, limits, zero, sizes: gl.constexpr):
     """A warp's share of 32 outputs each of z and x, in two tiles each, and of the input's norm."""
     from_scaled, from_norms = polls
     start, stalled = limits
+    BITS: gl.constexpr = sizes.BITS
+    R: gl.constexpr = sizes.R
     one, other = load_pair(ring, first, 0, BITS)
     z0, z1, z2, z3 = one
     v0, v1, v2, v3 = other
@@ -107,10 +112,11 @@ def _project(ring, first, layer, turn, polls, limits, zero, BITS: gl.constexpr):
     mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
     gl.thread_barrier()
     first, second, norm = poll_scaled(
-        from_scaled + turn * (2 * SCALED_PLACES),
+        from_scaled + turn * (2 * R * SCALED_PLACES),
         from_norms + turn * (4 * NORM_PLACES),
         start,
         stalled,
+        R,
     )
     zt = multiply(z2, z3, second, multiply(z0, z1, first, zero))
     vt = multiply(v2, v3, second, multiply(v0, v1, first, zero))
@@ -126,13 +132,13 @@ def _summed(tiles, norm, shifts, factors, lane, parts, D: gl.constexpr, EPS: gl.
     shift_z, shift_x = shifts
     factor_z, factor_x = factors
     part_x, part_z, part_s = parts
-    total = add_over_pairs(gl.convert_layout(gl.sum(norm, axis=1), L1, assert_trivial=True))
-    put32(part_z, pick(zt, lane), pick(vt, lane))
-    put32(part_x, pick(xt, lane), pick(ut, lane))
-    put32(part_s, total, total)
-    rms = inverse_rms(part_s, PARTS32, D, EPS)
-    newest = gl.sum(part_x.load(PARTS32), axis=2) * rms * factor_x + shift_x
-    return newest, silu(gl.sum(part_z.load(PARTS32), axis=2) * rms * factor_z + shift_z)
+    sums = shared_sums(norm, 2)
+    put32(part_z, results(zt, lane, 2), results(vt, lane, 2), 2)
+    put32(part_x, results(xt, lane, 2), results(ut, lane, 2), 2)
+    put_sums(part_s, sums, 2, 32)
+    rms = inverse_rms(part_s, D, EPS, 2, PARTS)
+    newest = gl.sum(part_x.load(PARTS), axis=2) * rms * factor_x + shift_x
+    return newest, silu(gl.sum(part_z.load(PARTS), axis=2) * rms * factor_z + shift_z)
 
 
 @gluon.jit
@@ -211,7 +217,7 @@ def _store_decay(pointer, value, mine):
 @gluon.jit
 def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """x and z of 32 channels, and one token through their states."""
-    ring, bcs, part_x, part_z, part_s, _part_16, scores = shared
+    ring, bcs, part_x, part_z, part_s, scores = shared
     units, _halves, bars = ring
     begin, modulation, conv, rates, past, scales, _result = pointers
     in_scales, _out_scales = scales
@@ -229,7 +235,7 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     CHUNK: gl.constexpr = sizes.CHUNK
     E: gl.constexpr = INNER + X + H
     UNITS_OF_LAYER: gl.constexpr = sizes.BITS // 4 + 1  # weights' and one of states
-    tid, lane, fragment = threads()
+    tid, lane, fragment = threads(2)
     polls = polled(scaled + (tid >> 5) * 128 + fragment), polled(norms + tid)
     from_bc = polled(bc + tid * 4)
     active = polled_where(tid < (4 * S + 2 * H) // 4)
@@ -249,14 +255,14 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         turn = layer & 3
         shift = shifted + layer * (2 * E) + row * E + inner
         shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
-        before, tap = convolution_before(conv, layer, row, inner, at, everywhere, X, K)
+        before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
         rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
         decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
         last = gl.load(decays + row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
         factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
         first = layer * UNITS_OF_LAYER
-        tiles, norm = _project(ring, first, layer, turn, polls, limits, zero, sizes.BITS)
+        tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the state, while sums and B, C and dt are on their way.
         key, value = _chunk(places, past, layer, decays, p, sizes)
         parts = part_x, part_z, part_s
@@ -265,13 +271,13 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         )
         x = silu(before + newest * tap)
         state = _states(units.index(ready(bars, first + UNITS_OF_LAYER - 1, UNITS)))
-        bcs.store(poll_words(from_bc + turn * (4 * BC_PLACES), active, limits[0], limits[1]))
+        bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
         from_state, attended, own, dt = _attend(bcs, scores, state, key, value, head, S)
         change = dt * rate
         y = gl.exp(change) * (gl.where(old, gl.exp(last) * from_state, 0.0) + attended)
         y = (y + (gl.expand_dims(own, 1) * dt + skip) * x) * z
-        publish_half(to_gated + turn * GATED_PLACES, y, 7)
-        clear_half(to_gated + ((layer - 1) & 3) * GATED_PLACES, 7)
+        publish_half(to_gated + turn * (2 * GATED_PLACES), y, SAME)
+        clear_half(to_gated + ((layer - 1) & 3) * (2 * GATED_PLACES), SAME)
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
         newest_at = layer * (2 * K * X) + (row * K + at % K) * X
         gl.store(conv_ring + newest_at + inner, newest)
