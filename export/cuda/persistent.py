@@ -1,8 +1,10 @@
-"""The step for two rows in one launch for all layers, where model, format and GPU suit it.
+"""The step for two or eight rows in one launch for all layers, where model, format and GPU suit it.
 
 Behind it stand the launches of `aim_export.cuda.step` that follow the layers. In a plan such a
 bucket comes before those of as many rows and fewer that take none of this: a runtime passes over
 them where its GPU can run this one.
+
+Two rows are for formats whose states are float32, eight for those whose states are float16.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ from typing import Any
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent
 from aim_export.cuda.launch import ABSENT, KernelSpec
-from aim_export.cuda.precision import FORMATS, Format
+from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.tuning import Tuning
 from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Tensor
 
-ROWS = 2
+# Rows by the type of the states, and whose tuning serves what is around the layers: products for
+# the tensor cores want no fewer than 16 rows, of which eight are left out.
+ROWS = {"float32": 2, "float16": 8}
+_TUNED_AS = {2: 2, 8: 16}
+# Tokens of a chunk, by rows.
+_CHUNK = {2: 32, 8: 16}
 # Compute capabilities whose shared memory and copy engine the kernel is made for.
 CAPABILITIES = (90,)
 # Multiprocessors of the smallest GPU of those: one program each.
@@ -28,6 +35,8 @@ _PROGRAMS = 114
 # ones, and with 8-bit weights for all: measured on an H100 with AiM-B and AiM-L.
 _NARROW, _PACE_NARROW, _PACE = 768, 8500, 10000
 _PACE8 = 6200
+# The same for eight rows, in proportion to what is to be loaded; not measured.
+_EIGHT_PACE_NARROW, _EIGHT_PACE, _EIGHT_PACE8 = 9700, 11400, 8500
 _DEPTH = 4
 # The warp that fetches, of a group of four.
 _WORKERS = 4
@@ -42,17 +51,28 @@ def programs(g: Geometry) -> int:
     return g.inner // 32 + g.D // 32 + -(-(2 * g.S + g.H) // 16)
 
 
-def _pace(g: Geometry, precision: Format) -> int:
+def _pace(g: Geometry, precision: Format, rows: int) -> int:
+    paces = (_PACE8, _PACE_NARROW, _PACE)
+    if rows == 8:
+        paces = (_EIGHT_PACE8, _EIGHT_PACE_NARROW, _EIGHT_PACE)
+    of_bytes, narrow, wide = paces
     if precision.quantised:
-        return _PACE8
-    return _PACE_NARROW if g.D <= _NARROW else _PACE
+        return of_bytes
+    return narrow if g.D <= _NARROW else wide
+
+
+def tuning_of(rows: int, tunings: Mapping[int, Tuning]) -> Tuning | None:
+    """Of `tunings`, by rows, that for what is around the layers of a bucket of `rows` rows."""
+    return tunings.get(_TUNED_AS[rows])
 
 
 def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
     """Whether the kernel can take a model in a format."""
     return (
-        precision in (FORMATS["fp16"], FORMATS["int8"])
-        and tuning.chunk == 32
+        precision.activation == "float16"
+        and precision.state == precision.history
+        and precision.state in ROWS
+        and tuning.chunk == _CHUNK[ROWS[precision.state]]
         and g.S == 128
         and g.P % 32 == 0
         and g.H <= 64
@@ -71,7 +91,8 @@ def persistent_buckets(
     capabilities: Sequence[int],
 ) -> tuple[Bucket[KernelSpec], ...]:
     """The bucket of the kernel, if it can take the model and some GPU of `capabilities` can it."""
-    tuning = tunings.get(ROWS)
+    rows = ROWS.get(precision.state)
+    tuning = None if rows is None else tuning_of(rows, tunings)
     if tuning is None or not fits(geometry, precision, tuning):
         return ()
     if not set(CAPABILITIES) & set(capabilities):
@@ -80,8 +101,9 @@ def persistent_buckets(
 
 
 def persistent_bucket(geometry: Geometry, precision: Format, tuning: Tuning) -> Bucket[KernelSpec]:
-    """Buffers and launches for two rows, of a model that `fits`."""
-    return _PersistentBuilder(geometry, precision, ROWS, tuning, overlaps=True).bucket()
+    """Buffers and launches for as many rows as the format takes, of a model that `fits`."""
+    rows = ROWS[precision.state]
+    return _PersistentBuilder(geometry, precision, rows, tuning, overlaps=True).bucket()
 
 
 class _PersistentBuilder(StepBuilder):
@@ -90,10 +112,10 @@ class _PersistentBuilder(StepBuilder):
     ) -> None:
         super().__init__(geometry, precision, rows, tuning, overlaps)
         added = {
-            "scaled_exchange": Tensor("float16", (_DEPTH, 2048)),
+            "scaled_exchange": Tensor("float16", (_DEPTH, rows * 1024)),
             "norm_exchange": Tensor("float32", (_DEPTH, 512)),
-            "gated_exchange": Tensor("float16", (_DEPTH, 4096)),
-            "bc_exchange": Tensor("float32", (_DEPTH, 640)),
+            "gated_exchange": Tensor("float16", (_DEPTH, rows * 2048)),
+            "bc_exchange": Tensor("float32", (_DEPTH, rows * 320)),
             "stalled": Tensor("int32", (4,)),
             "descriptors": Tensor("uint8", (programs(geometry) * _SCRATCH,)),
         }
@@ -115,9 +137,10 @@ class _PersistentBuilder(StepBuilder):
             gated="gated_exchange",
             bc="bc_exchange",
             stalled="stalled",
+            R=self.rows,
             D=self.g.D,
             INNER=self.g.inner,
-            BLOCK=8192,
+            BLOCK=4096 * self.rows,
         )
 
     def _step(self) -> Program[KernelSpec]:
@@ -136,6 +159,7 @@ class _PersistentBuilder(StepBuilder):
             persistent.persistent,
             programs(g),
             **names,
+            state_scale=self._if_there("state_scale"),
             in_proj_scales="in_proj_scales" if quantised else ABSENT,
             out_proj_scales="out_proj_scales" if quantised else ABSENT,
             scaled="scaled_exchange",
@@ -143,6 +167,7 @@ class _PersistentBuilder(StepBuilder):
             gated="gated_exchange",
             bc="bc_exchange",
             num_warps=16,
+            R=self.rows,
             L=g.L,
             D=g.D,
             INNER=g.inner,
@@ -154,7 +179,7 @@ class _PersistentBuilder(StepBuilder):
             CHUNK=self.tuning.chunk,
             POSITION_OFFSET=g.position_offset,
             EPS=g.norm_eps,
-            PACE=_pace(g, self.precision),
+            PACE=_pace(g, self.precision, self.rows),
         )
         kernel = replace(
             launch.kernel,

@@ -124,6 +124,7 @@ class StepBuilder:
             target=target,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            R=self.rows,
             N=outputs,
             WIDTH=self.g.D,
             HAS_SCALES=scales is not ABSENT,
@@ -344,4 +345,4 @@ class StepBuilder:
         return {"BM": tile.rows, "BN": tile.outputs, "BK": depth, "DOT": dot}
 
     def _grid(self, tile: Tile, outputs: int) -> tuple[int, int]:
-        return -(-outputs // tile.outputs), self.rows // tile.rows
+        return -(-outputs // tile.outputs), -(-self.rows // tile.rows)

@@ -36,6 +36,7 @@ from aim_export.cuda.kernels.persistent_producer import producer
 from aim_export.cuda.kernels.persistent_products import stored_parts
 from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
 from aim_export.cuda.kernels.persistent_scan import scan_role
+from aim_export.cuda.kernels.persistent_scan_eight import scan_role_eight
 
 # Copies of _PLACES for Triton's own language.
 _SCALED = tl.constexpr(SCALED_PLACES.value)
@@ -54,6 +55,7 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
     EACH: gl.constexpr = 32 // sizes.BITS  # weights of a word
+    LINES: gl.constexpr = sizes.S * sizes.STATE_BITS // 1024  # of a channel's states, 128 bytes
     word = gl.pointer_type(gl.int32)
     in_weights = tma.make_tensor_descriptor(
         in_proj.to(word, bitcast=True), [L * E, D // EACH], [D // EACH, 1], [16, 32], WORDS
@@ -67,7 +69,7 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
     )
     states = tma.make_tensor_descriptor(
         state.to(word, bitcast=True),
-        [L * sizes.R * INNER * (sizes.S // 32), 32],
+        [L * sizes.R * INNER * LINES, 32],
         [32, 1],
         [64, 32],
         WORDS,
@@ -76,27 +78,38 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
 
 
 @gluon.jit
-def _shared_memory():
-    """The ring, as the producer sees it and as the others do, and what warps exchange."""
+def _ring():
+    """The ring as the producer sees it, and as the others do."""
     boxes = gl.allocate_shared_memory(gl.int32, [UNITS * 16, 16, 32], WORDS)
     blocks = boxes._reinterpret(gl.int32, [UNITS * 4, 64, 32], WORDS)
+    pairs = boxes._reinterpret(gl.int32, [UNITS // 2, 512, 32], WORDS)
     units = boxes._reinterpret(gl.int32, [UNITS, 256, 32], WORDS)
     halves = boxes._reinterpret(gl.int32, [UNITS * 2, 128, 32], WORDS)
     bars = gl.allocate_shared_memory(gl.int64, [10, 1], mbarrier.MBarrierLayout())
+    return (boxes, blocks, bars), (units, halves, bars), pairs
+
+
+@gluon.jit
+def _shared_memory_two(ring):
+    """What the roles of a program for two rows have: of `scan`, `out`, `bc`."""
     bcs = gl.allocate_shared_memory(gl.int32, [512, 4], ROWS)
     part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
-    for index in gl.static_range(10):
-        mbarrier.init(bars.index(index), count=1)
-    ring = units, halves, bars
-    scan = ring, bcs, part_0, part_1, part_2, scores
-    return (
-        (boxes, blocks, bars),
-        (scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))),
-    )
+    of_scan = ring, bcs, part_0, part_1, part_2, scores
+    return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
+
+
+@gluon.jit
+def _shared_memory_eight(ring, pairs):
+    """The same for eight rows."""
+    digits = gl.allocate_shared_memory(gl.float16, [32, 128], ROWS)
+    part = gl.allocate_shared_memory(gl.float32, [8, 32, 16], stored_parts(8, 32))
+    part_16 = gl.allocate_shared_memory(gl.float32, [8, 16, 16], stored_parts(8, 16))
+    sums = gl.allocate_shared_memory(gl.float32, [8, 16], ROWS)
+    return (ring, pairs, digits, part, sums), (ring, part, sums), (ring, part_16, sums)
 
 
 @gluon.jit
@@ -114,7 +127,10 @@ def consumer(
     start = clock(pid)
     of_scan, of_out, of_bc = shared
     if pid < SCAN:
-        scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
+        if sizes.R == 2:
+            scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
+        else:
+            scan_role_eight(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN + OUT:
         out_role(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
     else:
@@ -141,17 +157,19 @@ def persistent(
     a,  # (L, H) float32
     d,  # (L, H) float32
     ring,  # (L, R, K, X) float32, updated
-    state,  # (L, R, H, P, S) float32
-    past_x,  # (L, R, C, I) float32, updated
-    past_b,  # (L, R, C, S) float32, updated
+    state,  # (L, R, H, P, S) float32, or float16 where there are eight rows
+    state_scale,  # (L, R, H, P) float32, what a channel of float16 counts
+    past_x,  # (L, R, C, I) of the states' type, updated
+    past_b,  # (L, R, C, S), likewise
     past_decay,  # (L, R, H, C) float32, updated
     residual,  # (R, D) float32, written
     status,  # (R,) int32: becomes STALLED when a wait took too long
-    scaled,  # exchanges, all ones between launches: (DEPTH, 2048) float16
+    scaled,  # exchanges, all ones between launches: (DEPTH, R * 1024) float16
     norms,  # (DEPTH, 512) float32
-    gated,  # (DEPTH, 4096) float16
-    bc,  # (DEPTH, 640) float32
+    gated,  # (DEPTH, R * 2048) float16
+    bc,  # (DEPTH, R * 320) float32
     stalled,  # (4,) int32: [0] becomes 1 then
+    R: gl.constexpr,
     L: gl.constexpr,
     D: gl.constexpr,
     INNER: gl.constexpr,
@@ -166,24 +184,33 @@ def persistent(
     PACE: gl.constexpr,  # cycles a layer over which a program's loads are spread, 0 for none
 ):
     BITS: gl.constexpr = in_proj.dtype.element_ty.primitive_bitwidth
-    sizes: gl.constexpr = Sizes(2, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS)
+    STATE_BITS: gl.constexpr = state.dtype.element_ty.primitive_bitwidth
+    sizes: gl.constexpr = Sizes(
+        R, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS, STATE_BITS
+    )
     SCAN: gl.constexpr = INNER // 32
     OUT: gl.constexpr = D // 32
     pid = gl.program_id(0)
     # After a launch that failed nothing is to be had: later ones must not wait as long again.
     layers = gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
-    ring_, shared = _shared_memory()
+    filled, read, pairs = _ring()
+    if R == 2:
+        shared = _shared_memory_two(read)
+    else:
+        shared = _shared_memory_eight(read, pairs)
+    for index in gl.static_range(10):
+        mbarrier.init(read[2].index(index), count=1)
     begin = (token, position, (word_table, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
-    past, result = (past_x, past_b, past_decay), (residual, status)
+    past, result = (past_x, past_b, past_decay, state_scale), (residual, status)
     scales = (in_proj_scales, out_proj_scales)
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
     exchanges = (scaled, norms, gated, bc)
     gl.warp_specialize(
         [
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
-            (producer, (memory, ring_, position, pid, layers, sizes, SCAN, OUT, PACE)),
+            (producer, (memory, filled, position, pid, layers, sizes, SCAN, OUT, PACE)),
         ],
         [1],
         [24],
@@ -197,6 +224,7 @@ def clear_exchanges(
     gated,
     bc,
     stalled,
+    R: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
     BLOCK: tl.constexpr,  # no fewer words than the largest exchange has
@@ -210,21 +238,19 @@ def clear_exchanges(
     empty = tl.full((BLOCK,), -1, tl.int32)
     word = tl.pointer_type(tl.int32)
     if program == 0:
-        inside = at % _SCALED // 64 < D // 64
-        tl.store(
-            scaled.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _SCALED * 4
-        )
+        inside = at % (R * _SCALED // 2) // (32 * R) < D // 64
+        kept = tl.where(inside, empty, 0)
+        tl.store(scaled.to(word, bitcast=True) + at, kept, mask=at < R * _SCALED * 2)
     elif program == 1:
         inside = at % _NORMS // 32 < D // 64
         tl.store(
             norms.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _NORMS * 4
         )
     elif program == 2:
-        inside = at % _GATED // 64 < INNER // 64
-        tl.store(
-            gated.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _GATED * 4
-        )
+        inside = at % (R * _GATED // 2) // (32 * R) < INNER // 64
+        kept = tl.where(inside, empty, 0)
+        tl.store(gated.to(word, bitcast=True) + at, kept, mask=at < R * _GATED * 2)
     elif program == 3:
-        tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < _BC * 8)
+        tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < R * _BC * 4)
     else:
         tl.store(stalled + at, empty + 1, mask=at < 4)

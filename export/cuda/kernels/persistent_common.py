@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_products import L1, L4, load_tile, load_tile8
 
 # Places of one layer in the exchanges, in elements, where they are as many for each row.
@@ -36,6 +38,7 @@ class Sizes(NamedTuple):
     POSITION_OFFSET: Any
     EPS: Any
     BITS: Any  # of a weight of the projections, 16 or 8
+    STATE_BITS: Any  # of a number of the states, 32 or 16
 
 
 @gluon.jit
@@ -51,6 +54,16 @@ def softplus(value):
     kept = gl.where(total == 1.0, 1.0, total - 1.0)
     small = gl.where(total == 1.0, power, gl.log(total) * (power / kept))
     return gl.where(value > 20.0, value, small)
+
+
+@gluon.jit
+def store_rounded(pointers, values, mask):
+    """As `common.store_rounded`."""
+    if pointers.dtype.element_ty == gl.float16:
+        KEPT: gl.constexpr = tl.PropagateNan.ALL
+        values = gl.maximum(values, -HALF_LIMIT, propagate_nan=KEPT)
+        values = gl.minimum(values, HALF_LIMIT, propagate_nan=KEPT)
+    gl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

@@ -127,6 +127,32 @@ def poll_words(address, active, start, stalled):
 
 
 @gluon.jit
+def poll_row(address, number, start, stalled):
+    """Wait for 16 bytes of 32-bit numbers and for one number more, in all threads.
+
+    `address` and `number` (512, 4) int64 have one address a thread. Returns (512, 4) int32, and
+    (512, 4) float32 whose sum over axis 1 is the one number.
+    """
+    text: gl.constexpr = (
+        "{ .reg .pred p, q; .reg .b32 n;\n"
+        "L: ld.relaxed.gpu.global.v4.b32 {$0,$1,$2,$3}, [$8+0];"
+        "ld.relaxed.gpu.global.b32 $4, [$12];"
+        "setp.ne.b32 p, $0, -1; setp.ne.and.b32 p, $1, -1, p; setp.ne.and.b32 p, $2, -1, p;"
+        "setp.ne.and.b32 p, $3, -1, p; setp.ne.and.b32 p, $4, -1, p;"
+        + _end(16, 20, False)
+        + "mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }"
+    )
+    return gl.inline_asm_elementwise(
+        text,
+        "=&r,=&r,=&r,=&r,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,r,r,r,r,l,l,l,l",
+        [address, number, start, stalled],
+        dtype=(gl.int32, gl.float32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
 def publish_half(pointer, value, MASK: gl.constexpr):
     """Store float32 as half, clamped to what one can hold, NaN as infinity.
 
@@ -152,6 +178,22 @@ def publish_float(pointer, value, MASK: gl.constexpr):
         "{ .reg .pred p, q; .reg .b32 l; .reg .f32 v; mov.u32 l, %laneid;"
         "and.b32 l, l, $3; setp.eq.u32 p, l, 0; setp.nan.f32 q, $2, $2;"
         "selp.f32 v, 0f7F800000, $2, q; @p st.relaxed.gpu.global.b32 [$1], v; mov.b32 $0, 0; }",
+        "=r,l,f,r",
+        [pointer.to(gl.int64), value, MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def publish_bounded(pointer, value, MASK: gl.constexpr):
+    """`publish_float`, clamped to what a half can hold."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b32 l; .reg .f32 v; mov.u32 l, %laneid;"
+        "and.b32 l, l, $3; setp.eq.u32 p, l, 0; max.f32 v, $2, 0fC77FE000;"
+        "min.f32 v, v, 0f477FE000; setp.nan.f32 q, $2, $2; selp.f32 v, 0f7F800000, v, q;"
+        "@p st.relaxed.gpu.global.b32 [$1], v; mov.b32 $0, 0; }",
         "=r,l,f,r",
         [pointer.to(gl.int64), value, MASK],
         dtype=gl.int32,

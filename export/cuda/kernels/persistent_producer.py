@@ -66,9 +66,25 @@ def _fill(
 
 
 @gluon.jit
-def _fill_states(ring, unit, states, row, last, begun, INNER: gl.constexpr, PACE: gl.constexpr):
-    """Fetch the states of 32 channels of both rows, if some row's chunk is not its first."""
+def _fill_states(
+    ring,
+    unit,
+    states,
+    row,
+    last,
+    begun,
+    FIRST: gl.constexpr,
+    sizes: gl.constexpr,
+    PACE: gl.constexpr,
+):
+    """Fetch states of 32 channels, if some row's chunk is not its first.
+
+    A unit holds those of both rows, or of four rows from FIRST on whose states are halves: in
+    blocks of 64 lines of 128 bytes. `row` is the line where row 0 begins.
+    """
     _boxes, blocks, bars = ring
+    LINES: gl.constexpr = sizes.S * sizes.STATE_BITS // 1024  # of a channel
+    BLOCKS: gl.constexpr = LINES // 2  # of a row
     slot = unit % UNITS
     full = bars.index(slot)
     if begun:
@@ -76,7 +92,7 @@ def _fill_states(ring, unit, states, row, last, begun, INNER: gl.constexpr, PACE
         for block in gl.static_range(4):
             if PACE > 0:
                 last = _paced(last, PACE)
-            at = row + (block // 2) * (INNER * 4) + (block % 2) * 64
+            at = row + (FIRST + block // BLOCKS) * (sizes.INNER * LINES) + (block % BLOCKS) * 64
             tma.async_copy_global_to_shared(states, [at, 0], full, blocks.index(slot * 4 + block))
     else:
         mbarrier.arrive(full, count=1)
@@ -102,6 +118,86 @@ def _wait_for_last_weights(bars, layer):
 
 
 @gluon.jit
+def _wait_for_last_states(bars, layer):
+    """Until the states of the last layer have left the ring."""
+    mbarrier.wait(bars.index(8 + ((layer + 1) & 1)), ((layer - 1) >> 1) & 1, pred=layer > 0)
+
+
+@gluon.jit
+def _some_row_has_states(position, sizes: gl.constexpr):
+    """Whether some row is past its first chunk."""
+    begun = gl.load(position) >= sizes.CHUNK
+    for row in gl.static_range(1, sizes.R):
+        begun = begun | (gl.load(position + row) >= sizes.CHUNK)
+    return begun
+
+
+@gluon.jit
+def _feed_scan(
+    ring, in_weights, states, layer, pid, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
+):
+    """A layer's weights and states of a program of role `scan`, of both rows."""
+    _boxes, _blocks, bars = ring
+    INNER: gl.constexpr = sizes.INNER
+    row = layer * (INNER + sizes.X + sizes.H) + pid * 32
+    at = (layer * (2 * INNER) + pid * 32) * 4
+    if sizes.BITS == 16:
+        unit = layer * 5
+        _wait_for_states(bars, layer)
+        last = _fill(ring, unit, in_weights, row, 0, last, PACE // 20, UNITS)
+        _wait_for_last_weights(bars, layer)
+        last = _fill(ring, unit + 1, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+        row += INNER
+        last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
+        last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+        last = _fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, PACE // 20)
+    else:
+        unit = layer * 3
+        _wait_for_weights(bars, layer)
+        last = _fill(ring, unit, in_weights, row, 0, last, PACE // 12, UNITS, 8)
+        row += INNER
+        last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
+        _wait_for_states(bars, layer)
+        last = _fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, PACE // 12)
+    return last
+
+
+@gluon.jit
+def _feed_scan_eight(
+    ring, in_weights, states, layer, pid, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
+):
+    """`_feed_scan` of eight rows whose states are halves: two units of them.
+
+    Weights of 16 bits and states then fill the ring: every unit has the same slot in all layers.
+    """
+    _boxes, _blocks, bars = ring
+    INNER: gl.constexpr = sizes.INNER
+    row = layer * (INNER + sizes.X + sizes.H) + pid * 32
+    at = (layer * (8 * INNER) + pid * 32) * 2
+    if sizes.BITS == 16:
+        unit = layer * 6 + 4
+        _wait_for_last_weights(bars, layer)
+        last = _fill(ring, unit - 4, in_weights, row, 0, last, PACE // 24, UNITS)
+        last = _fill(ring, unit - 3, in_weights, row + 16, 0, last, PACE // 24, UNITS)
+        row += INNER
+        last = _fill(ring, unit - 2, in_weights, row, 0, last, PACE // 24, UNITS)
+        last = _fill(ring, unit - 1, in_weights, row + 16, 0, last, PACE // 24, UNITS)
+        _wait_for_last_states(bars, layer)
+        last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 24)
+        last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 24)
+    else:
+        unit = layer * 4 + 2
+        _wait_for_states(bars, layer)
+        last = _fill(ring, unit - 2, in_weights, row, 0, last, PACE // 16, UNITS, 8)
+        row += INNER
+        last = _fill(ring, unit - 1, in_weights, row, 0, last, PACE // 16, UNITS, 8)
+        _wait_for_last_weights(bars, layer)
+        last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 16)
+        last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 16)
+    return last
+
+
+@gluon.jit
 def producer(
     memory,
     ring,
@@ -119,29 +215,15 @@ def producer(
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
     last = pid * 0
-    begun = (gl.load(position) >= sizes.CHUNK) | (gl.load(position + 1) >= sizes.CHUNK)
+    begun = _some_row_has_states(position, sizes)
     if pid < SCAN:
         for layer in range(layers):
-            row = layer * E + pid * 32
-            at = (layer * (2 * INNER) + pid * 32) * 4
-            if sizes.BITS == 16:
-                unit = layer * 5
-                _wait_for_states(bars, layer)
-                last = _fill(ring, unit, in_weights, row, 0, last, PACE // 20, UNITS)
-                _wait_for_last_weights(bars, layer)
-                last = _fill(ring, unit + 1, in_weights, row + 16, 0, last, PACE // 20, UNITS)
-                row += INNER
-                last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
-                last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
-                last = _fill_states(ring, unit + 4, states, at, last, begun, INNER, PACE // 20)
+            if sizes.R == 2:
+                last = _feed_scan(ring, in_weights, states, layer, pid, last, begun, sizes, PACE)
             else:
-                unit = layer * 3
-                _wait_for_weights(bars, layer)
-                last = _fill(ring, unit, in_weights, row, 0, last, PACE // 12, UNITS, 8)
-                row += INNER
-                last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
-                _wait_for_states(bars, layer)
-                last = _fill_states(ring, unit + 2, states, at, last, begun, INNER, PACE // 12)
+                last = _feed_scan_eight(
+                    ring, in_weights, states, layer, pid, last, begun, sizes, PACE
+                )
     elif pid < SCAN + OUT:
         for layer in range(layers):
             row = layer * D + (pid - SCAN) * 32

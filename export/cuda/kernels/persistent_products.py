@@ -284,11 +284,7 @@ def squares(a, b, c, d, lane, zero, R: gl.constexpr):
 def shared_sums(shares, R: gl.constexpr):
     """The warp's sums for R rows of 32 lanes' shares (512, 4), a lane's of row lane & (R - 1)."""
     share = gl.convert_layout(gl.sum(shares, axis=1), L1, assert_trivial=True)
-    if R == 2:
-        sums = _add_over_pairs(share)
-    else:
-        sums = gl.sum(gl.reshape(share, [16, 4, 8]), axis=1)
-    return sums
+    return _add_over_pairs(share) if R == 2 else gl.sum(gl.reshape(share, [16, 4, 8]), axis=1)
 
 
 @gluon.jit

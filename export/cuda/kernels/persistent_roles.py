@@ -23,6 +23,7 @@ from aim_export.cuda.kernels.persistent_common import (
     polled,
     silu,
     softplus,
+    store_rounded,
     threads,
 )
 from aim_export.cuda.kernels.persistent_exchange import (
@@ -30,6 +31,7 @@ from aim_export.cuda.kernels.persistent_exchange import (
     clear_half,
     poll_gated,
     poll_scaled,
+    publish_bounded,
     publish_float,
     publish_half,
 )
@@ -194,7 +196,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     _gate, _scale, shifted = modulation
     conv_ring, _conv_weight, _conv_bias = conv
     dt_bias, _a, _d = rates
-    _past_x, past_b, _past_decay = past
+    _past_x, past_b, _past_decay, _state_scale = past
     scaled, norms, _gated, bc = exchanges
     INNER: gl.constexpr = sizes.INNER
     S: gl.constexpr = sizes.S
@@ -253,9 +255,12 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
-        publish_float(to_bc + turn * (R * BC_PLACES), value, SAME)
+        if R == 2:
+            publish_float(to_bc + turn * (R * BC_PLACES), value, SAME)
+        else:  # halves multiply by them
+            publish_bounded(to_bc + turn * (R * BC_PLACES), value, SAME)
         clear_float(to_bc + ((layer - 1) & 3) * (R * BC_PLACES), SAME)
         newest_at = layer * (R * K * X) + (row * K + at % K) * X
         gl.store(conv_ring + newest_at + mixed, newest, mask=there)
         token = past_b + layer * (R * CHUNK * S) + (row * CHUNK + at % CHUNK) * S + output
-        gl.store(token, value, mask=there & is_b)
+        store_rounded(token, value, there & is_b)

@@ -161,7 +161,7 @@ def _chunk(places, past, layer, decays, p, sizes: gl.constexpr):
     """The tokens since the chunk began: their B (2, CHUNK, S), and dt x of the program's 32
     channels, decayed until the last token (2, CHUNK, 32)."""
     along_s, along_chunk = places
-    past_x, past_b, _past_decay = past
+    past_x, past_b = past
     CHUNK: gl.constexpr = sizes.CHUNK
     there, offset = along_s
     row, slot, channel, at, earlier = along_chunk
@@ -208,9 +208,9 @@ def _states(unit):
 
 
 @gluon.jit
-def _store_decay(pointer, value, mine):
-    """Both (2, 1); once a row, and by one of a head's programs."""
-    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
+def store_decay(pointer, value, mine, OUTPUTS: gl.constexpr):
+    """(R, 1) pointers; once a row, and by one of a head's programs."""
+    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUTPUTS)), 0)
     gl.store(pointer + channel * 0, value + channel * 0.0, mask=(channel == 0) & mine)
 
 
@@ -225,7 +225,7 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     _gate, _scale, shifted = modulation
     conv_ring, _conv_weight, _conv_bias = conv
     _dt_bias, a, d = rates
-    past_x, _past_b, past_decay = past
+    past_x, past_b, past_decay, _state_scale = past
     scaled, norms, gated, bc = exchanges
     INNER: gl.constexpr = sizes.INNER
     X: gl.constexpr = sizes.X
@@ -264,7 +264,7 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         first = layer * UNITS_OF_LAYER
         tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the state, while sums and B, C and dt are on their way.
-        key, value = _chunk(places, past, layer, decays, p, sizes)
+        key, value = _chunk(places, (past_x, past_b), layer, decays, p, sizes)
         parts = part_x, part_z, part_s
         newest, z = _summed(
             tiles, norm, shifts, (factor_z, factor_x), lane, parts, sizes.D, sizes.EPS
@@ -283,4 +283,5 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         gl.store(conv_ring + newest_at + inner, newest)
         token = past_x + layer * (2 * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
         gl.store(token, dt * x)
-        _store_decay(decays + row * (H * CHUNK) + slot, change + last, p * 32 == head * sizes.P)
+        mine = p * 32 == head * sizes.P
+        store_decay(decays + row * (H * CHUNK) + slot, change + last, mine, OUT32)

@@ -93,6 +93,7 @@ def linear(
     source,  # (R, WIDTH)
     bias,  # (N,) float32
     target,  # (R, N)
+    R: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_SCALES: tl.constexpr,
@@ -108,12 +109,14 @@ def linear(
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = outputs < N
     loaded = tl.minimum(outputs, N - 1)
+    FULL: tl.constexpr = R % BM == 0
+    there = rows if FULL else tl.minimum(rows, R - 1)
     matrix = load_ahead(weight, loaded, WIDTH, BK, DOT, OVERLAPS)
     begin_dependents(OVERLAPS)
-    total = multiply(matrix, weight, source, rows, loaded, WIDTH, BM, BN, BK, DOT)
+    total = multiply(matrix, weight, source, there, loaded, WIDTH, BM, BN, BK, DOT)
     if HAS_SCALES:
         total *= tl.load(scales + loaded)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + loaded)[None, :]
-    inside = inside[None, :] & (rows[:, None] >= 0)
+    inside = inside[None, :] & (rows[:, None] >= 0 if FULL else rows[:, None] < R)
     store_rounded(target + rows[:, None] * N + outputs[None, :], total, inside)
