@@ -132,6 +132,17 @@ def bounds(start, stalled):
 
 
 @gluon.jit
+def again(index):
+    """`index` as if it were another one: what follows from it is not kept from layer to layer.
+
+    Places are quickly computed; kept in registers they would push others to memory.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [index], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def threads(R: gl.constexpr):
     """A thread's number, its lane, and where its halves are among R times a box's 64: (512,)."""
     tid = gl.arange(0, 512, L1)

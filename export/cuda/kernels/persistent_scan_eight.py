@@ -23,6 +23,7 @@ from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
     GATED_PLACES,
     UNITS,
+    again,
     bounds,
     convolution_before,
     factor_of,
@@ -331,28 +332,22 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
     K: gl.constexpr = sizes.K
     E: gl.constexpr = INNER + X + H
     UNITS_OF_LAYER: gl.constexpr = sizes.BITS // 4 + 2  # weights' and two of states
-    tid, lane, fragment = threads(R)
-    polls = polled(scaled + (tid >> 5) * (64 * R) + fragment), polled(norms + tid)
-    head = (p * 32) // sizes.P
-    from_bc = polled(bc + tid * 4)
-    dt_from = polled(bc + 2 * R * sizes.S + head * R + (tid >> 6))
     limits = bounds(start, stalled)
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    row = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
-    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0)
-    inner = p * 32 + channel
-    to_gated = gated + p * (32 * R) + row * 32 + channel
-    at = gl.load(position + row).to(gl.int32)  # (8, 1)
-    slot = at % CHUNK
-    everywhere = (row + channel) >= 0
-    of_thread = gl.load(position + (tid >> 6)).to(gl.int32)  # (512,)
+    head = (p * 32) // sizes.P
+    of_output = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
+    at = gl.load(position + of_output).to(gl.int32)  # (8, 1)
+    of_thread = gl.load(position + (threads(R)[0] >> 6)).to(gl.int32)  # (512,)
     old = of_thread >= CHUNK
-    places = _places(tid, lane, p, head, of_thread % CHUNK, sizes)
-    before_it = ((tid >> 6) * H + head) * CHUNK + of_thread % CHUNK - 1
-    in_chunk = of_thread % CHUNK > 0
-    factors = state_scale + (tid >> 6) * INNER + p * 32 + _channel(tid, lane) + (lane & 1) * 8
     for layer in range(layers):
         turn = layer & 3
+        tid, lane, fragment = threads(R)
+        tid, lane, fragment = again(tid), again(lane), again(fragment)
+        row = again(of_output)
+        channel = again(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0))
+        slot = at % CHUNK
+        inner = p * 32 + channel
+        everywhere = (row + channel) >= 0
         shift = shifted + layer * (R * E) + row * E + inner
         shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
@@ -363,10 +358,16 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
         factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
         first = layer * UNITS_OF_LAYER
+        polls = polled(scaled + (tid >> 5) * (64 * R) + fragment), polled(norms + tid)
         tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the states, while sums and B, C and dt are on their way.
-        until = gl.load(decays + before_it, mask=in_chunk, other=0.0)
+        tid, lane = again(tid), again(lane)
+        since = of_thread % CHUNK
+        before_it = ((tid >> 6) * H + head) * CHUNK + since - 1
+        until = gl.load(decays + before_it, mask=since > 0, other=0.0)
+        factors = state_scale + (tid >> 6) * INNER + p * 32 + _channel(tid, lane) + (lane & 1) * 8
         factor = gl.load(factors + layer * (R * INNER), mask=old, other=0.0) * gl.exp(until)
+        places = _places(tid, lane, p, head, since, sizes)
         keys, values, weights = _chunk(places, (past_x, past_b, past_decay), layer, until, sizes)
         newest, z = _summed(tiles, norm, shifts, (factor_z, factor_x), part, part_s, sizes)
         x = silu(before + newest * tap)
@@ -375,6 +376,9 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         states = _load_states(pairs.index(ready(bars, unit + 1, UNITS) // 2))
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
         gl.thread_barrier()
+        tid, lane = again(tid), again(lane)
+        from_bc = polled(bc + tid * 4)
+        dt_from = polled(bc + 2 * R * sizes.S + head * R + (tid >> 6))
         words, dt = poll_row(
             from_bc + turn * (4 * R * BC_PLACES),
             dt_from + turn * (4 * R * BC_PLACES),
@@ -389,10 +393,14 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         dt = _both_lanes(gl.where((lane & 2) != 0, 0.0, dt))
         change = dt * rate
         y = (gl.exp(change) * share + (own * dt + skip) * x) * z
+        row, channel = again(row), again(channel)
+        inner = p * 32 + channel
+        to_gated = gated + p * (32 * R) + row * 32 + channel
         publish_half(to_gated + turn * (R * GATED_PLACES), y, SAME)
         clear_half(to_gated + ((layer - 1) & 3) * (R * GATED_PLACES), SAME)
         newest_at = layer * (R * K * X) + (row * K + at % K) * X
         gl.store(conv_ring + newest_at + inner, newest)
         token = past_x + layer * (R * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
         store_rounded(token, dt * x, everywhere)
+        mine = decays + (row * H + head) * CHUNK + slot
         store_decay(mine, change + last, p * 32 == head * sizes.P, OUT)
