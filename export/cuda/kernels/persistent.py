@@ -46,6 +46,7 @@ _BC = tl.constexpr(BC_PLACES.value)
 
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 
 @gluon.jit
@@ -105,7 +106,7 @@ def _shared_memory_two(ring):
 @gluon.jit
 def _shared_memory_eight(ring, pairs):
     """The same for eight rows."""
-    digits = gl.allocate_shared_memory(gl.float16, [32, 128], ROWS)
+    digits = gl.allocate_shared_memory(gl.float16, [2, 16, 128], CUBE)
     part = gl.allocate_shared_memory(gl.float32, [8, 32, 16], stored_parts(8, 32))
     part_16 = gl.allocate_shared_memory(gl.float32, [8, 16, 16], stored_parts(8, 16))
     sums = gl.allocate_shared_memory(gl.float32, [8, 16], ROWS)

@@ -46,7 +46,7 @@ from aim_export.cuda.kernels.persistent_products import (
     shared_sums,
     unpacked,
 )
-from aim_export.cuda.kernels.persistent_scan import project, store_decay
+from aim_export.cuda.kernels.persistent_scan import project
 
 R = gl.constexpr(8)
 CHUNK = gl.constexpr(16)
@@ -207,12 +207,12 @@ def _quarters(words):
 
 @gluon.jit
 def _put_digits(digits, words):
-    """Store B and C of all rows, polled as (512, 4), as two halves each: (32, S)."""
+    """Store B and C of all rows, polled as (512, 4), as two halves each: (2, 16, S)."""
     value = words.to(gl.float32, bitcast=True)
     first = value.to(gl.float16)
     second = (value - first.to(gl.float32)).to(gl.float16)
-    digits.slice(0, 16).store(gl.reshape(first, [16, 128]))
-    digits.slice(16, 16).store(gl.reshape(second, [16, 128]))
+    both = gl.reshape(gl.join(first, second), [16, 128, 2])
+    digits.store(gl.permute(both, [2, 0, 1]))
 
 
 @gluon.jit
@@ -231,9 +231,8 @@ def _load_query(digits):
 @gluon.jit
 def _own_score(digits):
     """The token's B times its C, (8,)."""
-    halves = digits._reinterpret(gl.float16, [2, 16, 128], PLAIN)
-    b = gl.sum(halves.slice(0, 8, 1).load(ALONG_S).to(gl.float32), axis=0)
-    c = gl.sum(halves.slice(8, 8, 1).load(ALONG_S).to(gl.float32), axis=0)
+    b = gl.sum(digits.slice(0, 8, 1).load(ALONG_S).to(gl.float32), axis=0)
+    c = gl.sum(digits.slice(8, 8, 1).load(ALONG_S).to(gl.float32), axis=0)
     return gl.convert_layout(gl.sum(b * c, axis=1), gl.SliceLayout(1, OUT), assert_trivial=True)
 
 
@@ -345,7 +344,6 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         tid, lane, fragment = again(tid), again(lane), again(fragment)
         row = again(of_output)
         channel = again(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0))
-        slot = at % CHUNK
         inner = p * 32 + channel
         everywhere = (row + channel) >= 0
         shift = shifted + layer * (R * E) + row * E + inner
@@ -353,8 +351,6 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
         rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
         decays = past_decay + layer * (R * H * CHUNK)
-        mine = decays + (row * H + head) * CHUNK + slot
-        last = gl.load(mine - 1, mask=slot > 0, other=0.0)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
         factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
         first = layer * UNITS_OF_LAYER
@@ -363,12 +359,12 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         # The chunk's tokens and the states, while sums and B, C and dt are on their way.
         tid, lane = again(tid), again(lane)
         since = of_thread % CHUNK
-        before_it = ((tid >> 6) * H + head) * CHUNK + since - 1
-        until = gl.load(decays + before_it, mask=since > 0, other=0.0)
+        mine = decays + ((tid >> 6) * H + head) * CHUNK + since
+        last = gl.load(mine - 1, mask=since > 0, other=0.0)
         factors = state_scale + (tid >> 6) * INNER + p * 32 + _channel(tid, lane) + (lane & 1) * 8
-        factor = gl.load(factors + layer * (R * INNER), mask=old, other=0.0) * gl.exp(until)
+        factor = gl.load(factors + layer * (R * INNER), mask=old, other=0.0) * gl.exp(last)
         places = _places(tid, lane, p, head, since, sizes)
-        keys, values, weights = _chunk(places, (past_x, past_b, past_decay), layer, until, sizes)
+        keys, values, weights = _chunk(places, (past_x, past_b, past_decay), layer, last, sizes)
         newest, z = _summed(tiles, norm, shifts, (factor_z, factor_x), part, part_s, sizes)
         x = silu(before + newest * tap)
         unit = first + UNITS_OF_LAYER - 2
@@ -389,8 +385,8 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         query = _load_query(digits)
         share = _share(states, keys, values, query, weights, factor, old, lane, zero)
         own = gl.expand_dims(_own_score(digits), 1)
-        dt = gl.convert_layout(gl.sum(dt, axis=1), L1, assert_trivial=True)
-        dt = _both_lanes(gl.where((lane & 2) != 0, 0.0, dt))
+        dt_of_thread = gl.convert_layout(gl.sum(dt, axis=1), L1, assert_trivial=True)
+        dt = _both_lanes(gl.where((lane & 2) != 0, 0.0, dt_of_thread))
         change = dt * rate
         y = (gl.exp(change) * share + (own * dt + skip) * x) * z
         row, channel = again(row), again(channel)
@@ -400,7 +396,9 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         clear_half(to_gated + ((layer - 1) & 3) * (R * GATED_PLACES), SAME)
         newest_at = layer * (R * K * X) + (row * K + at % K) * X
         gl.store(conv_ring + newest_at + inner, newest)
-        token = past_x + layer * (R * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
+        token = past_x + layer * (R * CHUNK * INNER) + (row * CHUNK + at % CHUNK) * INNER + inner
         store_rounded(token, dt * x, everywhere)
-        mine = decays + (row * H + head) * CHUNK + slot
-        store_decay(mine, change + last, p * 32 == head * sizes.P, OUT)
+        # Once a row, and by one of a head's programs.
+        decay = decays + ((tid >> 6) * H + head) * CHUNK + of_thread % CHUNK
+        once = ((tid & 63) == 0) & (p * 32 == head * sizes.P)
+        gl.store(decay, dt_of_thread * rate + last, mask=once)
