@@ -53,6 +53,16 @@ CHUNK = gl.constexpr(16)
 PARTS = gl.constexpr(parts32(8))
 OUT = gl.constexpr(gl.SliceLayout(2, PARTS.value))  # (8, 32): a program's outputs
 SAME = gl.constexpr(lanes_of_outputs(8, 32))
+# (8, 64): threads by their row.
+BY_ROW = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [],
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]],
+        [[0, 32], [1, 0], [2, 0], [4, 0]],
+        [],
+        [8, 64],
+    )
+)
 # (8, 32, 2): the same with the two lanes of an output side by side.
 SHARES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -334,9 +344,13 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
     limits = bounds(start, stalled)
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
     head = (p * 32) // sizes.P
+    rows = gl.arange(0, R, gl.SliceLayout(1, BY_ROW))
+    of_row = gl.load(position + rows).to(gl.int32)
+    of_thread = gl.expand_dims(of_row, 1) + gl.full([8, 64], 0, gl.int32, BY_ROW)
+    of_thread = gl.convert_layout(gl.reshape(of_thread, [512]), L1, assert_trivial=True)
+    at = gl.convert_layout(of_row, gl.SliceLayout(1, OUT), assert_trivial=True)
+    at = gl.expand_dims(at, 1)
     of_output = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
-    at = gl.load(position + of_output).to(gl.int32)  # (8, 1)
-    of_thread = gl.load(position + (threads(R)[0] >> 6)).to(gl.int32)  # (512,)
     old = of_thread >= CHUNK
     for layer in range(layers):
         turn = layer & 3
