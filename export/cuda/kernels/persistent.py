@@ -154,7 +154,7 @@ def persistent(
     out_proj_scales,  # (L * D,) float32, of int8 weights
     conv_weight,  # (L, K, X) float32
     conv_bias,  # (L, X) float32
-    dt_bias,  # (L, H) float32
+    dt_bias,  # (L, H) float32, a layer's at 16 bytes, as the next two
     a,  # (L, H) float32
     d,  # (L, H) float32
     ring,  # (L, R, K, X) float32, updated

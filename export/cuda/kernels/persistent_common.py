@@ -41,6 +41,12 @@ class Sizes(NamedTuple):
     STATE_BITS: Any  # of a number of the states, 32 or 16
 
 
+@gluon.constexpr_function
+def heads_apart(H):
+    """Numbers from layer to layer of what has one a head: a layer's begin at 16 bytes."""
+    return -(-H // 4) * 4
+
+
 @gluon.jit
 def silu(value):
     return value / (1.0 + gl.exp(-value))

@@ -18,6 +18,7 @@ from aim_export.cuda.kernels.persistent_common import (
     bounds,
     convolution_before,
     factor_of,
+    heads_apart,
     load_pair,
     load_single,
     polled,
@@ -56,7 +57,10 @@ STALLED = gl.constexpr(2)
 
 @gluon.constexpr_function
 def _by_warp(R):
-    """A program's outputs (R, warps of a row, outputs of a warp), for `parts32`."""
+    """A program's outputs (R, warps of a row, outputs of a warp), for `parts32`.
+
+    Of eight rows outputs are (2, 8): sums over an axis want it on neighbouring bits of the lane.
+    """
     if R == 2:
         return gl.DistributedLinearLayout(
             [],
@@ -67,11 +71,17 @@ def _by_warp(R):
         )
     return gl.DistributedLinearLayout(
         [],
-        [[0, 0, 8], [0, 0, 0], [0, 0, 2], [0, 0, 1], [0, 0, 4]],
-        [[0, 1, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 2], [0, 0, 0, 1], [0, 0, 0, 4]],
+        [[0, 1, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
         [],
-        [8, 2, 16],
+        [8, 2, 2, 8],
     )
+
+
+@gluon.constexpr_function
+def _of_warps(R):
+    """What is left of `_by_warp` when outputs are summed: (R, warps of a row)."""
+    return gl.SliceLayout(2, _by_warp(2) if R == 2 else gl.SliceLayout(3, _by_warp(8)))
 
 
 @gluon.jit
@@ -127,7 +137,7 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     D: gl.constexpr = sizes.D
     R: gl.constexpr = sizes.R
     OUT: gl.constexpr = gl.SliceLayout(2, parts32(R))
-    WARPS: gl.constexpr = gl.SliceLayout(2, _by_warp(R))
+    WARPS: gl.constexpr = _of_warps(R)
     SAME: gl.constexpr = lanes_of_outputs(R, 32)
     tid, lane, fragment = threads(R)
     from_gated = polled(gated + (tid >> 5) * (64 * R) + fragment)
@@ -181,9 +191,14 @@ def _hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
     """Publish the next layer's input and each warp's share of its norm."""
     LAYOUT: gl.constexpr = _by_warp(R)
     publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
-    by_warp = gl.reshape(value * value, [R, 16 // R, 2 * R])
-    by_warp = gl.convert_layout(by_warp, LAYOUT, assert_trivial=True)
-    publish_float(to_norms, gl.sum(by_warp, axis=2), 31)
+    if R == 2:
+        by_warp = gl.reshape(value * value, [2, 8, 4])
+        total = gl.sum(gl.convert_layout(by_warp, LAYOUT, assert_trivial=True), axis=2)
+    else:
+        by_warp = gl.reshape(value * value, [8, 2, 2, 8])
+        by_warp = gl.convert_layout(by_warp, LAYOUT, assert_trivial=True)
+        total = gl.sum(gl.sum(by_warp, axis=3), axis=2)
+    publish_float(to_norms, total, 31)
 
 
 @gluon.jit
@@ -233,7 +248,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         turn = layer & 3
         shift = gl.load(shifted + layer * (R * E) + row * E + 2 * INNER + loaded).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, mixed, at, there, sizes)
-        bias = gl.load(dt_bias + layer * sizes.H + head)
+        bias = gl.load(dt_bias + layer * heads_apart(sizes.H) + head)
         factor = factor_of(in_scales, layer * E + 2 * INNER + loaded, sizes.BITS)
         a0, a1, a2, a3 = load_single(ring, layer, sizes.BITS)
         mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)

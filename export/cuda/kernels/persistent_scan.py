@@ -19,6 +19,7 @@ from aim_export.cuda.kernels.persistent_common import (
     bounds,
     convolution_before,
     factor_of,
+    heads_apart,
     load_pair,
     polled,
     polled_where,
@@ -256,7 +257,8 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         shift = shifted + layer * (2 * E) + row * E + inner
         shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
-        rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
+        of_head = layer * heads_apart(H) + head
+        rate, skip = gl.load(a + of_head), gl.load(d + of_head)
         decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
         last = gl.load(decays + row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)

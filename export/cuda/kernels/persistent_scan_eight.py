@@ -27,6 +27,7 @@ from aim_export.cuda.kernels.persistent_common import (
     bounds,
     convolution_before,
     factor_of,
+    heads_apart,
     polled,
     ready,
     silu,
@@ -363,7 +364,8 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         shift = shifted + layer * (R * E) + row * E + inner
         shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
-        rate, skip = gl.load(a + layer * H + head), gl.load(d + layer * H + head)
+        of_head = layer * heads_apart(H) + head
+        rate, skip = gl.load(a + of_head), gl.load(d + of_head)
         decays = past_decay + layer * (R * H * CHUNK)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
         factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
