@@ -257,8 +257,8 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         shift = shifted + layer * (2 * E) + row * E + inner
         shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
-        of_head = layer * heads_apart(H) + head
-        rate, skip = gl.load(a + of_head), gl.load(d + of_head)
+        APART: gl.constexpr = heads_apart(H)
+        rate, skip = gl.load(a + layer * APART + head), gl.load(d + layer * APART + head)
         decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
         last = gl.load(decays + row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)

@@ -364,8 +364,8 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         shift = shifted + layer * (R * E) + row * E + inner
         shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
         before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
-        of_head = layer * heads_apart(H) + head
-        rate, skip = gl.load(a + of_head), gl.load(d + of_head)
+        APART: gl.constexpr = heads_apart(H)
+        rate, skip = gl.load(a + layer * APART + head), gl.load(d + layer * APART + head)
         decays = past_decay + layer * (R * H * CHUNK)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
         factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
