@@ -22,6 +22,7 @@ from aim_runtime.engines.cuda.plan import (
     precisions,
 )
 from aim_runtime.engines.cuda.plan_reader import parse_plan, read_plan
+from aim_runtime.engines.cuda.slots import movable
 
 from .interpreter import binaries
 
@@ -33,7 +34,7 @@ from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent, products, scan, step
 from aim_export.cuda.launch import KernelSpec
-from aim_export.cuda.persistent import persistent_bucket, persistent_buckets
+from aim_export.cuda.persistent import persistent_buckets
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
@@ -136,6 +137,11 @@ def buckets() -> Iterator[tuple[str, Bucket[KernelSpec]]]:
                 yield f"{size}, {precision}, all layers in one launch", bucket
 
 
+def in_one_launch(size: str, precision: str) -> Bucket[KernelSpec]:
+    (bucket,) = persistent_buckets(PUBLISHED[size], FORMATS[precision], TUNING, CAPABILITIES)
+    return bucket
+
+
 def test_published_sizes() -> None:
     """Each kernel can be specified, and each of its pointers is as aligned as it expects."""
     ids = set()
@@ -149,14 +155,15 @@ def test_published_sizes() -> None:
 
 
 class TestAllLayersInOneLaunch:
-    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    @pytest.mark.parametrize("precision", ["fp16", "int8", "fp16-state16", "int8-state16"])
     def test_machine_code(self, precision: str) -> None:
         """For 9.0 alone, with a warp that fetches and a place for what the launch passes last."""
-        bucket = persistent_bucket(PUBLISHED["B"], FORMATS[precision], TUNING[2])
+        bucket = in_one_launch("B", precision)
         kernel = kernel_of(bucket, persistent.persistent)
         ((found, binary),) = compile_kernels([kernel], CAPABILITIES, workers=1).items()
         assert found == (kernel.id, 90)
         assert f".text.{kernel.function.__name__}\0".encode() in zlib.decompress(binary.code)
+        assert binary.shared <= SHARED_MEMORY[90]
         assert kernel.threads == 32 * (16 + 4)
         assert kernel.resident
         # Scratch memory is the first of Triton's own two parameters.
@@ -165,30 +172,40 @@ class TestAllLayersInOneLaunch:
         scratch = bucket.buffers[launch.arguments[-1].name]
         assert scratch.size == kernel.scratch * launch.grid[0]
 
-    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    @pytest.mark.parametrize(
+        ("precision", "others"), [("fp16", [2]), ("int8", [2]), ("fp16-state16", [4, 16, 32, 128])]
+    )
     @pytest.mark.parametrize("size", ["B", "L"])
-    def test_it_remembers_what_the_other_launches_do(self, size: str, precision: str) -> None:
+    def test_it_remembers_what_the_other_launches_do(
+        self, size: str, precision: str, others: list[int]
+    ) -> None:
         """So that images can move to other buckets, and back."""
-        bucket = persistent_bucket(PUBLISHED[size], FORMATS[precision], TUNING[2])
-        other = step_bucket(PUBLISHED[size], FORMATS[precision], 2, TUNING[2])
-        assert bucket.memory == other.memory
-        for name in bucket.memory:
-            assert bucket.buffers[name] == other.buffers[name]
+        bucket = in_one_launch(size, precision)
+        for rows in others:
+            other = step_bucket(PUBLISHED[size], FORMATS[precision], rows, TUNING[rows])
+            assert movable(bucket, other)
 
-    def test_all_programs_are_resident_on_the_smallest_h100(self) -> None:
+    @pytest.mark.parametrize("precision", ["fp16", "fp16-state16"])
+    def test_all_programs_are_resident_on_the_smallest_h100(self, precision: str) -> None:
         for size in ("B", "L"):
-            bucket = persistent_bucket(PUBLISHED[size], FORMATS["fp16"], TUNING[2])
+            bucket = in_one_launch(size, precision)
             (grid,) = {item.grid for item in flat(bucket.step) if item.kernel.resident}
             assert grid[0] * grid[1] * grid[2] <= 114
+
+    def test_rows(self) -> None:
+        """Two where the states are float32, eight where they are float16."""
+        for precision, rows in (("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)):
+            assert in_one_launch("L", precision).rows == rows
 
     @pytest.mark.parametrize(
         ("geometry", "precision", "capabilities"),
         [
             (PUBLISHED["L"], "fp16", [80, 120]),
             (PUBLISHED["XL"], "fp16", [90]),  # more programs than multiprocessors
+            (PUBLISHED["XL"], "fp16-state16", [90]),
             (PUBLISHED["L"], "fp32", [90]),
-            (PUBLISHED["L"], "fp16-state16", [90]),
-            (PUBLISHED["L"], "int8-state16", [90]),
+            (PUBLISHED["L"], "fp16-state8", [90]),
+            (PUBLISHED["L"], "int8-state8", [90]),
             (GOLDEN, "fp16", [90]),  # layers that do not bring the exchanges back to their start
             (replace(PUBLISHED["L"], S=64), "fp16", [90]),
             (replace(PUBLISHED["L"], D=192), "fp16", [90]),  # 6 heads

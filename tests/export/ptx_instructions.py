@@ -1,0 +1,544 @@
+"""What the instructions of `ptx_machine` do, for the threads of a group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .ptx_parser import Code, Instruction
+
+if TYPE_CHECKING:
+    from .ptx_machine import Program
+
+_KINDS = {"s": "i", "u": "u", "b": "u", "f": "f"}
+_TYPE = re.compile(r"[subf](8|16|32|64)$")
+
+
+@dataclass
+class Lanes:
+    """Threads of a program that run in step, and their registers as unsigned numbers."""
+
+    first: int
+    threads: int
+    program: Program
+    registers: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.number = np.arange(self.first, self.first + self.threads, dtype=np.uint32)
+
+    def get(self, name: str, kind: str) -> np.ndarray:
+        """An operand as NumPy's type ``kind``."""
+        found = self.registers.get(name)
+        if found is None:
+            found = self._special(name)
+        if found is None:
+            return _constant(name, kind, self.threads)
+        return found if kind == "?" else found.view(kind)
+
+    def _special(self, name: str) -> np.ndarray | None:
+        program = self.program
+        if name == "%tid.x":
+            return self.number
+        if name == "%laneid":
+            return self.number & 31
+        if name == "%clock":
+            program.machine.clock += program.machine.tick
+            return np.full(self.threads, program.machine.clock & 0xFFFFFFFF, np.uint32)
+        if name.startswith("%ctaid") or name.startswith("%nctaid"):
+            value = program.number if name == "%ctaid.x" else int(name.startswith("%n"))
+            return np.full(self.threads, value, np.uint32)
+        return None
+
+    def set(self, name: str, value: np.ndarray, mask: np.ndarray | None) -> None:
+        """Write a register in the threads of ``mask``."""
+        if name == "_":
+            return
+        if value.dtype.kind != "b":
+            value = value.view(f"u{value.dtype.itemsize}")
+        if mask is not None:
+            old = self.registers.get(name, np.zeros_like(value))
+            value = np.where(mask, value, old)
+        self.registers[name] = value
+
+    def predicate(self, name: str) -> np.ndarray:
+        """A predicate, which may stand behind ``!``."""
+        found = self.get(name.lstrip("!"), "?")
+        return ~found if name.startswith("!") else found
+
+    def address(self, text: str) -> np.ndarray:
+        """What stands in brackets."""
+        base, _, offset = text[1:-1].partition("+")
+        if base == "global_smem":
+            start = np.full(self.threads, self.program.shared.base, np.uint64)
+        elif base in self.program.machine.parameters:
+            start = np.full(self.threads, self.program.machine.parameters[base], np.uint64)
+        else:
+            start = self.registers[base].astype(np.uint64)
+        return start + np.uint64(int(offset or "0", 0))
+
+
+@lru_cache(4096)
+def _constant(text: str, kind: str, threads: int) -> np.ndarray:
+    size = np.dtype(kind).itemsize
+    if text == "global_smem":
+        value = 1 << 10
+    elif text.startswith("0f"):
+        value = int(text[2:], 16)
+    else:
+        value = int(text, 0)
+    found = np.full(threads, value % (1 << 8 * size), f"u{size}").view(kind)
+    found.setflags(write=False)
+    return found
+
+
+Handler = Callable[[Lanes, Instruction, "np.ndarray | None"], Any]
+_HANDLERS: dict[str, Handler] = {}
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """The instructions whose first words these are."""
+
+    def add(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return add
+
+
+@lru_cache(None)
+def handler_of(opcode: str) -> Handler:
+    """By as many words of an opcode as are known."""
+    words = opcode.split(".")
+    for count in range(len(words), 0, -1):
+        if found := _HANDLERS.get(".".join(words[:count])):
+            return found
+    raise NotImplementedError(opcode)
+
+
+@lru_cache(None)
+def kind_of(opcode: str) -> str:
+    """The type that an opcode ends with, as NumPy's."""
+    last = opcode.split(".")[-1]
+    assert _TYPE.match(last), opcode
+    return _KINDS[last[0]] + str(int(last[1:]) // 8)
+
+
+def execute(code: Code, lanes: Lanes) -> Iterator[str]:
+    """Run a group; stop wherever it has to wait or begins a loop again."""
+    at, steps = 0, [(item, handler_of(item.opcode)) for item in code.instructions]
+    while True:
+        item, handler = steps[at]
+        at += 1
+        mask = None
+        if item.guard:
+            mask = lanes.predicate("!" * item.negated + item.guard)
+        word = item.opcode.split(".")[0]
+        if word == "ret":
+            return
+        if word in ("bra", "brx"):
+            target = _target(code, lanes, item, mask, at)
+            if target < at:
+                yield "waiting"
+            at = target
+        elif word in ("bar", "barrier") and not item.opcode.startswith("bar.warp"):
+            yield from _barrier(lanes, item)
+        elif mask is None or mask.all():
+            handler(lanes, item, None)
+        elif mask.any():
+            handler(lanes, item, mask)
+
+
+def _target(
+    code: Code, lanes: Lanes, item: Instruction, mask: np.ndarray | None, following: int
+) -> int:
+    if item.opcode.startswith("brx"):
+        (choice,) = set(lanes.get(item.operands[0], "u4").tolist())
+        return code.labels[code.tables[item.operands[1]][choice]]
+    target = code.labels[item.operands[0]]
+    if mask is None or mask.all():
+        return target
+    assert target < following or not mask.any(), f"threads take different ways: {item}"
+    return target if mask.any() else following
+
+
+def _barrier(lanes: Lanes, item: Instruction) -> Iterator[str]:
+    program = lanes.program
+    number = int(item.operands[0])
+    wanted = int(item.operands[1]) if len(item.operands) > 1 else sum(program.machine.groups)
+    before = program.generation.get(number, 0)
+    program.arrived[number] = program.arrived.get(number, 0) + lanes.threads
+    if program.arrived[number] == wanted:
+        program.arrived[number] = 0
+        program.generation[number] = before + 1
+    assert program.arrived[number] < wanted
+    while program.generation.get(number, 0) == before:
+        yield "waiting"
+
+
+@handles("bra", "brx", "ret", "bar", "barrier", "nanosleep", "setmaxnreg", "fence")
+@handles("cp.async.bulk.commit_group", "cp.async.bulk.wait_group")
+def _nothing(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """What needs nothing here, or is done elsewhere."""
+
+
+# Numbers
+
+
+_TWO: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
+
+
+@handles(*_TWO)
+def _two(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    words = item.opcode.split(".")
+    if words[-1] == "pred":
+        a, b = (lanes.predicate(name) for name in item.operands[1:])
+        lanes.set(item.operands[0], _TWO[words[0]](a, b), mask)
+        return
+    kind = "f2" if words[-1] == "f16x2" else kind_of(item.opcode)
+    a, b = (_read(lanes, name, words[-1], kind) for name in item.operands[1:])
+    with np.errstate(all="ignore"):
+        result = _TWO[words[0]](a, b)
+    lanes.set(item.operands[0], _packed(result, words[-1]), mask)
+
+
+def _read(lanes: Lanes, name: str, last: str, kind: str) -> np.ndarray:
+    """An operand; pairs of halves as (threads, 2)."""
+    if last == "f16x2":
+        return lanes.get(name, "u4").copy().view("f2").reshape(-1, 2)
+    return lanes.get(name, kind)
+
+
+def _packed(value: np.ndarray, last: str) -> np.ndarray:
+    return np.ascontiguousarray(value).view("u4").reshape(-1) if last == "f16x2" else value
+
+
+@handles("max", "min")
+def _extreme(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    words = item.opcode.split(".")
+    kind = "f2" if words[-1] == "f16x2" else kind_of(item.opcode)
+    a, b = (_read(lanes, name, words[-1], kind) for name in item.operands[1:])
+    keeps = "NaN" in words or kind[0] != "f"
+    names = ("maximum", "minimum") if keeps else ("fmax", "fmin")
+    result = getattr(np, names[words[0] == "min"])(a, b)
+    lanes.set(item.operands[0], _packed(result, words[-1]), mask)
+
+
+@handles("mul", "mad", "fma")
+def _multiply(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    kind, words = kind_of(item.opcode), item.opcode.split(".")
+    a, b = (lanes.get(name, kind) for name in item.operands[1:3])
+    wide = kind[0] + "8"
+    with np.errstate(all="ignore"):
+        if kind == "f4":
+            result = a.astype("f8") * b.astype("f8")
+        elif words[1] == "wide":
+            result = a.astype(wide) * b.astype(wide)
+        elif words[1] == "hi":
+            result = (a.astype(wide) * b.astype(wide) >> np.array(32, wide)).astype(kind)
+        else:
+            result = a * b
+        if len(item.operands) > 3:
+            result = result + lanes.get(
+                item.operands[3], kind if kind == "f4" else result.dtype.str
+            )
+        lanes.set(item.operands[0], result.astype("f4") if kind == "f4" else result, mask)
+
+
+@handles("shl", "shr")
+def _shift(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    kind = kind_of(item.opcode)
+    bits = 8 * int(kind[1])
+    value, by = lanes.get(item.operands[1], kind), lanes.get(item.operands[2], "u4")
+    least = np.minimum(by, bits - 1).astype(kind)
+    result = value << least if item.opcode[2] == "l" else value >> least
+    if kind[0] == "u":
+        result = np.where(by >= bits, np.array(0, kind), result)
+    lanes.set(item.operands[0], result, mask)
+
+
+@handles("bfe")
+def _field(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    kind = kind_of(item.opcode)
+    bits, first, count = 8 * int(kind[1]), int(item.operands[2]), int(item.operands[3])
+    value = lanes.get(item.operands[1], kind) << np.array(bits - first - count, kind)
+    lanes.set(item.operands[0], value >> np.array(bits - count, kind), mask)
+
+
+@handles("neg", "not", "ex2", "lg2", "sqrt", "rsqrt", "rcp", "abs")
+def _one(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    word = item.opcode.split(".")[0]
+    if item.opcode == "not.pred":
+        lanes.set(item.operands[0], ~lanes.predicate(item.operands[1]), mask)
+        return
+    value = lanes.get(item.operands[1], kind_of(item.opcode))
+    with np.errstate(all="ignore"):
+        result = {
+            "neg": np.negative,
+            "not": np.invert,
+            "abs": np.abs,
+            "ex2": np.exp2,
+            "lg2": np.log2,
+            "sqrt": np.sqrt,
+            "rsqrt": lambda x: 1 / np.sqrt(x),
+            "rcp": np.reciprocal,
+        }[word](value)
+    lanes.set(item.operands[0], result.astype(value.dtype), mask)
+
+
+@handles("div")
+def _divide(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    a, b = (lanes.get(name, kind_of(item.opcode)) for name in item.operands[1:])
+    with np.errstate(all="ignore"):
+        lanes.set(item.operands[0], a / b, mask)
+
+
+@handles("cvt")
+def _convert(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    words = item.opcode.split(".")
+    source = kind_of(words[-1])
+    values = [lanes.get(name, source) for name in item.operands[1:]]
+    with np.errstate(all="ignore"):
+        if words[-2] == "f16x2":  # the first operand is the upper half
+            result = np.stack(values[::-1], axis=1).astype("f2").view("u4").reshape(-1)
+        else:
+            result = values[0].astype(kind_of(words[-2]))
+    lanes.set(item.operands[0], result, mask)
+
+
+@handles("cvta")
+def _same(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    lanes.set(item.operands[0], lanes.get(item.operands[1], "u8"), mask)
+
+
+@handles("mov")
+def _move(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    target, source = item.operands
+    if item.opcode == "mov.pred":
+        known = source in lanes.registers
+        lanes.set(target, lanes.get(source, "?") if known else lanes.get(source, "u4") != 0, mask)
+        return
+    size = int(kind_of(item.opcode)[1])
+    if target.startswith("{"):
+        names = target[1:-1].split(",")
+        parts = lanes.get(source, f"u{size}").copy().view(f"u{size // len(names)}")
+        for index, name in enumerate(names):
+            lanes.set(name, parts.reshape(-1, len(names))[:, index].copy(), mask)
+    elif source.startswith("{"):
+        names = source[1:-1].split(",")
+        parts = np.stack([lanes.get(name, f"u{size // len(names)}") for name in names], axis=1)
+        lanes.set(target, parts.view(f"u{size}").reshape(-1), mask)
+    else:
+        lanes.set(target, lanes.get(source, f"u{size}"), mask)
+
+
+@handles("prmt")
+def _permute(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    a, b = (lanes.get(name, "u4") for name in item.operands[1:3])
+    choice = int(item.operands[3], 0)
+    raw = np.stack([a, b], axis=1).view("u1")
+    picked = raw[:, [choice >> 4 * place & 7 for place in range(4)]]
+    lanes.set(item.operands[0], np.ascontiguousarray(picked).view("u4").reshape(-1), mask)
+
+
+# Predicates
+
+_COMPARED = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+}
+
+
+@handles("setp")
+def _compare(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    words = item.opcode.split(".")
+    kind = "f2" if words[-1] == "f16x2" else kind_of(item.opcode)
+    a, b = (_read(lanes, name, words[-1], kind) for name in item.operands[1:3])
+    result = _COMPARED[words[1]](a, b)
+    if words[2] == "and":
+        result = result & lanes.predicate(item.operands[3])
+    names = item.operands[0].split("|")
+    for index, name in enumerate(names):
+        lanes.set(name, result[:, index] if result.ndim > 1 else result, mask)
+
+
+@handles("selp")
+def _select(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    a, b = (lanes.get(name, kind_of(item.opcode)) for name in item.operands[1:3])
+    lanes.set(item.operands[0], np.where(lanes.predicate(item.operands[3]), a, b), mask)
+
+
+@handles("vote.sync.all.pred")
+def _all(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    found = lanes.predicate(item.operands[1]).reshape(-1, 32).all(axis=1)
+    lanes.set(item.operands[0], np.repeat(found, 32), mask)
+
+
+@handles("elect.sync")
+def _elect(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    lanes.set(item.operands[0].split("|")[1], lanes.number % 32 == 0, mask)
+
+
+@handles("shfl.sync")
+def _shuffle(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    target, source, by = item.operands[:3]
+    lane, by_lane = lanes.number % 32, lanes.get(by, "u4")
+    other = lane ^ by_lane if "bfly" in item.opcode else by_lane % 32
+    value = lanes.get(source, "u4")
+    lanes.set(target.split("|")[0], value[np.arange(lanes.threads) // 32 * 32 + other], mask)
+
+
+# Memory
+
+
+@handles("ld", "st")
+def _transfer(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    words = item.opcode.split(".")
+    loads, size = words[0] == "ld", int(kind_of(item.opcode)[1])
+    place, names = item.operands[loads], item.operands[not loads].strip("{}").split(",")
+    address = lanes.address(place)
+    if "param" in words:
+        lanes.set(names[0], address, mask)
+        return
+    memory = lanes.program.shared if "shared" in words else lanes.program.machine.memory
+    active = np.ones(lanes.threads, bool) if mask is None else mask
+    assert not (address[active] % np.uint64(size * len(names))).any(), f"not aligned: {item}"
+    for index, name in enumerate(names):
+        at = address[active] + np.uint64(index * size)
+        if loads:
+            found = np.zeros(lanes.threads, f"u{size}")
+            found[active] = memory.load(at, size)
+            lanes.set(name, found.astype("u4") if size == 1 else found, mask)
+        else:
+            value = lanes.get(name, "u4")[active].astype("u1") if size == 1 else None
+            stored = lanes.get(name, f"u{size}")[active] if value is None else value
+            memory.store(at, stored, size)
+
+
+def _first(lanes: Lanes, values: np.ndarray, mask: np.ndarray | None) -> int:
+    """What the one thread has that takes part."""
+    found = values if mask is None else values[mask]
+    return int(found[0])
+
+
+@handles("tensormap.replace")
+def _describe(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    at = _first(lanes, lanes.address(item.operands[0]), mask)
+    name = item.opcode.split(".")[3]
+    if len(item.operands) > 2:
+        name += f" {int(item.operands[1], 0)}"
+    kind = "u" + str(int(item.opcode.split(".b")[-1]) // 8)
+    value = _first(lanes, lanes.get(item.operands[-1], kind), mask)
+    lanes.program.maps.setdefault(at, {})[name] = value
+
+
+@handles("tensormap.cp_fenceproxy")
+def _publish_map(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    to, source = (_first(lanes, lanes.address(text), mask) for text in item.operands[:2])
+    lanes.program.machine.maps[to] = dict(lanes.program.maps[source])
+
+
+@handles("mbarrier.init")
+def _init_barrier(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    at = _first(lanes, lanes.address(item.operands[0]), mask)
+    lanes.program.new_barrier(at, int(item.operands[1]))
+
+
+@handles("mbarrier.arrive")
+def _arrive(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    assert mask is None or mask.sum() == 1
+    barrier = lanes.program.barriers[_first(lanes, lanes.address(item.operands[1]), mask)]
+    barrier.bytes += int(item.operands[2]) if "expect_tx" in item.opcode else 0
+    barrier.pending -= 1
+    assert barrier.pending >= 0
+    barrier.settle()
+
+
+@handles("mbarrier.try_wait")
+def _try_wait(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    at = _first(lanes, lanes.address(item.operands[1]), None)
+    parity = _first(lanes, lanes.get(item.operands[2], "u4"), None)
+    over = lanes.program.barriers[at].phase % 2 != parity
+    lanes.set(item.operands[0], np.full(lanes.threads, over), mask)
+
+
+@handles("cp.async.bulk.tensor.2d")
+def _copy(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """A box of 128-byte lines, whose 16-byte parts are exchanged by the line's number."""
+    program = lanes.program
+    to = _first(lanes, lanes.address(item.operands[0]), mask)
+    source, coordinates = item.operands[1][1:-1].split(",", 1)
+    map_ = program.machine.maps[_first(lanes, lanes.get(source, "u8"), mask)]
+    column, row = (
+        _first(lanes, lanes.get(name, "i4"), mask) for name in coordinates[1:-1].split(",")
+    )
+    assert map_["swizzle_mode"] == 3
+    assert map_["box_dim 0"] == 32
+    assert to % 1024 == 0
+    assert column % 32 == 0
+    for line in range(map_["box_dim 1"]):
+        values = np.zeros(32, np.uint32)
+        if 0 <= row + line < map_["global_dim 1"]:
+            start = map_["global_address"] + (row + line) * map_["global_stride 0"] + 4 * column
+            address = np.arange(start, start + 128, 4, dtype=np.uint64)
+            inside = column + np.arange(32) < map_["global_dim 0"]
+            values[inside] = program.machine.memory.load(address[inside], 4)
+        at = to + 128 * line
+        parts = np.arange(8) ^ (at - program.shared.base) // 128 % 8
+        address = at + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
+        program.shared.store(address.astype(np.uint64), values, 4)
+    barrier = program.barriers[_first(lanes, lanes.address(item.operands[2]), mask)]
+    barrier.bytes -= 128 * map_["box_dim 1"]
+    barrier.settle()
+
+
+# Tensor cores
+
+
+def _fragment(lanes: Lanes, text: str, kind: str) -> np.ndarray:
+    """Registers in braces: (warps, 32 lanes, registers, numbers in one)."""
+    names = text[1:-1].split(",")
+    raw = np.stack([lanes.get(name, "u4") for name in names], axis=1)
+    return raw.view(kind).reshape(-1, 32, len(names), 4 // np.dtype(kind).itemsize)
+
+
+@handles("mma.sync.aligned.m16n8k16", "mma.sync.aligned.m16n8k8")
+def _mma(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    assert mask is None
+    halves = "f16" in item.opcode.split(".")
+    a, b = (_fragment(lanes, text, "f2" if halves else "u4") for text in item.operands[1:3])
+    if not halves:
+        assert item.opcode.endswith("m16n8k8.row.col.f32.tf32.tf32.f32")
+        a, b = ((value & 0xFFFFE000).view("f4") for value in (a, b))
+    warps, each = len(a), a.shape[3]  # numbers of a register
+    q, j = np.arange(32) // 4, np.arange(32) % 4
+    left, right = np.zeros((warps, 16, 8 * each)), np.zeros((warps, 8 * each, 8))
+    for part in range(each):
+        column = each * j + part
+        for register in range(4):
+            at = column + 4 * each * (register // 2)
+            left[:, q + 8 * (register % 2), at] = a[:, :, register, part]
+        for register in range(2):
+            right[:, column + 4 * each * register, q] = b[:, :, register, part]
+    total = _fragment(lanes, item.operands[3], "f4")[..., 0]
+    with np.errstate(all="ignore"):
+        product = left @ right
+        for index, name in enumerate(item.operands[0][1:-1].split(",")):
+            found = product[:, q + 8 * (index // 2), 2 * j + index % 2] + total[:, :, index]
+            lanes.set(name, found.astype("f4").reshape(-1), None)

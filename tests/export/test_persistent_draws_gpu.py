@@ -1,0 +1,145 @@
+"""Images of a model whose layers are one launch, drawn by `Generator` and `Batcher` on a real GPU.
+
+``pytest tests/export/test_persistent_draws_gpu.py`` needs an H100, Triton, PyTorch, the driver's
+bindings and two minutes, in which a small model's kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aim_runtime import Batcher, Bundle, Generator
+from aim_runtime.engines.cuda import CudaEngine
+from aim_runtime.engines.gpu import libcuda
+from aim_training.checkpoint import save_checkpoint
+from aim_training.config import ModelConfig, TokenizerConfig
+from aim_training.model import AiM
+from aim_training.tokenizer import VQTokenizer
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+from aim_export import export_bundle
+from aim_export.cuda.bundle import add_engines
+from aim_export.cuda.persistent import CAPABILITIES
+
+PRECISIONS = {"fp16": 2, "fp16-state16": 8}
+GUIDED = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
+# Relative to the norm of the scores.
+TOLERANCE = 5e-3
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        libcuda.unavailable_reason() is not None
+        or not torch.cuda.is_available()
+        or torch.cuda.get_device_capability() != divmod(CAPABILITIES[0], 10),
+        reason="needs a GPU of compute capability 9.0",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four layers and four chunks, with kernels."""
+    config = ModelConfig(
+        vocab_size=64, num_classes=5, num_tokens=64, d_model=128, num_layers=4, d_state=128
+    )
+    tokenizer = TokenizerConfig(
+        codebook_size=64,
+        channels=32,
+        channel_multipliers=(1, 1),
+        z_channels=32,
+        encoder_blocks=1,
+        decoder_blocks=1,
+    )
+    torch.manual_seed(0)
+    model = AiM(config).initialise()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaLN" in name:  # it starts with every gate closed
+                parameter.normal_(0.0, 0.5)
+    folder = tmp_path_factory.mktemp("persistent")
+    names = {"class_names": [f"class {index}" for index in range(5)]}
+    checkpoint = save_checkpoint(folder / "model.safetensors", model, VQTokenizer(tokenizer), names)
+    export_bundle(checkpoint, folder / "bundle")
+    add_engines(folder / "bundle", precisions=list(PRECISIONS), capabilities=CAPABILITIES)
+    return folder / "bundle"
+
+
+def separate(bundle: Path, out: Path) -> Path:
+    """A copy whose layers are launches of their own."""
+    shutil.copytree(bundle, out)
+    manifest = Bundle.open(out)
+    kept = {}
+    for precision in PRECISIONS:
+        name = f"engines/cuda/plan-{precision}.json"
+        plan = json.loads(manifest.read(name))
+        resident = {key for key, kernel in plan["kernels"].items() if kernel["resident"]}
+        plan["buckets"] = [
+            bucket
+            for bucket in plan["buckets"]
+            if not resident & {item.get("kernel") for item in bucket["step"]}
+        ]
+        kept[name] = json.dumps(plan)
+    return rewritten(out, kept)
+
+
+def rewritten(out: Path, files: dict[str, str]) -> Path:
+    from aim_runtime.bundle import add_engine
+
+    engines = out.parent / "engines"
+    shutil.copytree(out / "engines/cuda", engines)
+    for name, text in files.items():
+        (engines / Path(name).name).write_text(text)
+    add_engine(out, "cuda", engines)
+    return out
+
+
+@pytest.fixture(params=list(PRECISIONS))
+def generator(request: pytest.FixtureRequest, bundle: Path) -> Generator:
+    return Generator.load(bundle, backend="cuda", precision=request.param)
+
+
+def test_the_bucket_is_the_first_one(generator: Generator) -> None:
+    engine = generator._open_engine()
+    assert isinstance(engine, CudaEngine)
+    assert engine._buckets[0].rows == PRECISIONS[generator.precision]
+
+
+def test_draws_are_repeated_bit_for_bit_in_any_company(generator: Generator) -> None:
+    """One image, four, and four in slots, which begin one after another."""
+    images = PRECISIONS[generator.precision] // 2
+    classes = [1, 3, 0, 4][:images]
+    together = generator.generate(classes, seed=11, **GUIDED)
+    again = generator.generate(classes, seed=11, **GUIDED)
+    assert np.array_equal(together.tokens, again.tokens)
+    alone = generator.generate(classes[:1], seed=11, **GUIDED)
+    assert np.array_equal(alone.tokens[0], together.tokens[0])
+    if images == 1:
+        return
+    with Batcher(generator, images=images) as batcher:
+        jobs = [batcher.submit([class_], seed=20 + class_, **GUIDED) for class_ in classes]
+        found = [job.result(60).tokens[0] for job in jobs]
+    for class_, tokens in zip(classes, found, strict=True):
+        single = generator.generate([class_], seed=20 + class_, **GUIDED)
+        assert np.array_equal(single.tokens[0], tokens), class_
+
+
+def test_scores_are_those_of_separate_launches(
+    generator: Generator, bundle: Path, tmp_path: Path
+) -> None:
+    other = Generator.load(
+        separate(bundle, tmp_path / "bundle"), backend="cuda", precision=generator.precision
+    )
+    images = PRECISIONS[generator.precision] // 2
+    classes = [1, 3, 0, 4][:images]
+    tokens = generator.generate(classes, seed=3, **GUIDED).tokens
+    one, three = (each.logits(tokens, classes, cfg_scale=2.0) for each in (generator, other))
+    difference = np.linalg.norm(one - three, axis=-1) / np.linalg.norm(three, axis=-1)
+    assert difference.max() < TOLERANCE

@@ -1,0 +1,170 @@
+"""The step whose layers are one launch, as compiled for the GPU, on `ptx_machine`: no GPU needed.
+
+Against float64, whatever the order in which the programs get on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+from aim_export.cuda import compile as compiler
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.persistent import persistent_buckets
+from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.tuning import TUNING
+from aim_runtime.engines.cuda.plan import Bucket, Launch, flat
+
+from .persistent_reference import Arrays, random_arrays, step
+from .ptx_machine import Machine
+
+PRECISIONS = ("fp16", "int8", "fp16-state16", "int8-state16")
+# Two heads, which is no multiple of four; places of the exchanges stay empty.
+GEOMETRY = Geometry(
+    D=64, L=4, S=128, P=64, K=4, V=64, T=256, groups=4, position_offset=1, num_classes=10
+)
+# A row past its first chunk, one in it, at its begin, and at both ends of chunks.
+POSITIONS = (45, 7, 0, 16, 31, 200, 63, 15)
+# Relative to the norm. What is kept in halves is rounded to them.
+EXACT, HALF = 2e-7, 3e-4
+
+pytestmark = pytest.mark.slow
+
+
+@cache
+def machine_of(precision: str, name: str) -> tuple[Machine, Bucket[KernelSpec]]:
+    """The bucket's kernel ``name``, compiled."""
+    (bucket,) = persistent_buckets(GEOMETRY, FORMATS[precision], TUNING, [90])
+    launch = launch_of(bucket, name)
+    found = []
+    real = compiler.triton.compile
+
+    def kept(*arguments: Any, **options: Any) -> Any:
+        found.append(real(*arguments, **options))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler.triton, "compile", kept)
+        compiler._compile(launch.kernel, 90)
+    # The warps that fetch run apart from the others.
+    groups = (512, *[32] * 4) if launch.kernel.resident else (128,)
+    return Machine(found[-1].asm["ptx"], found[-1].metadata.shared, groups), bucket
+
+
+def launch_of(bucket: Bucket[KernelSpec], name: str) -> Launch[KernelSpec]:
+    launches = (*flat(bucket.begin), *flat(bucket.step))
+    return next(item for item in launches if item.kernel.function.__name__ == name)
+
+
+@dataclass
+class Played:
+    """A bucket's memory, ready for a step."""
+
+    precision: str
+    bucket: Bucket[KernelSpec] = field(init=False)
+    arrays: Arrays = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bucket = machine_of(self.precision, "persistent")[1]
+        buffers = {name: (item.dtype, item.shape) for name, item in self.bucket.buffers.items()}
+        self.arrays = random_arrays(GEOMETRY, FORMATS[self.precision], buffers, seed=0)
+        self.arrays["status"][:] = 0
+        self.put(POSITIONS)
+        self.launch("clear_exchanges")
+
+    def put(self, positions: tuple[int, ...]) -> None:
+        rows = self.bucket.rows
+        self.arrays["position"][:] = positions[:rows]
+        self.arrays["token"][:] = np.arange(rows) * 7 % GEOMETRY.V
+
+    def launch(self, name: str = "persistent", *, seed: int = 0, missing: int = 0) -> None:
+        launch = launch_of(self.bucket, name)
+        arguments = [self.arrays[argument.name] for argument in launch.arguments]
+        machine_of(self.precision, name)[0].run(arguments, launch.grid[0] - missing, seed)
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found.astype("f8") - wanted) / np.linalg.norm(wanted))
+
+
+def check(found: Arrays, wanted: Arrays) -> None:
+    for name in ("residual", "ring", "past_decay", "past_x", "past_b"):
+        bound = HALF if found[name].dtype == np.float16 else EXACT
+        assert error(found[name], wanted[name]) < bound, name
+    assert not found["status"].any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_steps(precision: str) -> None:
+    """The second finds the exchanges as the first left them."""
+    played = Played(precision)
+    for offset in (0, 1):
+        played.put(tuple(at + offset for at in POSITIONS))
+        wanted = step(GEOMETRY, played.arrays)
+        played.launch(seed=offset)
+        check(played.arrays, wanted)
+
+
+def test_no_states_are_read_in_first_chunks() -> None:
+    played = Played("fp16-state16")
+    played.arrays["state"].view(np.uint16)[:] = 0x7E00  # not a number
+    played.arrays["state_scale"][:] = np.nan
+    played.put((0, 1, 2, 3, 7, 11, 14, 15))
+    wanted = step(GEOMETRY, played.arrays | {"state": played.arrays["state"] * 0})
+    played.launch()
+    assert np.isfinite(played.arrays["residual"]).all()
+    check(played.arrays, wanted)
+
+
+def test_bits_do_not_depend_on_the_order_of_programs_nor_on_other_rows() -> None:
+    first, second = Played("fp16-state16"), Played("fp16-state16")
+    second.put((POSITIONS[0], *reversed(POSITIONS[1:])))
+    first.launch(seed=1)
+    second.launch(seed=2)
+    assert (first.arrays["residual"][0] == second.arrays["residual"][0]).all()
+    third = Played("fp16-state16")
+    third.launch(seed=3)
+    for name in ("residual", "ring", "past_x", "past_b", "past_decay"):
+        assert (first.arrays[name] == third.arrays[name]).all(), name
+
+
+@pytest.mark.parametrize("name", ["state", "past_b", "ring"])
+def test_what_is_no_number_stays_in_its_row(name: str) -> None:
+    """It is handed over, and the launch ends."""
+    played, other = Played("fp16-state16"), Played("fp16-state16")
+    played.arrays[name][1, 5].reshape(-1)[:] = np.nan
+    played.launch()
+    other.launch()
+    for row in range(8):
+        same = played.arrays["residual"][row] == other.arrays["residual"][row]
+        assert same.all() == (row != 5), row
+    assert not np.isfinite(played.arrays["residual"][5]).any()
+    assert not played.arrays["stalled"].any()
+
+
+def test_a_program_that_is_missing_ends_the_wait() -> None:
+    played = Played("fp16-state16")
+    machine, _ = machine_of("fp16-state16", "persistent")
+    machine.tick = 1 << 22
+    try:
+        played.launch(missing=1)
+    finally:
+        machine.tick = 1 << 12
+    assert (played.arrays["status"] == 2).all()
+    assert not played.arrays["residual"].any()
+    # Later launches do no layers.
+    before = played.arrays["ring"].copy()
+    played.launch()
+    assert (played.arrays["ring"] == before).all()
+    played.arrays["status"][:] = 0
+    played.launch("clear_exchanges")
+    wanted = step(GEOMETRY, played.arrays)
+    played.launch()
+    check(played.arrays, wanted)
