@@ -79,6 +79,19 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
 
 
 @gluon.jit
+def _shared_memory(R: gl.constexpr):
+    """The ring as the producer sees it, and what the roles have, with the ring as they see it."""
+    filled, ring, pairs = _ring()
+    if R == 2:  # noqa: SIM108 - a kernel takes one side
+        shared = _shared_memory_two(ring)
+    else:
+        shared = _shared_memory_eight(ring, pairs)
+    for index in gl.static_range(10):
+        mbarrier.init(ring[2].index(index), count=1)
+    return filled, shared
+
+
+@gluon.jit
 def _ring():
     """The ring as the producer sees it, and as the others do."""
     boxes = gl.allocate_shared_memory(gl.int32, [UNITS * 16, 16, 32], WORDS)
@@ -195,19 +208,12 @@ def persistent(
     # After a launch that failed nothing is to be had: later ones must not wait as long again.
     layers = gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
-    filled, read, pairs = _ring()
-    if R == 2:  # noqa: SIM108 - a kernel takes one side
-        shared = _shared_memory_two(read)
-    else:
-        shared = _shared_memory_eight(read, pairs)
-    for index in gl.static_range(10):
-        mbarrier.init(read[2].index(index), count=1)
+    filled, shared = _shared_memory(R)
     begin = (token, position, (word_table, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
     past, result = (past_x, past_b, past_decay, state_scale), (residual, status)
-    scales = (in_proj_scales, out_proj_scales)
+    scales, exchanges = (in_proj_scales, out_proj_scales), (scaled, norms, gated, bc)
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
-    exchanges = (scaled, norms, gated, bc)
     gl.warp_specialize(
         [
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),

@@ -202,6 +202,29 @@ def _hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
 
 
 @gluon.jit
+def _place_of_bc(bc, p, row, output, S: gl.constexpr, R: gl.constexpr):
+    """Where outputs among B, C and dt are handed over, in the first layer's places."""
+    kind = (p * 16) // S
+    return bc + gl.where(
+        p * 16 >= 2 * S,
+        2 * R * S + (output - 2 * S) * R + row,
+        kind * R * S + row * S + (output - kind * S),
+    )
+
+
+@gluon.jit
+def _publish_bc(to_bc, value, layer, R: gl.constexpr):
+    """Hand over B, C or dt; what halves multiply by is no more than one can hold."""
+    SAME: gl.constexpr = lanes_of_outputs(R, 16)
+    place = to_bc + (layer & 3) * (R * BC_PLACES)
+    if R == 2:
+        publish_float(place, value, SAME)
+    else:
+        publish_bounded(place, value, SAME)
+    clear_float(to_bc + ((layer - 1) & 3) * (R * BC_PLACES), SAME)
+
+
+@gluon.jit
 def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """16 of the outputs that are B, C and dt."""
     ring, part_b, part_s = shared
@@ -222,7 +245,6 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     R: gl.constexpr = sizes.R
     PARTS: gl.constexpr = parts16(R)
     OUT: gl.constexpr = gl.SliceLayout(2, PARTS)
-    SAME: gl.constexpr = lanes_of_outputs(R, 16)
     tid, lane, fragment = threads(R)
     from_scaled = polled(scaled + (tid >> 5) * (64 * R) + fragment)
     from_norms = polled(norms + tid)
@@ -235,12 +257,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     is_b = p * 16 < S
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
-    kind = (p * 16) // S
-    to_bc = bc + gl.where(
-        is_dt,
-        2 * R * S + (output - 2 * S) * R + row,
-        kind * R * S + row * S + (output - kind * S),
-    )
+    to_bc = _place_of_bc(bc, p, row, output, S, R)
     at = gl.load(position + row).to(gl.int32)
     there = (row >= 0) & (output < 2 * S)
     loaded = gl.minimum(output, E - 2 * INNER - 1)
@@ -270,11 +287,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
-        if R == 2:
-            publish_float(to_bc + turn * (R * BC_PLACES), value, SAME)
-        else:  # halves multiply by them
-            publish_bounded(to_bc + turn * (R * BC_PLACES), value, SAME)
-        clear_float(to_bc + ((layer - 1) & 3) * (R * BC_PLACES), SAME)
+        _publish_bc(to_bc, value, layer, R)
         newest_at = layer * (R * K * X) + (row * K + at % K) * X
         gl.store(conv_ring + newest_at + mixed, newest, mask=there)
         token = past_b + layer * (R * CHUNK * S) + (row * CHUNK + at % CHUNK) * S + output

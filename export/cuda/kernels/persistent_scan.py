@@ -209,9 +209,9 @@ def _states(unit):
 
 
 @gluon.jit
-def store_decay(pointer, value, mine, OUTPUTS: gl.constexpr):
-    """(R, 1) pointers; once a row, and by one of a head's programs."""
-    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUTPUTS)), 0)
+def _store_decay(pointer, value, mine):
+    """Both (2, 1); once a row, and by one of a head's programs."""
+    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
     gl.store(pointer + channel * 0, value + channel * 0.0, mask=(channel == 0) & mine)
 
 
@@ -285,5 +285,4 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         gl.store(conv_ring + newest_at + inner, newest)
         token = past_x + layer * (2 * CHUNK * INNER) + (row * CHUNK + slot) * INNER + inner
         gl.store(token, dt * x)
-        mine = p * 32 == head * sizes.P
-        store_decay(decays + row * (H * CHUNK) + slot, change + last, mine, OUT32)
+        _store_decay(decays + row * (H * CHUNK) + slot, change + last, p * 32 == head * sizes.P)

@@ -314,13 +314,74 @@ def _both_lanes(value):
 
 
 @gluon.jit
-def _share(states, keys, values, query, weights, factor, old, lane, zero):
+def _share(states, chunk, query, factor, at, lane, zero):
     """What the states and the chunk's tokens make of C (8, 32), as of the last token."""
+    keys, values, weights = chunk
     from_state = _mine(_times(states, query, zero), lane) * factor
     scores = _scores_of_lane(_times(keys, query, zero)) * weights
     attended = _mine(_attend(values, scores, lane, zero), lane)
-    from_state = gl.where(old, from_state, 0.0)
+    from_state = gl.where(at >= CHUNK, from_state, 0.0)
     return _both_lanes(gl.where((lane & 2) != 0, attended, from_state))
+
+
+@gluon.jit
+def _positions(position):
+    """A row's position, of each thread (512,) and of each row (8, 1)."""
+    rows = gl.arange(0, R, gl.SliceLayout(1, BY_ROW))
+    of_row = gl.load(position + rows).to(gl.int32)
+    of_thread = gl.expand_dims(of_row, 1) + gl.full([8, 64], 0, gl.int32, BY_ROW)
+    of_thread = gl.convert_layout(gl.reshape(of_thread, [512]), L1, assert_trivial=True)
+    of_row = gl.convert_layout(of_row, gl.SliceLayout(1, OUT), assert_trivial=True)
+    return of_thread, gl.expand_dims(of_row, 1)
+
+
+@gluon.jit
+def _load_ahead(pointers, layer, row, inner, at, head, everywhere, sizes: gl.constexpr):
+    """What a layer's outputs want that depends on no other program."""
+    _begin, modulation, conv, rates, _past, scales, _result = pointers
+    _gate, _scale, shifted = modulation
+    _dt_bias, a, d = rates
+    in_scales, _out_scales = scales
+    INNER: gl.constexpr = sizes.INNER
+    E: gl.constexpr = INNER + sizes.X + sizes.H
+    APART: gl.constexpr = heads_apart(sizes.H)
+    shift = shifted + layer * (R * E) + row * E + inner
+    shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
+    memory = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
+    rates = gl.load(a + layer * APART + head), gl.load(d + layer * APART + head)
+    factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
+    factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
+    return shifts, memory, rates, (factor_z, factor_x)
+
+
+@gluon.jit
+def _load_past(past, layer, tid, lane, p, head, at, sizes: gl.constexpr):
+    """The tokens since the chunk began, the decay up to the last one, and what the numbers of a
+    thread's states count by then."""
+    past_x, past_b, past_decay, state_scale = past
+    INNER: gl.constexpr = sizes.INNER
+    slot = at % CHUNK
+    mine = past_decay + layer * (R * sizes.H * CHUNK) + ((tid >> 6) * sizes.H + head) * CHUNK + slot
+    last = gl.load(mine - 1, mask=slot > 0, other=0.0)
+    factors = state_scale + (tid >> 6) * INNER + p * 32 + _channel(tid, lane) + (lane & 1) * 8
+    factor = gl.load(factors + layer * (R * INNER), mask=at >= CHUNK, other=0.0) * gl.exp(last)
+    places = _places(tid, lane, p, head, slot, sizes)
+    chunk = _chunk(places, (past_x, past_b, past_decay), layer, last, sizes)
+    return chunk, last, factor
+
+
+@gluon.jit
+def _remember(pointers, layer, row, inner, at, newest, value, everywhere, sizes: gl.constexpr):
+    """Put the token's input of the convolution into the ring, dt x into the chunk."""
+    _begin, _modulation, conv, _rates, past, _scales, _result = pointers
+    conv_ring, _conv_weight, _conv_bias = conv
+    past_x, _past_b, _past_decay, _state_scale = past
+    K: gl.constexpr = sizes.K
+    newest_at = layer * (R * K * sizes.X) + (row * K + at % K) * sizes.X
+    gl.store(conv_ring + newest_at + inner, newest)
+    token = past_x + layer * (R * CHUNK * sizes.INNER)
+    token += (row * CHUNK + at % CHUNK) * sizes.INNER + inner
+    store_rounded(token, value, everywhere)
 
 
 @gluon.jit
@@ -328,93 +389,60 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
     """x and z of 32 channels, and one token through their states."""
     ring, pairs, digits, part, part_s = shared
     _units, _halves, bars = ring
-    begin, modulation, conv, rates, past, scales, _result = pointers
-    in_scales, _out_scales = scales
-    _token, position, _tables = begin
-    _gate, _scale, shifted = modulation
-    conv_ring, _conv_weight, _conv_bias = conv
-    _dt_bias, a, d = rates
-    past_x, past_b, past_decay, state_scale = past
+    begin, _modulation, _conv, _rates, past, _scales, _result = pointers
+    _past_x, _past_b, past_decay, _state_scale = past
     scaled, norms, gated, bc = exchanges
-    INNER: gl.constexpr = sizes.INNER
-    X: gl.constexpr = sizes.X
     H: gl.constexpr = sizes.H
-    K: gl.constexpr = sizes.K
-    E: gl.constexpr = INNER + X + H
     UNITS_OF_LAYER: gl.constexpr = sizes.BITS // 4 + 2  # weights' and two of states
     limits = bounds(start, stalled)
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
     head = (p * 32) // sizes.P
-    rows = gl.arange(0, R, gl.SliceLayout(1, BY_ROW))
-    of_row = gl.load(position + rows).to(gl.int32)
-    of_thread = gl.expand_dims(of_row, 1) + gl.full([8, 64], 0, gl.int32, BY_ROW)
-    of_thread = gl.convert_layout(gl.reshape(of_thread, [512]), L1, assert_trivial=True)
-    at = gl.convert_layout(of_row, gl.SliceLayout(1, OUT), assert_trivial=True)
-    at = gl.expand_dims(at, 1)
-    of_output = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
-    old = of_thread >= CHUNK
+    of_thread, at = _positions(begin[1])
+    rows = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
+    channels = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0)
     for layer in range(layers):
         turn = layer & 3
         tid, lane, fragment = threads(R)
         tid, lane, fragment = again(tid), again(lane), again(fragment)
-        row = again(of_output)
-        channel = again(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0))
-        inner = p * 32 + channel
+        row, channel = again(rows), again(channels)
         everywhere = (row + channel) >= 0
-        shift = shifted + layer * (R * E) + row * E + inner
-        shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
-        before, tap = convolution_before(conv, layer, row, inner, at, everywhere, sizes)
-        APART: gl.constexpr = heads_apart(H)
-        rate, skip = gl.load(a + layer * APART + head), gl.load(d + layer * APART + head)
-        decays = past_decay + layer * (R * H * CHUNK)
-        factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
-        factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
+        shifts, memory, rates, factors = _load_ahead(
+            pointers, layer, row, p * 32 + channel, at, head, everywhere, sizes
+        )
         first = layer * UNITS_OF_LAYER
         polls = polled(scaled + (tid >> 5) * (64 * R) + fragment), polled(norms + tid)
         tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the states, while sums and B, C and dt are on their way.
         tid, lane = again(tid), again(lane)
-        since = of_thread % CHUNK
-        mine = decays + ((tid >> 6) * H + head) * CHUNK + since
-        last = gl.load(mine - 1, mask=since > 0, other=0.0)
-        factors = state_scale + (tid >> 6) * INNER + p * 32 + _channel(tid, lane) + (lane & 1) * 8
-        factor = gl.load(factors + layer * (R * INNER), mask=old, other=0.0) * gl.exp(last)
-        places = _places(tid, lane, p, head, since, sizes)
-        keys, values, weights = _chunk(places, (past_x, past_b, past_decay), layer, last, sizes)
-        newest, z = _summed(tiles, norm, shifts, (factor_z, factor_x), part, part_s, sizes)
-        x = silu(before + newest * tap)
+        chunk, last, factor = _load_past(past, layer, tid, lane, p, head, of_thread, sizes)
+        newest, z = _summed(tiles, norm, shifts, factors, part, part_s, sizes)
+        x = silu(memory[0] + newest * memory[1])
         unit = first + UNITS_OF_LAYER - 2
         ready(bars, unit, UNITS)
         states = _load_states(pairs.index(ready(bars, unit + 1, UNITS) // 2))
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
         gl.thread_barrier()
         tid, lane = again(tid), again(lane)
-        from_bc = polled(bc + tid * 4)
-        dt_from = polled(bc + 2 * R * sizes.S + head * R + (tid >> 6))
         words, dt = poll_row(
-            from_bc + turn * (4 * R * BC_PLACES),
-            dt_from + turn * (4 * R * BC_PLACES),
+            polled(bc + tid * 4) + turn * (4 * R * BC_PLACES),
+            polled(bc + 2 * R * sizes.S + head * R + (tid >> 6)) + turn * (4 * R * BC_PLACES),
             limits[0],
             limits[1],
         )
         _put_digits(digits, words)
-        query = _load_query(digits)
-        share = _share(states, keys, values, query, weights, factor, old, lane, zero)
+        share = _share(states, chunk, _load_query(digits), factor, of_thread, lane, zero)
         own = gl.expand_dims(_own_score(digits), 1)
         dt_of_thread = gl.convert_layout(gl.sum(dt, axis=1), L1, assert_trivial=True)
         dt = _both_lanes(gl.where((lane & 2) != 0, 0.0, dt_of_thread))
-        change = dt * rate
-        y = (gl.exp(change) * share + (own * dt + skip) * x) * z
+        y = (gl.exp(dt * rates[0]) * share + (own * dt + rates[1]) * x) * z
         row, channel = again(row), again(channel)
-        inner = p * 32 + channel
         to_gated = gated + p * (32 * R) + row * 32 + channel
         publish_half(to_gated + turn * (R * GATED_PLACES), y, SAME)
         clear_half(to_gated + ((layer - 1) & 3) * (R * GATED_PLACES), SAME)
-        newest_at = layer * (R * K * X) + (row * K + at % K) * X
-        gl.store(conv_ring + newest_at + inner, newest)
-        token = past_x + layer * (R * CHUNK * INNER) + (row * CHUNK + at % CHUNK) * INNER + inner
-        store_rounded(token, dt * x, everywhere)
+        inner = p * 32 + channel
+        _remember(pointers, layer, row, inner, at, newest, dt * x, everywhere, sizes)
         # Once a row, and by one of a head's programs.
-        decay = decays + ((tid >> 6) * H + head) * CHUNK + of_thread % CHUNK
+        decay = past_decay + layer * (R * H * CHUNK)
+        decay += ((tid >> 6) * H + head) * CHUNK + of_thread % CHUNK
         once = ((tid & 63) == 0) & (p * 32 == head * sizes.P)
-        gl.store(decay, dt_of_thread * rate + last, mask=once)
+        gl.store(decay, dt_of_thread * rates[0] + last, mask=once)
