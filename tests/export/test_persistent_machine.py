@@ -118,7 +118,8 @@ def test_no_states_are_read_in_first_chunks() -> None:
     played.arrays["state"].view(np.uint16)[:] = 0x7E00  # not a number
     played.arrays["state_scale"][:] = np.nan
     played.put((0, 1, 2, 3, 7, 11, 14, 15))
-    wanted = step(GEOMETRY, played.arrays | {"state": played.arrays["state"] * 0})
+    unread = {name: np.zeros_like(played.arrays[name]) for name in ("state", "state_scale")}
+    wanted = step(GEOMETRY, played.arrays | unread)
     played.launch()
     assert np.isfinite(played.arrays["residual"]).all()
     check(played.arrays, wanted)

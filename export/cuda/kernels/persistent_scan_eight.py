@@ -314,13 +314,13 @@ def _both_lanes(value):
 
 
 @gluon.jit
-def _share(states, chunk, query, factor, at, lane, zero):
+def _share(states, chunk, query, factor, old, lane, zero):
     """What the states and the chunk's tokens make of C (8, 32), as of the last token."""
     keys, values, weights = chunk
     from_state = _mine(_times(states, query, zero), lane) * factor
     scores = _scores_of_lane(_times(keys, query, zero)) * weights
     attended = _mine(_attend(values, scores, lane, zero), lane)
-    from_state = gl.where(at >= CHUNK, from_state, 0.0)
+    from_state = gl.where(old, from_state, 0.0)
     return _both_lanes(gl.where((lane & 2) != 0, attended, from_state))
 
 
@@ -355,7 +355,7 @@ def _load_ahead(pointers, layer, row, inner, at, head, everywhere, sizes: gl.con
 
 
 @gluon.jit
-def _load_past(past, layer, tid, lane, p, head, at, sizes: gl.constexpr):
+def _load_past(past, layer, tid, lane, p, head, at, old, sizes: gl.constexpr):
     """The tokens since the chunk began, the decay up to the last one, and what the numbers of a
     thread's states count by then."""
     past_x, past_b, past_decay, state_scale = past
@@ -364,7 +364,7 @@ def _load_past(past, layer, tid, lane, p, head, at, sizes: gl.constexpr):
     mine = past_decay + layer * (R * sizes.H * CHUNK) + ((tid >> 6) * sizes.H + head) * CHUNK + slot
     last = gl.load(mine - 1, mask=slot > 0, other=0.0)
     factors = state_scale + (tid >> 6) * INNER + p * 32 + _channel(tid, lane) + (lane & 1) * 8
-    factor = gl.load(factors + layer * (R * INNER), mask=at >= CHUNK, other=0.0) * gl.exp(last)
+    factor = gl.load(factors + layer * (R * INNER), mask=old, other=0.0) * gl.exp(last)
     places = _places(tid, lane, p, head, slot, sizes)
     chunk = _chunk(places, (past_x, past_b, past_decay), layer, last, sizes)
     return chunk, last, factor
@@ -398,6 +398,7 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
     head = (p * 32) // sizes.P
     of_thread, at = _positions(begin[1])
+    old = of_thread >= CHUNK
     rows = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
     channels = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0)
     for layer in range(layers):
@@ -414,7 +415,7 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the states, while sums and B, C and dt are on their way.
         tid, lane = again(tid), again(lane)
-        chunk, last, factor = _load_past(past, layer, tid, lane, p, head, of_thread, sizes)
+        chunk, last, factor = _load_past(past, layer, tid, lane, p, head, of_thread, old, sizes)
         newest, z = _summed(tiles, norm, shifts, factors, part, part_s, sizes)
         x = silu(memory[0] + newest * memory[1])
         unit = first + UNITS_OF_LAYER - 2
@@ -423,14 +424,11 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
         gl.thread_barrier()
         tid, lane = again(tid), again(lane)
-        words, dt = poll_row(
-            polled(bc + tid * 4) + turn * (4 * R * BC_PLACES),
-            polled(bc + 2 * R * sizes.S + head * R + (tid >> 6)) + turn * (4 * R * BC_PLACES),
-            limits[0],
-            limits[1],
-        )
+        from_bc = polled(bc + tid * 4), polled(bc + 2 * R * sizes.S + head * R + (tid >> 6))
+        later = turn * (4 * R * BC_PLACES)
+        words, dt = poll_row(from_bc[0] + later, from_bc[1] + later, limits[0], limits[1])
         _put_digits(digits, words)
-        share = _share(states, chunk, _load_query(digits), factor, of_thread, lane, zero)
+        share = _share(states, chunk, _load_query(digits), factor, old, lane, zero)
         own = gl.expand_dims(_own_score(digits), 1)
         dt_of_thread = gl.convert_layout(gl.sum(dt, axis=1), L1, assert_trivial=True)
         dt = _both_lanes(gl.where((lane & 2) != 0, 0.0, dt_of_thread))
