@@ -104,8 +104,8 @@ class Played:
             self.launch(launch)
 
     def put(self, *position: int) -> None:
-        """As many positions as rows, the last one for those that are not given."""
-        at = torch.tensor([*position, *[position[-1]] * (self.rows - len(position))])
+        """The rows' positions, the last one for those that are not given."""
+        at = torch.tensor([*position, *[position[-1]] * self.rows][: self.rows])
         self.buffers["position"].copy_(at)
         self.buffers["token"].copy_((at * 37 + 91 * torch.arange(self.rows)) % 1000)
 
@@ -190,7 +190,7 @@ def test_scores_and_what_is_remembered(played: tuple[Played, Played]) -> None:
         new, old = (each.buffers for each in played)
         assert error(new["logits"], old["logits"]) < TOLERANCE, at
     for name in played[0].bucket.memory:
-        if new[name].dtype != torch.float16 or name != "state":  # of factors that differ
+        if name != "state" or new[name].dtype == torch.float32:  # else its factors may differ
             assert error(new[name], old[name]) < TOLERANCE, name
     if "state_scale" in new:
         assert error(whole_state(new), whole_state(old)) < TOLERANCE
