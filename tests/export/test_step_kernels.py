@@ -562,20 +562,21 @@ def test_final_norm(interpreter: Interpreter) -> None:
 
 @products
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear(interpreter: Interpreter, product: str, bias: bool) -> None:
-    """Outputs that are no multiple of a block."""
+@pytest.mark.parametrize("rows", [R, R - 1], ids=["blocks", "a row less"])
+def test_linear(interpreter: Interpreter, product: str, bias: bool, rows: int) -> None:
+    """Outputs, and rows, that are no multiple of a block."""
     dtype, activation, tile = PRODUCTS[product]
     kept, matrix = stored(normal(71, V, D), dtype)
     memory: Memory = {
         **kept,
-        "source": normal(72, R, D, dtype=activation),
+        "source": normal(72, rows, D, dtype=activation),
         "bias": normal(73, V) if bias else unset(V),
-        "target": unset(R, V),
+        "target": unset(rows, V),
     }
     flags = {"HAS_SCALES": dtype == torch.int8, "HAS_BIAS": bias, "OVERLAPS": False}
     constants = {**flags, **tile}
-    grid = (-(-V // tile["BN"]), R // tile["BM"])
-    item = one(linear, memory, grid, N=V, WIDTH=D, **constants)
+    grid = (-(-V // tile["BN"]), -(-rows // tile["BM"]))
+    item = one(linear, memory, grid, R=rows, N=V, WIDTH=D, **constants)
     wanted = memory["source"].double() @ matrix.T
     if bias:
         wanted += memory["bias"].double()
