@@ -32,9 +32,9 @@ GEOMETRY = Geometry(
 )
 # A row past its first chunk, one in it, at its begin, and at both ends of chunks.
 POSITIONS = (45, 7, 0, 16, 31, 200, 63, 15)
-# Relative to the norm: 1e-7, or more where an input of a product lies so near the middle of two
-# halves that float32 rounds it to the other one. What is kept in halves is rounded to them.
-SINGLE, HALF = 1e-4, 3e-4
+# Relative to the norm. It is 1e-7 but for what is rounded to halves: an input of a product that
+# lies near the middle of two may become the other one, and layers behind it differ by more.
+TOLERANCE = 1e-3
 
 pytestmark = pytest.mark.slow
 
@@ -97,8 +97,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def check(found: Arrays, wanted: Arrays) -> None:
     for name in ("residual", "ring", "past_decay", "past_x", "past_b"):
-        bound = HALF if found[name].dtype == np.float16 else SINGLE
-        assert error(found[name], wanted[name]) < bound, name
+        assert error(found[name], wanted[name]) < TOLERANCE, name
     assert not found["status"].any()
 
 
