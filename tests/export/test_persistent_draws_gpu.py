@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from aim_runtime import Batcher, Bundle, Generator
+from aim_runtime import Batcher, Generator
+from aim_runtime.bundle import add_engine
 from aim_runtime.engines.cuda import CudaEngine
 from aim_runtime.engines.gpu import libcuda
 from aim_training.checkpoint import save_checkpoint
@@ -75,28 +76,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def separate(bundle: Path, out: Path) -> Path:
     """A copy whose layers are launches of their own."""
     shutil.copytree(bundle, out)
-    manifest = Bundle.open(out)
-    kept = {}
-    for precision in PRECISIONS:
-        name = f"engines/cuda/plan-{precision}.json"
-        plan = json.loads(manifest.read(name))
+    engines = Path(shutil.copytree(out / "engines/cuda", out.parent / "engines"))
+    for file in engines.glob("plan-*.json"):
+        plan = json.loads(file.read_text())
         resident = {key for key, kernel in plan["kernels"].items() if kernel["resident"]}
         plan["buckets"] = [
             bucket
             for bucket in plan["buckets"]
             if not resident & {item.get("kernel") for item in bucket["step"]}
         ]
-        kept[name] = json.dumps(plan)
-    return rewritten(out, kept)
-
-
-def rewritten(out: Path, files: dict[str, str]) -> Path:
-    from aim_runtime.bundle import add_engine
-
-    engines = out.parent / "engines"
-    shutil.copytree(out / "engines/cuda", engines)
-    for name, text in files.items():
-        (engines / Path(name).name).write_text(text)
+        file.write_text(json.dumps(plan))
     add_engine(out, "cuda", engines)
     return out
 
