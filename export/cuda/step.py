@@ -333,7 +333,7 @@ class StepBuilder:
             T=self.g.T,
             BLOCK=block,
             LANES=min(32 * num_warps, block // 4),
-            CAPACITY=sample.CANDIDATES,
+            CAPACITY=min(block, sample.CAPACITY),
             OVERLAPS=self.overlaps,
         )
 

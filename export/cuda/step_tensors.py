@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels.sample import CANDIDATES
+from aim_export.cuda.kernels.sample import CAPACITY
 from aim_export.cuda.launch import ABSENT_BUFFER
 from aim_export.cuda.precision import Format
 from aim_export.cuda.tuning import Tuning
@@ -116,7 +116,7 @@ def buffer_table(
     found.add("gated", activation, R, g.inner)
     found.add("squares", "float32", R, square_parts)
     found.add("hidden", activation, R, g.D)
-    found.add("candidates", "float32", R, 2, CANDIDATES)
+    found.add("candidates", "int64", R, CAPACITY)
     # The memory.
     found.add_memory("ring", "float32", g.L, R, g.K, g.X)
     found.add_memory("state", precision.state, g.L, R, g.H, g.P, g.S)

@@ -19,6 +19,8 @@ from aim_export.cuda.kernels import sample as kernels
 from aim_export.cuda.launch import KernelSpec
 
 TOKENS = 3
+# Of the short list: some draws have fewer tokens, some have more.
+CAPACITY = 128
 AT = 1
 # Sums in float32 may decide differently where u or top_p lie this close to the edge.
 MARGIN = 2e-6
@@ -76,7 +78,7 @@ class Case:
             "token": np.full(rows, -1),
             "position": np.full(rows, AT),
             "status": np.zeros(rows, np.int32),
-            "candidates": np.full((rows, 2, kernels.CANDIDATES), np.nan, np.float32),
+            "candidates": np.full((rows, CAPACITY), -1),
         }
         block = triton.next_power_of_2(words)
         constants = {
@@ -84,7 +86,7 @@ class Case:
             "T": TOKENS,
             "BLOCK": block,
             "LANES": 16,
-            "CAPACITY": kernels.CANDIDATES,
+            "CAPACITY": CAPACITY,
             "OVERLAPS": False,
         }
         types = tuple(str(value.dtype) for value in self.memory.values())
