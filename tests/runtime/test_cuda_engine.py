@@ -143,12 +143,13 @@ class TestWorkspaces:
         assert (device.captures, device.replays) == (0, 0)
         for _ in range(3):
             drawn(engine, [0, 1, 2], SamplingOptions(2.0))  # 6 rows
-        assert (device.captures, device.replays) == (2, 3 * (1 + TOKENS))
+        # The rows' beginning, a step, and eight of them: 9 steps are two graphs.
+        assert (device.captures, device.replays) == (3, 3 * (1 + 2))
         drawn(engine, [0], SamplingOptions(1.0))  # 1 row
-        assert device.captures == 4
+        assert device.captures == 6
         engine.decode(np.zeros((1, TOKENS), np.int64))
         engine.decode(np.zeros((1, TOKENS), np.int64))
-        assert device.captures == 5
+        assert device.captures == 7
 
     def test_launches_say_what_the_plan_says(self, bundle: Path) -> None:
         engine = toy_engine(bundle)

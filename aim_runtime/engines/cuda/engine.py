@@ -100,6 +100,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 self._weights.addresses,
                 {"decode": bucket.launches},
                 {"tokens": "tokens", "image": "image"},
+                {},
             )
 
         with self._pool.lease(("decoder", bucket.images), make) as leased:

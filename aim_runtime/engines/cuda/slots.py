@@ -178,8 +178,7 @@ class CudaSlots(Slots):
         if images != self._shown:
             self._show(images, turn)
         steps = min(STEPS, max(len(image.noise) - image.position for image in images))
-        for _ in range(steps):
-            workspace.run("step")
+        workspace.run("step", steps)
         tokens, status = f"tokens{turn}", f"status{turn}"
         workspace.download(tokens, status)
         parts = []

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
-from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket
+from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket, unrolled
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.device import Device, Event
@@ -27,6 +27,10 @@ from aim_runtime.sampling import SamplingOptions, row_classes
 
 SLICE = 16
 """Steps that are queued, and end, together."""
+
+# Steps of one graph: as many as a slice of `aim_runtime.engines.cuda.slots`, unless they are of so
+# many launches that making the graph takes longer than an image gains.
+_STEPS_OF_A_GRAPH, _LAUNCHES_OF_A_GRAPH = 8, 640
 
 # What a word of status means.
 _FAULTS = {
@@ -50,7 +54,14 @@ def make_workspace(
     staged = {name + turn: name for turn in TURNS for name in (*_FROM_HOST, *roles, *_TO_HOST)}
     staged["logits"] = "logits"
     programs = {"begin": bucket.begin, "step": bucket.step}
-    return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged)
+    together = {"step": _steps_of_a_graph(len(list(unrolled(bucket.step))))}
+    return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged, together)
+
+
+def _steps_of_a_graph(launches: int) -> int:
+    """A power of two, as slices are, for steps of so many launches."""
+    steps = min(_STEPS_OF_A_GRAPH, _LAUNCHES_OF_A_GRAPH // max(1, launches))
+    return 1 << max(1, steps).bit_length() - 1
 
 
 def capacity(rows: int, rows_per_image: int) -> int:
@@ -78,8 +89,7 @@ def draw(
     for start in range(0, steps, SLICE):
         with device.current():
             while queued < steps and len(waiting) < len(TURNS):
-                for _ in range(min(SLICE, steps - queued)):
-                    workspace.run("step")
+                workspace.run("step", min(SLICE, steps - queued))
                 turn = queued // SLICE % len(TURNS)
                 workspace.download(*(name + TURNS[turn] for name in _TO_HOST))
                 waiting.append((queued, turn, workspace.stream.record()))

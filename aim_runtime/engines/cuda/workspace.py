@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from aim_runtime.engines.cuda.plan import Program, Tensor
 from aim_runtime.engines.cuda.program import Kernels
@@ -19,7 +20,9 @@ class ProgramWorkspace(Workspace):
     """`buffers` on the device, and `programs` ready to run on them.
 
     `shared` are addresses that programs may name besides; `staged` says which buffer each array of
-    `host` is of. Raises OutOfDeviceMemory.
+    `host` is of. A program that `together` has a number for is captured so many times in a row as
+    well: between the runs of one graph the device rests for less long than between two graphs.
+    Raises OutOfDeviceMemory.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class ProgramWorkspace(Workspace):
         shared: Mapping[str, int],
         programs: Mapping[str, Program[str]],
         staged: Mapping[str, str],
+        together: Mapping[str, int],
     ) -> None:
         super().__init__(
             device,
@@ -40,13 +44,15 @@ class ProgramWorkspace(Workspace):
             },
         )
         addresses = {**shared, **self.addresses}
-        self._graphs = {
-            name: self.stream.capture(kernels.program(program, addresses))
-            for name, program in programs.items()
-            if program
-        }
+        self._graphs: dict[str, list[tuple[int, Any]]] = {}  # by descending number of runs
+        for name, program in programs.items():
+            launches = kernels.program(program, addresses)
+            counts = sorted({1, together.get(name, 1)}, reverse=True) if launches else ()
+            self._graphs[name] = [(n, self.stream.capture(launches * n)) for n in counts]
 
-    def run(self, program: str) -> None:
-        """Run a program."""
-        if program in self._graphs:  # it may have no launches
-            self.stream.replay(self._graphs[program])
+    def run(self, program: str, times: int = 1) -> None:
+        """Run a program so many times in a row."""
+        for count, graph in self._graphs[program]:
+            for _ in range(times // count):
+                self.stream.replay(graph)
+            times %= count
