@@ -3,7 +3,7 @@
 Random weights of a published size, launched by Triton itself in a CUDA graph: no bundle is needed.
 Positions below a chunk's length read no states.
 
-    python benchmarks/persistent_pace.py --size L --precision fp16-state16 --pace 9600 11400 13000
+    python benchmarks/persistent_pace.py --size L --precision fp16-state16 --rows 8 --pace 9600
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="L")
     parser.add_argument("--precision", nargs="+", default=["fp16-state16"])
+    parser.add_argument("--rows", type=int, nargs="+", help="those of the buckets; all of them")
     parser.add_argument("--pace", type=int, nargs="+", help="cycles a layer; that of the plan too")
     parser.add_argument("--position", type=int, nargs="+", default=[8, 40, 46, 100])
     parser.add_argument("--json", help="write the figures here")
@@ -59,8 +60,13 @@ def main() -> None:
         lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
     )
     g, figures = SIZES[options.size], []
-    for precision in options.precision:
-        (bucket,) = persistent_buckets(g, FORMATS[precision], TUNING, CAPABILITIES)
+    buckets = (
+        (precision, bucket)
+        for precision in options.precision
+        for bucket in persistent_buckets(g, FORMATS[precision], TUNING, CAPABILITIES)
+        if options.rows is None or bucket.rows in options.rows
+    )
+    for precision, bucket in buckets:
         memory = prepare(g, bucket, random_weights(g, precision))
         (layers,) = [item for item in flat(bucket.step) if item.kernel.resident]
         planned = int(dict(layers.kernel.constants)["PACE"])
@@ -81,7 +87,7 @@ def main() -> None:
                 f"{options.size} {precision} {bucket.rows} rows, pace {pace}: ms at {shown}",
                 flush=True,
             )
-            figures.append({"precision": precision, "pace": pace, "ms": found})
+            figures.append({"precision": precision, "rows": bucket.rows, "pace": pace, "ms": found})
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)

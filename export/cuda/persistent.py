@@ -1,10 +1,11 @@
-"""The step for two or eight rows in one launch for all layers, where model, format and GPU suit it.
+"""The step in one launch for all layers, for what rows, models, formats and GPUs it suits.
 
 Behind it stand the launches of `aim_export.cuda.step` that follow the layers. In a plan such a
 bucket comes before those of as many rows and fewer that take none of this: a runtime passes over
 them where its GPU can run this one.
 
-Two rows are for formats whose states are float32, eight for those whose states are float16.
+Two rows are for formats whose states are float32, eight and groups of eight for those whose states
+are float16.
 """
 
 from __future__ import annotations
@@ -23,20 +24,26 @@ from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Ten
 
 # Rows by the type of the states, and whose tuning serves what is around the layers: products for
 # the tensor cores want no fewer than 16 rows, of which eight are left out.
-ROWS = {"float32": 2, "float16": 8}
-_TUNED_AS = {2: 2, 8: 16}
-# Tokens of a chunk, by rows.
-_CHUNK = {2: 32, 8: 16}
+ROWS: Mapping[str, tuple[int, ...]] = {"float32": (2,), "float16": (8, 16, 32)}
+_TUNED_AS = {2: 2, 8: 16, 16: 16, 32: 32}
+# More rows than these go through the layers in groups of so many.
+_GROUP = 8
+# Tokens of a chunk, by the type of the states.
+_CHUNK = {"float32": 32, "float16": 16}
 # Compute capabilities whose shared memory and copy engine the kernel is made for.
 CAPABILITIES = (90,)
 # Multiprocessors of the smallest GPU of those: one program each.
 _PROGRAMS = 114
-# Cycles a layer over which a program spreads its loads, for models up to a width and for wider
-# ones, and with 8-bit weights for all: measured on an H100 with AiM-B and AiM-L.
-_NARROW, _PACE_NARROW, _PACE = 768, 8500, 10000
-_PACE8 = 6200
-# The same for eight rows: of the widest measured, the others in proportion to what is to be loaded.
-_EIGHT_PACE_NARROW, _EIGHT_PACE, _EIGHT_PACE8 = 9700, 13600, 8500
+# Cycles a layer over which a program spreads its loads, by rows: with 8-bit weights, and else for
+# models up to a width and for wider ones. Of two rows all are measured on an H100 with AiM-B and
+# AiM-L, of eight that of the widest; the others are in proportion to what is to be loaded.
+_NARROW = 768
+_PACES = {
+    2: (6200, 8500, 10000),
+    8: (8500, 9700, 13600),
+    16: (11000, 11500, 15500),
+    32: (15000, 14000, 18500),
+}
 _DEPTH = 4
 # The warp that fetches, of a group of four.
 _WORKERS = 4
@@ -52,10 +59,7 @@ def programs(g: Geometry) -> int:
 
 
 def _pace(g: Geometry, precision: Format, rows: int) -> int:
-    paces = (_PACE8, _PACE_NARROW, _PACE)
-    if rows == 8:
-        paces = (_EIGHT_PACE8, _EIGHT_PACE_NARROW, _EIGHT_PACE)
-    of_bytes, narrow, wide = paces
+    of_bytes, narrow, wide = _PACES[rows]
     if precision.quantised:
         return of_bytes
     return narrow if g.D <= _NARROW else wide
@@ -72,7 +76,7 @@ def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
         precision.activation == "float16"
         and precision.state == precision.history
         and precision.state in ROWS
-        and tuning.chunk == _CHUNK[ROWS[precision.state]]
+        and tuning.chunk == _CHUNK[precision.state]
         and g.S == 128
         and g.P % 32 == 0
         and g.H <= 64
@@ -89,20 +93,15 @@ def persistent_buckets(
     tunings: Mapping[int, Tuning],
     capabilities: Sequence[int],
 ) -> tuple[Bucket[KernelSpec], ...]:
-    """The bucket of the kernel, if it can take the model and some GPU of `capabilities` can it."""
-    rows = ROWS.get(precision.state)
-    tuning = None if rows is None else tuning_of(rows, tunings)
-    if tuning is None or not fits(geometry, precision, tuning):
-        return ()
+    """The kernel's buckets, if it can take the model and some GPU of `capabilities` can it."""
     if not set(CAPABILITIES) & set(capabilities):
         return ()
-    return (persistent_bucket(geometry, precision, tuning),)
-
-
-def persistent_bucket(geometry: Geometry, precision: Format, tuning: Tuning) -> Bucket[KernelSpec]:
-    """Buffers and launches for as many rows as the format takes, of a model that `fits`."""
-    rows = ROWS[precision.state]
-    return _PersistentBuilder(geometry, precision, rows, tuning, overlaps=True).bucket()
+    found = ((rows, tuning_of(rows, tunings)) for rows in ROWS.get(precision.state, ()))
+    return tuple(
+        _PersistentBuilder(geometry, precision, rows, tuning, overlaps=True).bucket()
+        for rows, tuning in found
+        if tuning is not None and fits(geometry, precision, tuning)
+    )
 
 
 class _PersistentBuilder(StepBuilder):
@@ -112,7 +111,7 @@ class _PersistentBuilder(StepBuilder):
         super().__init__(geometry, precision, rows, tuning, overlaps)
         added = {
             "scaled_exchange": Tensor("float16", (_DEPTH, rows * 1024)),
-            "norm_exchange": Tensor("float32", (_DEPTH, 512)),
+            "norm_exchange": Tensor("float32", (_DEPTH, -(-rows // _GROUP) * 512)),
             "gated_exchange": Tensor("float16", (_DEPTH, rows * 2048)),
             "bc_exchange": Tensor("float32", (_DEPTH, rows * 320)),
             "stalled": Tensor("int32", (4,)),
@@ -130,7 +129,7 @@ class _PersistentBuilder(StepBuilder):
     def _clear(self) -> SpecLaunch:
         return self.launch(
             persistent.clear_exchanges,
-            5,
+            5 * -(-self.rows // _GROUP),
             scaled="scaled_exchange",
             norms="norm_exchange",
             gated="gated_exchange",
@@ -139,7 +138,7 @@ class _PersistentBuilder(StepBuilder):
             R=self.rows,
             D=self.g.D,
             INNER=self.g.inner,
-            BLOCK=4096 * self.rows,
+            BLOCK=4096 * min(self.rows, _GROUP),
         )
 
     def _step(self) -> Program[KernelSpec]:

@@ -79,7 +79,7 @@ class Lanes:
             start = np.full(self.threads, self.program.machine.parameters[base], np.uint64)
         else:
             start = self.registers[base].astype(np.uint64)
-        return start + np.uint64(int(offset or "0", 0))
+        return start + np.uint64(int(offset or "0", 0) % (1 << 64))
 
 
 @lru_cache(4096)
@@ -426,9 +426,10 @@ def _transfer(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
             found[active] = memory.load(at, size)
             lanes.set(name, found.astype("u4") if size == 1 else found, mask)
         else:
-            value = lanes.get(name, "u4")[active].astype("u1") if size == 1 else None
-            stored = lanes.get(name, f"u{size}")[active] if value is None else value
-            memory.store(at, stored, size)
+            # Of a register that is wider the lower bytes.
+            value = lanes.get(name, "u4" if size == 1 else f"u{size}")
+            value = value.reshape(lanes.threads, -1)[active, 0]
+            memory.store(at, value.astype(f"u{size}"), size)
 
 
 def _first(lanes: Lanes, values: np.ndarray, mask: np.ndarray | None) -> int:

@@ -30,10 +30,13 @@ from aim_runtime.engines.cuda.plan import NOT_DRAWN, Bucket, Launch, unrolled
 
 from .persistent_reference import step as step_in_float64
 
-# Two rows, and eight.
-PRECISIONS = ("fp16", "int8", "fp16-state16", "int8-state16")
+# Two rows, eight, and groups of eight.
+CASES = (
+    *(("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)),
+    *(("fp16-state16", 16), ("fp16-state16", 32), ("int8-state16", 32)),
+)
 # What launches of a layer are compared with: products of a few rows, several times for eight.
-TUNED_AS = {2: 2, 8: 4}
+TUNED_AS = {2: 2, 8: 4, 16: 16, 32: 32}
 # One with as many channels as the kernel can take, one with places that stay empty.
 GEOMETRIES = [
     Geometry(D=D, L=L, S=128, P=64, K=4, V=1024, T=256, groups=4, position_offset=1, num_classes=10)
@@ -157,13 +160,16 @@ def scratch() -> Iterator[None]:
 
 
 @pytest.fixture(
-    params=itertools.product(GEOMETRIES, PRECISIONS), ids=lambda made: f"D {made[0].D} {made[1]}"
+    params=itertools.product(GEOMETRIES, CASES),
+    ids=lambda made: f"D {made[0].D} {made[1][0]} rows {made[1][1]}",
 )
 def played(request: pytest.FixtureRequest) -> tuple[Played, Played]:
     """The step in one launch, and the other, ready for their first position."""
-    geometry, precision = request.param[0], FORMATS[request.param[1]]
+    geometry, (name, rows) = request.param
+    precision = FORMATS[name]
     weights = random_weights(geometry, precision)
-    (bucket,) = persistent_buckets(geometry, precision, TUNING, CAPABILITIES)
+    buckets = persistent_buckets(geometry, precision, TUNING, CAPABILITIES)
+    (bucket,) = [bucket for bucket in buckets if bucket.rows == rows]
     tuning = TUNING[TUNED_AS[bucket.rows]]
     found = (
         Played(bucket, weights),
@@ -183,7 +189,7 @@ def test_scores_and_what_is_remembered(played: tuple[Played, Played]) -> None:
     for at in range(256):
         late = [at - by if at >= by else at for by in (0, 5, 3, 0, 21, 40, 1, 100)]
         for each in played:
-            each.put(*late[: each.rows])
+            each.put(*late * 4)
             each.step()
         new, old = (each.buffers for each in played)
         assert error(new["logits"], old["logits"]) < TOLERANCE, at
@@ -202,9 +208,10 @@ def whole_state(buffers: dict[str, Tensor]) -> Tensor:
 def test_one_step_against_float64(played: tuple[Played, Played]) -> None:
     """From random memory, with rows at both ends of chunks, in the first one and beyond."""
     new, _ = played
-    for positions in ((45, 200, 0, 16, 31, 7, 63, 15), (0, 1, 2, 7, 11, 13, 14, 15)):
+    beyond = (45, 200, 0, 16, 31, 7, 63, 15, *range(1, 240, 10))
+    for positions in (beyond, [at % 16 for at in beyond]):
         new.shuffle()
-        new.put(*positions[: new.rows])
+        new.put(*positions)
         (geometry,) = [g for g in GEOMETRIES if new.buffers["residual"].shape[1] == g.D]
         wanted = step_in_float64(geometry, new.arrays())
         new.launch(new.layers)
@@ -216,7 +223,7 @@ def test_one_step_against_float64(played: tuple[Played, Played]) -> None:
 def test_every_launch_gives_the_same_bits(played: tuple[Played, Played]) -> None:
     new, _ = played
     new.shuffle()
-    new.put(45, 200, 7, 31)
+    new.put(45, 200, 7, 31, *range(1, 240, 10))
     names = ("residual", "ring", "past_x", "past_b", "past_decay")
     new.launch(new.layers)
     first = {name: new.buffers[name].clone() for name in names}
@@ -232,7 +239,7 @@ def test_a_row_does_not_see_the_other(played: tuple[Played, Played]) -> None:
     new.shuffle()
     kept = {name: new.buffers[name].clone() for name in new.bucket.memory}
     found = []
-    for others in ((45, 200, 16), (0, 15, 77)):
+    for others in ((45, 200, 16, *range(8, 240, 10)), (0, 15, 77)):
         for name, values in kept.items():
             new.buffers[name].copy_(values)
         new.put(77, *others)

@@ -25,13 +25,16 @@ from aim_runtime.engines.cuda.plan import Bucket, Launch, flat
 from .persistent_reference import Arrays, random_arrays, step
 from .ptx_machine import Machine
 
-PRECISIONS = ("fp16", "int8", "fp16-state16", "int8-state16")
+CASES = (
+    *(("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)),
+    *(("fp16-state16", 16), ("fp16-state16", 32), ("int8-state16", 32)),
+)
 # Two heads, which is no multiple of four; places of the exchanges stay empty.
 GEOMETRY = Geometry(
     D=64, L=4, S=128, P=64, K=4, V=64, T=256, groups=4, position_offset=1, num_classes=10
 )
 # A row past its first chunk, one in it, at its begin, and at both ends of chunks.
-POSITIONS = (45, 7, 0, 16, 31, 200, 63, 15)
+POSITIONS = (45, 7, 0, 16, 31, 200, 63, 15, *range(1, 240, 10))
 # Relative to the norm. It is 1e-7 but for what is rounded to halves: an input of a product that
 # lies near the middle of two may become the other one, and layers behind it differ by more.
 TOLERANCE = 1e-3
@@ -40,9 +43,10 @@ pytestmark = pytest.mark.slow
 
 
 @cache
-def machine_of(precision: str, name: str) -> tuple[Machine, Bucket[KernelSpec]]:
+def machine_of(precision: str, rows: int, name: str) -> tuple[Machine, Bucket[KernelSpec]]:
     """The bucket's kernel ``name``, compiled."""
-    (bucket,) = persistent_buckets(GEOMETRY, FORMATS[precision], TUNING, [90])
+    buckets = persistent_buckets(GEOMETRY, FORMATS[precision], TUNING, [90])
+    (bucket,) = [bucket for bucket in buckets if bucket.rows == rows]
     launch = launch_of(bucket, name)
     found = []
     real = compiler.triton.compile
@@ -69,11 +73,12 @@ class Played:
     """A bucket's memory, ready for a step."""
 
     precision: str
+    rows: int = 8
     bucket: Bucket[KernelSpec] = field(init=False)
     arrays: Arrays = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bucket = machine_of(self.precision, "persistent")[1]
+        self.bucket = machine_of(self.precision, self.rows, "persistent")[1]
         buffers = {name: (item.dtype, item.shape) for name, item in self.bucket.buffers.items()}
         self.arrays = random_arrays(GEOMETRY, FORMATS[self.precision], buffers, seed=0)
         self.arrays["status"][:] = 0
@@ -81,14 +86,15 @@ class Played:
         self.launch("clear_exchanges")
 
     def put(self, positions: tuple[int, ...]) -> None:
-        rows = self.bucket.rows
-        self.arrays["position"][:] = positions[:rows]
-        self.arrays["token"][:] = np.arange(rows) * 7 % GEOMETRY.V
+        self.arrays["position"][:] = positions[: self.rows]
+        self.arrays["token"][:] = np.arange(self.rows) * 7 % GEOMETRY.V
 
     def launch(self, name: str = "persistent", *, seed: int = 0, missing: int = 0) -> None:
         launch = launch_of(self.bucket, name)
         arguments = [self.arrays[argument.name] for argument in launch.arguments]
-        machine_of(self.precision, name)[0].run(arguments, launch.grid[0] - missing, seed)
+        machine_of(self.precision, self.rows, name)[0].run(
+            arguments, launch.grid[0] - missing, seed
+        )
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -101,10 +107,10 @@ def check(found: Arrays, wanted: Arrays) -> None:
     assert not found["status"].any()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_two_steps(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "rows"), CASES)
+def test_two_steps(precision: str, rows: int) -> None:
     """The second finds the exchanges as the first left them."""
-    played = Played(precision)
+    played = Played(precision, rows)
     for offset in (0, 1):
         played.put(tuple(at + offset for at in POSITIONS))
         wanted = step(GEOMETRY, played.arrays)
@@ -152,7 +158,7 @@ def test_what_is_no_number_stays_in_its_row(name: str) -> None:
 
 def test_a_program_that_is_missing_ends_the_wait() -> None:
     played = Played("fp16-state16")
-    machine, _ = machine_of("fp16-state16", "persistent")
+    machine, _ = machine_of("fp16-state16", 8, "persistent")
     machine.tick = 1 << 22
     try:
         played.launch(missing=1)

@@ -32,11 +32,13 @@ from aim_export.cuda.kernels.persistent_common import (
     Sizes,
 )
 from aim_export.cuda.kernels.persistent_exchange import clock
+from aim_export.cuda.kernels.persistent_groups import bc_role_groups, out_role_groups
 from aim_export.cuda.kernels.persistent_producer import producer
 from aim_export.cuda.kernels.persistent_products import stored_parts
 from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
 from aim_export.cuda.kernels.persistent_scan import scan_role
 from aim_export.cuda.kernels.persistent_scan_eight import scan_role_eight
+from aim_export.cuda.kernels.persistent_scan_groups import scan_role_groups
 
 # Copies of _PLACES for Triton's own language.
 _SCALED = tl.constexpr(SCALED_PLACES.value)
@@ -46,6 +48,7 @@ _BC = tl.constexpr(BC_PLACES.value)
 
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 
@@ -81,25 +84,28 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
 @gluon.jit
 def _shared_memory(R: gl.constexpr):
     """The ring as the producer sees it, and what the roles have, with the ring as they see it."""
-    filled, ring, pairs = _ring()
-    if R == 2:  # noqa: SIM108 - a kernel takes one side
+    BARS: gl.constexpr = 10 if R <= 8 else UNITS + UNITS // 2
+    filled, ring, pairs = _ring(BARS)
+    if R == 2:
         shared = _shared_memory_two(ring)
-    else:
+    elif R == 8:
         shared = _shared_memory_eight(ring, pairs)
-    for index in gl.static_range(10):
+    else:
+        shared = _shared_memory_groups(ring, pairs, R // 8)
+    for index in gl.static_range(BARS):
         mbarrier.init(ring[2].index(index), count=1)
     return filled, shared
 
 
 @gluon.jit
-def _ring():
+def _ring(BARS: gl.constexpr):
     """The ring as the producer sees it, and as the others do."""
     boxes = gl.allocate_shared_memory(gl.int32, [UNITS * 16, 16, 32], WORDS)
     blocks = boxes._reinterpret(gl.int32, [UNITS * 4, 64, 32], WORDS)
     pairs = boxes._reinterpret(gl.int32, [UNITS // 2, 512, 32], WORDS)
     units = boxes._reinterpret(gl.int32, [UNITS, 256, 32], WORDS)
     halves = boxes._reinterpret(gl.int32, [UNITS * 2, 128, 32], WORDS)
-    bars = gl.allocate_shared_memory(gl.int64, [10, 1], mbarrier.MBarrierLayout())
+    bars = gl.allocate_shared_memory(gl.int64, [BARS, 1], mbarrier.MBarrierLayout())
     return (boxes, blocks, bars), (units, halves, bars), pairs
 
 
@@ -127,6 +133,19 @@ def _shared_memory_eight(ring, pairs):
 
 
 @gluon.jit
+def _shared_memory_groups(ring, pairs, GROUPS: gl.constexpr):
+    """The same for groups of eight rows, with what is kept of each group and its positions."""
+    digits = gl.allocate_shared_memory(gl.float16, [2, 16, 128], CUBE)
+    part = gl.allocate_shared_memory(gl.float32, [8, 32, 16], stored_parts(8, 32))
+    part_16 = part._reinterpret(gl.float32, [2, 8, 16, 16], stored_parts(8, 16)).index(0)
+    sums = gl.allocate_shared_memory(gl.float32, [8, 16], ROWS)
+    kept = gl.allocate_shared_memory(gl.float32, [2 * GROUPS, 8, 32], ROWS)
+    positions = gl.allocate_shared_memory(gl.int32, [GROUPS, 8], LINE)
+    of_scan = ring, pairs, digits, part, sums, kept, positions
+    return of_scan, (ring, part, sums, kept, positions), (ring, part_16, sums, positions)
+
+
+@gluon.jit
 def consumer(
     shared,
     pointers,
@@ -143,12 +162,19 @@ def consumer(
     if pid < SCAN:
         if sizes.R == 2:
             scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
-        else:
+        elif sizes.R == 8:
             scan_role_eight(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
+        else:
+            scan_role_groups(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN + OUT:
-        out_role(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
-    else:
+        if sizes.R <= 8:
+            out_role(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
+        else:
+            out_role_groups(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
+    elif sizes.R <= 8:
         bc_role(of_bc, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
+    else:
+        bc_role_groups(of_bc, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
 
 
 @gluon.jit
@@ -234,27 +260,29 @@ def clear_exchanges(
     R: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
-    BLOCK: tl.constexpr,  # no fewer words than the largest exchange has
+    BLOCK: tl.constexpr,  # no fewer words than the largest exchange has of a group of rows
 ):
     """Bring the exchanges to their state between launches, whatever a failed one left there.
 
-    Places of inputs beyond D or INNER, which nobody writes, become zeros. Grid: 5.
+    Places of inputs beyond D or INNER, which nobody writes, become zeros. Grid: 5, as often as
+    there are groups of rows.
     """
-    program = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    AT_A_TIME: tl.constexpr = R if R < 8 else 8
+    program = tl.program_id(0) % 5
+    at = tl.program_id(0) // 5 * BLOCK + tl.arange(0, BLOCK)
     empty = tl.full((BLOCK,), -1, tl.int32)
     word = tl.pointer_type(tl.int32)
     if program == 0:
-        inside = at % (R * _SCALED // 2) // (32 * R) < D // 64
+        inside = at % (AT_A_TIME * _SCALED // 2) // (32 * AT_A_TIME) < D // 64
         kept = tl.where(inside, empty, 0)
         tl.store(scaled.to(word, bitcast=True) + at, kept, mask=at < R * _SCALED * 2)
     elif program == 1:
         inside = at % _NORMS // 32 < D // 64
-        tl.store(
-            norms.to(word, bitcast=True) + at, tl.where(inside, empty, 0), mask=at < _NORMS * 4
-        )
+        kept = tl.where(inside, empty, 0)
+        mask = at < R // AT_A_TIME * _NORMS * 4
+        tl.store(norms.to(word, bitcast=True) + at, kept, mask=mask)
     elif program == 2:
-        inside = at % (R * _GATED // 2) // (32 * R) < INNER // 64
+        inside = at % (AT_A_TIME * _GATED // 2) // (32 * AT_A_TIME) < INNER // 64
         kept = tl.where(inside, empty, 0)
         tl.store(gated.to(word, bitcast=True) + at, kept, mask=at < R * _GATED * 2)
     elif program == 3:

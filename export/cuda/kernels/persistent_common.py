@@ -42,6 +42,12 @@ class Sizes(NamedTuple):
 
 
 @gluon.constexpr_function
+def rows_at_a_time(R):
+    """Rows of a group: more than eight go through a role in groups of eight."""
+    return min(R, 8)
+
+
+@gluon.constexpr_function
 def heads_apart(H):
     """Numbers from layer to layer of what has one a head: a layer's begin at 16 bytes."""
     return -(-H // 4) * 4

@@ -198,6 +198,90 @@ def _feed_scan_eight(
 
 
 @gluon.jit
+def _wait_for_slot(bars, number, SLOTS: gl.constexpr):
+    """Until what a slot had before has left it, of groups of rows: of one unit, or of two."""
+    taken = number >= SLOTS
+    mbarrier.wait(bars.index(UNITS + number % SLOTS), (number // SLOTS - 1) & 1, pred=taken)
+
+
+@gluon.jit
+def _feed_scan_groups(
+    ring, in_weights, states, layer, pid, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
+):
+    """`_feed_scan` of groups of eight rows: two units of states for each."""
+    _boxes, _blocks, bars = ring
+    INNER: gl.constexpr = sizes.INNER
+    GROUPS: gl.constexpr = sizes.R // 8
+    WEIGHTS: gl.constexpr = sizes.BITS // 4
+    EACH: gl.constexpr = PACE // (sizes.BITS + 8 * GROUPS)
+    row = layer * (INNER + sizes.X + sizes.H) + pid * 32
+    unit = layer * (WEIGHTS + 2 * GROUPS)
+    for part in gl.static_range(WEIGHTS):
+        if part % 2 == 0:
+            _wait_for_slot(bars, (unit + part) // 2, UNITS // 2)
+        if sizes.BITS == 16:
+            at = row + part // 2 * INNER + part % 2 * 16
+            last = _fill(ring, unit + part, in_weights, at, 0, last, EACH, UNITS)
+        else:
+            at = row + part * INNER
+            last = _fill(ring, unit + part, in_weights, at, 0, last, EACH, UNITS, 8)
+    for group in range(GROUPS):
+        at = ((layer * sizes.R + group * 8) * INNER + pid * 32) * 2
+        following = unit + WEIGHTS + group * 2
+        _wait_for_slot(bars, following // 2, UNITS // 2)
+        last = _fill_states(ring, following, states, at, last, begun, 0, sizes, EACH)
+        last = _fill_states(ring, following + 1, states, at, last, begun, 4, sizes, EACH)
+    return last
+
+
+@gluon.jit
+def _producer_groups(
+    memory,
+    ring,
+    begun,
+    pid,
+    layers,
+    sizes: gl.constexpr,
+    SCAN: gl.constexpr,
+    OUT: gl.constexpr,
+    PACE: gl.constexpr,
+):
+    """`producer` of groups of eight rows."""
+    in_weights, out_weights, states = memory
+    _boxes, _blocks, bars = ring
+    D: gl.constexpr = sizes.D
+    INNER: gl.constexpr = sizes.INNER
+    E: gl.constexpr = INNER + sizes.X + sizes.H
+    WEIGHTS: gl.constexpr = sizes.BITS // 4
+    last = pid * 0
+    if pid < SCAN:
+        for layer in range(layers):
+            last = _feed_scan_groups(ring, in_weights, states, layer, pid, last, begun, sizes, PACE)
+    elif pid < SCAN + OUT:
+        for layer in range(layers):
+            row = layer * D + (pid - SCAN) * 32
+            for part in gl.static_range(WEIGHTS):
+                unit = layer * WEIGHTS + part
+                if part % 2 == 0:
+                    _wait_for_slot(bars, unit // 2, UNITS // 2)
+                if sizes.BITS == 16:
+                    at = row + part // 2 * 16
+                    column = part % 2 * 512
+                else:
+                    at = row + part * 16
+                    column = 0
+                last = _fill(ring, unit, out_weights, at, column, last, PACE // sizes.BITS, UNITS)
+    else:
+        for layer in range(layers):
+            row = layer * E + 2 * INNER + (pid - SCAN - OUT) * 16
+            _wait_for_slot(bars, layer, 2)
+            if sizes.BITS == 16:
+                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 4, 2)
+            else:
+                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 2, 2, 8, 8)
+
+
+@gluon.jit
 def producer(
     memory,
     ring,
@@ -216,7 +300,9 @@ def producer(
     E: gl.constexpr = INNER + sizes.X + sizes.H
     last = pid * 0
     begun = _some_row_has_states(position, sizes)
-    if pid < SCAN:
+    if sizes.R > 8:
+        _producer_groups(memory, ring, begun, pid, layers, sizes, SCAN, OUT, PACE)
+    elif pid < SCAN:
         for layer in range(layers):
             if sizes.R == 2:
                 last = _feed_scan(ring, in_weights, states, layer, pid, last, begun, sizes, PACE)

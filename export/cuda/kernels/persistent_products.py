@@ -108,21 +108,56 @@ def lanes_of_outputs(R, OUTPUTS):
     return 7 if R == 2 else (2 if OUTPUTS == 32 else 3)
 
 
+@gluon.constexpr_function
+def _multiply_text(PACKED):
+    first, second = ("$4,$5,$6,$7", "$8,$9,$10,$11") if PACKED else ("$4,$8,$5,$9", "$6,$10,$7,$11")
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, "
+    return (
+        f"{product}{{{first}}}, {{$12,$13}}, {{$16,$17,$18,$19}};"
+        f"{product}{{{second}}}, {{$14,$15}}, {{$0,$1,$2,$3}};"
+    )
+
+
 @gluon.jit
-def multiply(upper, lower, rows, total):
+def multiply(upper, lower, rows, total, PACKED: gl.constexpr = False):
     """total + 16 weight rows times the rows, over 32 numbers: (512, 4) of a warp's fragments.
 
-    `upper` and `lower` are eight halves of weight rows q and q + 8, `rows` of row n.
+    `upper` and `lower` are eight halves of weight rows q and q + 8, or `packed` of them; `rows` of
+    row n.
     """
+    text: gl.constexpr = _multiply_text(PACKED)
     return gl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$8,$5,$9},"
-        " {$12,$13}, {$16,$17,$18,$19};"
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$6,$10,$7,$11},"
-        " {$14,$15}, {$0,$1,$2,$3};",
+        text,
         "=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f",
         [upper, lower, rows, total],
         dtype=gl.float32,
         is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def packed(tile, nothing):
+    """A tile's fragments in the order in which the tensor cores' registers have them.
+
+    So that they need not be moved there in every product, where there are many. `nothing` is 0,
+    which the assembler must not know: else it leaves that to the products after all.
+    """
+    nothing += gl.full([512, 4], 0, gl.int32, L4)
+    a, b = _pack(tile[0], tile[1], nothing)
+    c, d = _pack(tile[2], tile[3], nothing)
+    return a, b, c, d
+
+
+@gluon.jit
+def _pack(upper, lower, nothing):
+    return gl.inline_asm_elementwise(
+        "or.b32 $0, $8, $16; or.b32 $1, $12, $17; or.b32 $2, $9, $18; or.b32 $3, $13, $19;"
+        "or.b32 $4, $10, $16; or.b32 $5, $14, $17; or.b32 $6, $11, $18; or.b32 $7, $15, $19;",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [upper, lower, nothing],
+        dtype=(gl.int32, gl.int32),
+        is_pure=False,
         pack=4,
     )
 

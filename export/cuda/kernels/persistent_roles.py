@@ -22,6 +22,7 @@ from aim_export.cuda.kernels.persistent_common import (
     load_pair,
     load_single,
     polled,
+    rows_at_a_time,
     silu,
     softplus,
     store_rounded,
@@ -85,37 +86,22 @@ def _of_warps(R):
 
 
 @gluon.jit
-def _project_out(
-    ring,
-    layer,
-    turn,
-    gated,
-    limits,
-    lane,
-    parts,
-    gate,
-    sizes: gl.constexpr,
-):
-    """A program's 32 outputs of `out_proj` (R, 32), with gate and the norm's factor."""
-    R: gl.constexpr = sizes.R
-    BITS: gl.constexpr = sizes.BITS
+def project_out(weights, gated, limits, lane, parts, gate, sizes: gl.constexpr):
+    """A program's 32 outputs of `out_proj` of a group of rows, with gate and the norm's factor."""
+    R: gl.constexpr = rows_at_a_time(sizes.R)
     PARTS: gl.constexpr = parts32(R)
+    PACKED: gl.constexpr = sizes.R > R
     part_o, part_s = parts
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    first = layer * (BITS // 4)
-    one, other = load_pair(ring, first, 0, BITS)
-    a0, a1, a2, a3 = one
-    a4, a5, a6, a7 = other
-    one, other = load_pair(ring, first, 1, BITS)
-    b0, b1, b2, b3 = one
-    b4, b5, b6, b7 = other
-    mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
-    gl.thread_barrier()
-    g0, g1, g2, g3 = poll_gated(gated + turn * (2 * R * GATED_PLACES), limits[0], limits[1], R)
-    ta = multiply(a2, a3, g1, multiply(a0, a1, g0, zero))
-    ta = ta + multiply(a6, a7, g3, multiply(a4, a5, g2, zero))
-    tb = multiply(b2, b3, g1, multiply(b0, b1, g0, zero))
-    tb = tb + multiply(b6, b7, g3, multiply(b4, b5, g2, zero))
+    a0, a1, a2, a3 = weights[0][0]
+    a4, a5, a6, a7 = weights[0][1]
+    b0, b1, b2, b3 = weights[1][0]
+    b4, b5, b6, b7 = weights[1][1]
+    g0, g1, g2, g3 = poll_gated(gated, limits[0], limits[1], R)
+    ta = multiply(a2, a3, g1, multiply(a0, a1, g0, zero, PACKED), PACKED)
+    ta = ta + multiply(a6, a7, g3, multiply(a4, a5, g2, zero, PACKED), PACKED)
+    tb = multiply(b2, b3, g1, multiply(b0, b1, g0, zero, PACKED), PACKED)
+    tb = tb + multiply(b6, b7, g3, multiply(b4, b5, g2, zero, PACKED), PACKED)
     sums = squares(g0, g1, g2, g3, lane, zero, R)
     put32(part_o, results(ta, lane, R), results(tb, lane, R), R)
     put_sums(part_s, sums, R, 32)
@@ -129,15 +115,11 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     ring, part_o, part_s = shared
     begin, modulation, _conv, _rates, _past, scales, result = pointers
     _in_scales, out_scales = scales
-    token, position, tables = begin
     gate, scale, _shifted = modulation
-    word_table, position_table, class_embedding = tables
-    residual, status = result
     scaled, norms, gated, _bc = exchanges
     D: gl.constexpr = sizes.D
     R: gl.constexpr = sizes.R
     OUT: gl.constexpr = gl.SliceLayout(2, parts32(R))
-    WARPS: gl.constexpr = _of_warps(R)
     SAME: gl.constexpr = lanes_of_outputs(R, 32)
     tid, lane, fragment = threads(R)
     from_gated = polled(gated + (tid >> 5) * (64 * R) + fragment)
@@ -146,27 +128,26 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0)
     place = row * D + p * 32 + channel
     to_scaled = scaled + p * (32 * R) + row * 32 + channel
-    w_row = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, WARPS)), 1)
-    w_warp = gl.expand_dims(gl.arange(0, 16 // R, gl.SliceLayout(0, WARPS)), 0)
-    to_norms = norms + (p // 2) * 32 + (p & 1) * 16 + w_warp * R + w_row
-    at = gl.load(position + row).to(gl.int32)
+    to_norms = norm_places(norms, p, R)
+    at = gl.load(begin[1] + row).to(gl.int32)
     here = p * 32 + channel
-    begins = (at == 0) & (channel >= 0)
-    word = gl.load(token + row, mask=at > 0, other=0)
-    value = gl.load(word_table + word * D + here).to(gl.float32)
-    value += gl.load(position_table + gl.maximum(at + (sizes.POSITION_OFFSET - 1), 0) * D + here)
-    value = gl.where(begins, gl.load(class_embedding + place), value)
-    _hand_over(value, gl.load(scale + place), to_scaled, to_norms, R)
+    value = step_input(begin, at, row, place, here, sizes)
+    hand_over(value, gl.load(scale + place), to_scaled, to_norms, R)
     for layer in range(layers):
         turn = layer & 3
         gate_value = gl.load(gate + layer * (R * D) + place)
         gate_value *= factor_of(out_scales, layer * D + here, sizes.BITS)
         scale_value = gl.load(scale + (layer + 1) * (R * D) + place)
         parts = part_o, part_s
-        value += _project_out(ring, layer, turn, from_gated, limits, lane, parts, gate_value, sizes)
+        first = layer * (sizes.BITS // 4)
+        weights = load_pair(ring, first, 0, sizes.BITS), load_pair(ring, first, 1, sizes.BITS)
+        mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
+        gl.thread_barrier()
+        here_gated = from_gated + turn * (2 * R * GATED_PLACES)
+        value += project_out(weights, here_gated, limits, lane, parts, gate_value, sizes)
         if layer + 1 < layers:
             following = (layer + 1) & 3
-            _hand_over(
+            hand_over(
                 value,
                 scale_value,
                 to_scaled + following * (R * SCALED_PLACES),
@@ -175,19 +156,43 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
             )
         clear_half(to_scaled + turn * (R * SCALED_PLACES), SAME)
         clear_float(to_norms + turn * NORM_PLACES, 31)
-    # What a failed launch computed must look like nothing else: `status` says what it was.
-    failed = gl.load(stalled, volatile=True) != 0
-    gl.store(residual + place, gl.where(failed, 0.0, value))
     rows = gl.arange(0, R, gl.SliceLayout(1, OUT))
-    gl.store(
-        status + rows,
-        gl.full([R], STALLED, gl.int32, gl.SliceLayout(1, OUT)),
-        mask=(rows >= 0) & failed,
-    )
+    store_result(result, value, place, rows, stalled)
 
 
 @gluon.jit
-def _hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
+def store_result(result, value, place, rows, stalled):
+    """What a failed launch computed must look like nothing else: `status` says what it was."""
+    residual, status = result
+    failed = gl.load(stalled, volatile=True) != 0
+    gl.store(residual + place, gl.where(failed, 0.0, value))
+    gl.store(status + rows, rows * 0 + STALLED, mask=(rows >= 0) & failed)
+
+
+@gluon.jit
+def norm_places(norms, p, R: gl.constexpr):
+    """Where each warp's share of the sums of squares is handed over."""
+    WARPS: gl.constexpr = _of_warps(R)
+    row = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, WARPS)), 1)
+    warp = gl.expand_dims(gl.arange(0, 16 // R, gl.SliceLayout(0, WARPS)), 0)
+    return norms + (p // 2) * 32 + (p & 1) * 16 + warp * R + row
+
+
+@gluon.jit
+def step_input(begin, at, row, place, here, sizes: gl.constexpr):
+    """The step's input: channels `here` of the rows' tokens or, at the first position, classes."""
+    token, _position, tables = begin
+    word_table, position_table, class_embedding = tables
+    D: gl.constexpr = sizes.D
+    begins = (at == 0) & (here >= 0)
+    word = gl.load(token + row, mask=at > 0, other=0)
+    value = gl.load(word_table + word * D + here).to(gl.float32)
+    value += gl.load(position_table + gl.maximum(at + (sizes.POSITION_OFFSET - 1), 0) * D + here)
+    return gl.where(begins, gl.load(class_embedding + place), value)
+
+
+@gluon.jit
+def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
     """Publish the next layer's input and each warp's share of its norm."""
     LAYOUT: gl.constexpr = _by_warp(R)
     publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
@@ -202,7 +207,7 @@ def _hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
 
 
 @gluon.jit
-def _place_of_bc(bc, p, row, output, S: gl.constexpr, R: gl.constexpr):
+def place_of_bc(bc, p, row, output, S: gl.constexpr, R: gl.constexpr):
     """Where outputs among B, C and dt are handed over, in the first layer's places."""
     kind = (p * 16) // S
     return bc + gl.where(
@@ -213,34 +218,30 @@ def _place_of_bc(bc, p, row, output, S: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
-def _publish_bc(to_bc, value, layer, R: gl.constexpr):
+def publish_bc(to_bc, value, layer, sizes: gl.constexpr):
     """Hand over B, C or dt; what halves multiply by is no more than one can hold."""
-    SAME: gl.constexpr = lanes_of_outputs(R, 16)
-    place = to_bc + (layer & 3) * (R * BC_PLACES)
-    if R == 2:
+    SAME: gl.constexpr = lanes_of_outputs(rows_at_a_time(sizes.R), 16)
+    place = to_bc + (layer & 3) * (sizes.R * BC_PLACES)
+    if sizes.R == 2:
         publish_float(place, value, SAME)
     else:
         publish_bounded(place, value, SAME)
-    clear_float(to_bc + ((layer - 1) & 3) * (R * BC_PLACES), SAME)
+    clear_float(to_bc + ((layer - 1) & 3) * (sizes.R * BC_PLACES), SAME)
 
 
 @gluon.jit
 def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """16 of the outputs that are B, C and dt."""
     ring, part_b, part_s = shared
-    begin, modulation, conv, rates, past, scales, _result = pointers
+    begin, modulation, conv, rates, _past, scales, _result = pointers
     in_scales, _out_scales = scales
     _token, position, _tables = begin
     _gate, _scale, shifted = modulation
-    conv_ring, _conv_weight, _conv_bias = conv
     dt_bias, _a, _d = rates
-    _past_x, past_b, _past_decay, _state_scale = past
     scaled, norms, _gated, bc = exchanges
     INNER: gl.constexpr = sizes.INNER
     S: gl.constexpr = sizes.S
     X: gl.constexpr = sizes.X
-    K: gl.constexpr = sizes.K
-    CHUNK: gl.constexpr = sizes.CHUNK
     E: gl.constexpr = INNER + X + sizes.H
     R: gl.constexpr = sizes.R
     PARTS: gl.constexpr = parts16(R)
@@ -257,7 +258,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     is_b = p * 16 < S
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
-    to_bc = _place_of_bc(bc, p, row, output, S, R)
+    to_bc = place_of_bc(bc, p, row, output, S, R)
     at = gl.load(position + row).to(gl.int32)
     there = (row >= 0) & (output < 2 * S)
     loaded = gl.minimum(output, E - 2 * INNER - 1)
@@ -278,17 +279,40 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
             R,
         )
         tile = multiply(a2, a3, second, multiply(a0, a1, first, zero))
-        sums = shared_sums(norm, R)
-        put16(part_b, results(tile, lane, R), R)
-        put_sums(part_s, sums, R, 16)
-        rms = inverse_rms(part_s, sizes.D, sizes.EPS, R, PARTS)
-        newest = gl.sum(part_b.load(PARTS), axis=2) * rms * factor + shift
+        newest = summed16(tile, norm, lane, (part_b, part_s), sizes) * factor + shift
         if is_dt:  # noqa: SIM108 - a program takes one side
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
-        _publish_bc(to_bc, value, layer, R)
-        newest_at = layer * (R * K * X) + (row * K + at % K) * X
-        gl.store(conv_ring + newest_at + mixed, newest, mask=there)
-        token = past_b + layer * (R * CHUNK * S) + (row * CHUNK + at % CHUNK) * S + output
-        store_rounded(token, value, there & is_b)
+        publish_bc(to_bc, value, layer, sizes)
+        remember_bc(pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes)
+
+
+@gluon.jit
+def summed16(tile, norm, lane, parts, sizes: gl.constexpr):
+    """The warps' shares of 16 outputs together, times the norm's factor."""
+    part_b, part_s = parts
+    R: gl.constexpr = rows_at_a_time(sizes.R)
+    PARTS: gl.constexpr = parts16(R)
+    sums = shared_sums(norm, R)
+    put16(part_b, results(tile, lane, R), R)
+    put_sums(part_s, sums, R, 16)
+    rms = inverse_rms(part_s, sizes.D, sizes.EPS, R, PARTS)
+    return gl.sum(part_b.load(PARTS), axis=2) * rms
+
+
+@gluon.jit
+def remember_bc(
+    pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes: gl.constexpr
+):
+    """Put a token's inputs of the convolution into the ring, its B into the chunk."""
+    _begin, _modulation, conv, _rates, past, _scales, _result = pointers
+    conv_ring, _conv_weight, _conv_bias = conv
+    _past_x, past_b, _past_decay, _state_scale = past
+    S: gl.constexpr = sizes.S
+    K: gl.constexpr = sizes.K
+    CHUNK: gl.constexpr = sizes.CHUNK
+    newest_at = layer * (sizes.R * K * sizes.X) + (row * K + at % K) * sizes.X
+    gl.store(conv_ring + newest_at + mixed, newest, mask=there)
+    token = past_b + layer * (sizes.R * CHUNK * S) + (row * CHUNK + at % CHUNK) * S + output
+    store_rounded(token, value, there & is_b)

@@ -101,28 +101,28 @@ def _along(AXIS: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
 def project(ring, first, layer, turn, polls, limits, zero, sizes: gl.constexpr):
     """A warp's share of 32 outputs each of z and x, in two tiles each, and of the input's norm."""
     from_scaled, from_norms = polls
-    start, stalled = limits
-    BITS: gl.constexpr = sizes.BITS
-    R: gl.constexpr = sizes.R
-    one, other = load_pair(ring, first, 0, BITS)
-    z0, z1, z2, z3 = one
-    v0, v1, v2, v3 = other
-    one, other = load_pair(ring, first, 1, BITS)
-    x0, x1, x2, x3 = one
-    u0, u1, u2, u3 = other
+    weights = load_pair(ring, first, 0, sizes.BITS), load_pair(ring, first, 1, sizes.BITS)
     mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
     gl.thread_barrier()
-    first, second, norm = poll_scaled(
-        from_scaled + turn * (2 * R * SCALED_PLACES),
+    polls = (
+        from_scaled + turn * (2 * sizes.R * SCALED_PLACES),
         from_norms + turn * (4 * NORM_PLACES),
-        start,
-        stalled,
-        R,
     )
-    zt = multiply(z2, z3, second, multiply(z0, z1, first, zero))
-    vt = multiply(v2, v3, second, multiply(v0, v1, first, zero))
-    xt = multiply(x2, x3, second, multiply(x0, x1, first, zero))
-    ut = multiply(u2, u3, second, multiply(u0, u1, first, zero))
+    return multiply_input(weights, polls, limits, zero, sizes.R)
+
+
+@gluon.jit
+def multiply_input(weights, polls, limits, zero, R: gl.constexpr, PACKED: gl.constexpr = False):
+    """What `project` says, of R rows that are polled and of fragments."""
+    z0, z1, z2, z3 = weights[0][0]
+    v0, v1, v2, v3 = weights[0][1]
+    x0, x1, x2, x3 = weights[1][0]
+    u0, u1, u2, u3 = weights[1][1]
+    first, second, norm = poll_scaled(polls[0], polls[1], limits[0], limits[1], R)
+    zt = multiply(z2, z3, second, multiply(z0, z1, first, zero, PACKED), PACKED)
+    vt = multiply(v2, v3, second, multiply(v0, v1, first, zero, PACKED), PACKED)
+    xt = multiply(x2, x3, second, multiply(x0, x1, first, zero, PACKED), PACKED)
+    ut = multiply(u2, u3, second, multiply(u0, u1, first, zero, PACKED), PACKED)
     return (zt, vt, xt, ut), norm
 
 
