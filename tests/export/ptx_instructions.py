@@ -238,7 +238,7 @@ def _extreme(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 def _multiply(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     kind, words = kind_of(item.opcode), item.opcode.split(".")
     a, b = (lanes.get(name, kind) for name in item.operands[1:3])
-    wide = kind[0] + "8"
+    wide = kind[0] + str(2 * int(kind[1]))
     with np.errstate(all="ignore"):
         if kind == "f4":
             result = a.astype("f8") * b.astype("f8")
@@ -407,6 +407,13 @@ def _shuffle(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 # Memory
 
 
+@handles("prefetch")
+def _prefetch(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Nothing, but its address must be one."""
+    address = lanes.address(item.operands[0])
+    lanes.program.machine.memory.load(address if mask is None else address[mask], 1)
+
+
 @handles("ld", "st")
 def _transfer(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     words = item.opcode.split(".")
@@ -424,7 +431,8 @@ def _transfer(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
         if loads:
             found = np.zeros(lanes.threads, f"u{size}")
             found[active] = memory.load(at, size)
-            lanes.set(name, found.astype("u4") if size == 1 else found, mask)
+            width = 8 if name.startswith("%rd") else 4 if size == 1 else size
+            lanes.set(name, found.astype(f"u{width}"), mask)
         else:
             # Of a register that is wider the lower bytes.
             value = lanes.get(name, "u4" if size == 1 else f"u{size}")

@@ -243,7 +243,7 @@ def persistent(
     gl.warp_specialize(
         [
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
-            (producer, (memory, filled, position, pid, layers, sizes, SCAN, OUT, PACE)),
+            (producer, (memory, filled, pointers, pid, layers, sizes, SCAN, OUT, PACE)),
         ],
         [1],
         [24],

@@ -13,6 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from aim_export.cuda.kernels.persistent_common import UNITS
+from aim_export.cuda.kernels.persistent_prefetch import (
+    positions_of_lanes,
+    prefetch_bc,
+    prefetch_out,
+    prefetch_scan,
+)
 
 
 @gluon.jit
@@ -238,6 +244,7 @@ def _feed_scan_groups(
 def _producer_groups(
     memory,
     ring,
+    pointers,
     begun,
     pid,
     layers,
@@ -254,12 +261,15 @@ def _producer_groups(
     E: gl.constexpr = INNER + sizes.X + sizes.H
     WEIGHTS: gl.constexpr = sizes.BITS // 4
     last = pid * 0
+    positions = positions_of_lanes(pointers[0][1], sizes.R)
     if pid < SCAN:
         for layer in range(layers):
+            prefetch_scan(pointers, layer, pid, positions, sizes)
             last = _feed_scan_groups(ring, in_weights, states, layer, pid, last, begun, sizes, PACE)
     elif pid < SCAN + OUT:
         for layer in range(layers):
             row = layer * D + (pid - SCAN) * 32
+            prefetch_out(pointers, layer, pid - SCAN, sizes)
             for part in gl.static_range(WEIGHTS):
                 unit = layer * WEIGHTS + part
                 if part % 2 == 0:
@@ -274,6 +284,7 @@ def _producer_groups(
     else:
         for layer in range(layers):
             row = layer * E + 2 * INNER + (pid - SCAN - OUT) * 16
+            prefetch_bc(pointers, layer, pid - SCAN - OUT, positions, sizes)
             _wait_for_slot(bars, layer, 2)
             if sizes.BITS == 16:
                 last = _fill(ring, layer, in_weights, row, 0, last, PACE // 4, 2)
@@ -285,7 +296,7 @@ def _producer_groups(
 def producer(
     memory,
     ring,
-    position,
+    pointers,
     pid,
     layers,
     sizes: gl.constexpr,
@@ -299,9 +310,9 @@ def producer(
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
     last = pid * 0
-    begun = _some_row_has_states(position, sizes)
+    begun = _some_row_has_states(pointers[0][1], sizes)
     if sizes.R > 8:
-        _producer_groups(memory, ring, begun, pid, layers, sizes, SCAN, OUT, PACE)
+        _producer_groups(memory, ring, pointers, begun, pid, layers, sizes, SCAN, OUT, PACE)
     elif pid < SCAN:
         for layer in range(layers):
             if sizes.R == 2:
