@@ -87,7 +87,8 @@ def convolution_inputs(conv, layer, row, channel, at, inside, sizes: gl.constexp
     found = ()
     for back in gl.static_range(1, K):
         slot = row * K + (at - back + K) % K
-        found += (gl.load(ring + slot * sizes.X, mask=inside & (at >= back), other=0.0),)
+        past = gl.load(ring + slot * sizes.X, mask=inside & (at >= back), other=0.0)
+        found += (past,)  # type: ignore[assignment]
     return found
 
 
@@ -99,7 +100,7 @@ def convolution_taps(conv, layer, channel, sizes: gl.constexpr):
     weight += layer * (K * sizes.X) + channel
     found = (gl.load(bias + layer * sizes.X + channel),)
     for back in gl.static_range(K):
-        found += (gl.load(weight + (K - 1 - back) * sizes.X),)
+        found += (gl.load(weight + (K - 1 - back) * sizes.X),)  # type: ignore[assignment]
     return found
 
 
