@@ -37,6 +37,7 @@ def launch_layers(launch: Launch[KernelSpec], memory: Memory) -> None:
         **dict(kernel.constants),
         num_warps=kernel.num_warps,
         launch_cooperative_grid=True,
+        launch_pdl=kernel.overlaps,
     )
 
 

@@ -36,13 +36,13 @@ CAPABILITIES = (90,)
 _PROGRAMS = 114
 # Cycles a layer over which a program spreads its loads, by rows: with 8-bit weights, and else for
 # models up to a width and for wider ones. Of two rows all are measured on an H100 with AiM-B and
-# AiM-L, of eight that of the widest; the others are in proportion to what is to be loaded.
+# AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
 _NARROW = 768
 _PACES = {
     2: (6200, 8500, 10000),
     8: (8500, 9700, 13600),
-    16: (11000, 11500, 15500),
-    32: (15000, 14000, 18500),
+    16: (11000, 11500, 16000),
+    32: (15000, 14000, 23000),
 }
 _DEPTH = 4
 # The warp that fetches, of a group of four.
@@ -178,6 +178,7 @@ class _PersistentBuilder(StepBuilder):
             POSITION_OFFSET=g.position_offset,
             EPS=g.norm_eps,
             PACE=_pace(g, self.precision, self.rows),
+            OVERLAPS=self.overlaps,
         )
         kernel = replace(
             launch.kernel,

@@ -181,7 +181,7 @@ def _barrier(lanes: Lanes, item: Instruction) -> Iterator[str]:
 
 
 @handles("bra", "brx", "ret", "bar", "barrier", "nanosleep", "setmaxnreg", "fence")
-@handles("cp.async.bulk.commit_group", "cp.async.bulk.wait_group")
+@handles("cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "griddepcontrol")
 def _nothing(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """What needs nothing here, or is done elsewhere."""
 

@@ -126,11 +126,11 @@ class Played:
             memory[name].view(-1).view(torch.uint8)[offset:].view(getattr(torch, dtype))
             for (name, offset), dtype in zip(launch.arguments, kernel.types, strict=False)
         ]
-        options: dict[str, int] = {"num_warps": kernel.num_warps}
+        options: dict[str, int] = {"num_warps": kernel.num_warps, "launch_pdl": kernel.overlaps}
         if kernel.resident:
             options |= {"launch_cooperative_grid": True}
         else:
-            options |= {"num_stages": kernel.num_stages, "launch_pdl": kernel.overlaps}
+            options |= {"num_stages": kernel.num_stages}
         grid = (launch.grid[0] - missing, *launch.grid[1:])
         kernel.function[grid](*arguments, **dict(kernel.constants), **options)
 

@@ -10,7 +10,8 @@ Each program has a role and the same outputs in every layer:
 Three exchanges a layer (`persistent_exchange`) are all that they wait for: `scaled` from `out` to
 both others, B, C and dt from `bc` to `scan`, `gated` back to `out`. Meanwhile a warp of its own
 brings the weights and states of layers to come into a ring in shared memory (TMA), at an even pace:
-the memory never rests, and bursts would hold up what is polled.
+the memory never rests, and bursts would hold up what is polled. The first
+weights come while the last token is drawn still (programmatic dependent launch).
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -23,6 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
     GATED_PLACES,
@@ -156,7 +158,9 @@ def consumer(
     sizes: gl.constexpr,
     SCAN: gl.constexpr,
     OUT: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):
+    begin_dependents(OVERLAPS)
     start = clock(pid)
     of_scan, of_out, of_bc = shared
     if pid < SCAN:
@@ -222,6 +226,7 @@ def persistent(
     POSITION_OFFSET: gl.constexpr,
     EPS: gl.constexpr,
     PACE: gl.constexpr,  # cycles a layer over which a program's loads are spread, 0 for none
+    OVERLAPS: gl.constexpr,
 ):
     BITS: gl.constexpr = in_proj.dtype.element_ty.primitive_bitwidth
     STATE_BITS: gl.constexpr = state.dtype.element_ty.primitive_bitwidth
@@ -242,8 +247,11 @@ def persistent(
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
     gl.warp_specialize(
         [
-            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
-            (producer, (memory, filled, pointers, pid, layers, sizes, SCAN, OUT, PACE)),
+            (
+                consumer,
+                (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT, OVERLAPS),
+            ),
+            (producer, (memory, filled, pointers, pid, layers, sizes, SCAN, OUT, PACE, OVERLAPS)),
         ],
         [1],
         [24],

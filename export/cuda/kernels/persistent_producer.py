@@ -8,6 +8,7 @@ are in registers 6, 7, its states 8, 9 (by the layer's parity).
 # ruff: noqa: D103
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -139,8 +140,31 @@ def _some_row_has_states(position, sizes: gl.constexpr):
 
 
 @gluon.jit
+def _begun(position, layer, before, sizes: gl.constexpr, OVERLAPS: gl.constexpr):
+    """`_some_row_has_states`, found in the first layer; then `before`.
+
+    Positions are of the launch ahead, which the first weights do not wait for.
+    """
+    if layer == 0:
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
+        before = _some_row_has_states(position, sizes)
+    return before
+
+
+@gluon.jit
 def _feed_scan(
-    ring, in_weights, states, layer, pid, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
+    ring,
+    in_weights,
+    states,
+    position,
+    layer,
+    pid,
+    last,
+    begun,
+    sizes: gl.constexpr,
+    PACE: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):
     """A layer's weights and states of a program of role `scan`, of both rows."""
     _boxes, _blocks, bars = ring
@@ -156,6 +180,7 @@ def _feed_scan(
         row += INNER
         last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
         last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+        begun = _begun(position, layer, begun, sizes, OVERLAPS)
         last = _fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, PACE // 20)
     else:
         unit = layer * 3
@@ -164,13 +189,24 @@ def _feed_scan(
         row += INNER
         last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
         _wait_for_states(bars, layer)
+        begun = _begun(position, layer, begun, sizes, OVERLAPS)
         last = _fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, PACE // 12)
-    return last
+    return last, begun
 
 
 @gluon.jit
 def _feed_scan_eight(
-    ring, in_weights, states, layer, pid, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
+    ring,
+    in_weights,
+    states,
+    position,
+    layer,
+    pid,
+    last,
+    begun,
+    sizes: gl.constexpr,
+    PACE: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):
     """`_feed_scan` of eight rows whose states are halves: two units of them.
 
@@ -189,6 +225,7 @@ def _feed_scan_eight(
         last = _fill(ring, unit - 2, in_weights, row, 0, last, PACE // 24, UNITS)
         last = _fill(ring, unit - 1, in_weights, row + 16, 0, last, PACE // 24, UNITS)
         _wait_for_last_states(bars, layer)
+        begun = _begun(position, layer, begun, sizes, OVERLAPS)
         last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 24)
         last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 24)
     else:
@@ -198,9 +235,10 @@ def _feed_scan_eight(
         row += INNER
         last = _fill(ring, unit - 1, in_weights, row, 0, last, PACE // 16, UNITS, 8)
         _wait_for_last_weights(bars, layer)
+        begun = _begun(position, layer, begun, sizes, OVERLAPS)
         last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 16)
         last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 16)
-    return last
+    return last, begun
 
 
 @gluon.jit
@@ -303,6 +341,7 @@ def producer(
     SCAN: gl.constexpr,
     OUT: gl.constexpr,
     PACE: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):
     in_weights, out_weights, states = memory
     _boxes, _blocks, bars = ring
@@ -310,17 +349,27 @@ def producer(
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
     last = pid * 0
-    begun = _some_row_has_states(pointers[0][1], sizes)
+    position = pointers[0][1]
+    begun = pid < 0
     if sizes.R > 8:
+        begun = _begun(position, 0, begun, sizes, OVERLAPS)
         _producer_groups(memory, ring, pointers, begun, pid, layers, sizes, SCAN, OUT, PACE)
     elif pid < SCAN:
         for layer in range(layers):
-            if sizes.R == 2:
-                last = _feed_scan(ring, in_weights, states, layer, pid, last, begun, sizes, PACE)
-            else:
-                last = _feed_scan_eight(
-                    ring, in_weights, states, layer, pid, last, begun, sizes, PACE
-                )
+            feed: gl.constexpr = _feed_scan if sizes.R == 2 else _feed_scan_eight
+            last, begun = feed(
+                ring,
+                in_weights,
+                states,
+                position,
+                layer,
+                pid,
+                last,
+                begun,
+                sizes,
+                PACE,
+                OVERLAPS,
+            )
     elif pid < SCAN + OUT:
         for layer in range(layers):
             row = layer * D + (pid - SCAN) * 32
