@@ -261,7 +261,15 @@ class TestDecoder:
 
     @pytest.mark.parametrize(
         ("images", "expected"),
-        [(1, [1]), (2, [4]), (3, [4]), (4, [4]), (5, [4, 1]), (6, [4, 4]), (11, [4, 4, 4])],
+        [
+            (1, [1]),
+            (2, [1, 1]),
+            (3, [4]),
+            (5, [4, 1]),
+            (6, [4, 1, 1]),
+            (8, [4, 4]),
+            (11, [4, 4, 4]),
+        ],
     )
     def test_which_sizes_are_used(self, bundle: Path, images: int, expected: list[int]) -> None:
         engine = toy_engine(bundle)

@@ -212,9 +212,13 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
 
 
 def _decoder_bucket(buckets: Sequence[DecoderBucket[str]], images: int) -> DecoderBucket[str]:
-    """The smallest that holds `images` images, or a smaller one if most of that would be idle."""
+    """The smallest that holds `images` images, or a smaller one where over a quarter would be idle.
+
+    Full buckets of 4 take a seventh longer for an image than those of 16, and alone an image takes
+    half as long again as in one of 4.
+    """
     fitting = [bucket for bucket in buckets if bucket.images >= images]
     smaller = [bucket for bucket in buckets if bucket.images < images]
-    if not fitting or (smaller and fitting[0].images > 2 * images):
+    if not fitting or (smaller and 4 * images < 3 * fitting[0].images):
         return smaller[-1]
     return fitting[0]
