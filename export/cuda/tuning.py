@@ -72,7 +72,7 @@ TUNING: Mapping[int, Tuning] = {
     2: Tuning(
         in_proj=Tile(rows=2, outputs=8, num_warps=2),
         out_proj=Tile(rows=2, outputs=4),
-        head=Tile(rows=2, outputs=8, num_warps=2),
+        head=Tile(rows=2, outputs=4, num_warps=1),
         chunk=32,
         scan=_SINGLE_HEADS,
     ),
@@ -86,7 +86,7 @@ TUNING: Mapping[int, Tuning] = {
     16: Tuning(
         in_proj=Tile(rows=16, outputs=32, depth=128, num_warps=2, num_stages=6),
         out_proj=Tile(rows=16, outputs=16, depth=512, num_warps=2, num_stages=4),
-        head=Tile(rows=16, outputs=128, depth=64),
+        head=Tile(rows=16, outputs=64, depth=128, num_stages=3),
         chunk=16,
         scan={
             "float32": ScanCut(heads=2, stages=2, num_warps=4),
