@@ -19,7 +19,7 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
-from aim_export.cuda.tuning import TUNING, ScanCut, Tile, Tuning
+from aim_export.cuda.tuning import TUNING, Tile, Tuning
 from aim_runtime.engines.cuda.plan import (
     ALONE,
     NOT_DRAWN,
@@ -230,8 +230,11 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
     for heads in (1, 2, 4, 8, 16) if base.dot else (1,):
         for stages in range(1, min(heads, 5) + 1):
             for warps in (1, 2, 4, 8):
-                cut = ScanCut(heads=heads, stages=stages, num_warps=warps)
-                yield "scan", replace(base, scan=dict.fromkeys(base.scan, cut))
+                cuts = {
+                    state: replace(cut, heads=heads, stages=stages, num_warps=warps)
+                    for state, cut in base.scan.items()
+                }
+                yield "scan", replace(base, scan=cuts)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ class StepBuilder:
             raise ValueError(f"a tile of {tuning.in_proj.outputs} does not divide {geometry.X}")
         self.block = triton.next_power_of_2(geometry.D)
         self.scan_cut = tuning.scan[precision.state]
+        self.chunk = tuning.chunk_of(precision.state)
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
         # Sums of squares a row: one from each program of out_proj, and of scan.
         self.norm_parts = geometry.D // tuning.out_proj.outputs
@@ -234,7 +235,7 @@ class StepBuilder:
             P=g.P,
             S=g.S,
             K=g.K,
-            CHUNK=self.tuning.chunk,
+            CHUNK=self.chunk,
             CONVOLVES=self.tuning.dot,
             HEADS=self.heads,
             STAGES=min(cut.stages, self.heads),
@@ -289,7 +290,7 @@ class StepBuilder:
             H=g.H,
             P=g.P,
             S=g.S,
-            CHUNK=self.tuning.chunk,
+            CHUNK=self.chunk,
             HEADS=heads,
             OVERLAPS=self.overlaps,
         )

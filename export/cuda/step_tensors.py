@@ -95,7 +95,7 @@ def buffer_table(
 
     `norm_parts` and `square_parts` are the sums of squares a row that `out_proj` and `scan` leave.
     """
-    R, C, activation = rows, tuning.chunk, precision.activation
+    R, C, activation = rows, tuning.chunk_of(precision.state), precision.activation
     found = TensorTable(step_interface(R, g.T, g.V))
     # What depends on the class alone.
     found.add("class_embedding", "float32", R, g.D)

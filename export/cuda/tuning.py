@@ -25,11 +25,13 @@ class ScanCut:
         heads: heads a program takes, one after another; as many of them as divide H evenly.
         stages: heads whose state is on its way at a time, the one at hand included.
         num_warps: warps a program.
+        chunk: C of these states, if it is not that of `Tuning`.
     """
 
     heads: int = 1
     stages: int = 1
     num_warps: int = 4
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Tuning:
         out_proj: cut of the second; its outputs divide D.
         head: cut of the head, and of the projections of the conditioning.
         chunk: C, tokens between two rewritings of the state; a power of two from 16.
-        scan: cut of the scan for each type of the state.
+        scan: cut of the scan for each type of the state, which may have chunks of its own.
     """
 
     in_proj: Tile
@@ -55,9 +57,20 @@ class Tuning:
         """Whether products go to the tensor cores, which take no fewer than 16 rows."""
         return self.in_proj.rows >= 16
 
+    def chunk_of(self, state: str) -> int:
+        """C of states of the type `state`."""
+        return self.scan[state].chunk or self.chunk
 
+
+# Rounding states to 8 bits is what their format costs. Of longer chunks a token's share is longer
+# exact, and what is rounded has decayed further when it is read.
+_CHUNK_OF_INT8 = 64
 # Scan a head a program, whatever the type of the state.
-_SINGLE_HEADS = {"float32": ScanCut(), "float16": ScanCut(), "int8": ScanCut()}
+_SINGLE_HEADS = {
+    "float32": ScanCut(),
+    "float16": ScanCut(),
+    "int8": ScanCut(chunk=_CHUNK_OF_INT8),
+}
 
 # By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
 # the tensor cores are faster with 16.
@@ -91,7 +104,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=2, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=2),
+            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
     ),
     32: Tuning(
@@ -102,7 +115,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=4, stages=3, num_warps=4),
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=2),
+            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
     ),
     64: Tuning(
@@ -113,7 +126,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=2),
+            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
     ),
     128: Tuning(
@@ -124,7 +137,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
-            "int8": ScanCut(heads=16, stages=5, num_warps=4),
+            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
     ),
 }
