@@ -22,12 +22,12 @@ class StoredTensor:
     """A weight of a graph: its values, and its place in the bundle if it has one of its own.
 
     Tensors of a few elements lie inside the graph, where a plan cannot point (`part` is None). Nor
-    can it point at what is `packed`: it lies in fewer bits than its values have.
+    can it point at what lies as `rows`, in fewer bits than its values have.
     """
 
     values: np.ndarray
     part: Part | None
-    packed: bool = False
+    rows: Rows | None = None
 
     @property
     def dtype(self) -> str:
@@ -75,7 +75,7 @@ def stored_tensors(bundle: Bundle, graph: str) -> Mapping[str, StoredTensor]:
     for name in lying_in_rows(model.graph):
         whole = found.pop(name + NIBBLES, None) or found.pop(name + INT8)
         rows = Rows(whole.values, found.pop(name + SCALE).values)
-        found[name] = StoredTensor(_short(rows.weight()), None, packed=True)
+        found[name] = StoredTensor(_short(rows.weight()), None, rows)
     return found
 
 

@@ -14,6 +14,7 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import OF_HEADS, aligned, weight_table
 from aim_export.cuda.stored import StoredTensor
+from aim_export.onnx.packed import nearest_rows
 from aim_runtime.engines.cuda.plan import CAST_BLOCK, FOLDER, Part, Tensor, Weight
 
 CONSTANTS_FILE = f"{FOLDER}constants.bin"
@@ -87,15 +88,18 @@ def step_weights(
     past = ((0, 0), (0, aligned(geometry.H) - geometry.H))
     vectors |= {name: np.pad(stacked(name), past) for name in OF_HEADS}
     found = {}
-    for name, tensor in weight_table(geometry, precision).tensors.items():
-        if name in matrices:
-            scales = f"{name}_scales" if tensor.dtype == "int8" else None
-            found[name] = _matrix(name, tensor, matrices[name], constants, scales)
+    table = weight_table(geometry, precision).tensors
+    for name, tensor in table.items():
+        if name in matrices and tensor.dtype == "int8":
+            scales = f"{name}_scales"
+            found[name], found[scales] = _quantised(
+                name, tensor, matrices[name], constants, scales, table[scales]
+            )
+        elif name in matrices:
+            found[name] = _matrix(name, tensor, matrices[name], constants)
         elif name in vectors:
             found[name] = constants.add(np.asarray(vectors[name], np.float32))
             _check_shape(name, tensor, found[name].tensor.shape)
-        else:  # written when the weight that it scales is quantised
-            found[name] = Weight(tensor, tensor.dtype, ())
     return found
 
 
@@ -116,12 +120,31 @@ def _modulation(
     }
 
 
-def _matrix(
+def _quantised(
     name: str,
     tensor: Tensor,
     parts: Sequence[StoredTensor],
     constants: Constants,
-    scales: str | None,
+    scales: str,
+    factors: Tensor,
+) -> tuple[Weight, Weight]:
+    """The int8 weight `tensor` out of matrices of the bundle, and its `factors`, named `scales`.
+
+    What lies as whole numbers and factors already stays as it is. Otherwise a kernel makes them
+    when the weight is loaded.
+    """
+    if not any(part.rows for part in parts):
+        return replace(_matrix(name, tensor, parts, constants), scales=scales), Weight(
+            factors, factors.dtype, ()
+        )
+    rows = [part.rows or nearest_rows(part.values.astype(np.float32)) for part in parts]
+    values = constants.add(np.concatenate([each.values for each in rows]))
+    _check_shape(name, tensor, values.tensor.shape)
+    return values, constants.add(np.concatenate([each.scale for each in rows]))
+
+
+def _matrix(
+    name: str, tensor: Tensor, parts: Sequence[StoredTensor], constants: Constants
 ) -> Weight:
     """The weight `tensor` out of matrices of the bundle, one after another.
 
@@ -129,13 +152,13 @@ def _matrix(
     """
     rows = sum(part.values.shape[0] for part in parts)
     _check_shape(name, tensor, (rows, *parts[0].values.shape[1:]))
-    if any(part.packed for part in parts):
+    if any(part.rows for part in parts):
         made = constants.add(np.concatenate([part.values for part in parts]))
-        return Weight(tensor, made.stored, made.parts, None, scales)
+        return Weight(tensor, made.stored, made.parts)
     types = sorted({part.dtype for part in parts})
     if len(types) > 1:
         raise ValueError(f"the bundle's {name} is of several types: {', '.join(types)}")
-    return Weight(tensor, parts[0].dtype, tuple(part.placed() for part in parts), None, scales)
+    return Weight(tensor, parts[0].dtype, tuple(part.placed() for part in parts))
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -111,6 +111,20 @@ def test_the_compiler_is_recorded_and_another_one_is_remarked_on(
     assert len(remarks) == (release != engines.MEASURED_TRITON)
 
 
+def test_the_box_in_8_bits_needs_no_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are whole numbers already: they are loaded as such, and so are their factors."""
+    out = tmp_path / "emoji"
+    shutil.copytree(models_dir() / "emoji", out)
+    monkeypatch.setattr(engines, "compile_kernels", binaries)
+    engines.add_engines(out, precisions=["int8"], capabilities=[90])
+    weights = read_plan(Bundle.open(out), "int8").weights
+    for name in ("in_proj", "out_proj"):
+        assert (weights[name].stored, weights[name].conversion) == ("int8", None)
+        assert weights[f"{name}_scales"].parts
+
+
 @dataclass(frozen=True)
 class Pointer:
     name: str

@@ -15,8 +15,10 @@ from aim_export import bundle as export
 from aim_export import export_bundle
 from aim_export.cpu import add_step_graph
 from aim_export.cuda.bundle import draft_plan
-from aim_export.cuda.stored import stored_tensors
-from aim_export.cuda.weights import CONSTANTS_FILE, Constants
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.stored import StoredTensor, stored_tensors
+from aim_export.cuda.weights import CONSTANTS_FILE, Constants, step_weights
 from aim_export.decoder import add_decoder_graph
 from aim_export.eight_bits import in_8_bits
 from aim_export.onnx.graph import Precision
@@ -217,6 +219,16 @@ def test_the_graphs_for_a_cpu_can_be_made_again(narrow: Bundle, tmp_path: Path) 
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
+def numbers(bundle: Bundle, weight: Weight, constants: bytes) -> np.ndarray:
+    """What a plan's weight is loaded from, flat."""
+    rows = []
+    width = int(np.prod(weight.tensor.shape)) // sum(part.rows for part in weight.parts)
+    for part in weight.parts:
+        data = constants if part.file == CONSTANTS_FILE else bundle.read(part.file)
+        rows.append(np.frombuffer(data, weight.stored, part.rows * width, part.offset))
+    return np.concatenate(rows)
+
+
 def test_kernels_for_cuda_read_the_same_numbers(narrow: Bundle, wide: Bundle) -> None:
     """What lies in 4 bits is among the plan's constants, in half precision."""
     found = []
@@ -224,15 +236,6 @@ def test_kernels_for_cuda_read_the_same_numbers(narrow: Bundle, wide: Bundle) ->
         constants = Constants()
         plan = draft_plan(bundle, "fp16", constants, capabilities=[90])
         found.append((bundle, plan.weights, constants.to_bytes()))
-
-    def numbers(bundle: Bundle, weight: Weight, constants: bytes) -> np.ndarray:
-        rows = []
-        width = int(np.prod(weight.tensor.shape)) // sum(part.rows for part in weight.parts)
-        for part in weight.parts:
-            data = constants if part.file == CONSTANTS_FILE else bundle.read(part.file)
-            rows.append(np.frombuffer(data, weight.stored, part.rows * width, part.offset))
-        return np.concatenate(rows)
-
     (ours, our_weights, our_constants), (theirs, their_weights, their_constants) = found
     assert our_weights.keys() == their_weights.keys()
     for name, weight in our_weights.items():
@@ -243,6 +246,26 @@ def test_kernels_for_cuda_read_the_same_numbers(narrow: Bundle, wide: Bundle) ->
             )
     assert our_weights["in_proj"].stored == "float16"
     assert [part.file for part in our_weights["in_proj"].parts] == [CONSTANTS_FILE]
+
+
+@pytest.mark.parametrize("all_layers", [True, False])
+def test_8_bits_on_a_gpu_are_what_4_bits_are(narrow: Bundle, all_layers: bool) -> None:
+    """To the last bit; a layer that does not lie in few bits does not lose the others' theirs."""
+    stored = {graph: dict(stored_tensors(narrow, graph)) for graph in ("prologue", "step")}
+    if not all_layers:
+        part = stored["step"]["layer_0.in_proj"]
+        stored["step"]["layer_0.in_proj"] = StoredTensor(part.values, None)
+    geometry = Geometry.of(narrow.manifest.model, stored)
+    constants = Constants()
+    found = step_weights(geometry, stored, FORMATS["int8"], constants)
+    for name in ("in_proj", "out_proj"):
+        weight, scales = found[name], found[f"{name}_scales"]
+        assert weight.stored == weight.tensor.dtype == "int8"
+        assert weight.scales is None
+        values = numbers(narrow, weight, constants.to_bytes()).reshape(weight.tensor.shape)
+        factors = numbers(narrow, scales, constants.to_bytes())
+        wanted = [stored["step"][f"layer_{i}.{name}"].values for i in range(CONFIG.num_layers)]
+        np.testing.assert_array_equal(values * factors[:, None], np.concatenate(wanted))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -268,4 +291,4 @@ def test_values_come_as_they_were(narrow: Bundle, wide: Bundle) -> None:
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             np.testing.assert_array_equal(tensor.values, theirs[key].values)
-            assert not tensor.packed or tensor.dtype == "float16"
+            assert tensor.rows is None or tensor.dtype == "float16"
