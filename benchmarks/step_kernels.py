@@ -287,7 +287,7 @@ def main() -> None:
                     continue
                 text = str(getattr(tuning, name, tuning.head))
                 if name == "scan":
-                    text = str(next(iter(tuning.scan.values())))
+                    text = str(tuning.scan[FORMATS[precision].state])
                 best.setdefault(name, []).append((time, text))
                 figures.append({"rows": rows, "kernel": name, "tile": text, "ms": time})
             for name, found in best.items():
