@@ -63,8 +63,9 @@ class Tuning:
 
 
 # Rounding states to 8 bits is what their format costs. Of longer chunks a token's share is longer
-# exact, and what is rounded has decayed further when it is read.
-_CHUNK_OF_INT8 = 64
+# exact, and what is rounded has decayed further when it is read; but the tokens of longer ones take
+# longer than they spare.
+_CHUNK_OF_INT8 = 32
 # Scan a head a program, whatever the type of the state.
 _SINGLE_HEADS = {
     "float32": ScanCut(),
@@ -126,7 +127,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
+            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
     ),
     128: Tuning(
@@ -137,7 +138,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
+            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
     ),
 }

@@ -587,7 +587,7 @@ def test_bundle_in_the_box_lends_its_weights() -> None:
         images: (images, *shape) for images in (1, 4, 16)
     }
     # Everything large is read from the bundle where it lies, unless it lies in fewer bits.
-    packed = {PREFIX + name for name, tensor in tensors.items() if tensor.packed}
+    packed = {PREFIX + name for name, tensor in tensors.items() if tensor.rows}
     assert packed
     lent = [values for name, values in part.constants.items() if name not in packed]
     assert sum(values.nbytes for values in lent) < 200_000

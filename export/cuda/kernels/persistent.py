@@ -158,9 +158,8 @@ def consumer(
     sizes: gl.constexpr,
     SCAN: gl.constexpr,
     OUT: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
-    begin_dependents(OVERLAPS)
+    begin_dependents(sizes.OVERLAPS)
     start = clock(pid)
     of_scan, of_out, of_bc = shared
     if pid < SCAN:
@@ -231,7 +230,7 @@ def persistent(
     BITS: gl.constexpr = in_proj.dtype.element_ty.primitive_bitwidth
     STATE_BITS: gl.constexpr = state.dtype.element_ty.primitive_bitwidth
     sizes: gl.constexpr = Sizes(
-        R, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS, STATE_BITS
+        R, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS, STATE_BITS, OVERLAPS
     )
     SCAN: gl.constexpr = INNER // 32
     OUT: gl.constexpr = D // 32
@@ -247,11 +246,8 @@ def persistent(
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
     gl.warp_specialize(
         [
-            (
-                consumer,
-                (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT, OVERLAPS),
-            ),
-            (producer, (memory, filled, pointers, pid, layers, sizes, SCAN, OUT, PACE, OVERLAPS)),
+            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
+            (producer, (memory, filled, pointers, pid, layers, sizes, SCAN, OUT, PACE)),
         ],
         [1],
         [24],

@@ -39,6 +39,7 @@ class Sizes(NamedTuple):
     EPS: Any
     BITS: Any  # of a weight of the projections, 16 or 8
     STATE_BITS: Any  # of a number of the states, 32 or 16
+    OVERLAPS: Any  # whether the launch begins before the one ahead of it has ended
 
 
 @gluon.constexpr_function

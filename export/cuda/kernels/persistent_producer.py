@@ -140,13 +140,13 @@ def _some_row_has_states(position, sizes: gl.constexpr):
 
 
 @gluon.jit
-def _begun(position, layer, before, sizes: gl.constexpr, OVERLAPS: gl.constexpr):
+def _begun(position, layer, before, sizes: gl.constexpr):
     """`_some_row_has_states`, found in the first layer; then `before`.
 
     Positions are of the launch ahead, which the first weights do not wait for.
     """
     if layer == 0:
-        if OVERLAPS:
+        if sizes.OVERLAPS:
             tl.extra.cuda.gdc_wait()
         before = _some_row_has_states(position, sizes)
     return before
@@ -164,7 +164,6 @@ def _feed_scan(
     begun,
     sizes: gl.constexpr,
     PACE: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
     """A layer's weights and states of a program of role `scan`, of both rows."""
     _boxes, _blocks, bars = ring
@@ -180,7 +179,7 @@ def _feed_scan(
         row += INNER
         last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
         last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
-        begun = _begun(position, layer, begun, sizes, OVERLAPS)
+        begun = _begun(position, layer, begun, sizes)
         last = _fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, PACE // 20)
     else:
         unit = layer * 3
@@ -189,7 +188,7 @@ def _feed_scan(
         row += INNER
         last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
         _wait_for_states(bars, layer)
-        begun = _begun(position, layer, begun, sizes, OVERLAPS)
+        begun = _begun(position, layer, begun, sizes)
         last = _fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, PACE // 12)
     return last, begun
 
@@ -206,7 +205,6 @@ def _feed_scan_eight(
     begun,
     sizes: gl.constexpr,
     PACE: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
     """`_feed_scan` of eight rows whose states are halves: two units of them.
 
@@ -225,7 +223,7 @@ def _feed_scan_eight(
         last = _fill(ring, unit - 2, in_weights, row, 0, last, PACE // 24, UNITS)
         last = _fill(ring, unit - 1, in_weights, row + 16, 0, last, PACE // 24, UNITS)
         _wait_for_last_states(bars, layer)
-        begun = _begun(position, layer, begun, sizes, OVERLAPS)
+        begun = _begun(position, layer, begun, sizes)
         last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 24)
         last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 24)
     else:
@@ -235,7 +233,7 @@ def _feed_scan_eight(
         row += INNER
         last = _fill(ring, unit - 1, in_weights, row, 0, last, PACE // 16, UNITS, 8)
         _wait_for_last_weights(bars, layer)
-        begun = _begun(position, layer, begun, sizes, OVERLAPS)
+        begun = _begun(position, layer, begun, sizes)
         last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 16)
         last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 16)
     return last, begun
@@ -341,7 +339,6 @@ def producer(
     SCAN: gl.constexpr,
     OUT: gl.constexpr,
     PACE: gl.constexpr,
-    OVERLAPS: gl.constexpr,
 ):
     in_weights, out_weights, states = memory
     _boxes, _blocks, bars = ring
@@ -352,7 +349,7 @@ def producer(
     position = pointers[0][1]
     begun = pid < 0
     if sizes.R > 8:
-        begun = _begun(position, 0, begun, sizes, OVERLAPS)
+        begun = _begun(position, 0, begun, sizes)
         _producer_groups(memory, ring, pointers, begun, pid, layers, sizes, SCAN, OUT, PACE)
     elif pid < SCAN:
         for layer in range(layers):
@@ -368,7 +365,6 @@ def producer(
                 begun,
                 sizes,
                 PACE,
-                OVERLAPS,
             )
     elif pid < SCAN + OUT:
         for layer in range(layers):

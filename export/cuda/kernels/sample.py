@@ -116,6 +116,13 @@ def survey(score, inside):
 
 
 @triton.jit
+def lowest(best, worst, inverse_temperature, top_p):
+    """The least score of interest: top-p drops those first that weigh nothing beside the best."""
+    negligible = best - _NEGLIGIBLE / inverse_temperature
+    return tl.where(top_p < 1.0, tl.maximum(worst, negligible), worst)
+
+
+@triton.jit
 def weights_of(score, least, count, best, inverse_temperature, top_p, wanted):
     """Each token's weight in the draw: the exponential of its score, or 0 if it is cut off.
 
@@ -177,9 +184,7 @@ def sample(
             drawn = tl.min(first, axis=0)
         else:
             u = tl.load(noise + row * T + at).to(tl.float32)
-            # Tokens that weigh nothing beside the best would be the first that top-p drops.
-            negligible = best - _NEGLIGIBLE / inverse_temperature
-            low = tl.where(top_p < 1.0, tl.maximum(worst, negligible), worst)
+            low = lowest(best, worst, inverse_temperature, top_p)
             wanted = tl.where((top_k > 0) & (top_k < V), top_k, V)
             least, count = few_best(score, low, best, wanted, CAPACITY)
             if count <= CAPACITY:
