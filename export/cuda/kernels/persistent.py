@@ -156,9 +156,9 @@ def consumer(
     layers,
     stalled,
     sizes: gl.constexpr,
-    SCAN: gl.constexpr,
-    OUT: gl.constexpr,
 ):
+    SCAN: gl.constexpr = sizes.INNER // 32
+    OUT: gl.constexpr = sizes.D // 32
     begin_dependents(sizes.OVERLAPS)
     start = clock(pid)
     of_scan, of_out, of_bc = shared
@@ -232,8 +232,6 @@ def persistent(
     sizes: gl.constexpr = Sizes(
         R, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS, STATE_BITS, OVERLAPS
     )
-    SCAN: gl.constexpr = INNER // 32
-    OUT: gl.constexpr = D // 32
     pid = gl.program_id(0)
     # After a launch that failed nothing is to be had: later ones must not wait as long again.
     layers = gl.where(gl.load(stalled) == 0, L, 0)
@@ -246,8 +244,8 @@ def persistent(
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
     gl.warp_specialize(
         [
-            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes, SCAN, OUT)),
-            (producer, (memory, filled, pointers, pid, layers, sizes, SCAN, OUT, PACE)),
+            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes)),
+            (producer, (memory, filled, pointers, pid, layers, sizes, PACE)),
         ],
         [1],
         [24],

@@ -285,8 +285,6 @@ def _producer_groups(
     pid,
     layers,
     sizes: gl.constexpr,
-    SCAN: gl.constexpr,
-    OUT: gl.constexpr,
     PACE: gl.constexpr,
 ):
     """`producer` of groups of eight rows."""
@@ -295,6 +293,8 @@ def _producer_groups(
     D: gl.constexpr = sizes.D
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
+    SCAN: gl.constexpr = INNER // 32
+    OUT: gl.constexpr = D // 32
     WEIGHTS: gl.constexpr = sizes.BITS // 4
     last = pid * 0
     positions = positions_of_lanes(pointers[0][1], sizes.R)
@@ -336,8 +336,6 @@ def producer(
     pid,
     layers,
     sizes: gl.constexpr,
-    SCAN: gl.constexpr,
-    OUT: gl.constexpr,
     PACE: gl.constexpr,
 ):
     in_weights, out_weights, states = memory
@@ -345,12 +343,14 @@ def producer(
     D: gl.constexpr = sizes.D
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
+    SCAN: gl.constexpr = INNER // 32
+    OUT: gl.constexpr = D // 32
     last = pid * 0
     position = pointers[0][1]
     begun = pid < 0
     if sizes.R > 8:
         begun = _begun(position, 0, begun, sizes)
-        _producer_groups(memory, ring, pointers, begun, pid, layers, sizes, SCAN, OUT, PACE)
+        _producer_groups(memory, ring, pointers, begun, pid, layers, sizes, PACE)
     elif pid < SCAN:
         for layer in range(layers):
             feed: gl.constexpr = _feed_scan if sizes.R == 2 else _feed_scan_eight
