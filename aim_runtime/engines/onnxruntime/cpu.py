@@ -1,10 +1,11 @@
 """ONNX Runtime on the CPU: the embedded default.
 
 Threads: all cores that the process may use (see `aim_runtime.cores`), each operator split over
-them, operators one after another. Workers sleep when they wait instead of spinning: on two idle
-cores spinning makes a step up to a fifth faster, on two cores that others use too it makes it two
-to three times slower and doubles the CPU time. Spinning for 10 to 50 microseconds only, which ONNX
-Runtime 1.26 and later can, gains a twentieth on idle cores and loses more beside others.
+them, operators one after another. They look for work for some microseconds before they sleep, where
+each has a core that others leave free while the model loads (`aim_runtime.free_cores`): a step is a
+tenth faster so, and would be a fifth slower where others use the cores too. There they sleep at
+once. Looking for as long as ONNX Runtime does by itself makes a step beside others two to three
+times slower and doubles its CPU time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import collections.abc
 import functools
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,7 @@ from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.engines.onnxruntime.step_graph import StepGraph, chosen_step
 from aim_runtime.engines.slots import drained
 from aim_runtime.errors import BundleError
+from aim_runtime.free_cores import FreeCores
 from aim_runtime.large_pages import NewMemory
 from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph
@@ -54,6 +57,10 @@ _LACKING = re.compile(
 # box is. Of larger ones memory counts.
 _SMALL_BYTES = 64 << 20
 
+_LOOK_MICROSECONDS = 20
+# Engines whose threads look for work. One at a time: threads of two have no core each.
+_looking: weakref.WeakSet[OnnxRuntimeCpu] = weakref.WeakSet()
+
 
 def unavailable_reason(bundle: Bundle | None = None) -> str | None:
     """None if ONNX Runtime imports here, otherwise why not and what to do."""
@@ -67,15 +74,17 @@ def load(
 
     `threads` defaults to every core this process may use.
     """
+    free = FreeCores()
     check_precision("cpu", bundle, precision)
     threads = usable_cores() if threads is None else threads
     step, decoder = chosen_step(bundle).step, chosen_decoder(bundle, precision).decoder
     try:
-        return OnnxRuntimeCpu(bundle, threads, step, decoder)
+        return OnnxRuntimeCpu(bundle, threads, step, decoder, free)
     except BundleError as error:
         if (step is None and decoder is None) or not _LACKING.search(str(error.__cause__)):
             raise
-        return OnnxRuntimeCpu(bundle, threads)  # an ONNX Runtime built with fewer operators
+        # An ONNX Runtime built with fewer operators.
+        return OnnxRuntimeCpu(bundle, threads, free=free)
 
 
 class OnnxRuntimeCpu(OnnxRuntimeEngine):
@@ -91,9 +100,16 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
         threads: int,
         step: StepGraph | None = None,
         decoder: DecoderGraph | None = None,
+        free: FreeCores | None = None,
     ) -> None:
-        """`step` and `decoder` take the place of the plain ones."""
-        super().__init__(bundle, functools.partial(_load, threads), ("cpu", 0), step, decoder)
+        """`step` and `decoder` take the place of the plain ones.
+
+        With `free` threads look for work before they sleep, where these suffice until the step is
+        loaded, and where no other engine's of this process do.
+        """
+        look = functools.partial(self._look_microseconds, threads, free)
+        load = functools.partial(_load, threads, look)
+        super().__init__(bundle, load, ("cpu", 0), step, decoder)
         if step is not None and step.in_place:
             try:
                 works = works_in_place(self, self._sessions.step, step.in_place)
@@ -102,6 +118,13 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
             give_back()  # the states of the trial
             if works:
                 self.in_place = frozenset(step.in_place)
+
+    def _look_microseconds(self, threads: int, free: FreeCores | None) -> int:
+        """How long each thread looks for work before it sleeps."""
+        if free is None or _looking or not free.suffice(threads):
+            return 0
+        _looking.add(self)
+        return _LOOK_MICROSECONDS
 
     def _slots(self, rows: int) -> OnnxRuntimeSlots:
         return OnnxRuntimeSlots(self, self._sessions.step, rows)
@@ -114,9 +137,17 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
 
 
 def _load(
-    threads: int, bundle: Bundle, graphs: Mapping[str, CheckedGraph], stopping: Stopping
+    threads: int,
+    look: Callable[[], int],
+    bundle: Bundle,
+    graphs: Mapping[str, CheckedGraph],
+    stopping: Stopping,
 ) -> Sessions:
-    def make(name: str, threads: int, arena: bool = False) -> onnxruntime.InferenceSession:
+    """`look` says for how many microseconds threads look for work; it is asked late."""
+
+    def make(
+        name: str, threads: int, arena: bool = False, look: int = 0
+    ) -> onnxruntime.InferenceSession:
         spec, data = graphs[name].spec, graphs[name].data
         large_decoder = name == "decoder" and size > _SMALL_BYTES
         if large_decoder and can_cast_in_runs():
@@ -126,6 +157,7 @@ def _load(
             spec,
             data,
             threads=threads,
+            look_microseconds=look,
             providers=[("CPUExecutionProvider", {})],
             stopping=stopping,
             arena=arena,
@@ -139,15 +171,16 @@ def _load(
     if size > _SMALL_BYTES:
         # One after another, since one that loads takes two to four times what it keeps, and the one
         # that takes most first, beside nothing.
-        memory = NewMemory()
-        step = make("step", threads, arena=True)
+        memory, microseconds = NewMemory(), look()
+        step = make("step", threads, arena=True, look=microseconds)
         memory.gather_in_large_pages()  # the weights: each step reads them all
         prologue = make("prologue", threads=1)
-        return Sessions(prologue, step, make("decoder", threads, arena=True))
-    # ONNX Runtime loads on one core: the small graphs are ready before the step is.
+        decoder = make("decoder", threads, arena=True, look=microseconds)
+        return Sessions(prologue, step, decoder)
+    # It runs once an image and is small: one thread spares it a pool of its own.
+    prologue, microseconds = make("prologue", threads=1), look()
+    # ONNX Runtime loads on one core.
     with ThreadPoolExecutor(1, thread_name_prefix="aim-load") as beside:
-        # It runs once an image and is small: one thread spares it a pool of its own.
-        prologue = beside.submit(make, "prologue", threads=1)
-        other = beside.submit(make, "decoder", threads, arena=True)
-        step = make("step", threads, arena=True)
-    return Sessions(prologue.result(), step, other.result())
+        decoder = beside.submit(make, "decoder", threads, arena=True, look=microseconds)
+        step = make("step", threads, arena=True, look=microseconds)
+    return Sessions(prologue, step, decoder.result())

@@ -46,6 +46,8 @@ _DEVICE_FAILURE = re.compile(
     rf"(CUDA|CUDNN|CUBLAS) (failure|error)|{_OUT_OF_MEMORY.pattern}", re.IGNORECASE
 )
 _MINIMUM_VERSION = "1.24"
+# It can be told how long. Earlier ones look for thousands of microseconds, or not at all.
+_FIRST_TO_LOOK = "1.26"
 # A decoder that works in up to so much keeps it from image to image on the CPU; the model in the
 # box does. Taking it again costs up to a twentieth of a small image's time.
 _KEPT_BYTES = 64 << 20
@@ -284,6 +286,7 @@ def make_session(
     threads: int,
     providers: Sequence[tuple[str, Mapping[str, str]]],
     stopping: Stopping,
+    look_microseconds: int = 0,
     arena: bool = False,
     pattern: bool = True,
     often: bool = True,
@@ -291,6 +294,8 @@ def make_session(
     """Make a session for `graph`, whose checked file is `model`.
 
     `providers` are names with their options, the best first.
+    `look_microseconds`: how long its threads look for work before they sleep, where ONNX Runtime
+    can be told (1.26 and later); earlier ones sleep at once.
     `arena` plans working memory on the host and keeps it until a run gives it back. Without it,
     each value of a run is memory that the system clears first.
     `pattern`: what one run took is one block of the next.
@@ -301,13 +306,8 @@ def make_session(
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options = _pool_options(threads, look_microseconds)
     options.enable_cpu_mem_arena, options.enable_mem_pattern = arena, pattern
-    options.log_severity_level = log_level()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_quant_qdq", "1" if often else "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and not its own
     stopping.by(lambda: options.set_load_cancellation_flag(True))
@@ -346,6 +346,23 @@ def make_session(
             f"{session.get_providers()[0]}"
         )
     return session
+
+
+def _pool_options(threads: int, look_microseconds: int) -> onnxruntime.SessionOptions:
+    """Options of a session whose operators have a pool of threads, one operator at a time."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = log_level()
+    look = look_microseconds > 0 and not is_older(installed_version(), _FIRST_TO_LOOK)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if look else "0")
+    if look:
+        duration = str(look_microseconds)
+        options.add_session_config_entry("session.intra_op.spin_duration_us", duration)
+    return options
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], rows: int) -> None:
