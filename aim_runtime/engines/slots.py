@@ -230,7 +230,10 @@ def _sampled(logits: NDArray[np.float32], image: _Image) -> NDArray[np.int64] | 
 
     Each by itself: one image's scores stay in the first caches from guidance to draw.
     """
-    scores = guide(logits[image.rows], 1, image.options.cfg_scale)  # (1, V)
+    first, last = image.rows[0], image.rows[-1]
+    beside = last - first == len(image.rows) - 1  # until images leave: then nothing is copied
+    own = logits[first : last + 1] if beside else logits[image.rows]
+    scores = guide(own, 1, image.options.cfg_scale)  # (1, V)
     try:
         return sample(scores, image.noise[image.position : image.position + 1], image.options)
     except BackendError as error:  # they are not finite

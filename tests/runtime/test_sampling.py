@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aim_runtime import BackendError, SamplingOptions
 from aim_runtime.noise import uniforms
-from aim_runtime.sampling import guide, row_classes, sample
+from aim_runtime.sampling import _kth_largest, guide, row_classes, sample
 
 
 def exact(row: np.ndarray, options: SamplingOptions) -> np.ndarray:
@@ -128,6 +128,23 @@ def test_any_row_is_drawn_as_the_definition_says(
         return  # so close to a border that rounding decides
     token = int(sample(scores, np.array([u]), options)[0])
     assert token == int(np.searchsorted(cumulative, u, side="right"))
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1024, 4096, 16384])
+@pytest.mark.parametrize("places", ["any", "seen first", "seen last", "few values"])
+def test_the_kth_largest_wherever_the_largest_are(size: int, places: str) -> None:
+    """It looks at one score in sixteen first, which may be anything."""
+    scores = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    if places == "few values":
+        scores = np.round(scores)
+    elif places != "any":
+        scores[:: 16 if places == "seen first" else 1] += 100
+        scores[:: 16 if places == "seen last" else size] -= 200
+    before = scores.copy()
+    descending = np.sort(scores)[::-1]
+    for k in {1, 2, 7, 50, 600, size // 4, size // 2, size - 1, size} & set(range(1, size + 1)):
+        assert _kth_largest(scores, k) == descending[k - 1]
+    assert (scores == before).all()
 
 
 def test_top_p_drops_what_shares_exactly_the_rest() -> None:
