@@ -23,7 +23,7 @@ from aim_export.cuda.decoder_network import decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
-from aim_export.cuda.persistent import persistent_buckets
+from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.plan import Draft
 from aim_export.cuda.precision import FORMATS, Format
 from aim_export.cuda.step import step_bucket
@@ -183,8 +183,9 @@ def _buckets(
     geometry: Geometry, formats: Format, capabilities: Sequence[int]
 ) -> tuple[Bucket[KernelSpec], ...]:
     """Buckets in the order in which a runtime takes them: it passes over those of fewer rows."""
+    in_one_launch = persistent_buckets(geometry, formats, TUNING, capabilities)
     return (
-        *persistent_buckets(geometry, formats, TUNING, capabilities),
+        *(bucket for bucket in in_one_launch if pays(geometry, bucket.rows)),
         *(step_bucket(geometry, formats, rows, tuning) for rows, tuning in TUNING.items()),
     )
 

@@ -34,7 +34,7 @@ from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent, products, scan, step
 from aim_export.cuda.launch import KernelSpec
-from aim_export.cuda.persistent import persistent_buckets
+from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
@@ -228,6 +228,8 @@ class TestAllLayersInOneLaunch:
             *(("fp16-state16", [8, 16, 32]), ("int8-state16", [8, 16, 32])),
         ):
             assert [bucket.rows for bucket in in_one_launch("L", precision)] == rows
+        assert [rows for rows in (8, 16, 32) if pays(PUBLISHED["L"], rows)] == [8, 16, 32]
+        assert [rows for rows in (8, 16, 32) if pays(PUBLISHED["B"], rows)] == [8, 16]
 
     @pytest.mark.parametrize(
         ("geometry", "precision", "capabilities"),
