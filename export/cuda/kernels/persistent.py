@@ -1,17 +1,17 @@
-"""The layers of a step for two rows as one launch whose programs stay for all of them.
+"""The layers of a step for 2 to 32 rows as one launch whose programs stay for all of them.
 
 Each program has a role and the same outputs in every layer:
 
-* `out` (D / 32 programs): 32 channels of the residual, which never leave their registers; the
-  step's input, `out_proj`, gate, and the next layer's input;
+* `out` (D / 32 programs): 32 channels of the residual, which stay with the program; the step's
+  input, `out_proj`, gate, and the next layer's input;
 * `bc` ((2S + H) / 16): 16 of the outputs of `in_proj` that are B, C and dt, as the scan wants them;
 * `scan` (I / 32): x and z of 32 channels and their states.
 
 Three exchanges a layer (`persistent_exchange`) are all that they wait for: `scaled` from `out` to
 both others, B, C and dt from `bc` to `scan`, `gated` back to `out`. Meanwhile a warp of its own
 brings the weights and states of layers to come into a ring in shared memory (TMA), at an even pace:
-the memory never rests, and bursts would hold up what is polled. The first
-weights come while the last token is drawn still (programmatic dependent launch).
+the memory never rests, and bursts would hold up what is polled. The first weights come while the
+last token is drawn still (programmatic dependent launch).
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
