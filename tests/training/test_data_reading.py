@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -173,12 +174,14 @@ def test_files_are_taken_up_as_results_are() -> None:
 
 def children() -> set[int]:
     """The processes that this one has started, but for the one that counts semaphores."""
-    return {
-        int(pid)
-        for task in Path("/proc/self/task").iterdir()
-        for pid in (task / "children").read_text().split()
-        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    }
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended since it was listed
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (process / "cmdline").read_bytes()
+            if int(parent) == os.getpid() and b"resource_tracker" not in command:
+                found.add(int(process.name))
+    return found
 
 
 def test_the_death_of_a_reading_process_is_a_sentence(squares: Path) -> None:
