@@ -277,6 +277,18 @@ def _feed_scan_groups(
 
 
 @gluon.jit
+def _feed_bc(ring, in_weights, layer, p, last, sizes: gl.constexpr, PACE: gl.constexpr):
+    """A layer's weights of program `p` of role `bc`."""
+    INNER: gl.constexpr = sizes.INNER
+    row = layer * (INNER + sizes.X + sizes.H) + 2 * INNER + p * 16
+    if sizes.BITS == 16:
+        last = _fill(ring, layer, in_weights, row, 0, last, PACE // 4, 2)
+    else:
+        last = _fill(ring, layer, in_weights, row, 0, last, PACE // 2, 2, 8, 8)
+    return last
+
+
+@gluon.jit
 def _producer_groups(
     memory,
     ring,
@@ -291,9 +303,7 @@ def _producer_groups(
     in_weights, out_weights, states = memory
     _boxes, _blocks, bars = ring
     D: gl.constexpr = sizes.D
-    INNER: gl.constexpr = sizes.INNER
-    E: gl.constexpr = INNER + sizes.X + sizes.H
-    SCAN: gl.constexpr = INNER // 32
+    SCAN: gl.constexpr = sizes.INNER // 32
     OUT: gl.constexpr = D // 32
     WEIGHTS: gl.constexpr = sizes.BITS // 4
     last = pid * 0
@@ -319,13 +329,10 @@ def _producer_groups(
                 last = _fill(ring, unit, out_weights, at, column, last, PACE // sizes.BITS, UNITS)
     else:
         for layer in range(layers):
-            row = layer * E + 2 * INNER + (pid - SCAN - OUT) * 16
-            prefetch_bc(pointers, layer, pid - SCAN - OUT, positions, sizes)
+            p = pid - SCAN - OUT
+            prefetch_bc(pointers, layer, p, positions, sizes)
             _wait_for_slot(bars, layer, 2)
-            if sizes.BITS == 16:
-                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 4, 2)
-            else:
-                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 2, 2, 8, 8)
+            last = _feed_bc(ring, in_weights, layer, p, last, sizes, PACE)
 
 
 @gluon.jit
@@ -341,9 +348,7 @@ def producer(
     in_weights, out_weights, states = memory
     _boxes, _blocks, bars = ring
     D: gl.constexpr = sizes.D
-    INNER: gl.constexpr = sizes.INNER
-    E: gl.constexpr = INNER + sizes.X + sizes.H
-    SCAN: gl.constexpr = INNER // 32
+    SCAN: gl.constexpr = sizes.INNER // 32
     OUT: gl.constexpr = D // 32
     last = pid * 0
     position = pointers[0][1]
@@ -383,9 +388,5 @@ def producer(
                 last = _fill(ring, unit + 1, out_weights, row + 16, 0, last, PACE // 8, UNITS)
     else:
         for layer in range(layers):
-            row = layer * E + 2 * INNER + (pid - SCAN - OUT) * 16
             _wait_for_weights(bars, layer)
-            if sizes.BITS == 16:
-                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 4, 2)
-            else:
-                last = _fill(ring, layer, in_weights, row, 0, last, PACE // 2, 2, 8, 8)
+            last = _feed_bc(ring, in_weights, layer, pid - SCAN - OUT, last, sizes, PACE)

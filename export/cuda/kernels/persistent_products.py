@@ -163,19 +163,26 @@ def _pack(upper, lower, nothing):
 
 
 @gluon.jit
+def quarters(values, LAYOUT: gl.constexpr):
+    """The four parts along the last two axes, both of 2, as a thread has them already."""
+    even, odd = gl.split(values)
+    a, c = gl.split(even)
+    b, d = gl.split(odd)
+    return (
+        gl.convert_layout(a, LAYOUT, assert_trivial=True),
+        gl.convert_layout(b, LAYOUT, assert_trivial=True),
+        gl.convert_layout(c, LAYOUT, assert_trivial=True),
+        gl.convert_layout(d, LAYOUT, assert_trivial=True),
+    )
+
+
+@gluon.jit
 def load_tile(unit):
     """A warp's fragments of a tile: for each half of its 64 numbers rows q and rows q + 8."""
     words = gl.reshape(unit.load(TILE), [16, 2, 2, 2, 2, 2, 4, 4])  # warp, +8, q0, q2, q1, half, j
     words = gl.reshape(gl.permute(words, [0, 3, 4, 2, 6, 7, 1, 5]), [512, 4, 2, 2])
-    first, second = gl.split(words)
-    a, b = gl.split(first)
-    c, d = gl.split(second)
-    return (
-        gl.convert_layout(a, L4, assert_trivial=True),
-        gl.convert_layout(b, L4, assert_trivial=True),
-        gl.convert_layout(c, L4, assert_trivial=True),
-        gl.convert_layout(d, L4, assert_trivial=True),
-    )
+    a, c, b, d = quarters(words, L4)
+    return a, b, c, d
 
 
 @gluon.jit
@@ -267,15 +274,7 @@ def _row_sum(value):
 @gluon.jit
 def unpacked(tile):
     """The four registers of a tile's fragments (512, 4), each (512,)."""
-    first, second = gl.split(gl.reshape(tile, [512, 2, 2]))
-    a, c = gl.split(first)
-    b, d = gl.split(second)
-    return (
-        gl.convert_layout(a, L1, assert_trivial=True),
-        gl.convert_layout(b, L1, assert_trivial=True),
-        gl.convert_layout(c, L1, assert_trivial=True),
-        gl.convert_layout(d, L1, assert_trivial=True),
-    )
+    return quarters(gl.reshape(tile, [512, 2, 2]), L1)
 
 
 @gluon.jit

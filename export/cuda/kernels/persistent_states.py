@@ -18,7 +18,14 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from aim_export.cuda.kernels.persistent_products import L1, L4, multiply, parts32, unpacked
+from aim_export.cuda.kernels.persistent_products import (
+    L1,
+    L4,
+    multiply,
+    parts32,
+    quarters,
+    unpacked,
+)
 
 R = gl.constexpr(8)
 CHUNK = gl.constexpr(16)
@@ -152,23 +159,9 @@ def load_states(pair):
     words = gl.reshape(pair.load(STATE_WORDS), [8, 2, 2, 2, 2, 2, 2, 2, 4, 4])
     words = gl.permute(words, [0, 1, 3, 5, 4, 8, 9, 6, 7, 2])
     upper, lower = gl.split(gl.reshape(words, [512, 4, 2, 2, 2]))
-    a0, a2, a4, a6 = _quarters(upper)
-    a1, a3, a5, a7 = _quarters(lower)
+    a0, a2, a4, a6 = quarters(upper, L4)
+    a1, a3, a5, a7 = quarters(lower, L4)
     return a0, a1, a2, a3, a4, a5, a6, a7
-
-
-@gluon.jit
-def _quarters(words):
-    """Of (512, 4, 2, 2) the quarters along S, as fragments."""
-    even, odd = gl.split(words)
-    a, c = gl.split(even)
-    b, d = gl.split(odd)
-    return (
-        gl.convert_layout(a, L4, assert_trivial=True),
-        gl.convert_layout(b, L4, assert_trivial=True),
-        gl.convert_layout(c, L4, assert_trivial=True),
-        gl.convert_layout(d, L4, assert_trivial=True),
-    )
 
 
 @gluon.jit
@@ -191,7 +184,7 @@ def load_query(digits):
     # q0, row, half of S, half of that, j, word, warp of the row, q2 q1
     columns = gl.reshape(columns, [2, 8, 2, 2, 4, 4, 2, 4])
     columns = gl.permute(columns, [1, 6, 7, 0, 4, 5, 2, 3])
-    return _quarters(gl.reshape(columns, [512, 4, 2, 2]))
+    return quarters(gl.reshape(columns, [512, 4, 2, 2]), L4)
 
 
 @gluon.jit
