@@ -6,17 +6,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from aim_export import ParityReport, export_bundle
 from aim_runtime import Bundle
-from aim_training.checkpoint import save_checkpoint
-from aim_training.config import ModelConfig, TokenizerConfig
-from aim_training.model import AiM
-from aim_training.tokenizer import VQTokenizer
+from aim_training.config import ModelConfig
+
+from .small_checkpoint import save_small
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -71,23 +69,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(
         vocab_size=32, num_classes=3, num_tokens=9, d_model=64, num_layers=2, d_state=16
     )
-    tokenizer = TokenizerConfig(
-        codebook_size=32,
-        channels=32,
-        channel_multipliers=(1, 1),
-        z_channels=32,
-        encoder_blocks=1,
-        decoder_blocks=1,
-    )
-    torch.manual_seed(0)
-    model = AiM(config).initialise()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "adaLN" in name:  # it starts with every gate closed
-                parameter.normal_(0.0, 0.5)
-    names = {"class_names": ["cat", "dog", "red panda"]}
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    return save_checkpoint(path, model, VQTokenizer(tokenizer), names)
+    return save_small(path, config, ["cat", "dog", "red panda"])
 
 
 ADALN, GROUP = "aim_adaln_d128_l3", "aim_group_d128_l6"
