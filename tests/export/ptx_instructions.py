@@ -296,6 +296,13 @@ def _one(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     lanes.set(item.operands[0], result.astype(value.dtype), mask)
 
 
+@handles("popc")
+def _count_bits(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    value = lanes.get(item.operands[1], kind_of(item.opcode))
+    bits = np.unpackbits(value.view("u1").reshape(lanes.threads, -1), axis=1)
+    lanes.set(item.operands[0], bits.sum(axis=1, dtype=np.uint32), mask)
+
+
 @handles("div")
 def _divide(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     a, b = (lanes.get(name, kind_of(item.opcode)) for name in item.operands[1:])
@@ -362,6 +369,12 @@ _COMPARED = {
     "ge": np.greater_equal,
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    # True as well where a number is none.
+    "neu": np.not_equal,
+    "ltu": lambda a, b: ~(a >= b),
+    "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b),
 }
 
 
@@ -390,6 +403,22 @@ def _all(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     lanes.set(item.operands[0], np.repeat(found, 32), mask)
 
 
+@handles("vote.sync.ballot")
+def _ballot(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    votes = np.packbits(
+        lanes.predicate(item.operands[1]).reshape(-1, 32), axis=1, bitorder="little"
+    )
+    lanes.set(item.operands[0], np.repeat(votes.view("<u4").reshape(-1), 32), mask)
+
+
+@handles("redux.sync")
+def _reduce(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    function = {"add": np.add, "min": np.minimum, "max": np.maximum}[item.opcode.split(".")[2]]
+    kind = kind_of(item.opcode)
+    value = lanes.get(item.operands[1], kind).reshape(-1, 32)
+    lanes.set(item.operands[0], np.repeat(function.reduce(value, axis=1, dtype=kind), 32), mask)
+
+
 @handles("elect.sync")
 def _elect(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     lanes.set(item.operands[0].split("|")[1], lanes.number % 32 == 0, mask)
@@ -399,7 +428,10 @@ def _elect(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 def _shuffle(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     target, source, by = item.operands[:3]
     lane, by_lane = lanes.number % 32, lanes.get(by, "u4")
-    other = lane ^ by_lane if "bfly" in item.opcode else by_lane % 32
+    if "up" in item.opcode:
+        other = np.where(lane < by_lane, lane, lane - by_lane)
+    else:
+        other = lane ^ by_lane if "bfly" in item.opcode else by_lane % 32
     value = lanes.get(source, "u4")
     lanes.set(target.split("|")[0], value[np.arange(lanes.threads) // 32 * 32 + other], mask)
 
@@ -431,13 +463,41 @@ def _transfer(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
         if loads:
             found = np.zeros(lanes.threads, f"u{size}")
             found[active] = memory.load(at, size)
-            width = 8 if name.startswith("%rd") else 4 if size == 1 else size
+            width = {"%rd": 8, "%rs": 2}.get(name[:3], 4)
             lanes.set(name, found.astype(f"u{width}"), mask)
         else:
             # Of a register that is wider the lower bytes.
-            value = lanes.get(name, "u4" if size == 1 else f"u{size}")
-            value = value.reshape(lanes.threads, -1)[active, 0]
-            memory.store(at, value.astype(f"u{size}"), size)
+            value = lanes.get(name, "?" if name in lanes.registers else f"u{size}")
+            memory.store(at, value[active].astype(f"u{size}"), size)
+
+
+@handles("atom.shared.add.u32")
+def _add_in_memory(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Of many threads at one place; what was there before is not asked for."""
+    active = np.ones(lanes.threads, bool) if mask is None else mask
+    memory, address = lanes.program.shared, lanes.address(item.operands[1])[active]
+    value = lanes.get(item.operands[2], "u4")[active]
+    np.add.at(memory.views[4], memory.places(address, 4), value)
+
+
+def _matrix_lines(lanes: Lanes, address: np.ndarray, number: int) -> np.ndarray:
+    """Where each thread's part of matrix `number` is; eight threads know where its lines are."""
+    lines = address.reshape(-1, 32)[:, 8 * number : 8 * number + 8]
+    thread = np.arange(32)
+    return (lines[:, thread // 4] + (thread % 4 * 4).astype(np.uint64)).reshape(-1)
+
+
+@handles("ldmatrix", "stmatrix")
+def _move_matrices(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Matrices of 8 lines of 16 bytes, a register of each thread for each."""
+    loads = item.opcode.startswith("ld")
+    address = lanes.address(item.operands[loads])
+    for number, name in enumerate(item.operands[not loads].strip("{}").split(",")):
+        at = _matrix_lines(lanes, address, number)
+        if loads:
+            lanes.set(name, lanes.program.shared.load(at, 4), None)
+        else:
+            lanes.program.shared.store(at, lanes.get(name, "u4"), 4)
 
 
 def _first(lanes: Lanes, values: np.ndarray, mask: np.ndarray | None) -> int:

@@ -1,13 +1,14 @@
 """Guidance, temperature, top-k, top-p and the draw, for one image a program.
 
 The specification is `aim_runtime.sampling`; here in float32. Where few tokens may be drawn, as
-top-k and often top-p have it, they make a short list that is sorted (`shortlist`). Otherwise top-k
-and top-p are one question: the largest score with at most so much weight below it, where every
-token weighs 1 (top-k) or its probability (top-p). Halving the scores' range answers it in some
-passes over all tokens.
+top-k and often top-p have it, they make a short list (`shortlist`). Otherwise top-k and top-p are
+one question: the largest score with at most so much weight below it, where every token weighs 1
+(top-k) or its probability (top-p). Halving the scores' range answers it in some passes over all
+tokens.
 
-Tokens lie as [LANES, ROWS, 4], consecutive ones along the last axis, then the first. A thread holds
-one lane, so a sum over all tokens goes over registers first and crosses threads once.
+Tokens lie as [LANES, ROWS, 4], consecutive ones along the last axis, then over the lanes of a warp,
+then over the rows, then from warp to warp. A thread holds one lane, so a sum over all tokens goes
+over registers first and crosses threads once; a warp's tokens are consecutive.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -22,7 +23,9 @@ from aim_export.cuda.kernels.shortlist import (
     draw_of_few,
     few_best,
     halfway,
+    least_finite,
     ordered,
+    put_side_by_side,
     reaching,
     row_of,
     unordered,
@@ -33,6 +36,8 @@ CAPACITY = 1024
 # Tokens this many temperatures below the best together weigh less than any top-p drops.
 _NEGLIGIBLE = tl.constexpr(30.0)
 _MOST = tl.constexpr(3.4e38)
+# Rows of a lane whose tokens share a group.
+_SHARING = tl.constexpr(2)
 
 
 @triton.jit
@@ -41,8 +46,13 @@ def _sums(a, b, other_a, other_b):
 
 
 @triton.jit
-def _extremes(high, low, count, other_high, other_low, other_count):
-    return tl.maximum(high, other_high), tl.minimum(low, other_low), count + other_count
+def _greatest(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _extremes(high, low, other_high, other_low):
+    return _greatest(high, other_high), tl.minimum(low, other_low)
 
 
 @triton.jit
@@ -76,11 +86,14 @@ def cut(score, weight, limit, low, high, under):
 
 
 @triton.jit
-def draw(weight, words, u):
+def draw(weight, words, u, SPAN: tl.constexpr):
     """The first token at which the weights' running sum exceeds `u` of the whole."""
+    LANES: tl.constexpr = weight.shape[0]
     ROWS: tl.constexpr = weight.shape[1]
-    chosen, before, target = row_of(tl.sum(tl.sum(weight, axis=2), axis=0), u)
-    here = (tl.arange(0, ROWS) == chosen)[None, :, None]
+    spans = tl.reshape(tl.sum(weight, axis=2), (LANES // SPAN, SPAN, ROWS))
+    chosen, before, target = row_of(tl.ravel(tl.sum(spans, axis=1)), u)
+    span, row = tl.arange(0, LANES) // SPAN, tl.arange(0, ROWS)
+    here = (span[:, None] * ROWS + row[None, :] == chosen)[:, :, None]
     weight = tl.sum(tl.where(here, weight, 0.0), axis=1)  # (LANES, 4)
     words = tl.sum(tl.where(here, words, 0), axis=1)
     lane_sums = tl.sum(weight, axis=1)
@@ -90,36 +103,43 @@ def draw(weight, words, u):
 
 
 @triton.jit
-def load_scores(logits, row, other, scale, words, inside, V: tl.constexpr):
-    """An image's scores, (LANES, ROWS, 4), with guidance if it has a second row; zeros outside."""
-    score = tl.load(logits + row.to(tl.int64) * V + words, mask=inside, other=0.0)
+def load_scores(logits, row, other, scale, words, V: tl.constexpr, BLOCK: tl.constexpr):
+    """An image's scores, (LANES, ROWS, 4), with guidance if it has a second row; -inf outside."""
+    inside = words < V
+    if V == BLOCK:
+        inside = None
+    score = tl.load(logits + row.to(tl.int64) * V + words, mask=inside)
     if other >= 0:
-        without = tl.load(logits + other.to(tl.int64) * V + words, mask=inside, other=0.0)
+        without = tl.load(logits + other.to(tl.int64) * V + words, mask=inside)
         score = without + scale * (score - without)
+    if V < BLOCK:
+        score = tl.where(inside, score, -float("inf"))
     return score
 
 
 @triton.jit
-def survey(score, inside):
-    """Scores with -inf for what is no number, the best, the least finite, how many are not finite.
+def survey(score):
+    """The best scores of small groups, the best of all, the least of the groups' but -inf.
 
-    A score of -inf is fine: that token is never drawn.
+    The best of all is NaN if any score is.
     """
-    invalid = inside & ((score != score) | (score == float("inf")))
-    score = tl.where(inside & (score == score), score, -float("inf"))
-    possible = tl.where(score > -float("inf"), score, float("inf"))
-    lane_best = tl.max(tl.max(score, axis=2), axis=1)
-    lane_worst = tl.min(tl.min(possible, axis=2), axis=1)
-    lane_invalid = by_lane(invalid.to(tl.int32))
-    best, worst, count = tl.reduce((lane_best, lane_worst, lane_invalid), 0, _extremes)
-    return score, best, tl.minimum(worst, best), count
+    LANES: tl.constexpr = score.shape[0]
+    ROWS: tl.constexpr = score.shape[1]
+    groups = tl.reduce(score, 2, _greatest)  # (LANES, ROWS)
+    if ROWS % _SHARING == 0:
+        pairs = tl.reshape(groups, (LANES, ROWS // _SHARING, _SHARING))
+        groups = tl.reduce(pairs, 2, _greatest)
+    lane_best = tl.reduce(groups, 1, _greatest)
+    lane_worst = tl.min(tl.where(groups > -float("inf"), groups, float("inf")), axis=1)
+    best, worst = tl.reduce((lane_best, lane_worst), 0, _extremes)
+    return groups, best, worst
 
 
 @triton.jit
-def lowest(best, worst, inverse_temperature, top_p):
+def lowest(best, inverse_temperature, top_p):
     """The least score of interest: top-p drops those first that weigh nothing beside the best."""
     negligible = best - _NEGLIGIBLE / inverse_temperature
-    return tl.where(top_p < 1.0, tl.maximum(worst, negligible), worst)
+    return tl.where(top_p < 1.0, tl.maximum(negligible, -_MOST), -_MOST)
 
 
 @triton.jit
@@ -129,9 +149,12 @@ def weights_of(score, least, count, best, inverse_temperature, top_p, wanted):
     Of the tokens that reach `least`, `count` of them, the best `wanted`.
     """
     ALL: tl.constexpr = score.numel
+    if (wanted < count) | (top_p < 1.0):
+        least = tl.maximum(least, least_finite(score))
     if wanted < count:
         one = tl.full(score.shape, 1.0, tl.float32)
-        least = cut(score, one, ALL - wanted, least, best, ALL - count)
+        under = tl.full((), ALL, tl.float32) - count
+        least = cut(score, one, ALL - wanted, least, best, under)
     weight = tl.where(score >= least, tl.exp((score - best) * inverse_temperature), 0.0)
     if top_p < 1.0:
         under = by_lane(tl.where(score < least, 1.0, 0.0))
@@ -139,6 +162,40 @@ def weights_of(score, least, count, best, inverse_temperature, top_p, wanted):
         least = cut(score, weight, (1.0 - top_p) * total, least, best, under)
         weight = tl.where(score >= least, weight, 0.0)
     return weight
+
+
+@triton.jit
+def draw_token(
+    score,
+    words,
+    groups,
+    best,
+    worst,
+    inverse_temperature,
+    top_p,
+    wanted,
+    u,
+    few,  # (CAPACITY,) int64, scratch
+    SPAN: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    """The token that `u` draws, of the best `wanted` and those that top-p leaves of them.
+
+    `groups`, `best` and `worst` are what `survey` found.
+    """
+    least, count = lowest(best, inverse_temperature, top_p), score.numel
+    place = tl.zeros((score.shape[0], score.shape[1]), tl.int32)
+    if (wanted <= CAPACITY) | (top_p < 1.0):
+        least, count, place = few_best(score, groups, least, worst, best, wanted, SPAN, CAPACITY)
+    if count <= CAPACITY:
+        put_side_by_side(score, words, least, place, few)
+        drawn = draw_of_few(
+            few, count, least, best, inverse_temperature, top_p, wanted, u, CAPACITY
+        )
+    else:
+        weight = weights_of(score, least, count, best, inverse_temperature, top_p, wanted)
+        drawn = draw(weight, words, u, SPAN)
+    return drawn
 
 
 @triton.jit
@@ -165,46 +222,46 @@ def sample(
     """
     row = tl.program_id(0)
     other = tl.load(second + row)
-    rows = tl.arange(0, BLOCK // (4 * LANES))[None, :, None] * (4 * LANES)
-    words = rows + tl.arange(0, LANES)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-    inside = words < V
+    SPAN: tl.constexpr = min(32, LANES)
+    ROWS: tl.constexpr = BLOCK // (4 * LANES)
+    lanes, rows = tl.arange(0, LANES)[:, None, None], tl.arange(0, ROWS)[None, :, None]
+    words = ((lanes // SPAN * ROWS + rows) * SPAN + lanes % SPAN) * 4
+    words += tl.arange(0, 4)[None, None, :]
     scale = tl.load(settings + row * 4)
     inverse_temperature = tl.minimum(tl.load(settings + row * 4 + 1), _MOST)
     top_p = tl.load(settings + row * 4 + 2)
     top_k = tl.load(settings + row * 4 + 3).to(tl.int32)
     at = tl.load(position + row)
+    u = tl.load(noise + row * T + tl.minimum(at, T - 1)).to(tl.float32)
     begin_dependents(OVERLAPS)
     if (other > -2) & (at < T):
-        score = load_scores(logits, row, other, scale, words, inside, V)
-        score, best, worst, invalid = survey(score, inside)
-        if (invalid > 0) | (best == -float("inf")):
-            tl.store(status + row, 1)
-        if inverse_temperature == 0.0:
-            first = tl.min(tl.min(tl.where(score == best, words, V), axis=2), axis=1)
-            drawn = tl.min(first, axis=0)
-        else:
-            u = tl.load(noise + row * T + at).to(tl.float32)
-            low = lowest(best, worst, inverse_temperature, top_p)
-            wanted = tl.where((top_k > 0) & (top_k < V), top_k, V)
-            least, count = few_best(score, low, best, wanted, CAPACITY)
-            if count <= CAPACITY:
-                drawn = draw_of_few(
+        score = load_scores(logits, row, other, scale, words, V, BLOCK)
+        groups, best, worst = survey(score)
+        if (best > -float("inf")) & (best < float("inf")):
+            if inverse_temperature == 0.0:
+                first = tl.min(tl.min(tl.where(score == best, words, V), axis=2), axis=1)
+                drawn = tl.min(first, axis=0)
+            else:
+                wanted = tl.where((top_k > 0) & (top_k < V), top_k, BLOCK)
+                few = candidates + row * CAPACITY
+                drawn = draw_token(
                     score,
                     words,
-                    least,
-                    count,
+                    groups,
                     best,
+                    worst,
                     inverse_temperature,
                     top_p,
                     wanted,
                     u,
-                    candidates + row * CAPACITY,
+                    few,
+                    SPAN,
                     CAPACITY,
                 )
-            else:
-                weight = weights_of(score, least, count, best, inverse_temperature, top_p, wanted)
-                drawn = draw(weight, words, u)
-        drawn = tl.minimum(drawn, V - 1).to(tl.int64)
+            drawn = tl.minimum(drawn, V - 1).to(tl.int64)
+        else:
+            tl.store(status + row, 1)
+            drawn = tl.zeros((), tl.int64)
         tl.store(tokens + row * T + at, drawn)
         tl.store(token + row, drawn)
         tl.store(position + row, at + 1)

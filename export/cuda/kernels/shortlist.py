@@ -1,8 +1,11 @@
-"""A draw among few tokens: what may be drawn is put side by side and sorted.
+"""A draw among few tokens: what may be drawn is put side by side, in the order of the tokens.
 
-Top-k leaves a few hundred tokens of many thousand. A few passes over all of them find a score that
-no more than a list's length reach; from there on a pass is over the list, and sorting its scores
-answers top-k and top-p at once.
+Top-k leaves a few hundred tokens of many thousand. Counting the best scores of small groups in bins
+finds a score that at least as many reach and no more than a list has room for; from there on a pass
+is over the list.
+
+Counts go through `tl.histogram`, which adds up in shared memory and leaves 32 bins in every warp:
+what follows from them crosses no warps. Sums of weights are reductions, the same in every launch.
 
 Tokens lie as in `aim_export.cuda.kernels.sample`.
 """
@@ -16,6 +19,14 @@ import triton.language as tl
 # Passes that halve the scores' range; later ones halve the count of floats in it, 32 at most.
 BY_VALUE = tl.constexpr(16)
 _LAST_TOKEN = tl.constexpr(0x7FFFFFFF)
+# Scores between two ends are told apart by whole numbers of so many bits, five in a pass.
+_PLACE_BITS = tl.constexpr(20)
+_PLACES = tl.constexpr(1 << 20)
+_LAST_PLACE = tl.constexpr((1 << 20) - 1.0)
+_BINS = tl.constexpr(32)
+_SMALLEST_RANGE = tl.constexpr(1e-30)
+# Of `cut_few`, which needs 48 at most.
+_MOST_PASSES = tl.constexpr(56)
 
 
 @triton.jit
@@ -52,47 +63,201 @@ def _ends(low, high, other_low, other_high):
 
 
 @triton.jit
-def _reached(score, threshold):
-    """How many scores are no less than `threshold`, as float32."""
-    return tl.sum(by_lane(tl.where(score >= threshold, 1.0, 0.0)), axis=0)
+def _sums(a, b, other_a, other_b):
+    return a + other_a, b + other_b
 
 
 @triton.jit
-def few_best(score, low, best, wanted, CAPACITY: tl.constexpr):
-    """A score from `low` on that `wanted` tokens and at most CAPACITY reach, and how many do.
+def _below_and_above(mass, below, above, other_mass, other_below, other_above):
+    return mass + other_mass, tl.maximum(below, other_below), tl.minimum(above, other_above)
+
+
+@triton.jit
+def places_below(best, score, low):
+    """Whole numbers that rise from 0 for `best` as scores fall to `low`; _PLACES below it."""
+    place = (best - score) * (_LAST_PLACE / tl.maximum(best - low, _SMALLEST_RANGE))
+    place = tl.minimum(tl.maximum(place, 0.0), _LAST_PLACE).to(tl.int32)
+    return tl.where(score >= low, place, _PLACES)
+
+
+@triton.jit
+def _count(place, found, shift):
+    """How many of the places whose bits above `shift` and five more are `found` are in each bin."""
+    within = place >> (shift + 5) == found
+    return tl.histogram((place >> shift) & (_BINS - 1), _BINS, mask=within)
+
+
+@triton.jit
+def _weighed(counts, found, shift, slope):
+    """Weights of bins, where a number at place y weighs exp(-slope y), were all in the middle."""
+    middle = ((tl.arange(0, _BINS) + found * _BINS).to(tl.float32) + 0.5) * (1 << shift)
+    return counts * tl.exp(-slope * middle)
+
+
+@triton.jit
+def ranked(place, wanted, most):
+    """The last place of a bin such that `wanted` or more are there or ahead of it, and how many.
+
+    No more than `most` if possible; otherwise the bin is one place.
+    """
+    bins = tl.arange(0, _BINS)
+    found, shift, ahead = 0, _PLACE_BITS, 0
+    reached = place.numel
+    while (shift > 0) & (reached > most):
+        shift -= 5
+        up_to = ahead + tl.cumsum(_count(place, found, shift), axis=0)
+        short = (up_to < wanted) & (bins < _BINS - 1)
+        ahead = tl.max(tl.where(short, up_to, ahead), axis=0)
+        reached = tl.min(tl.where(short, place.numel, up_to), axis=0)
+        found = found * _BINS + tl.sum(tl.where(short, 1, 0), axis=0)
+    return ((found + 1) << shift) - 1, reached
+
+
+@triton.jit
+def _largest(value):
+    """The largest of numbers that are not negative: their bits are in their order."""
+    return tl.max(value.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reached(score, threshold):
+    """How many scores are no less than `threshold`."""
+    return tl.sum(by_lane(tl.where(score >= threshold, 1, 0)), axis=0)
+
+
+@triton.jit
+def least_finite(score):
+    """The least score but -inf."""
+    possible = tl.where(score > -float("inf"), score, float("inf"))
+    return tl.min(tl.min(tl.min(possible, axis=2), axis=1), axis=0)
+
+
+@triton.jit
+def _likely(groups, low, best, wanted, CAPACITY: tl.constexpr):
+    """A score from `low` on that likely `wanted` tokens reach, and not many more.
+
+    `groups` are the best scores of small groups of tokens: as many groups as reach it are as many
+    tokens at least, and somewhat more as some share a group. `low` where these are too few.
+    """
+    place = places_below(best, tl.ravel(groups, can_reorder=True), low)
+    most = (2 * wanted + CAPACITY) // 3
+    last, _ = ranked(place, wanted, most)
+    return tl.maximum(best - (last + 1) * ((best - low) / _LAST_PLACE), low)
+
+
+@triton.jit
+def _packed(flags):
+    """How many of each four `flags` (A, B, 4) are set, as bytes of uint64 (A, B / 8)."""
+    A: tl.constexpr = flags.shape[0]
+    HALF: tl.constexpr = min(4, flags.shape[1])
+    BYTES: tl.constexpr = min(8, flags.shape[1])
+    unit = (1 << (8 * tl.arange(0, HALF))).to(tl.uint32)[None, None, :, None]
+    parts = tl.reshape(flags, (A, flags.shape[1] // HALF, HALF, 4))
+    words = tl.sum(tl.sum(tl.where(parts, unit, 0), axis=3), axis=2)
+    words = tl.reshape(words.to(tl.uint64), (A, flags.shape[1] // BYTES, BYTES // HALF))
+    return tl.sum(words << (32 * tl.arange(0, BYTES // HALF)).to(tl.uint64)[None, None, :], axis=2)
+
+
+@triton.jit
+def _unpacked(packed, B: tl.constexpr):
+    """The inverse of `_packed`: (A, B) int32."""
+    A: tl.constexpr = packed.shape[0]
+    BYTES: tl.constexpr = B // packed.shape[1]
+    parts = packed[:, :, None] >> (8 * tl.arange(0, BYTES)).to(tl.uint64)[None, None, :]
+    return tl.reshape((parts & 255).to(tl.int32), (A, B))
+
+
+@triton.jit
+def _before(counts):
+    """Sums of (A, B) over those ahead in the same row, where a thread has a row."""
+    at = tl.arange(0, counts.shape[1])
+    ahead = at[None, :, None] < at[None, None, :]
+    return tl.sum(tl.where(ahead, counts[:, :, None], 0), axis=1)
+
+
+@triton.jit
+def positions(score, threshold, SPAN: tl.constexpr):
+    """Of what reaches `threshold`, how much is ahead of each row of each lane; and in all.
+
+    In the order of the tokens. SPAN lanes have no more than 4 SPAN of a row, so that the counts of
+    eight rows share a word.
+    """
+    LANES: tl.constexpr = score.shape[0]
+    ROWS: tl.constexpr = score.shape[1]
+    SPANS: tl.constexpr = LANES // SPAN
+    packed = _packed(score >= threshold)
+    WORDS: tl.constexpr = packed.shape[1]
+    spans = tl.reshape(packed, (SPANS, SPAN, WORDS))
+    in_row = _unpacked(tl.reshape(tl.cumsum(spans, axis=1) - spans, (LANES, WORDS)), ROWS)
+    rows = _unpacked(tl.sum(spans, axis=1), ROWS)  # (SPANS, ROWS)
+    up_to = tl.cumsum(tl.sum(rows, axis=1), axis=0)
+    before = (up_to - tl.sum(rows, axis=1))[:, None] + _before(rows)
+    before = tl.broadcast_to(before[:, None, :], (SPANS, SPAN, ROWS))
+    return tl.reshape(before, (LANES, ROWS)) + in_row, tl.max(up_to, axis=0)
+
+
+@triton.jit
+def few_best(score, groups, low, worst, best, wanted, SPAN: tl.constexpr, CAPACITY: tl.constexpr):
+    """A score from `low` on that `wanted` tokens and at most CAPACITY reach.
 
     All that reach `low` where these are fewer than `wanted`. Where there is no such score, as many
-    as CAPACITY and more are alike or wanted: the count says so.
+    as CAPACITY and more are alike or wanted: the count says so. Returns the score, how many reach
+    it, and their `positions`.
+
+    `groups` are as `_likely` takes them, `worst` the least of them but -inf.
     """
     first, last = ordered(low), ordered(best) + 1
-    count = _reached(score, low)
-    passes = 0
-    while (count > CAPACITY) & (wanted <= CAPACITY) & (last - first > 1):
-        tried = halfway(first, last, passes)
+    tried = first
+    if groups.numel > CAPACITY:
+        if wanted <= CAPACITY:
+            floor = tl.maximum(low, worst)
+            likely = _likely(groups, floor, best, wanted, CAPACITY)
+            tried = tl.where(likely > floor, ordered(likely), first)
+    else:
+        first = tl.maximum(first, ordered(least_finite(score)))
+        tried = first
+    place = tl.zeros((score.shape[0], score.shape[1]), tl.int32)
+    if wanted <= CAPACITY:
+        place, reached = positions(score, unordered(tried), SPAN)
+    else:
         reached = _reached(score, unordered(tried))
-        enough = reached >= wanted
-        first, last = tl.where(enough, tried, first), tl.where(enough, last, tried)
-        count = tl.where(enough, reached, count)
-        passes += 1
-    return unordered(first), count
+    enough = (reached >= wanted) | (tried == first)
+    first, last = tl.where(enough, tried, first), tl.where(enough, last, tried)
+    count = tl.where(enough, reached, score.numel)
+    placed = wanted <= CAPACITY
+    if (count > CAPACITY) & (wanted <= CAPACITY):
+        first = tl.maximum(first, ordered(least_finite(score)))
+        passes = 0
+        while (count > CAPACITY) & (last - first > 1):
+            tried = halfway(first, last, passes)
+            reached = _reached(score, unordered(tried))
+            enough = reached >= wanted
+            first, last = tl.where(enough, tried, first), tl.where(enough, last, tried)
+            count = tl.where(enough, reached, count)
+            passes += 1
+        placed = False
+    if (count <= CAPACITY) & (not placed):
+        place, _ = positions(score, unordered(first), SPAN)
+    return unordered(first), count, place
 
 
 @triton.jit
-def _put_side_by_side(score, words, threshold, scratch):
-    """Store what reaches `threshold`: the score's key and the token.
-
-    Lane by lane, a lane's from row to row, so that no sum for each row crosses threads. A row's are
-    in the order of the tokens.
-    """
+def put_side_by_side(score, words, threshold, place, listed):
+    """Store score and token of what reaches `threshold` at `place` (LANES, ROWS) and behind it."""
     one = tl.where(score >= threshold, 1, 0)
-    counts = tl.sum(one, axis=2)  # (LANES, ROWS)
-    in_lane = tl.sum(counts, axis=1)
-    lane = tl.cumsum(in_lane, axis=0) - in_lane
-    row = tl.cumsum(counts, axis=1) - counts
-    place = lane[:, None, None] + row[:, :, None] + tl.cumsum(one, axis=2) - one
-    entry = (ordered(score).to(tl.uint64) << 32) | words.to(tl.uint64)
-    tl.store(scratch + place, entry.to(tl.int64, bitcast=True), mask=one != 0)
+    place = place[:, :, None] + tl.cumsum(one, axis=2) - one
+    entry = (score.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | words.to(tl.uint64)
+    tl.store(listed + place, entry.to(tl.int64, bitcast=True), mask=one != 0)
     tl.debug_barrier()
+
+
+@triton.jit
+def _load_listed(scratch, places, count):
+    """Scores and tokens at `places` of the list; -inf and 0 where it has none."""
+    present = places < count
+    entry = tl.load(scratch + places, mask=present, other=0).to(tl.uint64, bitcast=True)
+    score = (entry >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    return tl.where(present, score, -float("inf")), entry.to(tl.uint32).to(tl.int32)
 
 
 @triton.jit
@@ -120,42 +285,140 @@ def reaching(weight, sums, target, words):
 
 
 @triton.jit
+def cut_few(few, weight, limit, first, last):
+    """The largest of the scores `few` with no more weight than `limit` below it.
+
+    It is no less than `first`, a score with no more than that below it, and no more than `last`.
+    """
+    passes = 0
+    while (first < last) & (passes < _MOST_PASSES):
+        tried = unordered(halfway(ordered(first), ordered(last) + 1, passes))
+        under = few < tried
+        mass, below, above = tl.reduce(
+            (
+                tl.where(under, weight, 0.0),
+                tl.where(under, few, -float("inf")),
+                tl.where(under, float("inf"), few),
+            ),
+            0,
+            _below_and_above,
+        )
+        fits = mass <= limit
+        first, last = tl.where(fits, above, first), tl.where(fits, last, below)
+        passes += 1
+    return last
+
+
+@triton.jit
+def _three_sums(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
+
+
+@triton.jit
+def last_kept(place, weight, dropped, slope):
+    """The place of the last token that stays where those behind it, of least weight, go.
+
+    They are as many as weigh no more than the share `dropped` of all. A token at place y weighs
+    exp(-slope y), so that counts tell about where it is. Returns the place, the weight that stays,
+    and whether sums of weights have confirmed it.
+    """
+    # In which of 32 bins, what is ahead of it, and then one token in it.
+    bins = tl.arange(0, _BINS)
+    shift = _PLACE_BITS - 5
+    weighed = _weighed(_count(place, 0, shift), 0, shift, slope)
+    up_to = tl.cumsum(weighed, axis=0)
+    short = (up_to < (1.0 - dropped) * _largest(up_to)) & (bins < _BINS - 1)
+    found = tl.sum(tl.where(short, 1, 0), axis=0)
+    part = place >> shift
+    total, ahead, within = tl.reduce(
+        (weight, tl.where(part < found, weight, 0.0), tl.where(part == found, weight, 0.0)),
+        0,
+        _three_sums,
+    )
+    limit = dropped * total
+    target = total - limit
+    if target <= ahead:
+        found -= 1
+        ahead -= _largest(tl.where(bins == found, weighed, 0.0))
+    elif target > ahead + within:
+        found += 1
+        ahead += within
+    inside = place.numel
+    while (shift > 0) & (inside > 1):
+        shift -= 5
+        counts = _count(place, found, shift)
+        up_to = ahead + tl.cumsum(_weighed(counts, found, shift, slope), axis=0)
+        short = (up_to < target) & (bins < _BINS - 1)
+        ahead = tl.maximum(ahead, _largest(tl.where(short, up_to, 0.0)))
+        chosen = tl.sum(tl.where(short, 1, 0), axis=0)
+        inside = tl.sum(tl.where(bins == chosen, counts, 0), axis=0)
+        found = found * _BINS + chosen
+    part = place >> shift
+    behind, here = tl.reduce(
+        (tl.where(part > found, weight, 0.0), tl.where(part == found, weight, 0.0)), 0, _sums
+    )
+    confirmed = (inside == 1) & (behind <= limit) & (behind + here > limit)
+    return ((found + 1) << shift) - 1, total - behind, confirmed
+
+
+@triton.jit
 def draw_of_few(
-    score,
-    words,
-    threshold,
+    listed,  # (CAPACITY,) int64: tokens that reach `threshold`, `count` of them, in order
     count,
+    threshold,
     best,
     inverse_temperature,
     top_p,
     wanted,
     u,
-    scratch,  # (CAPACITY,) int64
     CAPACITY: tl.constexpr,
 ):
-    """The token that `u` draws among the `count` that reach `threshold`, the best `wanted` of them.
+    """The token that `u` draws among the best `wanted` of those listed.
 
     A token's weight is the exponential of its score; those of least weight go first as far as they
     weigh no more than 1 - `top_p` of all.
     """
-    _put_side_by_side(score, words, threshold, scratch)
-    places = tl.arange(0, CAPACITY)
-    present = places < count
-    entry = tl.load(scratch + places, mask=present, other=0).to(tl.uint64, bitcast=True)
-    few = tl.where(present, unordered((entry >> 32).to(tl.uint32)), -float("inf"))
-    words = entry.to(tl.uint32).to(tl.int32)
-    rising = tl.sort(few)
-    least = tl.max(tl.where(places == CAPACITY - wanted, rising, -float("inf")), axis=0)
-    least = tl.maximum(least, threshold)
+    few = _load_listed(listed, tl.arange(0, CAPACITY), count)[0]
+    place = places_below(best, few, threshold)
+    least, last = threshold, _PLACES - 1
+    if wanted < count:
+        last, reached = ranked(place, wanted, wanted)
+        if reached > wanted:  # alike, or nearly
+            one = tl.where(place < _PLACES, 1.0, 0.0)
+            least = cut_few(few, one, (count - wanted).to(tl.float32), threshold, best)
+            last = _PLACES - 1
+        place = tl.where((few >= least) & (place <= last), place, _PLACES)
+    weight = tl.where(place < _PLACES, tl.exp((few - best) * inverse_temperature), 0.0)
     if top_p < 1.0:
-        weight = tl.where(rising >= least, tl.exp((rising - best) * inverse_temperature), 0.0)
-        sums = tl.cumsum(weight, axis=0)
-        fits = (rising >= least) & (sums - weight <= (1.0 - top_p) * tl.max(sums, axis=0))
-        least = tl.maximum(least, tl.max(tl.where(fits, rising, -float("inf")), axis=0))
-    weight = tl.where(few >= least, tl.exp((few - best) * inverse_temperature), 0.0)
-    ROWS: tl.constexpr = score.shape[1]
-    row = words // (score.numel // ROWS)
-    here = row[:, None] == tl.arange(0, ROWS)[None, :]
-    chosen, before, target = row_of(tl.sum(tl.where(here, weight[:, None], 0.0), axis=0), u)
-    weight = tl.where(row == chosen, weight, 0.0)
-    return reaching(weight, before + tl.cumsum(weight, axis=0), target, words)
+        slope = (best - threshold) * (inverse_temperature / _LAST_PLACE)
+        behind, total, confirmed = last_kept(place, weight, 1.0 - top_p, slope)
+        if confirmed:
+            last = behind
+        else:
+            limit = (1.0 - top_p) * tl.sum(weight, axis=0)
+            least = cut_few(few, weight, limit, threshold, best)
+            last = _PLACES - 1
+            total = tl.sum(tl.where(few >= least, weight, 0.0), axis=0)
+        weight = tl.where((few >= least) & (place <= last), weight, 0.0)
+    else:
+        total = tl.sum(weight, axis=0)
+    AT_ONCE: tl.constexpr = min(32, CAPACITY)
+    PARTS: tl.constexpr = CAPACITY // AT_ONCE
+    reached = tl.cumsum(tl.sum(tl.reshape(weight, (PARTS, AT_ONCE)), axis=1), axis=0)
+    target = u * total
+    under = reached <= target
+    part = tl.minimum(tl.sum(tl.where(under, 1, 0), axis=0), PARTS - 1)
+    before = _largest(tl.where(under, reached, 0.0))
+    drawn = -1
+    # Once, but where rounding moved the target to a part without weight.
+    while (drawn < 0) & (part >= 0):
+        some, tokens = _load_listed(listed, part * AT_ONCE + tl.arange(0, AT_ONCE), count)
+        stays = (some >= least) & (places_below(best, some, threshold) <= last)
+        weights = tl.where(stays, tl.exp((some - best) * inverse_temperature), 0.0)
+        enough = (weights > 0.0) & (before + tl.cumsum(weights, axis=0) > target)
+        drawn = tl.minimum(
+            tl.min(tl.where(enough, tokens, _LAST_TOKEN), axis=0),
+            tl.max(tl.where(weights > 0.0, tokens, -1), axis=0),
+        )
+        part -= 1
+    return tl.maximum(drawn, 0)
