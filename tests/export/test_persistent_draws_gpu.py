@@ -47,9 +47,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of four layers and four chunks, with kernels."""
+    """A model of four layers and four chunks, with kernels.
+
+    Its width is more than one step of the head's product in any bucket: one step alone adds up in
+    another order, and images move between buckets here.
+    """
     config = ModelConfig(
-        vocab_size=64, num_classes=5, num_tokens=64, d_model=128, num_layers=4, d_state=128
+        vocab_size=64, num_classes=5, num_tokens=64, d_model=256, num_layers=4, d_state=128
     )
     folder = tmp_path_factory.mktemp("persistent")
     names = [f"class {index}" for index in range(5)]
