@@ -5,7 +5,7 @@ bucket comes before those of as many rows and fewer that take none of this: a ru
 them where its GPU can run this one.
 
 Two rows are for formats whose states are float32, eight and groups of eight for those whose states
-are float16.
+are float16. Models wider than 1024 have two rows alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from typing import Any
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent
+from aim_export.cuda.kernels.persistent_common import (
+    bc_outputs,
+    gated_places,
+    out_channels,
+    scaled_places,
+    wide,
+)
 from aim_export.cuda.launch import ABSENT, KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
@@ -32,8 +39,10 @@ _GROUP = 8
 _CHUNK = {"float32": 32, "float16": 16}
 # Compute capabilities whose shared memory and copy engine the kernel is made for.
 CAPABILITIES = (90,)
-# Multiprocessors of the smallest GPU of those: one program each.
+# Multiprocessors of the smallest GPU of those, one program each. Wide models are for GPUs that have
+# more of them: on others a runtime takes three launches a layer.
 _PROGRAMS = 114
+_PROGRAMS_OF_WIDE = 132
 # Cycles a layer over which a program spreads its loads, by rows: with 8-bit weights, and else for
 # models up to a width and for wider ones. Of two rows all are measured on an H100 with AiM-B and
 # AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
@@ -44,6 +53,8 @@ _PACES = {
     16: (11000, 11500, 18500),
     32: (15000, 14000, 23000),
 }
+# Of two rows of a wide model, with 8-bit weights and else: in proportion, not measured.
+_WIDE_PACES = (12000, 18000)
 _DEPTH = 4
 # The warp that fetches, of a group of four.
 _WORKERS = 4
@@ -55,14 +66,16 @@ _REPLACED = ("scaled", "partials", "projected", "gated", "squares")
 
 def programs(g: Geometry) -> int:
     """How many programs the launch has."""
-    return g.inner // 32 + g.D // 32 + -(-(2 * g.S + g.H) // 16)
+    return g.inner // 32 + g.D // out_channels(g.D) + -(-(2 * g.S + g.H) // bc_outputs(g.D))
 
 
 def _pace(g: Geometry, precision: Format, rows: int) -> int:
-    of_bytes, narrow, wide = _PACES[rows]
+    if wide(g.D):
+        return _WIDE_PACES[0 if precision.quantised else 1]
+    of_bytes, narrow, broad = _PACES[rows]
     if precision.quantised:
         return of_bytes
-    return narrow if g.D <= _NARROW else wide
+    return narrow if g.D <= _NARROW else broad
 
 
 def tuning_of(rows: int, tunings: Mapping[int, Tuning]) -> Tuning | None:
@@ -81,10 +94,17 @@ def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
         and g.P % 32 == 0
         and g.H <= 64
         and g.D % 64 == 0
-        and g.D <= 1024
         and g.L % _DEPTH == 0
-        and programs(g) <= _PROGRAMS
+        and _has_room(g, precision)
     )
+
+
+def _has_room(g: Geometry, precision: Format) -> bool:
+    """Whether places of the exchanges, programs and registers are enough."""
+    if wide(g.D):
+        has_places = scaled_places(g.D) >= g.D
+        return has_places and precision.state == "float32" and programs(g) <= _PROGRAMS_OF_WIDE
+    return programs(g) <= _PROGRAMS
 
 
 def persistent_buckets(
@@ -118,9 +138,9 @@ class _PersistentBuilder(StepBuilder):
     ) -> None:
         super().__init__(geometry, precision, rows, tuning, overlaps)
         added = {
-            "scaled_exchange": Tensor("float16", (_DEPTH, rows * 1024)),
+            "scaled_exchange": Tensor("float16", (_DEPTH, rows * scaled_places(geometry.D))),
             "norm_exchange": Tensor("float32", (_DEPTH, -(-rows // _GROUP) * 512)),
-            "gated_exchange": Tensor("float16", (_DEPTH, rows * 2048)),
+            "gated_exchange": Tensor("float16", (_DEPTH, rows * gated_places(geometry.D))),
             "bc_exchange": Tensor("float32", (_DEPTH, rows * 320)),
             "stalled": Tensor("int32", (4,)),
             "descriptors": Tensor("uint8", (programs(geometry) * _SCRATCH,)),
@@ -146,7 +166,7 @@ class _PersistentBuilder(StepBuilder):
             R=self.rows,
             D=self.g.D,
             INNER=self.g.inner,
-            BLOCK=4096 * min(self.rows, _GROUP),
+            BLOCK=(8192 if wide(self.g.D) else 4096) * min(self.rows, _GROUP),
         )
 
     def _step(self) -> Program[KernelSpec]:

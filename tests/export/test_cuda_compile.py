@@ -179,15 +179,16 @@ def test_published_sizes() -> None:
 
 class TestAllLayersInOneLaunch:
     @pytest.mark.parametrize(
-        ("precision", "rows"),
+        ("size", "precision", "rows"),
         [
-            *(("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)),
-            *(("fp16-state16", 16), ("fp16-state16", 32), ("int8-state16", 32)),
+            *(("B", "fp16", 2), ("B", "int8", 2), ("XL", "fp16", 2), ("XL", "int8", 2)),
+            *(("B", "fp16-state16", 8), ("B", "int8-state16", 8), ("B", "fp16-state16", 16)),
+            *(("B", "fp16-state16", 32), ("B", "int8-state16", 32)),
         ],
     )
-    def test_machine_code(self, precision: str, rows: int) -> None:
+    def test_machine_code(self, size: str, precision: str, rows: int) -> None:
         """For 9.0 alone, with a warp that fetches and a place for what the launch passes last."""
-        (bucket,) = [found for found in in_one_launch("B", precision) if found.rows == rows]
+        (bucket,) = [found for found in in_one_launch(size, precision) if found.rows == rows]
         kernel = kernel_of(bucket, persistent.persistent)
         ((found, binary),) = compile_kernels([kernel], CAPABILITIES, workers=1).items()
         assert found == (kernel.id, 90)
@@ -204,7 +205,7 @@ class TestAllLayersInOneLaunch:
     @pytest.mark.parametrize(
         ("precision", "others"), [("fp16", [2]), ("int8", [2]), ("fp16-state16", [4, 16, 32, 128])]
     )
-    @pytest.mark.parametrize("size", ["B", "L"])
+    @pytest.mark.parametrize("size", ["B", "L", "XL"])
     def test_it_remembers_what_the_other_launches_do(
         self, size: str, precision: str, others: list[int]
     ) -> None:
@@ -215,11 +216,14 @@ class TestAllLayersInOneLaunch:
                 assert movable(bucket, other)
 
     @pytest.mark.parametrize("precision", ["fp16", "fp16-state16"])
-    def test_all_programs_are_resident_on_the_smallest_h100(self, precision: str) -> None:
-        for size in ("B", "L"):
-            for bucket in in_one_launch(size, precision):
-                (grid,) = {item.grid for item in flat(bucket.step) if item.kernel.resident}
-                assert grid[0] * grid[1] * grid[2] <= 114
+    @pytest.mark.parametrize(("size", "multiprocessors"), [("B", 114), ("L", 114), ("XL", 132)])
+    def test_all_programs_are_resident(
+        self, size: str, multiprocessors: int, precision: str
+    ) -> None:
+        """On the smallest H100, but a wide model's on others alone."""
+        for bucket in in_one_launch(size, precision):
+            (grid,) = {item.grid for item in flat(bucket.step) if item.kernel.resident}
+            assert grid[0] * grid[1] * grid[2] <= multiprocessors
 
     def test_rows(self) -> None:
         """Two where the states are float32, eight and groups of eight where they are float16."""
@@ -228,6 +232,9 @@ class TestAllLayersInOneLaunch:
             *(("fp16-state16", [8, 16, 32]), ("int8-state16", [8, 16, 32])),
         ):
             assert [bucket.rows for bucket in in_one_launch("L", precision)] == rows
+            assert [bucket.rows for bucket in in_one_launch("XL", precision)] == [
+                count for count in rows if count == 2
+            ]
         assert [rows for rows in (8, 16, 32) if pays(PUBLISHED["L"], rows)] == [8, 16, 32]
         assert [rows for rows in (8, 16, 32) if pays(PUBLISHED["B"], rows)] == [8, 16]
 
@@ -235,8 +242,8 @@ class TestAllLayersInOneLaunch:
         ("geometry", "precision", "capabilities"),
         [
             (PUBLISHED["L"], "fp16", [80, 120]),
-            (PUBLISHED["XL"], "fp16", [90]),  # more programs than multiprocessors
-            (PUBLISHED["XL"], "fp16-state16", [90]),
+            (PUBLISHED["XL"], "fp16-state16", [90]),  # wide models have two rows alone
+            (replace(PUBLISHED["XL"], D=1600), "fp16", [90]),  # more than the exchanges hold
             (PUBLISHED["L"], "fp32", [90]),
             (PUBLISHED["L"], "fp16-state8", [90]),
             (PUBLISHED["L"], "int8-state8", [90]),

@@ -7,6 +7,9 @@ Each program has a role and the same outputs in every layer:
 * `bc` ((2S + H) / 16): 16 of the outputs of `in_proj` that are B, C and dt, as the scan wants them;
 * `scan` (I / 32): x and z of 32 channels and their states.
 
+For models wider than 1024 (`persistent_wide`) a program of `out` has 64 channels, one of `bc` 32
+outputs.
+
 Three exchanges a layer (`persistent_exchange`) are all that they wait for: `scaled` from `out` to
 both others, B, C and dt from `bc` to `scan`, `gated` back to `out`. Meanwhile a warp of its own
 brings the weights and states of layers to come into a ring in shared memory (TMA), at an even pace:
@@ -27,11 +30,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
-    GATED_PLACES,
     NORM_PLACES,
-    SCALED_PLACES,
     UNITS,
     Sizes,
+    gated_places,
+    out_channels,
+    scaled_places,
+    wide,
 )
 from aim_export.cuda.kernels.persistent_exchange import clock
 from aim_export.cuda.kernels.persistent_groups import bc_role_groups, out_role_groups
@@ -41,11 +46,11 @@ from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
 from aim_export.cuda.kernels.persistent_scan import scan_role
 from aim_export.cuda.kernels.persistent_scan_eight import scan_role_eight
 from aim_export.cuda.kernels.persistent_scan_groups import scan_role_groups
+from aim_export.cuda.kernels.persistent_wide_producer import producer_wide
+from aim_export.cuda.kernels.persistent_wide_roles import out_role_wide
 
 # Copies of _PLACES for Triton's own language.
-_SCALED = tl.constexpr(SCALED_PLACES.value)
 _NORMS = tl.constexpr(NORM_PLACES.value)
-_GATED = tl.constexpr(GATED_PLACES.value)
 _BC = tl.constexpr(BC_PLACES.value)
 
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
@@ -84,11 +89,13 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
 
 
 @gluon.jit
-def _shared_memory(R: gl.constexpr):
+def _shared_memory(R: gl.constexpr, WIDE: gl.constexpr):
     """The ring as the producer sees it, and what the roles have, with the ring as they see it."""
-    BARS: gl.constexpr = 10 if R <= 8 else UNITS + UNITS // 2
+    BARS: gl.constexpr = _bars(R, WIDE)
     filled, ring, pairs = _ring(BARS)
-    if R == 2:
+    if WIDE:
+        shared = _shared_memory_wide(ring)
+    elif R == 2:
         shared = _shared_memory_two(ring)
     elif R == 8:
         shared = _shared_memory_eight(ring, pairs)
@@ -97,6 +104,14 @@ def _shared_memory(R: gl.constexpr):
     for index in gl.static_range(BARS):
         mbarrier.init(ring[2].index(index), count=1)
     return filled, shared
+
+
+@gluon.constexpr_function
+def _bars(R, WIDE):
+    """Barriers of the ring: a unit is full, and what has left it."""
+    if WIDE:
+        return 14
+    return 10 if R <= 8 else UNITS.value + UNITS.value // 2
 
 
 @gluon.jit
@@ -122,6 +137,18 @@ def _shared_memory_two(ring):
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     of_scan = ring, bcs, part_0, part_1, part_2, scores
     return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
+
+
+@gluon.jit
+def _shared_memory_wide(ring):
+    """The same for two rows of a wide model."""
+    bcs = gl.allocate_shared_memory(gl.int32, [512, 4], ROWS)
+    part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
+    of_scan = ring, bcs, part_0, part_1, part_2, scores
+    return of_scan, (ring, part_0, part_1, part_2), (ring, part_0, part_1)
 
 
 @gluon.jit
@@ -158,7 +185,7 @@ def consumer(
     sizes: gl.constexpr,
 ):
     SCAN: gl.constexpr = sizes.INNER // 32
-    OUT: gl.constexpr = sizes.D // 32
+    OUT: gl.constexpr = sizes.D // out_channels(sizes.D)
     begin_dependents(sizes.OVERLAPS)
     start = clock(pid)
     of_scan, of_out, of_bc = shared
@@ -170,7 +197,9 @@ def consumer(
         else:
             scan_role_groups(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN + OUT:
-        if sizes.R <= 8:
+        if wide(sizes.D):
+            out_role_wide(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
+        elif sizes.R <= 8:
             out_role(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
         else:
             out_role_groups(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
@@ -178,6 +207,14 @@ def consumer(
         bc_role(of_bc, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
     else:
         bc_role_groups(of_bc, pointers, exchanges, pid - SCAN - OUT, layers, start, stalled, sizes)
+
+
+@gluon.jit
+def fetcher(memory, filled, pointers, pid, layers, sizes: gl.constexpr, PACE: gl.constexpr):
+    if wide(sizes.D):
+        producer_wide(memory, filled, pointers, pid, layers, sizes, PACE)
+    else:
+        producer(memory, filled, pointers, pid, layers, sizes, PACE)
 
 
 @gluon.jit
@@ -207,9 +244,9 @@ def persistent(
     past_decay,  # (L, R, H, C) float32, updated
     residual,  # (R, D) float32, written
     status,  # (R,) int32: becomes STALLED when a wait took too long
-    scaled,  # exchanges, all ones between launches: (DEPTH, R * 1024) float16
+    scaled,  # exchanges, all ones between launches: (DEPTH, R * 1024 or 1536) float16
     norms,  # (DEPTH, 512) float32
-    gated,  # (DEPTH, R * 2048) float16
+    gated,  # (DEPTH, R * 2048 or 3072) float16
     bc,  # (DEPTH, R * 320) float32
     stalled,  # (4,) int32: [0] becomes 1 then
     R: gl.constexpr,
@@ -236,7 +273,7 @@ def persistent(
     # After a launch that failed nothing is to be had: later ones must not wait as long again.
     layers = gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
-    filled, shared = _shared_memory(R)
+    filled, shared = _shared_memory(R, wide(D))
     begin = (token, position, (word_table, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
     past, result = (past_x, past_b, past_decay, state_scale), (residual, status)
@@ -245,7 +282,7 @@ def persistent(
     gl.warp_specialize(
         [
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes)),
-            (producer, (memory, filled, pointers, pid, layers, sizes, PACE)),
+            (fetcher, (memory, filled, pointers, pid, layers, sizes, PACE)),
         ],
         [1],
         [24],
@@ -270,23 +307,26 @@ def clear_exchanges(
     there are groups of rows.
     """
     AT_A_TIME: tl.constexpr = R if R < 8 else 8
+    SCALED: tl.constexpr = scaled_places(D)
+    GATED: tl.constexpr = gated_places(D)
+    OUT: tl.constexpr = D // out_channels(D)  # 16 shares of the norm from each
     program = tl.program_id(0) % 5
     at = tl.program_id(0) // 5 * BLOCK + tl.arange(0, BLOCK)
     empty = tl.full((BLOCK,), -1, tl.int32)
     word = tl.pointer_type(tl.int32)
     if program == 0:
-        inside = at % (AT_A_TIME * _SCALED // 2) // (32 * AT_A_TIME) < D // 64
+        inside = at % (AT_A_TIME * SCALED // 2) // (32 * AT_A_TIME) < D // 64
         kept = tl.where(inside, empty, 0)
-        tl.store(scaled.to(word, bitcast=True) + at, kept, mask=at < R * _SCALED * 2)
+        tl.store(scaled.to(word, bitcast=True) + at, kept, mask=at < R * SCALED * 2)
     elif program == 1:
-        inside = at % _NORMS // 32 < D // 64
+        inside = at % _NORMS // 16 < OUT
         kept = tl.where(inside, empty, 0)
         mask = at < R // AT_A_TIME * _NORMS * 4
         tl.store(norms.to(word, bitcast=True) + at, kept, mask=mask)
     elif program == 2:
-        inside = at % (AT_A_TIME * _GATED // 2) // (32 * AT_A_TIME) < INNER // 64
+        inside = at % (AT_A_TIME * GATED // 2) // (32 * AT_A_TIME) < INNER // 64
         kept = tl.where(inside, empty, 0)
-        tl.store(gated.to(word, bitcast=True) + at, kept, mask=at < R * _GATED * 2)
+        tl.store(gated.to(word, bitcast=True) + at, kept, mask=at < R * GATED * 2)
     elif program == 3:
         tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < R * _BC * 4)
     else:

@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_products import L1, L4, load_tile, load_tile8
 
-# Places of one layer in the exchanges, in elements, where they are as many for each row.
+# Places of one layer in the exchanges, in elements, where they are as many for each row: those of
+# `scaled` and `gated` are more in wide models.
 SCALED_PLACES = gl.constexpr(1024)  # a row, halves: box, half of it, row, 32
 NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and warp, row
 GATED_PLACES = gl.constexpr(2048)  # a row, halves, as those of `scaled`
@@ -46,6 +47,36 @@ class Sizes(NamedTuple):
 def rows_at_a_time(R):
     """Rows of a group: more than eight go through a role in groups of eight."""
     return min(R, 8)
+
+
+@gluon.constexpr_function
+def wide(D):
+    """Whether a model is one whose products are cut as `persistent_wide` says."""
+    return D > 1024
+
+
+@gluon.constexpr_function
+def out_channels(D):
+    """Channels of the residual of a program of role `out`."""
+    return 64 if wide(D) else 32
+
+
+@gluon.constexpr_function
+def bc_outputs(D):
+    """Outputs of a program of role `bc`."""
+    return 32 if wide(D) else 16
+
+
+@gluon.constexpr_function
+def scaled_places(D):
+    """SCALED_PLACES, for a model of this width."""
+    return 1536 if wide(D) else 1024
+
+
+@gluon.constexpr_function
+def gated_places(D):
+    """GATED_PLACES, for a model of this width."""
+    return 2 * scaled_places(D)
 
 
 @gluon.constexpr_function

@@ -22,12 +22,15 @@ LIMIT = gl.constexpr(1 << 30)
 
 
 @gluon.constexpr_function
-def _loads(offsets, address):
-    """PTX that polls 16 bytes at each of `offsets` bytes behind operand `address`."""
+def _loads(offsets, address, first):
+    """PTX that polls 16 bytes at each of `offsets` bytes behind operand `address`.
+
+    `first` is the number of polls before.
+    """
     return "".join(
         f"ld.relaxed.gpu.global.v4.b32 {{${4 * i},${4 * i + 1},${4 * i + 2},${4 * i + 3}}}, "
         f"[${address}+{offset}];"
-        for i, offset in enumerate(offsets)
+        for i, offset in enumerate(offsets, start=first)
     )
 
 
@@ -43,13 +46,16 @@ def _end(start, stalled, nap):
 
 
 @gluon.constexpr_function
-def _halves_text(offsets, partial, nap):
-    count = len(offsets)
+def _halves_text(offsets, partial, nap, beyond=()):
+    """PTX that waits for halves at `offsets` from an address and at `beyond` from a second one."""
+    count = len(offsets) + len(beyond)
     address = 4 * count + (4 if partial else 0)
-    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: " + _loads(offsets, address)
+    last = address + (4 if beyond else 0)
+    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: " + _loads(offsets, address, 0)
+    text += _loads(beyond, last, len(offsets))
     if partial:
         word = 4 * count
-        text += f"ld.relaxed.gpu.global.b32 ${word}, [${address + 4}];"
+        text += f"ld.relaxed.gpu.global.b32 ${word}, [${last + 4}];"
     text += "mov.b32 m, 0;"
     for i in range(count):
         a, b, c, d = (f"${4 * i + k}" for k in range(4))
@@ -58,7 +64,7 @@ def _halves_text(offsets, partial, nap):
     text += "setp.num.f16x2 p|q, m, m; and.pred p, p, q;"
     if partial:
         text += f"setp.ne.and.b32 p, ${word}, -1, p;"
-    first = address + (8 if partial else 4)
+    first = last + (8 if partial else 4)
     text += _end(first, first + 4, nap)
     if partial:
         text += "".join(f"mov.b32 ${word + k}, 0;" for k in (1, 2, 3))
@@ -66,9 +72,9 @@ def _halves_text(offsets, partial, nap):
 
 
 @gluon.constexpr_function
-def _halves_operands(count, partial):
+def _halves_operands(count, partial, addresses=1):
     outputs = ["=&r"] * (4 * count) + ["=&f"] * (4 if partial else 0)
-    inputs = ["l"] * (8 if partial else 4) + ["r"] * 4 + ["l"] * 4
+    inputs = ["l"] * (4 * addresses + (4 if partial else 0)) + ["r"] * 4 + ["l"] * 4
     return ",".join(outputs + inputs)
 
 
@@ -92,6 +98,21 @@ def poll_scaled(address, partial, start, stalled, R: gl.constexpr):
 
 
 @gluon.jit
+def poll_scaled_wide(address, beyond, partial, start, stalled, R: gl.constexpr):
+    """`poll_scaled` of 64 inputs more, at addresses of their own: two more groups of fragments."""
+    text: gl.constexpr = _halves_text((0, 64 * R), True, True, (0, 64 * R))
+    operands: gl.constexpr = _halves_operands(4, True, 2)
+    return gl.inline_asm_elementwise(
+        text,
+        operands,
+        [address, beyond, partial, start, stalled],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.float32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
 def poll_gated(address, start, stalled, R: gl.constexpr):
     """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32."""
     text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, False)
@@ -101,6 +122,23 @@ def poll_gated(address, start, stalled, R: gl.constexpr):
         operands,
         [address, start, stalled],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def poll_gated_wide(address, start, stalled, R: gl.constexpr):
+    """`poll_gated` of a warp's 192 inputs: six groups of fragments."""
+    text: gl.constexpr = _halves_text(
+        (0, 64 * R, 2048 * R, 2112 * R, 4096 * R, 4160 * R), False, False
+    )
+    operands: gl.constexpr = _halves_operands(6, False)
+    return gl.inline_asm_elementwise(
+        text,
+        operands,
+        [address, start, stalled],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
         is_pure=False,
         pack=4,
     )

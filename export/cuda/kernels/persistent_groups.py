@@ -288,7 +288,7 @@ def _bc(shared, pointers, exchanges, p, now, weights, of_outputs, limits, sizes:
         value = softplus(newest + bias)
     else:
         value = silu(convolved(past, newest, taps))
-    to_bc = place_of_bc(bc + group * (ROWS * BC_PLACES), p, of_group, output, S, ROWS)
+    to_bc = place_of_bc(bc + group * (ROWS * BC_PLACES), p * 16, of_group, output, S, ROWS)
     publish_bc(to_bc, value, layer, sizes)
     is_b = p * 16 < S
     remember_bc(pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes)

@@ -23,7 +23,7 @@ from aim_export.cuda.kernels.persistent_prefetch import (
 
 
 @gluon.jit
-def _paced(last, T):
+def paced(last, T):
     """Wait until T cycles after what was due last; far behind, begin again from now."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 c, d, e; L: mov.u32 c, %clock; sub.u32 d, c, $1;"
@@ -60,7 +60,7 @@ def _fill(
     mbarrier.expect(full, BOXES * 2048)
     for four in gl.static_range(BOXES // 4):
         if PACE > 0:
-            last = _paced(last, PACE)
+            last = paced(last, PACE)
         for box in gl.static_range(4):
             at = four * 4 + box
             tma.async_copy_global_to_shared(
@@ -73,7 +73,7 @@ def _fill(
 
 
 @gluon.jit
-def _fill_states(
+def fill_states(
     ring,
     unit,
     states,
@@ -98,7 +98,7 @@ def _fill_states(
         mbarrier.expect(full, 32768)
         for block in gl.static_range(4):
             if PACE > 0:
-                last = _paced(last, PACE)
+                last = paced(last, PACE)
             at = row + (FIRST + block // BLOCKS) * (sizes.INNER * LINES) + (block % BLOCKS) * 64
             tma.async_copy_global_to_shared(states, [at, 0], full, blocks.index(slot * 4 + block))
     else:
@@ -140,7 +140,7 @@ def _some_row_has_states(position, sizes: gl.constexpr):
 
 
 @gluon.jit
-def _begun(position, layer, before, sizes: gl.constexpr):
+def begun_before(position, layer, before, sizes: gl.constexpr):
     """`_some_row_has_states`, found in the first layer; then `before`.
 
     Positions are of the launch ahead, which the first weights do not wait for.
@@ -179,8 +179,8 @@ def _feed_scan(
         row += INNER
         last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
         last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
-        begun = _begun(position, layer, begun, sizes)
-        last = _fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, PACE // 20)
+        begun = begun_before(position, layer, begun, sizes)
+        last = fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, PACE // 20)
     else:
         unit = layer * 3
         _wait_for_weights(bars, layer)
@@ -188,8 +188,8 @@ def _feed_scan(
         row += INNER
         last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
         _wait_for_states(bars, layer)
-        begun = _begun(position, layer, begun, sizes)
-        last = _fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, PACE // 12)
+        begun = begun_before(position, layer, begun, sizes)
+        last = fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, PACE // 12)
     return last, begun
 
 
@@ -223,9 +223,9 @@ def _feed_scan_eight(
         last = _fill(ring, unit - 2, in_weights, row, 0, last, PACE // 24, UNITS)
         last = _fill(ring, unit - 1, in_weights, row + 16, 0, last, PACE // 24, UNITS)
         _wait_for_last_states(bars, layer)
-        begun = _begun(position, layer, begun, sizes)
-        last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 24)
-        last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 24)
+        begun = begun_before(position, layer, begun, sizes)
+        last = fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 24)
+        last = fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 24)
     else:
         unit = layer * 4 + 2
         _wait_for_states(bars, layer)
@@ -233,9 +233,9 @@ def _feed_scan_eight(
         row += INNER
         last = _fill(ring, unit - 1, in_weights, row, 0, last, PACE // 16, UNITS, 8)
         _wait_for_last_weights(bars, layer)
-        begun = _begun(position, layer, begun, sizes)
-        last = _fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 16)
-        last = _fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 16)
+        begun = begun_before(position, layer, begun, sizes)
+        last = fill_states(ring, unit, states, at, last, begun, 0, sizes, PACE // 16)
+        last = fill_states(ring, unit + 1, states, at, last, begun, 4, sizes, PACE // 16)
     return last, begun
 
 
@@ -271,8 +271,8 @@ def _feed_scan_groups(
         at = ((layer * sizes.R + group * 8) * INNER + pid * 32) * 2
         following = unit + WEIGHTS + group * 2
         _wait_for_slot(bars, following // 2, UNITS // 2)
-        last = _fill_states(ring, following, states, at, last, begun, 0, sizes, EACH)
-        last = _fill_states(ring, following + 1, states, at, last, begun, 4, sizes, EACH)
+        last = fill_states(ring, following, states, at, last, begun, 0, sizes, EACH)
+        last = fill_states(ring, following + 1, states, at, last, begun, 4, sizes, EACH)
     return last
 
 
@@ -354,7 +354,7 @@ def producer(
     position = pointers[0][1]
     begun = pid < 0
     if sizes.R > 8:
-        begun = _begun(position, 0, begun, sizes)
+        begun = begun_before(position, 0, begun, sizes)
         _producer_groups(memory, ring, pointers, begun, pid, layers, sizes, PACE)
     elif pid < SCAN:
         for layer in range(layers):

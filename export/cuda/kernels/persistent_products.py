@@ -254,7 +254,7 @@ def _add_over_pairs(value):
 
 
 @gluon.jit
-def _row_sum(value):
+def row_sum(value):
     """The warp's sum for row lane & 1, from lanes that hold a share of row (lane >> 2) & 1."""
     return gl.inline_asm_elementwise(
         "{ .reg .f32 r, t; .reg .b32 l, a; shfl.sync.bfly.b32 r, $1, 1, 0x1f, 0xffffffff;"
@@ -302,7 +302,7 @@ def squares(a, b, c, d, lane, zero, R: gl.constexpr):
         high = gl.expand_dims((lane & 16) != 0, 1)
         mine = gl.where(high, gl.where(low, d, c), gl.where(low, b, a))
         total = gl.sum(square(mine, zero), axis=1)
-        sums = _row_sum(gl.convert_layout(total, L1, assert_trivial=True))
+        sums = row_sum(gl.convert_layout(total, L1, assert_trivial=True))
     else:
         tile = _multiply_rows(b, _multiply_rows(a, zero))
         tile += _multiply_rows(d, _multiply_rows(c, zero))

@@ -15,6 +15,7 @@ from aim_export.cuda.kernels.persistent_common import (
     GATED_PLACES,
     NORM_PLACES,
     SCALED_PLACES,
+    bc_outputs,
     bounds,
     convolution_before,
     factor_of,
@@ -27,6 +28,7 @@ from aim_export.cuda.kernels.persistent_common import (
     softplus,
     store_rounded,
     threads,
+    wide,
 )
 from aim_export.cuda.kernels.persistent_exchange import (
     clear_float,
@@ -51,6 +53,7 @@ from aim_export.cuda.kernels.persistent_products import (
     shared_sums,
     squares,
 )
+from aim_export.cuda.kernels.persistent_wide import project_bc
 
 # What `status` becomes when a wait took too long.
 STALLED = gl.constexpr(2)
@@ -192,26 +195,35 @@ def step_input(begin, at, row, place, here, sizes: gl.constexpr):
 
 
 @gluon.jit
-def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
-    """Publish the next layer's input and each warp's share of its norm."""
+def norm_share(squared, R: gl.constexpr):
+    """Each warp's sum of a program's squares."""
     LAYOUT: gl.constexpr = _by_warp(R)
-    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
     if R == 2:
-        by_warp = gl.reshape(value * value, [2, 8, 4])
+        by_warp = gl.reshape(squared, [2, 8, 4])
         total = gl.sum(gl.convert_layout(by_warp, LAYOUT, assert_trivial=True), axis=2)
     else:
-        by_warp = gl.reshape(value * value, [8, 2, 2, 8])
+        by_warp = gl.reshape(squared, [8, 2, 2, 8])
         by_warp = gl.convert_layout(by_warp, LAYOUT, assert_trivial=True)
         total = gl.sum(gl.sum(by_warp, axis=3), axis=2)
-    publish_float(to_norms, total, 31)
+    return total
 
 
 @gluon.jit
-def place_of_bc(bc, p, row, output, S: gl.constexpr, R: gl.constexpr):
-    """Where outputs among B, C and dt are handed over, in the first layer's places."""
-    kind = (p * 16) // S
+def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
+    """Publish the next layer's input and each warp's share of its norm."""
+    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
+    publish_float(to_norms, norm_share(value * value, R), 31)
+
+
+@gluon.jit
+def place_of_bc(bc, begin, row, output, S: gl.constexpr, R: gl.constexpr):
+    """Where outputs among B, C and dt are handed over, in the first layer's places.
+
+    `begin` is the first one of the program.
+    """
+    kind = begin // S
     return bc + gl.where(
-        p * 16 >= 2 * S,
+        begin >= 2 * S,
         2 * R * S + (output - 2 * S) * R + row,
         kind * R * S + row * S + (output - kind * S),
     )
@@ -231,7 +243,7 @@ def publish_bc(to_bc, value, layer, sizes: gl.constexpr):
 
 @gluon.jit
 def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
-    """16 of the outputs that are B, C and dt."""
+    """16 of the outputs that are B, C and dt, or 32 in wide models."""
     ring, part_b, part_s = shared
     begin, modulation, conv, rates, _past, scales, _result = pointers
     in_scales, _out_scales = scales
@@ -244,21 +256,21 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     X: gl.constexpr = sizes.X
     E: gl.constexpr = INNER + X + sizes.H
     R: gl.constexpr = sizes.R
-    PARTS: gl.constexpr = parts16(R)
+    OUTPUTS: gl.constexpr = bc_outputs(sizes.D)
+    PARTS: gl.constexpr = parts16(R) if OUTPUTS == 16 else parts32(R)
     OUT: gl.constexpr = gl.SliceLayout(2, PARTS)
-    tid, lane, fragment = threads(R)
+    tid, _lane, fragment = threads(R)
     from_scaled = polled(scaled + (tid >> 5) * (64 * R) + fragment)
     from_norms = polled(norms + tid)
-    start4, stalled4 = bounds(start, stalled)
-    zero = gl.full([512, 4], 0.0, gl.float32, L4)
+    limits = bounds(start, stalled)
     row = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
-    channel = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, OUT)), 0)
-    output = p * 16 + channel  # among B, C and dt
-    is_dt = p * 16 >= 2 * S
-    is_b = p * 16 < S
+    channel = gl.expand_dims(gl.arange(0, OUTPUTS, gl.SliceLayout(0, OUT)), 0)
+    output = p * OUTPUTS + channel  # among B, C and dt
+    is_dt = p * OUTPUTS >= 2 * S
+    is_b = p * OUTPUTS < S
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
-    to_bc = place_of_bc(bc, p, row, output, S, R)
+    to_bc = place_of_bc(bc, p * OUTPUTS, row, output, S, R)
     at = gl.load(position + row).to(gl.int32)
     there = (row >= 0) & (output < 2 * S)
     loaded = gl.minimum(output, E - 2 * INNER - 1)
@@ -268,24 +280,36 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
         before, tap = convolution_before(conv, layer, row, mixed, at, there, sizes)
         bias = gl.load(dt_bias + layer * heads_apart(sizes.H) + head)
         factor = factor_of(in_scales, layer * E + 2 * INNER + loaded, sizes.BITS)
-        a0, a1, a2, a3 = load_single(ring, layer, sizes.BITS)
-        mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
-        gl.thread_barrier()
-        first, second, norm = poll_scaled(
-            from_scaled + turn * (2 * R * SCALED_PLACES),
-            from_norms + turn * (4 * NORM_PLACES),
-            start4,
-            stalled4,
-            R,
-        )
-        tile = multiply(a2, a3, second, multiply(a0, a1, first, zero))
-        newest = summed16(tile, norm, lane, (part_b, part_s), sizes) * factor + shift
+        polls, parts = (from_scaled, from_norms), (part_b, part_s)
+        project: gl.constexpr = project_bc if wide(sizes.D) else _project16
+        newest = project(ring, layer, turn, polls, limits, parts, sizes) * factor + shift
         if is_dt:  # noqa: SIM108 - a program takes one side
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
         publish_bc(to_bc, value, layer, sizes)
         remember_bc(pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes)
+
+
+@gluon.jit
+def _project16(ring, layer, turn, polls, limits, parts, sizes: gl.constexpr):
+    """16 outputs among B, C and dt, times the norm's factor: (R, 16)."""
+    from_scaled, from_norms = polls
+    R: gl.constexpr = sizes.R
+    _tid, lane, _fragment = threads(R)
+    zero = gl.full([512, 4], 0.0, gl.float32, L4)
+    a0, a1, a2, a3 = load_single(ring, layer, sizes.BITS)
+    mbarrier.arrive(ring[2].index(6 + (layer & 1)), count=1)
+    gl.thread_barrier()
+    first, second, norm = poll_scaled(
+        from_scaled + turn * (2 * R * SCALED_PLACES),
+        from_norms + turn * (4 * NORM_PLACES),
+        limits[0],
+        limits[1],
+        R,
+    )
+    tile = multiply(a2, a3, second, multiply(a0, a1, first, zero))
+    return summed16(tile, norm, lane, parts, sizes)
 
 
 @gluon.jit

@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
-    GATED_PLACES,
     NORM_PLACES,
     SCALED_PLACES,
     UNITS,
@@ -20,6 +19,7 @@ from aim_export.cuda.kernels.persistent_common import (
     bounds,
     convolution_before,
     factor_of,
+    gated_places,
     heads_apart,
     load_pair,
     polled,
@@ -27,6 +27,7 @@ from aim_export.cuda.kernels.persistent_common import (
     ready,
     silu,
     threads,
+    wide,
 )
 from aim_export.cuda.kernels.persistent_exchange import (
     clear_half,
@@ -45,6 +46,7 @@ from aim_export.cuda.kernels.persistent_products import (
     results,
     shared_sums,
 )
+from aim_export.cuda.kernels.persistent_wide import OTHERS, project_scan
 
 PARTS = gl.constexpr(parts32(2))
 OUT32 = gl.constexpr(gl.SliceLayout(2, PARTS.value))  # (2, 32): a program's outputs
@@ -128,17 +130,37 @@ def multiply_input(weights, polls, limits, zero, R: gl.constexpr, PACKED: gl.con
 
 
 @gluon.jit
-def _summed(tiles, norm, shifts, factors, lane, parts, D: gl.constexpr, EPS: gl.constexpr):
+def _products(ring, first, layer, turn, polls, limits, zero, sizes: gl.constexpr):
+    """`project` or, in wide models, `project_scan`."""
+    if wide(sizes.D):
+        tiles, norm = project_scan(ring, first, layer, turn, polls, limits, sizes)
+    else:
+        tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
+    return tiles, norm
+
+
+@gluon.jit
+def _kept(tile, lane, WIDE: gl.constexpr):
+    """What a lane keeps of a tile, which `project_scan` has found already."""
+    found = tile
+    if not WIDE:
+        found = results(tile, lane, 2)
+    return found
+
+
+@gluon.jit
+def _summed(tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
     """The warps' shares together: x before the convolution and z behind silu, (2, 32)."""
+    WIDE: gl.constexpr = wide(sizes.D)
     zt, vt, xt, ut = tiles
     shift_z, shift_x = shifts
     factor_z, factor_x = factors
     part_x, part_z, part_s = parts
     sums = shared_sums(norm, 2)
-    put32(part_z, results(zt, lane, 2), results(vt, lane, 2), 2)
-    put32(part_x, results(xt, lane, 2), results(ut, lane, 2), 2)
+    put32(part_z, _kept(zt, lane, WIDE), _kept(vt, lane, WIDE), 2)
+    put32(part_x, _kept(xt, lane, WIDE), _kept(ut, lane, WIDE), 2)
     put_sums(part_s, sums, 2, 32)
-    rms = inverse_rms(part_s, D, EPS, 2, PARTS)
+    rms = inverse_rms(part_s, sizes.D, sizes.EPS, 2, PARTS)
     newest = gl.sum(part_x.load(PARTS), axis=2) * rms * factor_x + shift_x
     return newest, silu(gl.sum(part_z.load(PARTS), axis=2) * rms * factor_z + shift_z)
 
@@ -252,7 +274,8 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     K: gl.constexpr = sizes.K
     CHUNK: gl.constexpr = sizes.CHUNK
     E: gl.constexpr = INNER + X + H
-    UNITS_OF_LAYER: gl.constexpr = sizes.BITS // 4 + 1  # weights' and one of states
+    WEIGHTS: gl.constexpr = sizes.BITS // 8 * (3 if wide(sizes.D) else 2)  # units of a layer
+    GATED: gl.constexpr = 2 * gated_places(sizes.D)
     tid, _lane, _fragment = threads(2)
     active = polled_where(tid < (4 * S + 2 * H) // 4)
     limits = bounds(start, stalled)
@@ -266,7 +289,7 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     places = _chunk_places(position, S, CHUNK)
     for layer in range(layers):
         turn = layer & 3
-        own = _places(p, row, channel, exchanges, sizes.BITS == 8)
+        own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D))
         lane, own_row, own_channel, polls, from_bc, to_gated = own
         inner = p * 32 + own_channel
         everywhere = (own_row + own_channel) >= 0
@@ -279,23 +302,24 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
         last = gl.load(decays + own_row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
         factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
         factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
-        first = layer * UNITS_OF_LAYER
-        tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
+        first = layer * (WEIGHTS + 1)
+        tiles, norm = _products(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the state, while sums and B, C and dt are on their way.
         key, value = _chunk(places, (past_x, past_b), layer, decays, p, sizes)
         parts = part_x, part_z, part_s
-        newest, z = _summed(
-            tiles, norm, shifts, (factor_z, factor_x), lane, parts, sizes.D, sizes.EPS
-        )
+        factors = factor_z, factor_x
+        newest, z = _summed(tiles, norm, shifts, factors, lane, parts, sizes)
+        if wide(sizes.D):  # all warps have the third boxes' weights
+            mbarrier.arrive(bars.index(OTHERS + (layer & 1)), count=1)
         x = silu(before + newest * tap)
-        state = _states(units.index(ready(bars, first + UNITS_OF_LAYER - 1, UNITS)))
+        state = _states(units.index(ready(bars, first + WEIGHTS, UNITS)))
         bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
         from_state, attended, score, dt = _attend(bcs, scores, state, key, value, head, S)
         change = dt * rate
         y = gl.exp(change) * (gl.where(old, gl.exp(last) * from_state, 0.0) + attended)
         y = (y + (gl.expand_dims(score, 1) * dt + skip) * x) * z
-        publish_half(to_gated + turn * (2 * GATED_PLACES), y, SAME)
-        clear_half(to_gated + ((layer - 1) & 3) * (2 * GATED_PLACES), SAME)
+        publish_half(to_gated + turn * GATED, y, SAME)
+        clear_half(to_gated + ((layer - 1) & 3) * GATED, SAME)
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
         newest_at = layer * (2 * K * X) + (own_row * K + at % K) * X
         gl.store(conv_ring + newest_at + inner, newest)
