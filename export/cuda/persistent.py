@@ -19,7 +19,7 @@ from aim_export.cuda.kernels import persistent
 from aim_export.cuda.kernels.persistent_common import (
     bc_outputs,
     gated_places,
-    out_channels,
+    out_programs,
     scaled_places,
     wide,
 )
@@ -39,10 +39,8 @@ _GROUP = 8
 _CHUNK = {"float32": 32, "float16": 16}
 # Compute capabilities whose shared memory and copy engine the kernel is made for.
 CAPABILITIES = (90,)
-# Multiprocessors of the smallest GPU of those, one program each. Wide models are for GPUs that have
-# more of them: on others a runtime takes three launches a layer.
+# Multiprocessors of the smallest GPU of those: one program each.
 _PROGRAMS = 114
-_PROGRAMS_OF_WIDE = 132
 # Cycles a layer over which a program spreads its loads, by rows: with 8-bit weights, and else for
 # models up to a width and for wider ones. Of two rows all are measured on an H100 with AiM-B and
 # AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
@@ -54,7 +52,7 @@ _PACES = {
     32: (15000, 14000, 23000),
 }
 # Of two rows of a wide model, with 8-bit weights and else: in proportion, not measured.
-_WIDE_PACES = (12000, 18000)
+_WIDE_PACES = (11000, 18000)
 _DEPTH = 4
 # The warp that fetches, of a group of four.
 _WORKERS = 4
@@ -66,7 +64,7 @@ _REPLACED = ("scaled", "partials", "projected", "gated", "squares")
 
 def programs(g: Geometry) -> int:
     """How many programs the launch has."""
-    return g.inner // 32 + g.D // out_channels(g.D) + -(-(2 * g.S + g.H) // bc_outputs(g.D))
+    return g.inner // 32 + out_programs(g.D) + -(-(2 * g.S + g.H) // bc_outputs(g.D))
 
 
 def _pace(g: Geometry, precision: Format, rows: int) -> int:
@@ -94,17 +92,11 @@ def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
         and g.P % 32 == 0
         and g.H <= 64
         and g.D % 64 == 0
+        and scaled_places(g.D) >= g.D
+        and (precision.state == "float32" or not wide(g.D))
         and g.L % _DEPTH == 0
-        and _has_room(g, precision)
+        and programs(g) <= _PROGRAMS
     )
-
-
-def _has_room(g: Geometry, precision: Format) -> bool:
-    """Whether places of the exchanges, programs and registers are enough."""
-    if wide(g.D):
-        has_places = scaled_places(g.D) >= g.D
-        return has_places and precision.state == "float32" and programs(g) <= _PROGRAMS_OF_WIDE
-    return programs(g) <= _PROGRAMS
 
 
 def persistent_buckets(

@@ -111,19 +111,23 @@ def check(found: Arrays, wanted: Arrays) -> None:
     assert not found["status"].any()
 
 
-@pytest.mark.parametrize(
-    ("geometry", "precision", "rows"),
-    [*((GEOMETRY, *case) for case in CASES), (WIDE, "fp16", 2), (WIDE, "int8", 2)],
-    ids=lambda value: f"D {value.D}" if isinstance(value, Geometry) else str(value),
-)
-def test_two_steps(geometry: Geometry, precision: str, rows: int) -> None:
-    """The second finds the exchanges as the first left them."""
-    played = Played(precision, rows, geometry)
-    for offset in (0, 1):
+def play(played: Played, steps: int) -> None:
+    for offset in range(steps):
         played.put(tuple(at + offset for at in POSITIONS))
-        wanted = step(geometry, played.arrays)
+        wanted = step(played.geometry, played.arrays)
         played.launch(seed=offset)
         check(played.arrays, wanted)
+
+
+@pytest.mark.parametrize(("precision", "rows"), CASES)
+def test_two_steps(precision: str, rows: int) -> None:
+    """The second finds the exchanges as the first left them."""
+    play(Played(precision, rows), 2)
+
+
+@pytest.mark.parametrize(("precision", "steps"), [("fp16", 2), ("int8", 1)])
+def test_a_wide_model(precision: str, steps: int) -> None:
+    play(Played(precision, 2, WIDE), steps)
 
 
 def test_no_states_are_read_in_first_chunks() -> None:

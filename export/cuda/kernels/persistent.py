@@ -7,8 +7,8 @@ Each program has a role and the same outputs in every layer:
 * `bc` ((2S + H) / 16): 16 of the outputs of `in_proj` that are B, C and dt, as the scan wants them;
 * `scan` (I / 32): x and z of 32 channels and their states.
 
-For models wider than 1024 (`persistent_wide`) a program of `out` has 64 channels, one of `bc` 32
-outputs.
+In models wider than 1024 (`persistent_wide`) programs of `scan` have 16 channels of `out` each, and
+one of `bc` has 32 outputs.
 
 Three exchanges a layer (`persistent_exchange`) are all that they wait for: `scaled` from `out` to
 both others, B, C and dt from `bc` to `scan`, `gated` back to `out`. Meanwhile a warp of its own
@@ -34,7 +34,8 @@ from aim_export.cuda.kernels.persistent_common import (
     UNITS,
     Sizes,
     gated_places,
-    out_channels,
+    norm_shares,
+    out_programs,
     scaled_places,
     wide,
 )
@@ -47,7 +48,7 @@ from aim_export.cuda.kernels.persistent_scan import scan_role
 from aim_export.cuda.kernels.persistent_scan_eight import scan_role_eight
 from aim_export.cuda.kernels.persistent_scan_groups import scan_role_groups
 from aim_export.cuda.kernels.persistent_wide_producer import producer_wide
-from aim_export.cuda.kernels.persistent_wide_roles import out_role_wide
+from aim_export.cuda.kernels.persistent_wide_roles import roles_wide
 
 # Copies of _PLACES for Triton's own language.
 _NORMS = tl.constexpr(NORM_PLACES.value)
@@ -146,9 +147,11 @@ def _shared_memory_wide(ring):
     part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_3 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
+    part_4 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     of_scan = ring, bcs, part_0, part_1, part_2, scores
-    return of_scan, (ring, part_0, part_1, part_2), (ring, part_0, part_1)
+    return of_scan, (ring, part_3, part_4), (ring, part_0, part_1)
 
 
 @gluon.jit
@@ -185,11 +188,13 @@ def consumer(
     sizes: gl.constexpr,
 ):
     SCAN: gl.constexpr = sizes.INNER // 32
-    OUT: gl.constexpr = sizes.D // out_channels(sizes.D)
+    OUT: gl.constexpr = out_programs(sizes.D)
     begin_dependents(sizes.OVERLAPS)
     start = clock(pid)
     of_scan, of_out, of_bc = shared
-    if pid < SCAN:
+    if wide(sizes.D):
+        roles_wide(shared, pointers, exchanges, pid, layers, start, stalled, sizes)
+    elif pid < SCAN:
         if sizes.R == 2:
             scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
         elif sizes.R == 8:
@@ -197,9 +202,7 @@ def consumer(
         else:
             scan_role_groups(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN + OUT:
-        if wide(sizes.D):
-            out_role_wide(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
-        elif sizes.R <= 8:
+        if sizes.R <= 8:
             out_role(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
         else:
             out_role_groups(of_out, pointers, exchanges, pid - SCAN, layers, start, stalled, sizes)
@@ -309,7 +312,7 @@ def clear_exchanges(
     AT_A_TIME: tl.constexpr = R if R < 8 else 8
     SCALED: tl.constexpr = scaled_places(D)
     GATED: tl.constexpr = gated_places(D)
-    OUT: tl.constexpr = D // out_channels(D)  # 16 shares of the norm from each
+    SHARES: tl.constexpr = norm_shares(D)
     program = tl.program_id(0) % 5
     at = tl.program_id(0) // 5 * BLOCK + tl.arange(0, BLOCK)
     empty = tl.full((BLOCK,), -1, tl.int32)
@@ -319,7 +322,7 @@ def clear_exchanges(
         kept = tl.where(inside, empty, 0)
         tl.store(scaled.to(word, bitcast=True) + at, kept, mask=at < R * SCALED * 2)
     elif program == 1:
-        inside = at % _NORMS // 16 < OUT
+        inside = at % _NORMS // 16 < SHARES // 16
         kept = tl.where(inside, empty, 0)
         mask = at < R // AT_A_TIME * _NORMS * 4
         tl.store(norms.to(word, bitcast=True) + at, kept, mask=mask)

@@ -56,15 +56,29 @@ def wide(D):
 
 
 @gluon.constexpr_function
-def out_channels(D):
-    """Channels of the residual of a program of role `out`."""
-    return 64 if wide(D) else 32
+def out_programs(D):
+    """Programs of role `out`; in wide models those of `scan` have its part."""
+    return 0 if wide(D) else D // 32
+
+
+@gluon.constexpr_function
+def norm_shares(D):
+    """Places that the shares of a layer's norm take: 16 a program of `out`, or 4 of wide models."""
+    return D // 4 if wide(D) else D // 2
 
 
 @gluon.constexpr_function
 def bc_outputs(D):
     """Outputs of a program of role `bc`."""
     return 32 if wide(D) else 16
+
+
+@gluon.constexpr_function
+def units_of_scan(BITS, D):
+    """Units of a layer of a program of role `scan`: weights of so many bits, and one of states."""
+    if wide(D):
+        return 10 if BITS == 16 else 6
+    return BITS // 4 + 1
 
 
 @gluon.constexpr_function

@@ -131,7 +131,7 @@ def poll_gated(address, start, stalled, R: gl.constexpr):
 def poll_gated_wide(address, start, stalled, R: gl.constexpr):
     """`poll_gated` of a warp's 192 inputs: six groups of fragments."""
     text: gl.constexpr = _halves_text(
-        (0, 64 * R, 2048 * R, 2112 * R, 4096 * R, 4160 * R), False, False
+        (0, 64 * R, 2048 * R, 2112 * R, 4096 * R, 4160 * R), False, True
     )
     operands: gl.constexpr = _halves_operands(6, False)
     return gl.inline_asm_elementwise(

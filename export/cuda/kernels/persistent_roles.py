@@ -195,24 +195,18 @@ def step_input(begin, at, row, place, here, sizes: gl.constexpr):
 
 
 @gluon.jit
-def norm_share(squared, R: gl.constexpr):
-    """Each warp's sum of a program's squares."""
-    LAYOUT: gl.constexpr = _by_warp(R)
-    if R == 2:
-        by_warp = gl.reshape(squared, [2, 8, 4])
-        total = gl.sum(gl.convert_layout(by_warp, LAYOUT, assert_trivial=True), axis=2)
-    else:
-        by_warp = gl.reshape(squared, [8, 2, 2, 8])
-        by_warp = gl.convert_layout(by_warp, LAYOUT, assert_trivial=True)
-        total = gl.sum(gl.sum(by_warp, axis=3), axis=2)
-    return total
-
-
-@gluon.jit
 def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
     """Publish the next layer's input and each warp's share of its norm."""
+    LAYOUT: gl.constexpr = _by_warp(R)
     publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
-    publish_float(to_norms, norm_share(value * value, R), 31)
+    if R == 2:
+        by_warp = gl.reshape(value * value, [2, 8, 4])
+        total = gl.sum(gl.convert_layout(by_warp, LAYOUT, assert_trivial=True), axis=2)
+    else:
+        by_warp = gl.reshape(value * value, [8, 2, 2, 8])
+        by_warp = gl.convert_layout(by_warp, LAYOUT, assert_trivial=True)
+        total = gl.sum(gl.sum(by_warp, axis=3), axis=2)
+    publish_float(to_norms, total, 31)
 
 
 @gluon.jit

@@ -27,6 +27,7 @@ from aim_export.cuda.kernels.persistent_common import (
     ready,
     silu,
     threads,
+    units_of_scan,
     wide,
 )
 from aim_export.cuda.kernels.persistent_exchange import (
@@ -46,7 +47,7 @@ from aim_export.cuda.kernels.persistent_products import (
     results,
     shared_sums,
 )
-from aim_export.cuda.kernels.persistent_wide import OTHERS, project_scan
+from aim_export.cuda.kernels.persistent_wide import OTHERS, STATES, project_scan, release
 
 PARTS = gl.constexpr(parts32(2))
 OUT32 = gl.constexpr(gl.SliceLayout(2, PARTS.value))  # (2, 32): a program's outputs
@@ -149,7 +150,7 @@ def _kept(tile, lane, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def _summed(tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
+def _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
     """The warps' shares together: x before the convolution and z behind silu, (2, 32)."""
     WIDE: gl.constexpr = wide(sizes.D)
     zt, vt, xt, ut = tiles
@@ -160,6 +161,8 @@ def _summed(tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
     put32(part_z, _kept(zt, lane, WIDE), _kept(vt, lane, WIDE), 2)
     put32(part_x, _kept(xt, lane, WIDE), _kept(ut, lane, WIDE), 2)
     put_sums(part_s, sums, 2, 32)
+    if WIDE:
+        release(bars, OTHERS, layer)
     rms = inverse_rms(part_s, sizes.D, sizes.EPS, 2, PARTS)
     newest = gl.sum(part_x.load(PARTS), axis=2) * rms * factor_x + shift_x
     return newest, silu(gl.sum(part_z.load(PARTS), axis=2) * rms * factor_z + shift_z)
@@ -232,6 +235,15 @@ def _states(unit):
 
 
 @gluon.jit
+def _slot_of_states(bars, unit, sizes: gl.constexpr):
+    """Where a unit of states lies, once it is there; `project_scan` has waited for it."""
+    slot = unit % UNITS
+    if not wide(sizes.D):
+        slot = ready(bars, unit, UNITS)
+    return slot
+
+
+@gluon.jit
 def _store_decay(pointer, value, mine):
     """Both (2, 1); once a row, and by one of a head's programs."""
     channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
@@ -256,13 +268,32 @@ def _places(p, row, channel, exchanges, AGAIN: gl.constexpr):
 
 
 @gluon.jit
+def scan_rows(position, start, stalled, sizes: gl.constexpr):
+    """What a program keeps from layer to layer: how it waits, its outputs, its rows' positions."""
+    tid, _lane, _fragment = threads(2)
+    active = polled_where(tid < (4 * sizes.S + 2 * sizes.H) // 4)
+    limits = bounds(start, stalled)
+    row = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(1, OUT32)), 1)
+    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
+    at = gl.load(position + row).to(gl.int32)  # (2, 1)
+    return active, limits, row, channel, at, _chunk_places(position, sizes.S, sizes.CHUNK)
+
+
+@gluon.jit
 def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.constexpr):
     """x and z of 32 channels, and one token through their states."""
+    kept = scan_rows(pointers[0][1], start, stalled, sizes)
+    for layer in range(layers):
+        scan_token(shared, pointers, exchanges, p, layer, kept, sizes)
+
+
+@gluon.jit
+def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr):
+    """A layer of `scan_role`."""
     ring, bcs, part_x, part_z, part_s, scores = shared
     units, _halves, bars = ring
-    begin, modulation, conv, rates, past, scales, _result = pointers
+    _begin, modulation, conv, rates, past, scales, _result = pointers
     in_scales, _out_scales = scales
-    _token, position, _tables = begin
     _gate, _scale, shifted = modulation
     conv_ring, _conv_weight, _conv_bias = conv
     _dt_bias, a, d = rates
@@ -274,55 +305,50 @@ def scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.
     K: gl.constexpr = sizes.K
     CHUNK: gl.constexpr = sizes.CHUNK
     E: gl.constexpr = INNER + X + H
-    WEIGHTS: gl.constexpr = sizes.BITS // 8 * (3 if wide(sizes.D) else 2)  # units of a layer
+    UNITS_OF_LAYER: gl.constexpr = units_of_scan(sizes.BITS, sizes.D)
+    WEIGHTS: gl.constexpr = sizes.BITS // 8 * (3 if wide(sizes.D) else 2)  # units before states
     GATED: gl.constexpr = 2 * gated_places(sizes.D)
-    tid, _lane, _fragment = threads(2)
-    active = polled_where(tid < (4 * S + 2 * H) // 4)
-    limits = bounds(start, stalled)
-    zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    row = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(1, OUT32)), 1)
-    channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT32)), 0)
+    active, limits, row, channel, at, places = kept
+    turn = layer & 3
     head = (p * 32) // sizes.P
-    at = gl.load(position + row).to(gl.int32)  # (2, 1)
     slot = at % CHUNK
     old = at >= CHUNK
-    places = _chunk_places(position, S, CHUNK)
-    for layer in range(layers):
-        turn = layer & 3
-        own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D))
-        lane, own_row, own_channel, polls, from_bc, to_gated = own
-        inner = p * 32 + own_channel
-        everywhere = (own_row + own_channel) >= 0
-        shift = shifted + layer * (2 * E) + own_row * E + inner
-        shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
-        before, tap = convolution_before(conv, layer, own_row, inner, at, everywhere, sizes)
-        APART: gl.constexpr = heads_apart(H)
-        rate, skip = gl.load(a + layer * APART + head), gl.load(d + layer * APART + head)
-        decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
-        last = gl.load(decays + own_row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
-        factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
-        factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
-        first = layer * (WEIGHTS + 1)
-        tiles, norm = _products(ring, first, layer, turn, polls, limits, zero, sizes)
-        # The chunk's tokens and the state, while sums and B, C and dt are on their way.
-        key, value = _chunk(places, (past_x, past_b), layer, decays, p, sizes)
-        parts = part_x, part_z, part_s
-        factors = factor_z, factor_x
-        newest, z = _summed(tiles, norm, shifts, factors, lane, parts, sizes)
-        if wide(sizes.D):  # all warps have the third boxes' weights
-            mbarrier.arrive(bars.index(OTHERS + (layer & 1)), count=1)
-        x = silu(before + newest * tap)
-        state = _states(units.index(ready(bars, first + WEIGHTS, UNITS)))
-        bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
-        from_state, attended, score, dt = _attend(bcs, scores, state, key, value, head, S)
-        change = dt * rate
-        y = gl.exp(change) * (gl.where(old, gl.exp(last) * from_state, 0.0) + attended)
-        y = (y + (gl.expand_dims(score, 1) * dt + skip) * x) * z
-        publish_half(to_gated + turn * GATED, y, SAME)
-        clear_half(to_gated + ((layer - 1) & 3) * GATED, SAME)
+    zero = gl.full([512, 4], 0.0, gl.float32, L4)
+    own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D))
+    lane, own_row, own_channel, polls, from_bc, to_gated = own
+    inner = p * 32 + own_channel
+    everywhere = (own_row + own_channel) >= 0
+    shift = shifted + layer * (2 * E) + own_row * E + inner
+    shifts = gl.load(shift).to(gl.float32), gl.load(shift + INNER).to(gl.float32)
+    before, tap = convolution_before(conv, layer, own_row, inner, at, everywhere, sizes)
+    APART: gl.constexpr = heads_apart(H)
+    rate, skip = gl.load(a + layer * APART + head), gl.load(d + layer * APART + head)
+    decays = past_decay + layer * (2 * H * CHUNK) + head * CHUNK
+    last = gl.load(decays + own_row * (H * CHUNK) + slot - 1, mask=slot > 0, other=0.0)
+    factor_z = factor_of(in_scales, layer * E + inner, sizes.BITS)
+    factor_x = factor_of(in_scales, layer * E + INNER + inner, sizes.BITS)
+    first = layer * UNITS_OF_LAYER
+    tiles, norm = _products(ring, first, layer, turn, polls, limits, zero, sizes)
+    # The chunk's tokens and the state, while sums and B, C and dt are on their way.
+    key, value = _chunk(places, (past_x, past_b), layer, decays, p, sizes)
+    parts = part_x, part_z, part_s
+    factors = factor_z, factor_x
+    newest, z = _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
+    x = silu(before + newest * tap)
+    state = _states(units.index(_slot_of_states(bars, first + WEIGHTS, sizes)))
+    bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
+    if wide(sizes.D):
+        release(bars, STATES, layer)
+    from_state, attended, score, dt = _attend(bcs, scores, state, key, value, head, S)
+    change = dt * rate
+    y = gl.exp(change) * (gl.where(old, gl.exp(last) * from_state, 0.0) + attended)
+    y = (y + (gl.expand_dims(score, 1) * dt + skip) * x) * z
+    publish_half(to_gated + turn * GATED, y, SAME)
+    clear_half(to_gated + ((layer - 1) & 3) * GATED, SAME)
+    if not wide(sizes.D):
         mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
-        newest_at = layer * (2 * K * X) + (own_row * K + at % K) * X
-        gl.store(conv_ring + newest_at + inner, newest)
-        token = past_x + layer * (2 * CHUNK * INNER) + (own_row * CHUNK + slot) * INNER + inner
-        gl.store(token, dt * x)
-        _store_decay(decays + own_row * (H * CHUNK) + slot, change + last, p * 32 == head * sizes.P)
+    newest_at = layer * (2 * K * X) + (own_row * K + at % K) * X
+    gl.store(conv_ring + newest_at + inner, newest)
+    token = past_x + layer * (2 * CHUNK * INNER) + (own_row * CHUNK + slot) * INNER + inner
+    gl.store(token, dt * x)
+    _store_decay(decays + own_row * (H * CHUNK) + slot, change + last, p * 32 == head * sizes.P)

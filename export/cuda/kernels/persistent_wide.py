@@ -5,12 +5,11 @@ A *box* is 64 numbers of a sum. The input of `in_proj` has up to 24 boxes for 16
 else of the lower one: three boxes a warp, three units of 16-bit weights. The input of `out_proj`
 has up to 48 boxes, of which a warp takes w, 16 + w and 32 + w.
 
-Registers hold four tiles while a program waits for its input, as in narrower models. The other ones
-stay in the ring until the input is there, and make room as soon as they are read. Barriers of the
-ring: a unit is full 0 to 5; by the layer's parity, the tiles that registers hold have left it 6, 7,
-states 8, 9, third boxes 10, 11; in programs of `out` the following tiles 8 to 13. Whoever waits for
-the input has waited for all units that are in the ring by then: a wait for a barrier is one of all
-warps for each other too.
+Registers hold four tiles while a program waits for the input of `in_proj`. The third boxes' stay in
+the ring until it is there, and make room as soon as they are read. Barriers of the ring: a unit is
+full 0 to 5; by the layer's parity, the tiles that registers hold have left it 6, 7, states 8, 9,
+third boxes' 10, 11, those of `out_proj` 12, 13. Whoever waits for an input has waited for the
+weights before: a wait for a barrier is one of all warps for each other too.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -35,6 +34,7 @@ from aim_export.cuda.kernels.persistent_products import (
     load_tile8,
     multiply,
     parts32,
+    put16,
     put32,
     put_sums,
     results,
@@ -45,11 +45,21 @@ from aim_export.cuda.kernels.persistent_products import (
 
 R = gl.constexpr(2)
 PARTS = gl.constexpr(parts32(2))
+# `parts16` with eight outputs a warp: fewer warps have shares of the norm.
+PARTS16 = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 4], [0, 0, 8]],
+        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[1, 0, 0], [0, 8, 0], [0, 0, 0], [0, 0, 0]],
+        [],
+        [2, 16, 16],
+    )
+)
 # Barriers by what has left the ring.
 HELD = gl.constexpr(6)
-STATES = gl.constexpr(8)  # in programs of `scan`
-OTHERS = gl.constexpr(10)  # in programs of `scan`
-PARTS_OF_OUT = gl.constexpr((6, 8, 10, 12))
+STATES = gl.constexpr(8)
+OTHERS = gl.constexpr(10)
+OUTS = gl.constexpr(12)
 
 
 @gluon.jit
@@ -71,9 +81,8 @@ def _tile(ring, first, NUMBER: gl.constexpr, BITS: gl.constexpr):
 
 
 @gluon.jit
-def _release(bars, BAR: gl.constexpr, layer):
-    """All warps have read what barriers of number BAR speak of."""
-    gl.thread_barrier()
+def release(bars, BAR: gl.constexpr, layer):
+    """All warps have read what barriers of number BAR speak of: they wait for each other here."""
     mbarrier.arrive(bars.index(BAR + (layer & 1)), count=1)
 
 
@@ -106,16 +115,16 @@ def _shared_out(upper, lower, third):
     """What a lane keeps of two tiles, with the third box's share of one of them."""
     tid, lane, _fragment = threads(R)
     more = results(third, lane, R)
-    of_upper = gl.where(tid < 256, more, 0.0)
-    return results(upper, lane, R) + of_upper, results(lower, lane, R) + (more - of_upper)
+    of_upper, of_lower = gl.where(tid < 256, more, 0.0), gl.where(tid < 256, 0.0, more)
+    return results(upper, lane, R) + of_upper, results(lower, lane, R) + of_lower
 
 
 @gluon.jit
 def project_scan(ring, first, layer, turn, polls, limits, sizes: gl.constexpr):
     """What a lane keeps of 32 outputs each of z and x, in two tiles each, and a share of the norm.
 
-    Tiles in the ring: both of z, both of x, the third boxes of z, of x. Those make room when the
-    warps' shares have been added.
+    Tiles in the ring: both of z, both of x, the third boxes of z, of x. The states that follow are
+    there then too.
     """
     BITS: gl.constexpr = sizes.BITS
     PAIR: gl.constexpr = BITS // 8  # units of two tiles
@@ -123,8 +132,8 @@ def project_scan(ring, first, layer, turn, polls, limits, sizes: gl.constexpr):
     _await(ring[2], first, 2 * PAIR)
     z0, z1 = _tile(ring, first, 0, BITS), _tile(ring, first, 1, BITS)
     x0, x1 = _tile(ring, first, 2, BITS), _tile(ring, first, 3, BITS)
-    _release(ring[2], HELD, layer)
-    _await(ring[2], first + 2 * PAIR, PAIR)
+    release(ring[2], HELD, layer)
+    _await(ring[2], first + 2 * PAIR, PAIR + 1)
     inputs, others, norm = _poll_input(polls, turn, limits, sizes)
     z0, z1 = _times(z0, inputs, zero), _times(z1, inputs, zero)
     x0, x1 = _times(x0, inputs, zero), _times(x1, inputs, zero)
@@ -144,7 +153,7 @@ def project_bc(ring, layer, turn, polls, limits, parts, sizes: gl.constexpr):
     _await(ring[2], first, UNITS_OF_LAYER)
     upper, lower = _tile(ring, first, 0, BITS), _tile(ring, first, 1, BITS)
     third = _tile(ring, first, 2, BITS)
-    _release(ring[2], HELD, layer)
+    release(ring[2], HELD, layer)
     inputs, others, norm = _poll_input(polls, turn, limits, sizes)
     third = _times(third, others, zero)
     upper, lower = _shared_out(_times(upper, inputs, zero), _times(lower, inputs, zero), third)
@@ -171,42 +180,23 @@ def _squares(inputs, lane, zero):
 
 @gluon.jit
 def project_out(ring, first, layer, gated, limits, lane, parts, sizes: gl.constexpr):
-    """A program's 64 outputs of `out_proj`, with the norm's factor: twice (2, 32).
+    """A program's 16 outputs of `out_proj`, with the norm's factor: (2, 16).
 
-    Tiles in the ring: all four with the first box, with the second, with the third. The last two
-    have no room until the input is there: the slots that they wait for are the first to be free.
+    `first` is the unit of the first of three tiles.
     """
-    part_0, part_1, part_s = parts
+    part_o, part_s = parts
     BITS: gl.constexpr = sizes.BITS
-    PAIR: gl.constexpr = BITS // 8
     bars = ring[2]
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    _await(bars, first, 2 * PAIR)
+    _await(bars, first, 3 if BITS == 16 else 2)
     a, b = _tile(ring, first, 0, BITS), _tile(ring, first, 1, BITS)
-    c, d = _tile(ring, first, 2, BITS), _tile(ring, first, 3, BITS)
-    _release(bars, PARTS_OF_OUT[0], layer)
-    _await(bars, first + 2 * PAIR, 3 * PAIR)
+    c = _tile(ring, first, 2, BITS)
+    release(bars, OUTS, layer)
     g0, g1, g2, g3, g4, g5 = poll_gated_wide(gated, limits[0], limits[1], R)
     one, two, three = (g0, g1), (g2, g3), (g4, g5)
-    ta, tb = _times(a, one, zero), _times(b, one, zero)
-    tc, td = _times(c, one, zero), _times(d, one, zero)
-    a, b = _tile(ring, first, 4, BITS), _tile(ring, first, 5, BITS)
-    _release(bars, PARTS_OF_OUT[1], layer)
-    ta, tb = _times(a, two, ta), _times(b, two, tb)
-    tc = _times(_tile(ring, first, 6, BITS), two, tc)
-    td = _times(_tile(ring, first, 7, BITS), two, td)
-    a, b = _tile(ring, first, 8, BITS), _tile(ring, first, 9, BITS)
-    _release(bars, PARTS_OF_OUT[2], layer)
-    ta, tb = _times(a, three, ta), _times(b, three, tb)
+    tile = _times(a, one, zero) + _times(b, two, zero) + _times(c, three, zero)
     sums = _squares((one, two, three), lane, zero)
-    put32(part_0, results(ta, lane, R), results(tb, lane, R), R)
-    put_sums(part_s, sums, R, 32)
-    _await(bars, first + 5 * PAIR, PAIR)
-    tc = _times(_tile(ring, first, 10, BITS), three, tc)
-    td = _times(_tile(ring, first, 11, BITS), three, td)
-    put32(part_1, results(tc, lane, R), results(td, lane, R), R)
-    rms = inverse_rms(part_s, sizes.INNER, sizes.EPS, R, PARTS)
-    upper = gl.sum(part_0.load(PARTS), axis=2) * rms
-    lower = gl.sum(part_1.load(PARTS), axis=2) * rms
-    _release(bars, PARTS_OF_OUT[3], layer)
-    return upper, lower
+    put16(part_o, results(tile, lane, R), R)
+    put_sums(part_s, sums, R, 16)
+    out = gl.sum(part_o.load(PARTS16), axis=2)
+    return out * inverse_rms(part_s, sizes.INNER, sizes.EPS, R, PARTS16)

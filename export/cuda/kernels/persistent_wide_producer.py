@@ -11,9 +11,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from aim_export.cuda.kernels.persistent_common import UNITS
+from aim_export.cuda.kernels.persistent_common import UNITS, units_of_scan
 from aim_export.cuda.kernels.persistent_producer import begun_before, fill_states, paced
-from aim_export.cuda.kernels.persistent_wide import HELD, OTHERS, PARTS_OF_OUT, STATES
+from aim_export.cuda.kernels.persistent_wide import HELD, OTHERS, OUTS, STATES
 
 
 @gluon.jit
@@ -52,76 +52,43 @@ def _fill(ring, unit, weights, rows, column, last, SIDE_BY_SIDE: gl.constexpr, P
 
 @gluon.jit
 def _feed_scan(
-    ring, memory, row, at, position, layer, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
+    ring, memory, places, position, layer, last, begun, sizes: gl.constexpr, PACE: gl.constexpr
 ):
-    """A layer's weights of z and x of 32 channels from `row` on, then states from line `at` on."""
-    weights, _out_weights, states = memory
-    EACH: gl.constexpr = PACE // (28 if sizes.BITS == 16 else 16)
-    x = row + sizes.INNER
+    """A layer's weights of x and z, states, and weights of `out_proj`; `places` are their lines."""
+    in_weights, out_weights, states = memory
+    z, at, out = places
+    x = z + sizes.INNER
+    EACH: gl.constexpr = PACE // (4 * units_of_scan(sizes.BITS, sizes.D))
+    unit = layer * units_of_scan(sizes.BITS, sizes.D)
     if sizes.BITS == 16:
-        unit = layer * 7
-        _until_left(ring, HELD, layer - 1)
-        last = _fill(ring, unit, weights, (row,), 0, last, 16, EACH)
-        last = _fill(ring, unit + 1, weights, (row + 16,), 0, last, 16, EACH)
-        last = _fill(ring, unit + 2, weights, (x,), 0, last, 16, EACH)
         _until_left(ring, OTHERS, layer - 1)
-        last = _fill(ring, unit + 3, weights, (x + 16,), 0, last, 16, EACH)
-        last = _fill(ring, unit + 4, weights, (row, row + 16), 512, last, 8, EACH)
+        last = _fill(ring, unit, in_weights, (z,), 0, last, 16, EACH)
+        last = _fill(ring, unit + 1, in_weights, (z + 16,), 0, last, 16, EACH)
         _until_left(ring, STATES, layer - 1)
-        last = _fill(ring, unit + 5, weights, (x, x + 16), 512, last, 8, EACH)
+        last = _fill(ring, unit + 2, in_weights, (x,), 0, last, 16, EACH)
+        _until_left(ring, OUTS, layer - 1)
+        last = _fill(ring, unit + 3, in_weights, (x + 16,), 0, last, 16, EACH)
+        last = _fill(ring, unit + 4, in_weights, (z, z + 16), 512, last, 8, EACH)
+        last = _fill(ring, unit + 5, in_weights, (x, x + 16), 512, last, 8, EACH)
         _until_left(ring, HELD, layer)
         begun = begun_before(position, layer, begun, sizes)
         last = fill_states(ring, unit + 6, states, at, last, begun, 0, sizes, EACH)
+        last = _fill(ring, unit + 7, out_weights, (out,), 0, last, 16, EACH)
+        last = _fill(ring, unit + 8, out_weights, (out,), 512, last, 16, EACH)
+        last = _fill(ring, unit + 9, out_weights, (out,), 1024, last, 16, EACH)
     else:
-        unit = layer * 4
-        _until_left(ring, OTHERS, layer - 2)
-        last = _fill(ring, unit, weights, (row, row + 16), 0, last, 8, EACH)
-        _until_left(ring, STATES, layer - 2)
-        last = _fill(ring, unit + 1, weights, (x, x + 16), 0, last, 8, EACH)
         _until_left(ring, HELD, layer - 1)
-        last = _fill(ring, unit + 2, weights, (row, row + 16, x, x + 16), 256, last, 4, EACH)
+        last = _fill(ring, unit, in_weights, (z, z + 16), 0, last, 8, EACH)
+        last = _fill(ring, unit + 1, in_weights, (x, x + 16), 0, last, 8, EACH)
+        _until_left(ring, OTHERS, layer - 1)
+        last = _fill(ring, unit + 2, in_weights, (z, z + 16, x, x + 16), 256, last, 4, EACH)
+        _until_left(ring, STATES, layer - 1)
         begun = begun_before(position, layer, begun, sizes)
         last = fill_states(ring, unit + 3, states, at, last, begun, 0, sizes, EACH)
+        _until_left(ring, OUTS, layer - 1)
+        last = _fill(ring, unit + 4, out_weights, (out,), 0, last, 16, EACH)
+        last = _fill(ring, unit + 5, out_weights, (out,), 512, last, 8, EACH)
     return last, begun
-
-
-@gluon.jit
-def _feed_out(ring, weights, row, layer, last, sizes: gl.constexpr, PACE: gl.constexpr):
-    """A layer's weights of 64 channels.
-
-    Those of 16 bits are two units more than registers and the ring hold while a program waits for
-    its input. Once there is room for those, they are fetched at once.
-    """
-    if sizes.BITS == 16:
-        unit = layer * 12
-        for part in gl.static_range(12):
-            if part == 0:
-                _until_left(ring, PARTS_OF_OUT[2], layer - 1)
-            elif part == 4:
-                _until_left(ring, PARTS_OF_OUT[3], layer - 1)
-            elif part == 6:
-                _until_left(ring, PARTS_OF_OUT[0], layer)
-            elif part == 10:
-                _until_left(ring, PARTS_OF_OUT[1], layer)
-            at, column = row + part % 4 * 16, part // 4 * 512
-            if part < 10:
-                last = _fill(ring, unit + part, weights, (at,), column, last, 16, PACE // 48)
-            else:
-                last = _fill(ring, unit + part, weights, (at,), column, last, 16, 0)
-    else:
-        unit = layer * 6
-        for part in gl.static_range(6):
-            if part == 0:
-                _until_left(ring, PARTS_OF_OUT[0], layer - 1)
-            elif part == 2:
-                _until_left(ring, PARTS_OF_OUT[1], layer - 1)
-            elif part == 3:
-                _until_left(ring, PARTS_OF_OUT[2], layer - 1)
-            elif part == 5:
-                _until_left(ring, PARTS_OF_OUT[3], layer - 1)
-            at, column = row + part % 2 * 32, part // 2 * 256
-            last = _fill(ring, unit + part, weights, (at, at + 16), column, last, 8, PACE // 24)
-    return last
 
 
 @gluon.jit
@@ -142,27 +109,20 @@ def _feed_bc(ring, weights, row, layer, last, sizes: gl.constexpr, PACE: gl.cons
 
 @gluon.jit
 def producer_wide(memory, ring, pointers, pid, layers, sizes: gl.constexpr, PACE: gl.constexpr):
-    in_weights, out_weights, _states = memory
-    D: gl.constexpr = sizes.D
     INNER: gl.constexpr = sizes.INNER
     E: gl.constexpr = INNER + sizes.X + sizes.H
     SCAN: gl.constexpr = INNER // 32
-    OUT: gl.constexpr = D // 64
     last = pid * 0
     if pid < SCAN:
         position = pointers[0][1]
         begun = pid < 0
         for layer in range(layers):
-            row = layer * E + pid * 32
             at = (layer * (2 * INNER) + pid * 32) * 4
+            places = layer * E + pid * 32, at, layer * sizes.D + pid * 16
             last, begun = _feed_scan(
-                ring, memory, row, at, position, layer, last, begun, sizes, PACE
+                ring, memory, places, position, layer, last, begun, sizes, PACE
             )
-    elif pid < SCAN + OUT:
-        for layer in range(layers):
-            row = layer * D + (pid - SCAN) * 64
-            last = _feed_out(ring, out_weights, row, layer, last, sizes, PACE)
     else:
         for layer in range(layers):
-            row = layer * E + 2 * INNER + (pid - SCAN - OUT) * 32
-            last = _feed_bc(ring, in_weights, row, layer, last, sizes, PACE)
+            row = layer * E + 2 * INNER + (pid - SCAN) * 32
+            last = _feed_bc(ring, memory[0], row, layer, last, sizes, PACE)
