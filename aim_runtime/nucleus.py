@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Below that many tokens nothing is gained. Above that temperature, and below its inverse, float32
-# no longer tells weights apart; below that share, a sum's rounding decides what falls.
-_FEW = 256
+# Fewer tokens are sorted sooner than most are left out. Above that temperature, and below its
+# inverse, float32 no longer tells weights apart; below that share, a sum's rounding decides.
+_FEW = 1024
 _EXTREME_TEMPERATURE = 2.0**60
 _LEAST_SHARE = 2.0**-12
 # Ample bounds on the relative errors of a float32 weight and of one addition in float64.

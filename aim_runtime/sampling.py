@@ -115,8 +115,7 @@ def _draw(
 ) -> int:
     kept: NDArray[np.intp] | None = None  # all
     if 0 < options.top_k < row.size:
-        kept = np.flatnonzero(row >= _kth_largest(row, options.top_k))  # ties with the k-th stay
-        row = row[kept]
+        kept, row = _largest(row, options.top_k)
     if options.top_p < 1:
         stays, values = nucleus(row, best, options.temperature, options.top_p)
         kept = stays if kept is None else kept[stays]
@@ -127,12 +126,19 @@ def _draw(
     return int(drawn if kept is None else kept[drawn])
 
 
-def _kth_largest(scores: NDArray[np.float32], k: int) -> np.float32:
-    """The `k`-th largest of `scores` (V,), which are no NaNs."""
+def _largest(scores: NDArray[np.float32], k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """The places, ascending, of the `k` largest of `scores` (V,), ties included, and these scores.
+
+    `scores` are no NaNs.
+    """
     some = scores[::_ONE_IN]
     rank = 2 * k // _ONE_IN + _SPARE
     if rank < some.size // 4:
-        # Twice as many as are wanted should be above this one; then what is below does not count.
-        likely = scores[scores >= np.partition(some, -rank)[-rank]]
-        scores = likely if likely.size >= k else scores
-    return np.float32(np.partition(scores, -k)[-k])
+        # Twice as many as are wanted should be at least this one: what is below does not count.
+        likely = np.flatnonzero(scores >= np.partition(some, -rank)[-rank])
+        if likely.size >= k:
+            values = scores[likely]
+            stays = values >= np.partition(values, -k)[-k]
+            return likely[stays], values[stays]
+    kept = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return kept, scores[kept]
