@@ -6,7 +6,7 @@ Nothing is needed but the model: it draws images of its own classes, with guidan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from aim_export.agreement import mean_divergence
 from aim_export.drawing import Progress, draw, steps
-from aim_export.onnx.packed import BLOCK
 from aim_runtime import SamplingOptions
 from aim_runtime.noise import uniforms
 from aim_runtime.sampling import guide, row_classes
@@ -89,21 +88,21 @@ class HeldOut:
 
     @torch.no_grad()
     def divergence(
-        self, weights: Mapping[str, NDArray[np.float32]], rounding: Collection[str]
+        self, weights: Mapping[str, NDArray[np.float32]], rounding: Mapping[str, int]
     ) -> float:
         """How far the model with these `weights` (N, K), by name, is from itself.
 
-        What those in `rounding` multiply is rounded to 8 bits, as their product does it.
+        What those in `rounding` multiply is rounded to 8 bits, as their product does it: by blocks
+        of so many numbers.
         """
         images = len(self._tokens)
         tokens = self._tokens.repeat(len(self._rows) // images, 1)
         with _weights(self._model, weights), contextlib.ExitStack() as hooks:
             for index, layer in enumerate(self._model.backbone.layers):
                 for name in ("in_proj", "out_proj"):
-                    if f"layer_{index}.{name}" in rounding:
-                        part = getattr(layer.mixer, name)
-                        handle = part.register_forward_pre_hook(lambda _, x: _in_8_bits(x[0]))
-                        hooks.callback(handle.remove)
+                    block = rounding.get(f"layer_{index}.{name}")
+                    if block is not None:
+                        hooks.enter_context(_rounding(getattr(layer.mixer, name), block))
             scores = self._model(tokens, self._rows, position_offset=self._setting.offset)
         guided = [
             guide(scores[:, step].numpy(), images, self._setting.options.cfg_scale)
@@ -155,7 +154,16 @@ def _weights(model: AiM, weights: Mapping[str, NDArray[np.float32]]) -> Iterator
             parameter.data = value
 
 
-def _in_8_bits(value: Tensor) -> Tensor:
-    blocks = value.unflatten(-1, (-1, BLOCK))
+@contextlib.contextmanager
+def _rounding(part: nn.Module, block: int) -> Iterator[None]:
+    handle = part.register_forward_pre_hook(lambda _, inputs: _in_8_bits(inputs[0], block))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _in_8_bits(value: Tensor, block: int) -> Tensor:
+    blocks = value.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return ((blocks / scale).round() * scale).flatten(-2)

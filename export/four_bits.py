@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_export.onnx.packed import BLOCK, Int4Matrix
+from aim_export.onnx.packed import Int4Matrix
 
 _LEVELS = 15
 # Of the mean of the diagonal, added to it: directions that were not seen are not free.
@@ -20,24 +20,25 @@ _SPANS = np.linspace(0.7, 1.0, 7, dtype=np.float32)
 Floats = NDArray[np.float32]
 
 
-def int4_matrix(weight: Floats, moments: NDArray[np.float64]) -> Int4Matrix:
+def int4_matrix(weight: Floats, moments: NDArray[np.float64], size: int) -> Int4Matrix:
     """`weight` (N, K) in 4 bits.
 
     Args:
-        weight: K is a multiple of `BLOCK`.
+        weight: the matrix.
         moments: what it is multiplied by, as the sum of x xᵀ over samples: (K, K).
+        size: how many weights share a scale; it divides K.
     """
     rest, (outputs, terms) = weight.astype(np.float32), weight.shape
     factor = _inverse_factor(moments)
     values = np.zeros((outputs, terms), np.uint8)
-    scales = np.zeros((outputs, terms // BLOCK), np.float32)
-    zeros = np.zeros((outputs, terms // BLOCK), np.uint8)
-    for index in range(terms // BLOCK):
-        part = slice(index * BLOCK, (index + 1) * BLOCK)
+    scales = np.zeros((outputs, terms // size), np.float32)
+    zeros = np.zeros((outputs, terms // size), np.uint8)
+    for index in range(terms // size):
+        part = slice(index * size, (index + 1) * size)
         inside = factor[part, part]
-        block, errors = rest[:, part], np.zeros((outputs, BLOCK), np.float32)
+        block, errors = rest[:, part], np.zeros((outputs, size), np.float32)
         scale, zero = _levels(block, np.diag(inside) ** -2)
-        for column in range(BLOCK):
+        for column in range(size):
             levels = np.clip(np.rint(block[:, column] / scale) + zero, 0, _LEVELS)
             values[:, part.start + column] = levels
             error = (block[:, column] - (levels - zero) * scale) / inside[column, column]
@@ -56,7 +57,7 @@ def _inverse_factor(moments: NDArray[np.float64]) -> Floats:
 
 
 def _levels(block: Floats, importance: Floats) -> tuple[Floats, Floats]:
-    """Scale and zero point of each row (N, BLOCK) with the least error: (N,) each."""
+    """Scale and zero point of each row (N, B) with the least error: (N,) each."""
     low, high = np.minimum(block.min(axis=1), 0), np.maximum(block.max(axis=1), 0)
     best = np.full(len(block), np.inf, np.float32)
     scales, zeros = np.ones_like(best), np.zeros_like(best)

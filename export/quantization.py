@@ -3,12 +3,13 @@
 In 8 bits each output of a matrix has a scale, and the nearest number will do. 4 bits take more
 care, and more than some models bear: as many of the layers' projections as the bound lets have
 them, those first that it harms least for the bytes it saves; the others, the word table, the head
-and adaLN have 8 bits.
+and adaLN have 8 bits. The more weights share a scale, the faster they are multiplied, and the more
+is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from aim_export.calibration import HeldOut, Setting, moments
 from aim_export.drawing import Progress
 from aim_export.four_bits import int4_matrix
 from aim_export.onnx.lowering import adaln_matrices, step_matrices
-from aim_export.onnx.packed import BLOCK, Int4Matrix, Matrix, held_in_4_bits, int8_matrix
+from aim_export.onnx.packed import BLOCKS, Int4Matrix, Matrix, held_in_4_bits, int8_matrix
 from aim_training.model import AiM
 
 _IMAGES = 32
@@ -35,40 +36,65 @@ def int8_matrices(model: AiM) -> dict[str, Matrix]:
 def int4_matrices(
     model: AiM, setting: Setting, say: Callable[[str], None], progress: Progress | None = None
 ) -> dict[str, Matrix]:
-    """The same, what every step reads in 4 bits as far as that is near enough."""
+    """The same, what every step reads in 4 bits as far as that is near enough.
+
+    In the largest blocks in which all projections are; where none will do, in the smallest, as many
+    as are.
+    """
     weights, wide = step_matrices(model), int8_matrices(model)
-    candidates = [
-        name
-        for name, w in weights.items()
-        if name != "word_table" and w.shape[1] % (2 * BLOCK) == 0
-    ]
+    projections = {name: weight for name, weight in weights.items() if name != "word_table"}
     say(f"drawing {_IMAGES} images to see what the projections multiply")
     seen = moments(model, setting, _IMAGES, progress)
-    say(f"rounding {len(candidates)} matrices to 4 bits")
-    narrow = {
-        name: held_in_4_bits(weights[name]) or int4_matrix(weights[name], seen[name])
-        for name in candidates
-    }
-    candidates.sort(key=lambda n: _harm(weights[n], narrow[n], seen[n]) / weights[n].size)
     held_out, bound = HeldOut(model, setting), _SHARE * TOLERANCES["int4"].divergence
 
-    def mixed(count: int) -> dict[str, Matrix]:
-        return {**wide, **{name: narrow[name] for name in candidates[:count]}}
+    def near_enough(narrow: Mapping[str, Int4Matrix]) -> bool:
+        tried = {**wide, **narrow}
+        blocks = {name: matrix.block for name, matrix in narrow.items()}
+        made = {name: tried[name].matrix() for name in weights}
+        return held_out.divergence(made, blocks) <= bound
 
-    def near_enough(count: int) -> bool:
-        tried = {name: matrix.matrix() for name, matrix in mixed(count).items() if name in weights}
-        return held_out.divergence(tried, candidates[:count]) <= bound
+    narrow: dict[str, Int4Matrix] = {}
+    for block in BLOCKS:
+        # Two zero points are a byte.
+        fitting = {n: w for n, w in projections.items() if w.shape[1] % (2 * block) == 0}
+        smallest = block == BLOCKS[-1]
+        if len(fitting) < len(projections) and not smallest:
+            continue
+        say(f"rounding {len(fitting)} matrices to 4 bits, in blocks of {block}")
+        narrow = _rounded(fitting, seen, block)
+        if near_enough(narrow):
+            break
+        if smallest:
+            narrow = _most(narrow, near_enough)
+    say(f"{len(narrow)} of {len(projections)} projections have 4 bits, the others 8")
+    return {**wide, **narrow}
 
-    # The most that are near enough, if more of them are never nearer.
-    least, most = 0, len(candidates)
+
+def _rounded(
+    weights: Mapping[str, NDArray[np.float32]], seen: Mapping[str, NDArray[np.float64]], block: int
+) -> dict[str, Int4Matrix]:
+    """All in 4 bits, those first that it harms least for the bytes it saves."""
+    made = {
+        name: held_in_4_bits(weight, block) or int4_matrix(weight, seen[name], block)
+        for name, weight in weights.items()
+    }
+    order = sorted(made, key=lambda n: _harm(weights[n], made[n], seen[n]) / weights[n].size)
+    return {name: made[name] for name in order}
+
+
+def _most(
+    narrow: Mapping[str, Int4Matrix], near_enough: Callable[[Mapping[str, Int4Matrix]], bool]
+) -> dict[str, Int4Matrix]:
+    """The most of the first that are near enough, if more of them are never nearer; not all."""
+    items = list(narrow.items())
+    least, most = 0, len(items) - 1
     while least < most:
-        middle = most if most == len(candidates) and least == 0 else (least + most + 1) // 2
-        if near_enough(middle):
+        middle = (least + most + 1) // 2
+        if near_enough(dict(items[:middle])):
             least = middle
         else:
             most = middle - 1
-    say(f"{least} of {len(candidates)} projections have 4 bits, the others 8")
-    return mixed(least)
+    return dict(items[:least])
 
 
 def _harm(weight: NDArray[np.float32], made: Int4Matrix, seen: NDArray[np.float64]) -> float:

@@ -27,7 +27,6 @@ from aim_export.errors import ExportError
 from aim_export.onnx.graph import HALF_SUFFIX, MICROSOFT, NORM_EPS, ROWS, GraphBuilder, Shape
 from aim_export.onnx.names import CLASS_EMBEDDING, FINAL, MODULATION, next_name, state_names
 from aim_export.onnx.packed import (
-    BLOCK,
     INT4,
     INT8,
     NIBBLES,
@@ -241,15 +240,16 @@ class _FusedStep:
             return int8_product(g, value, self._int8(weight), scale, whole.dims[0], normed=normed)
         if weight + INT4 in self.tensors:
             rows, terms = self.tensors[weight + INT4].dims
+            blocks = self.tensors[weight + ZERO].dims[1]
             packed, zero = (
                 g.stored(as_bytes(self.tensors[weight + part], shape))
                 for part, shape in (
-                    (INT4, [rows, terms // BLOCK, BLOCK // 2]),
-                    (ZERO, [rows, terms // BLOCK // 2]),
+                    (INT4, [rows, blocks, terms // blocks // 2]),
+                    (ZERO, [rows, blocks // 2]),
                 )
             )
             scale = self._weight(weight + SCALE)
-            return int4_product(g, value, (packed, scale, zero), (rows, terms))
+            return int4_product(g, value, (packed, scale, zero), (rows, terms), terms // blocks)
         weight = self._weight(weight)
         return g.ops("FusedMatMul", value, weight, results=[""], domain=MICROSOFT, transB=1)[0]
 

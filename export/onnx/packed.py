@@ -24,8 +24,8 @@ from aim_export.onnx.graph import FOUR_BITS, FOUR_BITS_OPSET, HALF_SUFFIX, Graph
 
 INT8, INT4, NIBBLES = "/int8", "/int4", "/nibbles"
 SCALE, ZERO = "/scale", "/zero"
-BLOCK = 32
-"""Weights of 4 bits that share a scale."""
+BLOCKS = (128, 32)
+"""How many weights of 4 bits may share a scale. More are multiplied faster, fewer are nearer."""
 LEVELS = 127
 """Steps of 8 bits from zero to the largest weight."""
 # Below this many weights there is nothing to save.
@@ -73,22 +73,27 @@ class Int8Matrix:
 
 @dataclass(frozen=True)
 class Int4Matrix:
-    """A matrix (N, K), a scale and a zero point each `BLOCK` weights of a row.
+    """A matrix (N, K), a scale and a zero point for each block of B weights of a row.
 
     Attributes:
         values: uint8 (N, K), from 0 to 15.
-        scale: float32 (N, K / BLOCK), of numbers that float16 has.
-        zero: uint8 (N, K / BLOCK), from 0 to 15.
+        scale: float32 (N, K / B), of numbers that float16 has.
+        zero: uint8 (N, K / B), from 0 to 15.
     """
 
     values: NDArray[np.uint8]
     scale: NDArray[np.float32]
     zero: NDArray[np.uint8]
 
+    @property
+    def block(self) -> int:
+        """How many weights share a scale: B."""
+        return self.values.shape[1] // self.scale.shape[1]
+
     def matrix(self) -> NDArray[np.float32]:
         """What it stands for (N, K)."""
-        zero = np.repeat(self.zero, BLOCK, axis=1).astype(np.float32)
-        made: NDArray[np.float32] = (self.values - zero) * np.repeat(self.scale, BLOCK, axis=1)
+        zero = np.repeat(self.zero, self.block, axis=1).astype(np.float32)
+        made: NDArray[np.float32] = (self.values - zero) * np.repeat(self.scale, self.block, axis=1)
         return made
 
     def tensors(self, name: str) -> list[TensorProto]:
@@ -104,7 +109,7 @@ class Int4Matrix:
         inputs = [name + INT4, name + SCALE, name + ZERO]
         return [
             helper.make_node(
-                "DequantizeLinear", inputs, [name], f"{name}/float", axis=1, block_size=BLOCK
+                "DequantizeLinear", inputs, [name], f"{name}/float", axis=1, block_size=self.block
             )
         ]
 
@@ -161,8 +166,8 @@ def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
     return Int8Matrix(np.ascontiguousarray(rows.values.T), rows.scale)
 
 
-def held_in_4_bits(weight: NDArray[np.float32]) -> Int4Matrix | None:
-    """`weight` (N, K) as it is, if every row is -7 to 7 times a float16; `BLOCK` divides K.
+def held_in_4_bits(weight: NDArray[np.float32], block: int) -> Int4Matrix | None:
+    """`weight` (N, K) as it is, if every row is -7 to 7 times a float16; `block` divides K.
 
     A training with `--weight-bits 4` or fewer ends in such weights.
     """
@@ -170,7 +175,7 @@ def held_in_4_bits(weight: NDArray[np.float32]) -> Int4Matrix | None:
     values = np.rint(weight / scale[:, None])
     if np.abs(values).max() > _MIDDLE - 1 or (scale != scale.astype(np.float16)).any():
         return None
-    shape = (len(weight), weight.shape[1] // BLOCK)
+    shape = (len(weight), weight.shape[1] // block)
     return Int4Matrix(
         (values + _MIDDLE).astype(np.uint8),
         np.broadcast_to(scale[:, None], shape).copy(),

@@ -19,7 +19,6 @@ import numpy as np
 from onnx import TensorProto
 
 from aim_export.onnx.graph import MICROSOFT, GraphBuilder
-from aim_export.onnx.packed import BLOCK
 
 _BASE, _LARGEST = 128, 64
 # Added to a mean square: a row of zeros stays one.
@@ -54,12 +53,12 @@ def int8_product(
 
 
 def int4_product(
-    g: GraphBuilder, value: str, weight: tuple[str, str, str], shape: tuple[int, int]
+    g: GraphBuilder, value: str, weight: tuple[str, str, str], shape: tuple[int, int], block: int
 ) -> str:
     """`value` (R, 1, K) times a 4-bit weight of `shape` (N, K): (R, 1, N).
 
-    `weight` is its bytes, scales and zero points. The value is rounded to 8 bits, each block of
-    `BLOCK` by itself (accuracy level 4).
+    `weight` is its bytes, scales and zero points. The value is rounded to 8 bits, each `block` by
+    itself (accuracy level 4).
     """
     return g.ops(
         "MatMulNBits",
@@ -69,7 +68,7 @@ def int4_product(
         N=shape[0],
         K=shape[1],
         bits=4,
-        block_size=BLOCK,
+        block_size=block,
         accuracy_level=4,
     )[0]
 

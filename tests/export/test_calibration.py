@@ -12,7 +12,7 @@ from aim_export import quantization
 from aim_export.calibration import HeldOut, Setting, moments
 from aim_export.four_bits import int4_matrix
 from aim_export.onnx.lowering import step_matrices
-from aim_export.onnx.packed import BLOCK, Int4Matrix, Int8Matrix
+from aim_export.onnx.packed import Int4Matrix, Int8Matrix
 from aim_export.quantization import int4_matrices, int8_matrices
 from aim_runtime import SamplingOptions
 from aim_training.checkpoint import load_checkpoint
@@ -28,7 +28,8 @@ def model(small: Path) -> AiM:
     return found
 
 
-def test_products_stay_nearer_than_those_of_weights_to_the_nearest() -> None:
+@pytest.mark.parametrize("block", [32, 128])
+def test_products_stay_nearer_than_those_of_weights_to_the_nearest(block: int) -> None:
     rng = np.random.default_rng(1)
     mixing = rng.standard_normal((128, 128)) * np.geomspace(1, 0.01, 128)
     samples = rng.standard_normal((2048, 128)) @ mixing.T
@@ -38,14 +39,14 @@ def test_products_stay_nearer_than_those_of_weights_to_the_nearest() -> None:
     def error(matrix: np.ndarray) -> float:
         return float(np.linalg.norm(samples @ (matrix - weight).T))
 
-    careful, nearest = (int4_matrix(weight, m) for m in (seen, np.eye(128)))
+    careful, nearest = (int4_matrix(weight, m, block) for m in (seen, np.eye(128)))
     assert error(careful.matrix()) < 0.7 * error(nearest.matrix())
     for made in (careful, nearest):
         assert made.values.max() <= 15
         assert made.zero.max() <= 15
-        assert made.scale.shape == (24, 128 // BLOCK)
+        assert made.scale.shape == (24, 128 // block)
         np.testing.assert_array_equal(made.scale, made.scale.astype(np.float16))
-    assert not int4_matrix(np.zeros((2, 64), np.float32), np.eye(64)).matrix().any()
+    assert not int4_matrix(np.zeros((2, 128), np.float32), np.eye(128), block).matrix().any()
 
 
 def test_what_projections_multiply_is_seen_for_all(model: AiM) -> None:
@@ -65,11 +66,11 @@ def test_what_projections_multiply_is_seen_for_all(model: AiM) -> None:
 def test_weights_that_are_tried_are_put_back(model: AiM) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held_out, weights = HeldOut(model, SETTING), step_matrices(model)
-    assert held_out.divergence(weights, ()) < 1e-9
-    rounded = held_out.divergence(weights, list(weights))
+    assert held_out.divergence(weights, {}) < 1e-9
+    rounded = held_out.divergence(weights, dict.fromkeys(weights, 32))
     coarse = {name: matrix.matrix() for name, matrix in int8_matrices(model).items()}
     assert 0 < rounded < 1e-2
-    assert 0 < held_out.divergence(coarse, ()) < 1e-2
+    assert 0 < held_out.divergence(coarse, {}) < 1e-2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -84,3 +85,22 @@ def test_as_many_have_4_bits_as_the_bound_lets(
     assert kinds.count(Int4Matrix) == narrow
     assert kinds.count(Int8Matrix) == 4 - narrow
     assert lines[-1] == f"{narrow} of 4 projections have 4 bits, the others 8"
+
+
+@pytest.mark.parametrize(("largest", "chosen", "rounded"), [(32, 32, [32]), (16, 16, [32, 16])])
+def test_the_largest_blocks_in_which_all_are_near_enough(
+    model: AiM, monkeypatch: pytest.MonkeyPatch, largest: int, chosen: int, rounded: list[int]
+) -> None:
+    """Sizes in which some do not fit are not tried: 64 inputs are half a pair of blocks of 64."""
+    tried: list[int] = []
+
+    def divergence(self: HeldOut, weights: object, blocks: dict[str, int]) -> float:
+        tried.append(max(blocks.values()))
+        return 0.0 if tried[-1] <= largest else 1.0
+
+    monkeypatch.setattr(HeldOut, "divergence", divergence)
+    monkeypatch.setattr(quantization, "BLOCKS", (64, 32, 16))
+    made = int4_matrices(model, SETTING, lambda line: None)
+    narrow = [matrix for matrix in made.values() if isinstance(matrix, Int4Matrix)]
+    assert [matrix.block for matrix in narrow] == [chosen] * 4
+    assert tried == rounded

@@ -11,6 +11,7 @@ import pytest
 from aim_export import ExportError, ParityReport, agreement, export_bundle
 from aim_export.cpu import add_step_graph
 from aim_export.cuda.bundle import compile_engines
+from aim_export.onnx.graph import Precision
 from aim_export.onnx.packed import held_in_4_bits, int8_matrix
 from aim_export.wide import check_wide
 from aim_runtime import BackendError, Bundle, SamplingOptions
@@ -20,16 +21,45 @@ from aim_runtime.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from aim_runtime.engines.onnxruntime.slots import OnnxRuntimeSlots
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, chosen_step
 from aim_runtime.noise import uniforms
+from aim_training.config import ModelConfig
 
 from ..runtime.playing import play
+from .small_checkpoint import save_small
+
+# In which blocks of 128 weights fit.
+WIDE = ModelConfig(
+    vocab_size=32, num_classes=3, num_tokens=9, d_model=256, num_layers=2, d_state=16
+)
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
-def few_bits(
+@pytest.fixture(scope="module", params=["int8", "int4", "int4 in blocks of 128"])
+def source(
     request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Precision, int]:
+    """A checkpoint, the precision to store it in, and the blocks of what has 4 bits."""
+    precision, _, block = request.param.partition(" in blocks of ")
+    if not block:
+        return small, precision, 32
+    path = tmp_path_factory.mktemp("wide") / "wide.safetensors"
+    return save_small(path, WIDE, ["cat", "dog", "red panda"]), precision, int(block)
+
+
+@pytest.fixture(scope="module")
+def few_bits(
+    source: tuple[Path, Precision, int], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, ParityReport]:
-    out = tmp_path_factory.mktemp("few") / request.param
-    return export_bundle(small, out, precision=request.param)
+    checkpoint, precision, _ = source
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("few") / "out", precision=precision)
+
+
+def test_the_blocks_of_4_bits_are_as_large_as_fit(
+    source: tuple[Path, Precision, int], few_bits: tuple[Bundle, ParityReport]
+) -> None:
+    bundle, _ = few_bits
+    graph = onnx.load(bundle.path / GRAPH_FILE, load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    blocks = [a.i for node in products for a in node.attribute if a.name == "block_size"]
+    assert blocks == ([source[2]] * 4 if source[1] == "int4" else [])
 
 
 def test_a_matrix_of_8_bits_is_the_nearest_there_is() -> None:
@@ -53,7 +83,7 @@ def test_rows_of_few_steps_are_held_as_they_are(most: int) -> None:
     found = int8_matrix(weight)
     assert np.array_equal(found.matrix(), weight)
     assert np.abs(found.values).max() <= most
-    narrow = held_in_4_bits(weight)
+    narrow = held_in_4_bits(weight, 32)
     if most > 7:
         assert narrow is None
     else:
@@ -63,7 +93,7 @@ def test_rows_of_few_steps_are_held_as_they_are(most: int) -> None:
 
 def test_a_row_that_few_steps_do_not_hold_takes_all() -> None:
     weight = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
-    assert held_in_4_bits(weight) is None
+    assert held_in_4_bits(weight, 32) is None
     weight[2] = np.rint(weight[2] * 3) / 4
     assert (np.abs(int8_matrix(weight).values).max(axis=0) == 127).tolist() == [
         row != 2 for row in range(5)
@@ -81,7 +111,7 @@ def test_it_is_near_enough_and_says_how_near(few_bits: tuple[Bundle, ParityRepor
 
 
 def test_no_matrix_of_the_step_is_stored_twice(
-    few_bits: tuple[Bundle, ParityReport], small: Path, tmp_path: Path
+    few_bits: tuple[Bundle, ParityReport], source: tuple[Path, Precision, int], tmp_path: Path
 ) -> None:
     bundle, _ = few_bits
     plain, own = (
@@ -93,7 +123,7 @@ def test_no_matrix_of_the_step_is_stored_twice(
         for m in (plain, own)
     ]
     assert places[0] == places[1]
-    half, _ = export_bundle(small, tmp_path / "half", precision="fp16")
+    half, _ = export_bundle(source[0], tmp_path / "half", precision="fp16")
     sizes = [b.manifest.files["step.weights"].size for b in (half, bundle)]
     assert sizes[1] < 0.62 * sizes[0]
 
