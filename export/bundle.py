@@ -245,10 +245,10 @@ def _packed(
     model: AiM, draft: Manifest, say: Report, progress: Progress | None
 ) -> dict[str, Matrix]:
     """The matrices of few bits, if the draft's precision is one of few bits."""
+    setting = Setting(draft.model.position_offset, guided(draft.sampling))
     if draft.precision == "int8":
-        return int8_matrices(model)
+        return int8_matrices(model, setting, say)
     if draft.precision == "int4":
-        setting = Setting(draft.model.position_offset, guided(draft.sampling))
         return int4_matrices(model, setting, say, progress)
     return {}
 

@@ -1,15 +1,17 @@
 """Which weights of a step are stored in few bits, and how each is rounded.
 
-In 8 bits each output of a matrix has a scale, and the nearest number will do. 4 bits take more
-care, and more than some models bear: as many of the layers' projections as the bound lets have
-them, those first that it harms least for the bytes it saves; the others, the word table, the head
-and adaLN have 8 bits. The more weights share a scale, the faster they are multiplied, and the more
-is lost.
+In 8 bits each output of a matrix has a scale, and the nearest number will do. What it multiplies
+has two digits, which are twice the rows; or 8 bits, in as many of the layers' projections as the
+bound lets. 4 bits of a weight take more care, and more than some models bear: as many projections
+as the bound lets have them, those first that it harms least for the bytes it saves; the others, the
+word table, the head and adaLN have 8. The more weights share a scale, the faster they are
+multiplied, and the more is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +21,46 @@ from aim_export.calibration import HeldOut, Setting, moments
 from aim_export.drawing import Progress
 from aim_export.four_bits import int4_matrix
 from aim_export.onnx.lowering import adaln_matrices, step_matrices
-from aim_export.onnx.packed import BLOCKS, Int4Matrix, Matrix, held_in_4_bits, int8_matrix
+from aim_export.onnx.packed import (
+    BLOCKS,
+    ByteMatrix,
+    Int4Matrix,
+    Int8Matrix,
+    Matrix,
+    byte_matrix,
+    held_in_4_bits,
+    int8_matrix,
+)
 from aim_training.model import AiM
 
 _IMAGES = 32
 # Of the bound: other images may diverge more than those that were tried.
 _SHARE = 0.7
 
+Narrow = ByteMatrix | Int4Matrix
+Narrowed = TypeVar("Narrowed", bound=Narrow)
 
-def int8_matrices(model: AiM) -> dict[str, Matrix]:
+
+def whole_matrices(model: AiM) -> dict[str, Int8Matrix]:
     """What every step reads, and adaLN, by their names in the graphs, in 8 bits."""
     weights = step_matrices(model) | adaln_matrices(model)
     return {name: int8_matrix(weight) for name, weight in weights.items()}
+
+
+def int8_matrices(model: AiM, setting: Setting, say: Callable[[str], None]) -> dict[str, Matrix]:
+    """The same, what they multiply in 8 bits instead of two digits as far as that is near enough.
+
+    Those of the last layers first, whose errors reach the fewest others.
+    """
+    wide = whole_matrices(model)
+    narrow = {name: byte_matrix(wide[name]) for name in reversed(_projections(model))}
+    fitting = {name: matrix for name, matrix in narrow.items() if matrix is not None}
+    if fitting:
+        say(f"rounding what {len(fitting)} projections multiply to 8 bits")
+        near_enough = _judge(model, setting, wide, "int8")
+        fitting = fitting if near_enough(fitting) else _most(fitting, near_enough)
+        say(f"what {len(fitting)} of {len(narrow)} projections multiply has 8 bits")
+    return {**wide, **fitting}
 
 
 def int4_matrices(
@@ -41,18 +71,10 @@ def int4_matrices(
     In the largest blocks in which all projections are; where none will do, in the smallest, as many
     as are.
     """
-    weights, wide = step_matrices(model), int8_matrices(model)
-    projections = {name: weight for name, weight in weights.items() if name != "word_table"}
+    wide, projections = whole_matrices(model), _projections(model)
     say(f"drawing {_IMAGES} images to see what the projections multiply")
     seen = moments(model, setting, _IMAGES, progress)
-    held_out, bound = HeldOut(model, setting), _SHARE * TOLERANCES["int4"].divergence
-
-    def near_enough(narrow: Mapping[str, Int4Matrix]) -> bool:
-        tried = {**wide, **narrow}
-        blocks = {name: matrix.block for name, matrix in narrow.items()}
-        made = {name: tried[name].matrix() for name in weights}
-        return held_out.divergence(made, blocks) <= bound
-
+    near_enough = _judge(model, setting, wide, "int4")
     narrow: dict[str, Int4Matrix] = {}
     for block in BLOCKS:
         # Two zero points are a byte.
@@ -82,9 +104,29 @@ def _rounded(
     return {name: made[name] for name in order}
 
 
+def _projections(model: AiM) -> dict[str, NDArray[np.float32]]:
+    """The layers' weights (N, K), by their names in the graph."""
+    return {name: weight for name, weight in step_matrices(model).items() if name != "word_table"}
+
+
+def _judge(
+    model: AiM, setting: Setting, wide: Mapping[str, Int8Matrix], precision: str
+) -> Callable[[Mapping[str, Narrow]], bool]:
+    """What says whether the model is near enough to itself with matrices for some `wide` ones."""
+    held_out, bound = HeldOut(model, setting), _SHARE * TOLERANCES[precision].divergence
+    names = list(step_matrices(model))
+
+    def near_enough(narrow: Mapping[str, Narrow]) -> bool:
+        made = {name: (narrow.get(name) or wide[name]).matrix() for name in names}
+        blocks = {name: matrix.block for name, matrix in narrow.items()}
+        return held_out.divergence(made, blocks) <= bound
+
+    return near_enough
+
+
 def _most(
-    narrow: Mapping[str, Int4Matrix], near_enough: Callable[[Mapping[str, Int4Matrix]], bool]
-) -> dict[str, Int4Matrix]:
+    narrow: Mapping[str, Narrowed], near_enough: Callable[[Mapping[str, Narrowed]], bool]
+) -> dict[str, Narrowed]:
     """The most of the first that are near enough, if more of them are never nearer; not all."""
     items = list(narrow.items())
     least, most = 0, len(items) - 1

@@ -27,6 +27,8 @@ from aim_export.errors import ExportError
 from aim_export.onnx.graph import HALF_SUFFIX, MICROSOFT, NORM_EPS, ROWS, GraphBuilder, Shape
 from aim_export.onnx.names import CLASS_EMBEDDING, FINAL, MODULATION, next_name, state_names
 from aim_export.onnx.packed import (
+    BYTES,
+    BYTES_BLOCK,
     INT4,
     INT8,
     NIBBLES,
@@ -37,7 +39,7 @@ from aim_export.onnx.packed import (
     as_int8,
     lying_in_rows,
 )
-from aim_export.onnx.products import int4_product, int8_product, int8_rows
+from aim_export.onnx.products import bytes_product, int4_product, int8_product, int8_rows
 from aim_runtime.bundle.manifest import GraphSpec, ModelCard, StatePair, TensorSpec
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, StepGraph
 
@@ -238,6 +240,12 @@ class _FusedStep:
         if whole is not None:
             scale = g.stored(self.tensors[weight + SCALE])
             return int8_product(g, value, self._int8(weight), scale, whole.dims[0], normed=normed)
+        if weight + BYTES in self.tensors:
+            outputs, terms = self.tensors[weight + BYTES].dims
+            shape = [outputs, terms // BYTES_BLOCK, BYTES_BLOCK]
+            stored = g.stored(as_bytes(self.tensors[weight + BYTES], shape))
+            scale = g.stored(self.tensors[weight + SCALE])
+            return bytes_product(g, value, stored, scale, (outputs, terms), BYTES_BLOCK)
         if weight + INT4 in self.tensors:
             rows, terms = self.tensors[weight + INT4].dims
             blocks = self.tensors[weight + ZERO].dims[1]

@@ -6,7 +6,8 @@ is ONNX's own operator: engines turn it into float32 when they load.
 
 What is float32 once it is loaded, as kernels of the decoder, may lie in few bits all the same.
 
-Names: a matrix that graphs know as NAME is stored as NAME/int8 or NAME/int4 and what belongs to it.
+Names: a matrix that graphs know as NAME is stored as NAME/int8, NAME/bytes or NAME/int4 and what
+belongs to it.
 Whole numbers from -8 to 7 lie two a byte, as NAME/nibbles in the place of NAME/int8.
 """
 
@@ -22,16 +23,20 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from aim_export.onnx.graph import FOUR_BITS, FOUR_BITS_OPSET, HALF_SUFFIX, GraphBuilder
 
-INT8, INT4, NIBBLES = "/int8", "/int4", "/nibbles"
+INT8, INT4, NIBBLES, BYTES = "/int8", "/int4", "/nibbles", "/bytes"
 SCALE, ZERO = "/scale", "/zero"
 BLOCKS = (128, 32)
 """How many weights of 4 bits may share a scale. More are multiplied faster, fewer are nearer."""
+BYTES_BLOCK = 128
+"""How many numbers that are multiplied by weights of a `ByteMatrix` are rounded together."""
 LEVELS = 127
 """Steps of 8 bits from zero to the largest weight."""
 # Below this many weights there is nothing to save.
 _FROM_ELEMENTS = 4096
 # What stands for zero in `held_in_4_bits`.
 _MIDDLE = 8
+# What stands for zero in a byte.
+_BYTES_MIDDLE = 128
 # Weights of a row that are looked at before all, and how far from a whole number of steps is whole.
 _GLANCE, _NEARLY = 16, 1e-4
 _LEAST_NIBBLE, _LARGEST_NIBBLE = -8, 7
@@ -114,7 +119,44 @@ class Int4Matrix:
         ]
 
 
-Matrix = Int8Matrix | Int4Matrix
+@dataclass(frozen=True)
+class ByteMatrix:
+    """An `Int8Matrix` in the order of products that round what they multiply to 8 bits.
+
+    Attributes:
+        values: uint8 (N, K), 128 being zero.
+        scale: float32 (N,).
+    """
+
+    values: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+
+    @property
+    def block(self) -> int:
+        """How many numbers that it multiplies are rounded together."""
+        return BYTES_BLOCK
+
+    def matrix(self) -> NDArray[np.float32]:
+        """What it stands for (N, K)."""
+        made: NDArray[np.float32] = (self.values.astype(np.float32) - _BYTES_MIDDLE) * _along(
+            self.scale, self.values
+        )
+        return made
+
+    def tensors(self, name: str) -> list[TensorProto]:
+        """What is stored of it."""
+        middle = np.full(len(self.values), _BYTES_MIDDLE, np.uint8)
+        parts: dict[str, NDArray[Any]]
+        parts = {BYTES: self.values, SCALE: self.scale, ZERO: middle}
+        return [numpy_helper.from_array(array, name + part) for part, array in parts.items()]
+
+    def nodes(self, name: str) -> list[NodeProto]:
+        """How the plain graph makes NAME (N, K) of it."""
+        inputs = [name + BYTES, name + SCALE, name + ZERO]
+        return [helper.make_node("DequantizeLinear", inputs, [name], f"{name}/float", axis=0)]
+
+
+Matrix = Int8Matrix | ByteMatrix | Int4Matrix
 
 
 @dataclass(frozen=True)
@@ -164,6 +206,14 @@ def int8_matrix(weight: NDArray[np.float32]) -> Int8Matrix:
     """`weight` (N, K), every row to the nearest of 255 steps, or as it is where fewer hold it."""
     rows = nearest_rows(weight)
     return Int8Matrix(np.ascontiguousarray(rows.values.T), rows.scale)
+
+
+def byte_matrix(matrix: Int8Matrix) -> ByteMatrix | None:
+    """The same weights in bytes; None where blocks do not fit, or fewer bits hold them."""
+    if len(matrix.values) % BYTES_BLOCK or _are_nibbles(matrix.values):
+        return None
+    values = (matrix.values.T.astype(np.int16) + _BYTES_MIDDLE).astype(np.uint8)
+    return ByteMatrix(np.ascontiguousarray(values), matrix.scale)
 
 
 def held_in_4_bits(weight: NDArray[np.float32], block: int) -> Int4Matrix | None:
@@ -273,7 +323,7 @@ def lying_in_rows(graph: GraphProto) -> set[str]:
         node.output[0]
         for node in graph.node
         if node.op_type == "DequantizeLinear"
-        and node.input[1] == node.output[0] + SCALE
+        and node.input[1:] == [node.output[0] + SCALE]
         and any(a.name == "axis" and a.i == 0 for a in node.attribute)
     }
 

@@ -7,6 +7,9 @@ rows differ by, and with it the error of either. So a value is written with two 
 nothing depends on the kernel, the number of rows or threads. With 7 bits a digit two products fit
 into 16 bits, where processors without VNNI add them up.
 
+Where that is near enough (`aim_export.quantization`) a value has 8 bits after all, of a step that
+the largest of its block asks for: half the rows, and no digits to be made.
+
 The steps of the digits are fixed, for values whose root mean square is 1: none of K such values is
 beyond the root of K.
 """
@@ -68,6 +71,28 @@ def int4_product(
         N=shape[0],
         K=shape[1],
         bits=4,
+        block_size=block,
+        accuracy_level=4,
+    )[0]
+
+
+def bytes_product(
+    g: GraphBuilder, value: str, weight: str, scale: str, shape: tuple[int, int], block: int
+) -> str:
+    """`value` (R, 1, K) times bytes (N, K / block, block) and `scale` (N,): (R, 1, N).
+
+    `shape` is (N, K). The value is rounded to 8 bits, each `block` by itself.
+    """
+    blocks = g.constant([shape[0], shape[1] // block], np.int64)
+    scales = g.op("Expand", g.op("Unsqueeze", scale, g.constant([1], np.int64)), blocks)
+    return g.ops(
+        "MatMulNBits",
+        *(value, weight, scales),
+        results=[""],
+        domain=MICROSOFT,
+        N=shape[0],
+        K=shape[1],
+        bits=8,
         block_size=block,
         accuracy_level=4,
     )[0]

@@ -12,8 +12,8 @@ from aim_export import quantization
 from aim_export.calibration import HeldOut, Setting, moments
 from aim_export.four_bits import int4_matrix
 from aim_export.onnx.lowering import step_matrices
-from aim_export.onnx.packed import Int4Matrix, Int8Matrix
-from aim_export.quantization import int4_matrices, int8_matrices
+from aim_export.onnx.packed import ByteMatrix, Int4Matrix, Int8Matrix
+from aim_export.quantization import int4_matrices, int8_matrices, whole_matrices
 from aim_runtime import SamplingOptions
 from aim_training.checkpoint import load_checkpoint
 from aim_training.model import AiM
@@ -68,7 +68,7 @@ def test_weights_that_are_tried_are_put_back(model: AiM) -> None:
     held_out, weights = HeldOut(model, SETTING), step_matrices(model)
     assert held_out.divergence(weights, {}) < 1e-9
     rounded = held_out.divergence(weights, dict.fromkeys(weights, 32))
-    coarse = {name: matrix.matrix() for name, matrix in int8_matrices(model).items()}
+    coarse = {name: matrix.matrix() for name, matrix in whole_matrices(model).items()}
     assert 0 < rounded < 1e-2
     assert 0 < held_out.divergence(coarse, {}) < 1e-2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -104,3 +104,18 @@ def test_the_largest_blocks_in_which_all_are_near_enough(
     narrow = [matrix for matrix in made.values() if isinstance(matrix, Int4Matrix)]
     assert [matrix.block for matrix in narrow] == [chosen] * 4
     assert tried == rounded
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_as_many_multiply_8_bits_as_the_bound_lets(
+    model: AiM, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """From the last layer on, where blocks of 128 fit; weights are the same as of two digits."""
+    monkeypatch.setattr(HeldOut, "divergence", lambda self, weights, blocks: len(blocks) > most)
+    lines: list[str] = []
+    made = int8_matrices(model, SETTING, lines.append)
+    found = {name for name, matrix in made.items() if isinstance(matrix, ByteMatrix)}
+    assert found == set(["layer_1.out_proj", "layer_0.out_proj"][:most])
+    assert lines[-1] == f"what {most} of 4 projections multiply has 8 bits"
+    for name, matrix in whole_matrices(model).items():
+        np.testing.assert_array_equal(made[name].matrix(), matrix.matrix())

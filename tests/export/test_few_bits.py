@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from aim_export import ExportError, ParityReport, agreement, export_bundle
+from aim_export import ExportError, ParityReport, agreement, export_bundle, quantization
 from aim_export.cpu import add_step_graph
 from aim_export.cuda.bundle import compile_engines
 from aim_export.onnx.graph import Precision
@@ -32,14 +32,17 @@ WIDE = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", params=["int8", "int4", "int4 in blocks of 128"])
+SOURCES = ["int8", "int8 in blocks of 128", "int4", "int4 in blocks of 128"]
+
+
+@pytest.fixture(scope="module", params=SOURCES)
 def source(
     request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Precision, int]:
-    """A checkpoint, the precision to store it in, and the blocks of what has 4 bits."""
+    """A checkpoint, the precision to store it in, and the blocks of `MatMulNBits`; 0: none."""
     precision, _, block = request.param.partition(" in blocks of ")
     if not block:
-        return small, precision, 32
+        return small, precision, 32 if precision == "int4" else 0
     path = tmp_path_factory.mktemp("wide") / "wide.safetensors"
     return save_small(path, WIDE, ["cat", "dog", "red panda"]), precision, int(block)
 
@@ -48,18 +51,22 @@ def source(
 def few_bits(
     source: tuple[Path, Precision, int], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, ParityReport]:
-    checkpoint, precision, _ = source
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("few") / "out", precision=precision)
+    checkpoint, precision, block = source
+    with pytest.MonkeyPatch.context() as patch:
+        if not block:
+            patch.setattr(quantization, "_SHARE", 0.0)
+        out = tmp_path_factory.mktemp("few") / "out"
+        return export_bundle(checkpoint, out, precision=precision)
 
 
-def test_the_blocks_of_4_bits_are_as_large_as_fit(
+def test_blocks_are_as_large_as_fit(
     source: tuple[Path, Precision, int], few_bits: tuple[Bundle, ParityReport]
 ) -> None:
     bundle, _ = few_bits
     graph = onnx.load(bundle.path / GRAPH_FILE, load_external_data=False).graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     blocks = [a.i for node in products for a in node.attribute if a.name == "block_size"]
-    assert blocks == ([source[2]] * 4 if source[1] == "int4" else [])
+    assert blocks == ([source[2]] * 4 if source[2] else [])
 
 
 def test_a_matrix_of_8_bits_is_the_nearest_there_is() -> None:
@@ -122,7 +129,7 @@ def test_no_matrix_of_the_step_is_stored_twice(
         {tuple((e.key, e.value) for e in t.external_data) for t in m.graph.initializer} - {()}
         for m in (plain, own)
     ]
-    assert places[0] == places[1]
+    assert places[1] <= places[0]
     half, _ = export_bundle(source[0], tmp_path / "half", precision="fp16")
     sizes = [b.manifest.files["step.weights"].size for b in (half, bundle)]
     assert sizes[1] < 0.62 * sizes[0]
@@ -172,11 +179,11 @@ def test_an_older_onnxruntime_takes_the_plain_graph(
 
 
 def test_rows_do_not_depend_on_neighbours_or_threads(
-    few_bits: tuple[Bundle, ParityReport],
+    source: tuple[Path, Precision, int], few_bits: tuple[Bundle, ParityReport]
 ) -> None:
     """To the last bit; `MatMulNBits` has another kernel for a last row by itself."""
     bundle, _ = few_bits
-    odd = () if bundle.manifest.precision == "int4" else (1, 3, 33)
+    odd = () if source[2] else (1, 3, 33)
     model = bundle.manifest.model
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, model.vocab_size, (64, 4))

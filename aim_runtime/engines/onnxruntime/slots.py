@@ -2,7 +2,7 @@
 
 A row's scores are the same to the last bit whatever the number of rows, so that a step may compute
 just those that are in use: the first r rows of each array, through bindings made when that many are
-there for the first time, and kept. Weights of 4 bits are the exception: their products take two
+there for the first time, and kept. Weights of few bits are the exception: products of most take two
 rows at a time, and a last one by itself by another kernel. It gets a second, which nobody reads.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_runtime.bundle.manifest import TensorSpec
+from aim_runtime.bundle.manifest import FEW_BITS, TensorSpec
 from aim_runtime.engines.onnxruntime.engine import Binding, OnnxRuntimeEngine, failed
 from aim_runtime.engines.slots import HostSlots
 from aim_runtime.memory import give_back
@@ -37,7 +37,7 @@ class OnnxRuntimeSlots(HostSlots):
         self, engine: OnnxRuntimeEngine, session: onnxruntime.InferenceSession, rows: int
     ) -> None:
         super().__init__(engine.manifest, rows)
-        self._together = 2 if engine.precision == "int4" else 1
+        self._together = 2 if engine.precision in FEW_BITS else 1
         rows = self._computed(rows)
         self._token, self._position = (np.zeros(rows, np.int64) for _ in range(2))
         manifest, step = engine.manifest, engine.manifest.graphs["step"]
