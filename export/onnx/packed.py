@@ -25,7 +25,7 @@ from aim_export.onnx.graph import FOUR_BITS, FOUR_BITS_OPSET, HALF_SUFFIX, Graph
 
 INT8, INT4, NIBBLES, BYTES = "/int8", "/int4", "/nibbles", "/bytes"
 SCALE, ZERO = "/scale", "/zero"
-BLOCKS = (128, 32)
+BLOCKS = (128, 64, 32)
 """How many weights of 4 bits may share a scale. More are multiplied faster, fewer are nearer."""
 BYTES_BLOCK = 128
 """How many numbers that are multiplied by weights of a `ByteMatrix` are rounded together."""
