@@ -63,17 +63,7 @@ def int4_product(
     `weight` is its bytes, scales and zero points. The value is rounded to 8 bits, each `block` by
     itself (accuracy level 4).
     """
-    return g.ops(
-        "MatMulNBits",
-        *(value, *weight),
-        results=[""],
-        domain=MICROSOFT,
-        N=shape[0],
-        K=shape[1],
-        bits=4,
-        block_size=block,
-        accuracy_level=4,
-    )[0]
+    return _product_of_blocks(g, (value, *weight), shape, 4, block)
 
 
 def bytes_product(
@@ -85,14 +75,20 @@ def bytes_product(
     """
     blocks = g.constant([shape[0], shape[1] // block], np.int64)
     scales = g.op("Expand", g.op("Unsqueeze", scale, g.constant([1], np.int64)), blocks)
+    return _product_of_blocks(g, (value, weight, scales), shape, 8, block)
+
+
+def _product_of_blocks(
+    g: GraphBuilder, inputs: tuple[str, ...], shape: tuple[int, int], bits: int, block: int
+) -> str:
     return g.ops(
         "MatMulNBits",
-        *(value, weight, scales),
+        *inputs,
         results=[""],
         domain=MICROSOFT,
         N=shape[0],
         K=shape[1],
-        bits=8,
+        bits=bits,
         block_size=block,
         accuracy_level=4,
     )[0]
