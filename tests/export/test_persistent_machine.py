@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
-from aim_export.cuda import compile as compiler
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import persistent_buckets
@@ -23,6 +21,7 @@ from aim_export.cuda.tuning import TUNING
 from aim_runtime.engines.cuda.plan import Bucket, Launch, flat
 
 from .persistent_reference import Arrays, random_arrays, step
+from .ptx_compiled import compiled
 from .ptx_machine import Machine
 
 CASES = (
@@ -52,19 +51,9 @@ def machine_of(
     buckets = persistent_buckets(geometry, FORMATS[precision], TUNING, [90])
     (bucket,) = [bucket for bucket in buckets if bucket.rows == rows]
     launch = launch_of(bucket, name)
-    found = []
-    real = compiler.triton.compile
-
-    def kept(*arguments: Any, **options: Any) -> Any:
-        found.append(real(*arguments, **options))
-        return found[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler.triton, "compile", kept)
-        compiler._compile(launch.kernel, 90)
     # The warps that fetch run apart from the others.
     groups = (512, *[32] * 4) if launch.kernel.resident else (128,)
-    return Machine(found[-1].asm["ptx"], found[-1].metadata.shared, groups), bucket
+    return compiled(launch.kernel, groups), bucket
 
 
 def launch_of(bucket: Bucket[KernelSpec], name: str) -> Launch[KernelSpec]:

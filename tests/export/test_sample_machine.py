@@ -6,7 +6,6 @@ Against the specification. What layouts and exchanges between warps do only show
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +16,10 @@ from aim_runtime.sampling import sample as specified
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
-from aim_export.cuda import compile as compiler
 from aim_export.cuda.kernels import sample as kernels
 from aim_export.cuda.launch import KernelSpec
 
+from .ptx_compiled import compiled
 from .ptx_machine import Machine
 
 V, T, AT, WARPS = 16384, 4, 1, 16
@@ -59,17 +58,7 @@ def machine() -> Machine:
     constants = {"V": V, "T": T, "BLOCK": V, "LANES": 32 * WARPS}
     constants |= {"CAPACITY": kernels.CAPACITY, "OVERLAPS": False}
     spec = KernelSpec(kernels.sample, tuple(TYPES.values()), tuple(constants.items()), WARPS)
-    found = []
-    real = compiler.triton.compile
-
-    def kept(*arguments: Any, **options: Any) -> Any:
-        found.append(real(*arguments, **options))
-        return found[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler.triton, "compile", kept)
-        compiler._compile(spec, 90)
-    return Machine(found[-1].asm["ptx"], found[-1].metadata.shared, (32 * WARPS,))
+    return compiled(spec, (32 * WARPS,))
 
 
 def draw(logits: np.ndarray, u: float, option: SamplingOptions) -> dict[str, np.ndarray]:
