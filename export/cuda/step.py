@@ -8,13 +8,15 @@ from typing import TypeAlias
 import triton
 
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import products, sample, scan, step
+from aim_export.cuda.kernels import held, products, sample, scan, step
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
-from aim_export.cuda.tuning import Tile, Tuning
+from aim_export.cuda.tuning import HeldTile, Tile, Tuning
 from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Repeat
 
+# Outputs of a tile of `held`.
+_HELD_OUTPUTS = 16
 # Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
 _FOLD_PROGRAMS = 1024
 
@@ -42,8 +44,11 @@ class StepBuilder:
         self.scan_cut = tuning.scan[precision.state]
         self.chunk = tuning.chunk_of(precision.state)
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
+        self.held_in_proj = self._suiting(tuning.held_in_proj, geometry.D)
+        self.held_out_proj = self._suiting(tuning.held_out_proj, geometry.inner)
         # Sums of squares a row: one from each program of out_proj, and of scan.
-        self.norm_parts = geometry.D // tuning.out_proj.outputs
+        outputs = _HELD_OUTPUTS if self.held_out_proj else tuning.out_proj.outputs
+        self.norm_parts = geometry.D // outputs
         self.square_parts = geometry.H // self.heads
         weights = weight_table(geometry, precision)
         buffers = buffer_table(
@@ -57,6 +62,12 @@ class StepBuilder:
         self.buffers, self.memory = buffers.tensors, buffers.memory
         self.strides = weights.strides | buffers.strides
         self.launch = Launcher(weights.tensors | buffers.tensors)
+
+    def _suiting(self, tile: HeldTile | None, width: int) -> HeldTile | None:
+        """`tile` if it can cut sums of `width` numbers of the format."""
+        if tile is None or self.precision.activation != "float16" or width % (32 * tile.num_warps):
+            return None
+        return tile
 
     def bucket(self) -> Bucket[KernelSpec]:
         """The buffers, and the launches of all of it."""
@@ -177,6 +188,8 @@ class StepBuilder:
         )
 
     def _in_proj(self) -> SpecLaunch:
+        if self.held_in_proj:
+            return self._held_in_proj(self.held_in_proj)
         g, tile = self.g, self.tuning.in_proj
         return self.launch(
             step.in_proj,
@@ -204,6 +217,28 @@ class StepBuilder:
             HAS_SCALES=self.precision.quantised,
             CONVOLVES=not self.tuning.dot,
             **self._tile(tile, g.D),
+            OVERLAPS=self.overlaps,
+        )
+
+    def _held_in_proj(self, tile: HeldTile) -> SpecLaunch:
+        g, outputs = self.g, _HELD_OUTPUTS * tile.tiles
+        return self.launch(
+            held.held_in_proj,
+            (-(-g.E // outputs), self.rows // (8 * tile.groups)),
+            weight="in_proj",
+            scales="in_proj_scales" if self.precision.quantised else ABSENT,
+            scaled="scaled",
+            partials="partials",
+            shifted="shifted",
+            projected="projected",
+            num_warps=tile.num_warps,
+            D=g.D,
+            E=g.E,
+            PARTS=self.norm_parts,
+            EPS=g.norm_eps,
+            HAS_SCALES=self.precision.quantised,
+            TILES=tile.tiles,
+            GROUPS=tile.groups,
             OVERLAPS=self.overlaps,
         )
 
@@ -246,6 +281,8 @@ class StepBuilder:
         return buffer if buffer in self.buffers else ABSENT
 
     def _out_proj(self) -> SpecLaunch:
+        if self.held_out_proj:
+            return self._held_out_proj(self.held_out_proj)
         g, tile = self.g, self.tuning.out_proj
         return self.launch(
             step.out_proj,
@@ -267,6 +304,30 @@ class StepBuilder:
             EPS=g.norm_eps,
             HAS_SCALES=self.precision.quantised,
             **self._tile(tile, g.inner),
+            OVERLAPS=self.overlaps,
+        )
+
+    def _held_out_proj(self, tile: HeldTile) -> SpecLaunch:
+        g = self.g
+        return self.launch(
+            held.held_out_proj,
+            (g.D // _HELD_OUTPUTS, self.rows // (8 * tile.groups)),
+            weight="out_proj",
+            scales="out_proj_scales" if self.precision.quantised else ABSENT,
+            gated="gated",
+            squares="squares",
+            gate="gate",
+            scale=Argument("scale", self.strides["scale"]),  # of the layer that follows
+            residual="residual",
+            scaled="scaled",
+            partials="partials",
+            num_warps=tile.num_warps,
+            D=g.D,
+            INNER=g.inner,
+            PARTS=self.square_parts,
+            EPS=g.norm_eps,
+            HAS_SCALES=self.precision.quantised,
+            GROUPS=tile.groups,
             OVERLAPS=self.overlaps,
         )
 

@@ -18,6 +18,21 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class HeldTile:
+    """How a projection is cut whose weights are there ahead of its input.
+
+    Attributes:
+        tiles: 16 outputs each, of a program.
+        groups: eight rows each, of a program.
+        num_warps: warps a program.
+    """
+
+    tiles: int
+    groups: int
+    num_warps: int = 8
+
+
+@dataclass(frozen=True)
 class ScanCut:
     """How the scan is cut.
 
@@ -44,6 +59,8 @@ class Tuning:
         head: cut of the head, and of the projections of the conditioning.
         chunk: C, tokens between two rewritings of the state; a power of two from 16.
         scan: cut of the scan for each type of the state, which may have chunks of its own.
+        held_in_proj: cut of the first projection where `kernels.held` suits model and format.
+        held_out_proj: that of the second, of one tile.
     """
 
     in_proj: Tile
@@ -51,6 +68,8 @@ class Tuning:
     head: Tile
     chunk: int
     scan: Mapping[str, ScanCut]
+    held_in_proj: HeldTile | None = None
+    held_out_proj: HeldTile | None = None
 
     @property
     def dot(self) -> bool:
@@ -107,6 +126,8 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
+        held_in_proj=HeldTile(tiles=2, groups=2),
+        held_out_proj=HeldTile(tiles=1, groups=1),
     ),
     32: Tuning(
         in_proj=Tile(rows=32, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -118,6 +139,8 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
+        held_in_proj=HeldTile(tiles=2, groups=4),
+        held_out_proj=HeldTile(tiles=1, groups=2),
     ),
     64: Tuning(
         in_proj=Tile(rows=64, outputs=64, depth=128, num_warps=8, num_stages=4),

@@ -50,7 +50,8 @@ class Lanes:
             program.machine.clock += program.machine.tick
             return np.full(self.threads, program.machine.clock & 0xFFFFFFFF, np.uint32)
         if name.startswith("%ctaid") or name.startswith("%nctaid"):
-            value = program.number if name == "%ctaid.x" else int(name.startswith("%n"))
+            x, y = program.place
+            value = {"%ctaid.x": x, "%ctaid.y": y}.get(name, int(name.startswith("%n")))
             return np.full(self.threads, value, np.uint32)
         return None
 
@@ -182,6 +183,7 @@ def _barrier(lanes: Lanes, item: Instruction) -> Iterator[str]:
 
 @handles("bra", "brx", "ret", "bar", "barrier", "nanosleep", "setmaxnreg", "fence")
 @handles("cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "griddepcontrol")
+@handles("cp.async.commit_group", "cp.async.wait_group")
 def _nothing(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """What needs nothing here, or is done elsewhere."""
 
@@ -545,6 +547,17 @@ def _try_wait(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     parity = _first(lanes, lanes.get(item.operands[2], "u4"), None)
     over = lanes.program.barriers[at].phase % 2 != parity
     lanes.set(item.operands[0], np.full(lanes.threads, over), mask)
+
+
+@handles("cp.async.cg.shared.global", "cp.async.ca.shared.global")
+def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Some words from memory to shared memory."""
+    to, source = (lanes.address(text) for text in item.operands[:2])
+    if mask is not None:
+        to, source = to[mask], source[mask]
+    for offset in range(0, int(item.operands[2], 0), 4):
+        words = lanes.program.machine.memory.load(source + np.uint64(offset), 4)
+        lanes.program.shared.store(to + np.uint64(offset), words, 4)
 
 
 @handles("cp.async.bulk.tensor.2d")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Barrier:
 class Program:
     """What the threads of a program share."""
 
-    number: int
+    place: tuple[int, int]  # in the grid, x and y
     machine: Machine
     shared: Memory
     arrived: dict[int, int] = field(default_factory=dict)
@@ -95,8 +96,10 @@ class Machine:
         self.maps: dict[int, dict[str, int]] = {}
         self.clock, self.tick = 0, 1 << 12
 
-    def run(self, arguments: list[np.ndarray], programs: int, seed: int = 0) -> None:
-        """Run ``programs`` programs; in the order that ``seed`` says when several could go on."""
+    def run(
+        self, arguments: list[np.ndarray], programs: int | tuple[int, int], seed: int = 0
+    ) -> None:
+        """Run a grid of programs; in the order that ``seed`` says when several could go on."""
         size, addresses = 0, []
         for array in arguments:
             addresses.append(GLOBAL + size)
@@ -108,15 +111,16 @@ class Machine:
         self.parameters: Mapping[str, int] = dict(
             zip(self.code.parameters, addresses, strict=False)
         )
-        self._schedule(programs, random.Random(seed))
+        grid = (programs, 1) if isinstance(programs, int) else programs
+        self._schedule(grid, random.Random(seed))
         for array, address in zip(arguments, addresses, strict=True):
             raw = array.reshape(-1).view(np.uint8)
             raw[:] = self.memory.data[address - GLOBAL : address - GLOBAL + raw.size]
 
-    def _schedule(self, programs: int, order: random.Random) -> None:
+    def _schedule(self, grid: tuple[int, int], order: random.Random) -> None:
         running: list[Iterator[str]] = []
-        for number in range(programs):
-            program = Program(number, self, Memory(SHARED, np.zeros(self.shared, np.uint8)))
+        for place in product(range(grid[0]), range(grid[1])):
+            program = Program(place, self, Memory(SHARED, np.zeros(self.shared, np.uint8)))
             first = 0
             for threads in self.groups:
                 running.append(execute(self.code, Lanes(first, threads, program)))

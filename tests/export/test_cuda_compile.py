@@ -32,7 +32,7 @@ from aim_export.cuda import bundle as engines
 from aim_export.cuda import compile as compiler
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import persistent, products, scan, step
+from aim_export.cuda.kernels import held, persistent, products, scan, step
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.precision import FORMATS
@@ -66,11 +66,12 @@ def product(stages: int, **tile: int) -> KernelSpec:
 
 
 def test_machine_code() -> None:
-    """Kernels of both kinds of product and the scan, for the oldest and the newest GPUs."""
+    """Kernels of all kinds of product and the scan, for the oldest and the newest GPUs."""
     few = step_bucket(GOLDEN, FORMATS["int8"], 2, TUNING[2])
+    more = step_bucket(GOLDEN, FORMATS["fp16"], 64, TUNING[64])
     large = product(5, BM=64, BN=128, BK=64)  # 24 KiB a stage: too much for the smallest
     sample = [kernel_of(few, step.in_proj), kernel_of(few, scan.scan)]
-    sample += [kernel_of(MANY, step.out_proj), large]
+    sample += [kernel_of(MANY, held.held_out_proj), kernel_of(more, step.out_proj), large]
     done: list[tuple[int, int]] = []
     found = compile_kernels(
         sample, CAPABILITIES, workers=2, progress=lambda *counts: done.append(counts)

@@ -186,7 +186,7 @@ def load_tile(unit):
 
 
 @gluon.jit
-def _widen(words):
+def widen(words):
     """Eight 8-bit weights each of rows q and q + 8, (512, 4) words, to halves: two of (512, 4)."""
     text: gl.constexpr = _widen_text()
     return gl.inline_asm_elementwise(
@@ -218,8 +218,8 @@ def load_tile8(half):
     # q1, warp 0, half, j, word
     words = gl.reshape(gl.permute(words, [0, 5, 3, 4, 2, 7, 1, 8, 6]), [512, 4, 2])
     first, second = gl.split(words)
-    a, b = _widen(gl.convert_layout(first, L4, assert_trivial=True))
-    c, d = _widen(gl.convert_layout(second, L4, assert_trivial=True))
+    a, b = widen(gl.convert_layout(first, L4, assert_trivial=True))
+    c, d = widen(gl.convert_layout(second, L4, assert_trivial=True))
     return a, b, c, d
 
 

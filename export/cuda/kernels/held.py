@@ -1,0 +1,304 @@
+"""The layers' projections for 16 and 32 rows, with weights that are there before their input.
+
+Weights depend on nothing. While the launch ahead still runs a program copies all of its own to
+shared memory; behind the wait it reads its rows alone, straight to registers.
+
+A product is cut over the W warps along the sum. mma.m16n8k16 takes 16 weight rows, a *tile*, as A
+and eight rows, a *group*, in its columns. Within 32 numbers of the sum the order is of its own, the
+same for both: lane 4 q + j takes eight that lie side by side, of weight rows q and q + 8 and of row
+q. So a thread copies to shared memory what it will read itself, 16 bytes at a time (8 of 8-bit
+weights), and takes rows as they are stored. Partial products of the warps are added from shared
+memory.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.persistent_common import store_rounded
+from aim_export.cuda.kernels.persistent_products import multiply, widen
+
+_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+_CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+
+
+@gluon.constexpr_function
+def _fragments(W, WORDS):
+    """(32 W, WORDS): a thread's words of a fragment."""
+    return gl.BlockedLayout([1, WORDS], [32, 1], [W, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _bits(count):
+    return [1 << bit for bit in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _spread(W, TILES, GROUPS):
+    """The bits of a result's group, tile, row and output that registers, lanes and warps count.
+
+    Lanes have outputs and fours of rows, so that what they read of a partial product lies side by
+    side.
+    """
+    lanes = [("row", 4), *(("output", bit) for bit in _bits(16))]
+    rest = [("group", bit) for bit in _bits(GROUPS)] + [("tile", bit) for bit in _bits(TILES)]
+    rest += [("row", 2), ("row", 1)]
+    count = len(_bits(W))
+    warps = rest[:count]
+    return rest[count:][::-1], lanes, warps + [("none", 0)] * (count - len(warps))
+
+
+@gluon.constexpr_function
+def _parts_layout(W, TILES, GROUPS):
+    """Partial products (TILES * GROUPS, W, 16 * 8) as they are read: a result's are a thread's."""
+    axes = {"group": (1, 0, 0), "tile": (GROUPS, 0, 0), "output": (0, 0, 8), "row": (0, 0, 1)}
+    axes["none"] = (0, 0, 0)
+    registers, lanes, warps = (
+        [[bit * axis for axis in axes[name]] for name, bit in bits]
+        for bits in _spread(W, TILES, GROUPS)
+    )
+    registers += [[0, bit, 0] for bit in _bits(W)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [TILES * GROUPS, W, 128])
+
+
+@gluon.constexpr_function
+def _results_layout(W, TILES, GROUPS):
+    """A program's results (8 * GROUPS rows, 16 * TILES outputs) as `_products` leaves them."""
+    axes = {"group": (8, 0), "tile": (0, 16), "output": (0, 1), "row": (1, 0), "none": (0, 0)}
+    registers, lanes, warps = (
+        [[bit * axis for axis in axes[name]] for name, bit in bits]
+        for bits in _spread(W, TILES, GROUPS)
+    )
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [8 * GROUPS, 16 * TILES])
+
+
+@gluon.jit
+def _hold(
+    weight,  # (N, WIDTH) float16 or int8
+    first,
+    N: gl.constexpr,
+    WIDTH: gl.constexpr,
+    TILES: gl.constexpr,
+    W: gl.constexpr,
+):
+    """Set the weights of 16 * TILES outputs from `first` on their way to shared memory.
+
+    Fragments of it are words (32 W, 4), or 2: for each 32 numbers of a warp's sum and each tile
+    that of rows q and that of rows q + 8.
+    """
+    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
+    WORDS: gl.constexpr = BITS // 4
+    STEPS: gl.constexpr = WIDTH // (32 * W)
+    layout: gl.constexpr = _fragments(W, WORDS)
+    held = gl.allocate_shared_memory(gl.int32, [STEPS * TILES * 2, 32 * W, WORDS], _FLAT)
+    thread = gl.arange(0, 32 * W, gl.SliceLayout(1, layout))
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, layout))
+    column = (thread // 32) * (STEPS * 4 * WORDS) + thread % 4 * WORDS
+    words = weight.to(gl.pointer_type(gl.int32))
+    for half in gl.static_range(TILES * 2):
+        row = gl.minimum(first + half * 8 + thread // 4 % 8, N - 1)
+        at = gl.expand_dims(row * (WIDTH * BITS // 32) + column, 1) + gl.expand_dims(word, 0)
+        for step in gl.static_range(STEPS):
+            place = held.index(step * TILES * 2 + half)
+            async_copy.async_copy_global_to_shared(place, words + at + step * (4 * WORDS))
+    async_copy.commit_group()
+    return held
+
+
+@gluon.jit
+def _fragment(held, index: gl.constexpr, W: gl.constexpr):
+    """Of a tile and 32 numbers of the sum eight halves each of rows q and q + 8: two (32 W, 4)."""
+    upper = held.index(index * 2)
+    lower = held.index(index * 2 + 1)
+    if held.shape[2] == 4:
+        pair = upper.load(_fragments(W, 4)), lower.load(_fragments(W, 4))
+    else:
+        both = gl.join(upper.load(_fragments(W, 2)), lower.load(_fragments(W, 2)))
+        both = gl.reshape(gl.permute(both, [0, 2, 1]), [32 * W, 4])
+        pair = widen(gl.convert_layout(both, _fragments(W, 4), assert_trivial=True))
+    return pair
+
+
+@gluon.jit
+def _load_rows(
+    source,  # (R, WIDTH) float16
+    first,
+    WIDTH: gl.constexpr,
+    GROUPS: gl.constexpr,
+    W: gl.constexpr,
+):
+    """8 * GROUPS rows from `first` on: for each 32 numbers of a warp's sum and each group words."""
+    STEPS: gl.constexpr = WIDTH // (32 * W)
+    layout: gl.constexpr = _fragments(W, 4)
+    thread = gl.arange(0, 32 * W, gl.SliceLayout(1, layout))
+    word = gl.arange(0, 4, gl.SliceLayout(0, layout))
+    column = (thread // 32) * (STEPS * 16) + thread % 4 * 4
+    at = gl.expand_dims((first + thread // 4 % 8) * (WIDTH // 2) + column, 1)
+    words = source.to(gl.pointer_type(gl.int32)) + at + gl.expand_dims(word, 0)
+    loaded = ()
+    for step in gl.static_range(STEPS):
+        for group in gl.static_range(GROUPS):
+            loaded += (gl.load(words + step * 16 + group * (4 * WIDTH)),)
+    return loaded
+
+
+@gluon.jit
+def _joined(results, COUNT: gl.constexpr, W: gl.constexpr):
+    """COUNT results of the tensor cores, (32 W, 4) each, as (COUNT, W, 16 * 8)."""
+    joined = ()
+    for index in gl.static_range(COUNT):
+        # warp, q, j, + 8, column
+        value = gl.permute(gl.reshape(results[index], [W, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
+        joined += (gl.reshape(value, [1, W, 128]),)
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        pairs = ()
+        for index in gl.static_range(COUNT >> (level + 1)):
+            pair = gl.permute(gl.join(joined[2 * index], joined[2 * index + 1]), [3, 0, 1, 2])
+            pairs += (gl.reshape(pair, [2 << level, W, 128]),)
+        joined = pairs
+    return joined[0]
+
+
+@gluon.jit
+def _products(
+    held,
+    rows,  # from `_load_rows`
+    WIDTH: gl.constexpr,
+    TILES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    W: gl.constexpr,
+):
+    """Rows times what `_hold` holds: float32 (8 * GROUPS, 16 * TILES) in `_results_layout`."""
+    STEPS: gl.constexpr = WIDTH // (32 * W)
+    COUNT: gl.constexpr = TILES * GROUPS
+    async_copy.wait_group(0)
+    totals = ()
+    for _ in gl.static_range(COUNT):
+        totals += (gl.zeros([32 * W, 4], gl.float32, _fragments(W, 4)),)
+    for step in gl.static_range(STEPS):
+        grown = ()
+        for tile in gl.static_range(TILES):
+            upper, lower = _fragment(held, step * TILES + tile, W)
+            for group in gl.static_range(GROUPS):
+                total = totals[tile * GROUPS + group]
+                grown += (multiply(upper, lower, rows[step * GROUPS + group], total),)
+        totals = grown
+    if STEPS * TILES * 2 * held.shape[2] >= COUNT * 4:
+        # The weights have been read: their place is free.
+        gl.thread_barrier()
+        parts = held._reinterpret(gl.float32, [COUNT, W, 128], _CUBE)
+    else:
+        parts = gl.allocate_shared_memory(gl.float32, [COUNT, W, 128], _CUBE)
+    parts.store(_joined(totals, COUNT, W))
+    total = gl.sum(parts.load(_parts_layout(W, TILES, GROUPS)), axis=1)
+    total = gl.permute(gl.reshape(total, [TILES, GROUPS, 16, 8]), [1, 3, 0, 2])
+    total = gl.reshape(total, [8 * GROUPS, 16 * TILES])
+    return gl.convert_layout(total, _results_layout(W, TILES, GROUPS), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _padded(count):
+    return max(8, 1 << (count - 1).bit_length())
+
+
+@gluon.jit
+def _load_partials(partials, first, COUNT: gl.constexpr, PARTS: gl.constexpr, W: gl.constexpr):
+    """Sums of squares of COUNT rows from `partials` (R, PARTS), padded with zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [W, 1], [1, 0])
+    row = gl.arange(0, COUNT, gl.SliceLayout(1, layout))
+    part = gl.arange(0, _padded(PARTS), gl.SliceLayout(0, layout))
+    at = gl.expand_dims((first + row) * PARTS, 1) + gl.expand_dims(part, 0)
+    return gl.load(partials + at, mask=gl.expand_dims(part < PARTS, 0), other=0.0)
+
+
+@gluon.jit
+def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, layout: gl.constexpr):
+    """1 / rms of rows of WIDTH numbers, for results in `layout`: (rows, 1)."""
+    total = gl.convert_layout(gl.sum(partials, axis=1), gl.SliceLayout(1, layout))
+    return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
+
+
+@gluon.jit
+def held_in_proj(
+    weight,  # (E, D)
+    scales,  # (E,) float32, of int8 weights
+    scaled,  # (R, D) float16
+    partials,  # (R, PARTS) float32, sums of squares of the residual
+    shifted,  # (R, E), the product with the shift
+    projected,  # (R, E) float32: z | x B C | dt
+    D: gl.constexpr,  # a multiple of 32 W
+    E: gl.constexpr,
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    TILES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.in_proj` without the convolution, 8 * GROUPS rows and 16 * TILES outputs a program."""
+    W: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = _results_layout(W, TILES, GROUPS)
+    first, first_row = gl.program_id(0) * (16 * TILES), gl.program_id(1) * (8 * GROUPS)
+    held = _hold(weight, first, E, D, TILES, W)
+    row = first_row + gl.arange(0, 8 * GROUPS, gl.SliceLayout(1, layout))
+    output = first + gl.arange(0, 16 * TILES, gl.SliceLayout(0, layout))
+    inside = gl.expand_dims(output < E, 0)
+    output = gl.minimum(output, E - 1)
+    at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
+    shift = gl.load(shifted + at).to(gl.float32)
+    factor = gl.load(scales + output) if HAS_SCALES else 1.0
+    begin_dependents(OVERLAPS)
+    rows = _load_rows(scaled, first_row, D, GROUPS, W)
+    sums = _load_partials(partials, first_row, 8 * GROUPS, PARTS, W)
+    total = _products(held, rows, D, TILES, GROUPS, W)
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    total = total * _inverse_rms(sums, D, EPS, layout) + shift
+    gl.store(projected + at, total, mask=inside)
+
+
+@gluon.jit
+def held_out_proj(
+    weight,  # (D, I), the gated norm's weight inside
+    scales,  # (D,) float32, of int8 weights
+    gated,  # (R, I) float16
+    squares,  # (R, PARTS) float32
+    gate,  # (R, D) float32
+    scale,  # (R, D) float32, of the layer that follows
+    residual,  # (R, D) float32, updated
+    scaled,  # (R, D) float16
+    partials,  # (R, D / 16) float32
+    D: gl.constexpr,
+    INNER: gl.constexpr,  # a multiple of 32 W
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.out_proj`, 8 * GROUPS rows and 16 outputs a program."""
+    W: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = _results_layout(W, 1, GROUPS)
+    first, first_row = gl.program_id(0) * 16, gl.program_id(1) * (8 * GROUPS)
+    held = _hold(weight, first, D, INNER, 1, W)
+    row = first_row + gl.arange(0, 8 * GROUPS, gl.SliceLayout(1, layout))
+    output = first + gl.arange(0, 16, gl.SliceLayout(0, layout))
+    at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
+    gate_value = gl.load(gate + at)
+    scale_value = gl.load(scale + at)
+    value = gl.load(residual + at)  # as the layer before left it
+    factor = gl.load(scales + output) if HAS_SCALES else 1.0
+    begin_dependents(OVERLAPS)
+    rows = _load_rows(gated, first_row, INNER, GROUPS, W)
+    sums = _load_partials(squares, first_row, 8 * GROUPS, PARTS, W)
+    total = _products(held, rows, INNER, 1, GROUPS, W)
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    value += gate_value * total * _inverse_rms(sums, INNER, EPS, layout)
+    gl.store(residual + at, value)
+    store_rounded(scaled + at, value * scale_value, True)
+    gl.store(partials + row * (D // 16) + gl.program_id(0), gl.sum(value * value, axis=1))
