@@ -82,7 +82,7 @@ def _by_id(program: Program[KernelSpec]) -> Program[str]:
     """The program with kernels' ids in place of what they are compiled from."""
 
     def named(launch: Launch[KernelSpec]) -> Launch[str]:
-        return Launch(launch.kernel.id, launch.grid, launch.arguments)
+        return Launch(launch.kernel.id, launch.grid, launch.arguments, launch.every)
 
     return tuple(
         Repeat(item.times, tuple(map(named, item.body)), item.strides)

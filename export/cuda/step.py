@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TypeAlias
 
 import triton
@@ -336,7 +337,7 @@ class StepBuilder:
         # The least number of states that leaves a row few enough programs.
         least = min(states, -(-states * self.rows // _FOLD_PROGRAMS))
         heads = next(n for n in range(least, states + 1) if states % n == 0)
-        return self.launch(
+        launch = self.launch(
             scan.fold,
             (states // heads, self.rows),
             position="position",
@@ -355,6 +356,7 @@ class StepBuilder:
             HEADS=heads,
             OVERLAPS=self.overlaps,
         )
+        return replace(launch, every=self.chunk)
 
     def _final_norm(self) -> SpecLaunch:
         return self.launch(

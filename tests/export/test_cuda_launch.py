@@ -82,6 +82,15 @@ def test_a_layers_tensors_advance_and_what_a_format_lacks_is_absent(precision: s
     assert {"state_scale", "column_scale"}.issubset(bucket.buffers) == quantised
 
 
+@pytest.mark.parametrize(("precision", "rows", "chunk"), [("fp32", 2, 32), ("fp16", 16, 16)])
+def test_only_folding_is_not_due_in_each_step(precision: str, rows: int, chunk: int) -> None:
+    g = Geometry(D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1)
+    bucket = step_bucket(g, FORMATS[precision], rows, TUNING[rows])
+    found = {item.kernel.function: item.every for item in flat(bucket.step)}
+    assert found.pop(scan.fold) == chunk
+    assert set(found.values()) == {1}
+
+
 def constants(kernel: KernelSpec) -> dict[str, Any]:
     return dict(kernel.constants)
 

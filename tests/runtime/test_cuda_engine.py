@@ -6,7 +6,7 @@ import json
 import threading
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ from aim_runtime.bundle import add_engine
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
 from aim_runtime.engines.cuda import CudaEngine, program, step, weights
+from aim_runtime.engines.cuda.plan import Launch
+from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.device import DeviceLaunch
 from aim_runtime.noise import uniforms
 
@@ -35,6 +37,13 @@ def older(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose images begin together: its plan is of format 2."""
     out = tmp_path_factory.mktemp("cuda") / "older"
     return write_toy_bundle(tiny, out, toy_plan(version=2))
+
+
+@pytest.fixture(scope="module")
+def rare(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose steps have a launch that is not due in each of them."""
+    out = tmp_path_factory.mktemp("cuda") / "rare"
+    return write_toy_bundle(tiny, out, toy_plan(rare=True))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +145,80 @@ class TestSlices:
         assert device_of(engine).allocations == made
 
 
+class TestLaunchesThatNotEveryStepWants:
+    """`double` is due before positions that are multiples of 4, of which 9 steps have two."""
+
+    @pytest.mark.parametrize(("steps", "ran"), [(16, 9), (8, 9), (4, 3), (3, 6)])
+    def test_they_run_where_they_are_due(
+        self, rare: Path, cpu: Engine, monkeypatch: pytest.MonkeyPatch, steps: int, ran: int
+    ) -> None:
+        """Once in a graph that ends with a period, in each step of others with one, and alone."""
+        monkeypatch.setattr(step, "SLICE", steps)
+        engine = toy_engine(rare)
+        tokens = drawn(engine, [2, 0, 1], OPTIONS["guided"])
+        assert np.array_equal(tokens, drawn(cpu, [2, 0, 1], OPTIONS["guided"]))
+        names = [item.function.__name__ for item in device_of(engine).launches]
+        assert names.count("double") == ran
+        assert names.count("halve") == names.count("draw") == TOKENS
+
+    def test_rows_that_the_host_advances(self, rare: Path, cpu: Engine) -> None:
+        engine, classes = toy_engine(rare), np.array([0, 1])
+        with (
+            engine.start(2, engine.prologue(classes)) as ours,
+            cpu.start(2, cpu.prologue(classes)) as theirs,
+        ):
+            for step_ in range(TOKENS):
+                at = np.array([step_, max(0, step_ - 2)])
+                found, wanted = ours.step(at + 3, at), theirs.step(at + 3, at)
+                np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("positions", "steps", "due"),
+        [
+            ([0], 16, []),
+            ([16], 16, [15]),
+            ([24], 8, [7]),
+            ([20, 20, 26], 16, [5, 11]),
+            ([5], 64, [26, 58]),
+            ([240], 16, []),  # no row is at position 256
+            ([255, 256, 300], 8, []),
+        ],
+    )
+    def test_which_steps_those_are(self, positions: list[int], steps: int, due: list[int]) -> None:
+        class Queue:
+            host: ClassVar = {"noise": np.zeros((2, 256))}
+            periods: ClassVar = {"step": {32}}
+
+            def run(self, program: str, found: tuple[bool, ...]) -> None:
+                assert program == "step"
+                assert len(found) == steps
+                assert [index for index, wanted in enumerate(found) if wanted] == due
+
+        step.advance(cast(ProgramWorkspace, Queue()), positions, steps)
+
+    def test_graphs_are_of_a_slice_and_of_fewer_steps_the_more_launches_they_have(self) -> None:
+        often, rarely = Launch("cell", (1, 1, 1), ()), Launch("fold", (1, 1, 1), (), 32)
+        short, long = [often, often, rarely], [often] * 150
+
+        def whole(steps: int) -> tuple[bool, ...]:
+            return (True,) * steps
+
+        def none(steps: int) -> tuple[bool, ...]:
+            return (False,) * steps
+
+        assert step._graphs(short) == [
+            none(16),
+            (*none(15), True),
+            none(8),
+            (*none(7), True),
+            whole(8),
+            whole(1),
+        ]
+        assert step._graphs(short[:2]) == [whole(16), whole(8), whole(1)]
+        assert step._graphs([*long, rarely]) == [none(4), (*none(3), True), whole(4), whole(1)]
+        assert step._graphs(long * 7) == [whole(1)]
+
+
 class TestWorkspaces:
     def test_graphs_are_captured_once_a_bucket(self, bundle: Path) -> None:
         engine = toy_engine(bundle)
@@ -143,13 +226,13 @@ class TestWorkspaces:
         assert (device.captures, device.replays) == (0, 0)
         for _ in range(3):
             drawn(engine, [0, 1, 2], SamplingOptions(2.0))  # 6 rows
-        # The rows' beginning, a step, and eight of them: 9 steps are two graphs.
-        assert (device.captures, device.replays) == (3, 3 * (1 + 2))
+        # The rows' beginning; a step, eight and sixteen of them: 9 steps are two graphs.
+        assert (device.captures, device.replays) == (4, 3 * (1 + 2))
         drawn(engine, [0], SamplingOptions(1.0))  # 1 row
-        assert device.captures == 6
+        assert device.captures == 8
         engine.decode(np.zeros((1, TOKENS), np.int64))
         engine.decode(np.zeros((1, TOKENS), np.int64))
-        assert device.captures == 7
+        assert device.captures == 9
 
     def test_launches_say_what_the_plan_says(self, bundle: Path) -> None:
         engine = toy_engine(bundle)

@@ -105,6 +105,19 @@ def test_kernels_of_older_plans_need_not_be_resident(manifest: Manifest, version
     ] == ["cell"]
 
 
+def test_launches_that_not_every_step_wants(manifest: Manifest) -> None:
+    plan = read(toy_plan(rare=True), manifest)
+    assert [launch.every for launch in unrolled(plan.buckets[0].step)] == [1, 1, 1, 4, 1]
+    assert read(plan.to_json(), manifest) == plan
+    document = toy_plan(rare=True)
+    document["buckets"][0]["step"][3] = {"repeat": 2, "body": document["buckets"][0]["step"][3:4]}
+    found = read(document, manifest).buckets[0].step
+    assert [launch.every for launch in unrolled(found)] == [1, 1, 1, 4, 4, 1]
+    for version in (3, 4):
+        older = read(toy_plan(version=version), manifest)
+        assert {launch.every for launch in unrolled(older.buckets[0].step)} == {1}
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_images_of_older_plans_begin_together(manifest: Manifest, version: int) -> None:
     document = toy_plan(version=version)
@@ -153,7 +166,7 @@ def head_launch(document: dict[str, Any]) -> dict[str, Any]:
 
 EDITS: dict[str, tuple[Edit, str]] = {
     "not a plan": (lambda d: d.update(format="x"), 'lacks "format": "aim-cuda-plan"'),
-    "newer": (lambda d: d.update(format_version=5), "made by a newer aim-runtime (format 5"),
+    "newer": (lambda d: d.update(format_version=6), "made by a newer aim-runtime (format 6"),
     "version": (lambda d: d.update(format_version="1"), "format_version is '1'"),
     "missing key": (lambda d: d.pop("setup"), "top level lacks the key 'setup'"),
     "unknown key": (lambda d: d.update(more=1), "unknown key 'more'"),
@@ -204,8 +217,8 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "needs engines/cuda/kernels-sm100.bin, which the bundle lacks",
     ),
     "code outside": (
-        lambda d: d["kernels"]["cell"]["code"]["90"].update(offset=384),
-        "kernels['cell'].code.90 ends at byte 416 of engines/cuda/kernels-sm90.bin, which has 384",
+        lambda d: d["kernels"]["cell"]["code"]["90"].update(offset=448),
+        "kernels['cell'].code.90 ends at byte 480 of engines/cuda/kernels-sm90.bin, which has 448",
     ),
     "code negative": (
         lambda d: d["kernels"]["cell"]["code"]["90"].update(offset=-32),
@@ -321,6 +334,23 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "unknown kernel": (
         lambda d: head_launch(d).update(kernel="nothing"),
         f"{STEP}.kernel is 'nothing'",
+    ),
+    "period": (
+        lambda d: head_launch(d).update(every=1),
+        f"{STEP}.every is 1; it must be a whole number from 2 to 65536",
+    ),
+    "period of a flag": (lambda d: head_launch(d).update(every=True), f"{STEP}.every is true"),
+    "period of format 4": (
+        lambda d: d.update(format_version=4) or head_launch(d).update(every=16),
+        f"{STEP} has the unknown key 'every'; it may have kernel, grid, args",
+    ),
+    "period where images begin": (
+        lambda d: d["buckets"][0]["begin"][0].update(every=16),
+        "buckets[0].begin[0] has the unknown key 'every'",
+    ),
+    "period of a decoder": (
+        lambda d: d["decoder"][0]["launches"][0].update(every=16),
+        "decoder[0].launches[0] has the unknown key 'every'",
     ),
     "grid": (lambda d: head_launch(d).update(grid=[0, 1, 1]), f"{STEP}.grid is 0"),
     "grid sizes": (lambda d: head_launch(d).update(grid=[1, 1]), f"{STEP}.grid is a list of 2"),

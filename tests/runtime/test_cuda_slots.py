@@ -30,10 +30,12 @@ TOO_MUCH = SamplingOptions(cfg_scale=1e39)  # not finite in float32
 BUCKETS = (1, 2, 4, 8, 16)
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "launches not always due"])
+def bundle(
+    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("slots")
-    return write_toy_bundle(tiny, folder / "toy", toy_plan(rows=BUCKETS))
+    return write_toy_bundle(tiny, folder / "toy", toy_plan(rows=BUCKETS, rare=request.param))
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,23 @@ def draw(grid: Grid, arguments: list[Any]) -> None:
         positions[own] = at + 1
 
 
+def double(grid: Grid, arguments: list[Any]) -> None:
+    """Of rows whose next position is a multiple of the period, double what `halve` will halve."""
+    _scale_memory(grid, arguments, 2.0, 1)
+
+
+def halve(grid: Grid, arguments: list[Any]) -> None:
+    """Before the first step of a period, but of the first one."""
+    _scale_memory(grid, arguments, 0.5, 0)
+
+
+def _scale_memory(grid: Grid, arguments: list[Any], factor: float, ahead: int) -> None:
+    position, ssm = arguments
+    at = _read(position, np.int64, grid[0]) + ahead
+    due = (at > 0) & (at % PERIOD == 0)
+    _read(ssm, np.float32, grid[0], WIDTH)[due] *= np.float32(factor)
+
+
 def draw_batch(grid: Grid, arguments: list[Any]) -> None:
     """`draw` in plans of the older formats: all images are at the same position."""
     logits, noise, settings, pairs, forced, tokens, token, position, status = arguments
@@ -175,11 +192,13 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         *(begin, cell, head, half_head, byte_head, draw, decode, cast, quantise, add),
-        *(begin_batch, draw_batch),
+        *(begin_batch, draw_batch, double, halve),
     )
 }
+# Steps after which `double` has something to do.
+PERIOD = 4
 _POINTERS = {"begin": 7, "cell": 10, "head": 4, "half_head": 4, "byte_head": 5, "draw": 8}
-_POINTERS |= {"begin_batch": 9, "draw_batch": 9}
+_POINTERS |= {"begin_batch": 9, "draw_batch": 9, "double": 2, "halve": 2}
 _POINTERS |= {"decode": 3, "cast": 2, "quantise": 3, "add": 1}
 
 
@@ -197,9 +216,13 @@ def toy_plan(
     rows: tuple[int, ...] = (1, 2, 6, 8),
     images: tuple[int, ...] = (1, 4),
     architectures: tuple[str, ...] = ("80", "90"),
-    version: int = 4,
+    version: int = 5,
+    rare: bool = False,
 ) -> dict[str, Any]:
-    """A plan as JSON values; every kernel's binary takes 32 bytes of its architecture's file."""
+    """A plan as JSON values; every kernel's binary takes 32 bytes of its architecture's file.
+
+    With `rare` steps have a launch that is not due in each of them, without which tokens differ.
+    """
     weights = {
         "classes": _weight("prologue.weights", 0, CLASSES + 1, WIDTH),
         "to_modulation": _weight("prologue.weights", 128, WIDTH, LAYERS * 3 * WIDTH),
@@ -251,14 +274,14 @@ def toy_plan(
         "weights": weights,
         "setup": {"buffers": {}, "launches": []},
         "buckets": [
-            _bucket(count, scores) if version > 2 else _batch_bucket(count, scores)
+            _bucket(count, scores, rare) if version > 2 else _batch_bucket(count, scores)
             for count in rows
         ],
         "decoder": [_decoder(count) for count in images],
     }
 
 
-def _bucket(rows: int, scores: list[str]) -> dict[str, Any]:
+def _bucket(rows: int, scores: list[str], rare: bool = False) -> dict[str, Any]:
     shapes = {
         "class_id": ("int64", [rows]),
         "token": ("int64", [rows]),
@@ -278,15 +301,20 @@ def _bucket(rows: int, scores: list[str]) -> dict[str, Any]:
     conditioning = ["classes", "to_modulation", "to_final", "embedding", "shift", "final"]
     inputs = ["token", "position", "words", "places", "mix", "embedding", "shift"]
     sampler = ["logits", "noise", "settings", "second", "tokens", "token", "position"]
+    step = [
+        launch("cell", rows, *inputs, "ssm", "conv"),
+        launch(scores[0], rows, *scores[1:]),
+        launch("draw", rows, *sampler, "status"),
+    ]
+    if rare:
+        halves = launch("halve", rows, "position", "ssm")
+        doubles = launch("double", rows, "position", "ssm") | {"every": PERIOD}
+        step = [halves, *step[:2], doubles, step[2]]
     return {
         "rows": rows,
         "buffers": {name: {"dtype": d, "shape": s} for name, (d, s) in shapes.items()},
         "begin": [launch("begin", rows, "class_id", *conditioning)],
-        "step": [
-            launch("cell", rows, *inputs, "ssm", "conv"),
-            launch(scores[0], rows, *scores[1:]),
-            launch("draw", rows, *sampler, "status"),
-        ],
+        "step": step,
         "memory": {"ssm": 1, "conv": 1},
     }
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.gpu.architecture import choose
 
 FORMAT = "aim-cuda-plan"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FOLDER = "engines/cuda/"
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -147,11 +147,16 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch(Generic[K]):
-    """One launch of `kernel` over a grid of programs."""
+    """One launch of `kernel` over a grid of programs.
+
+    In a step, `every`: it has nothing to do but where some row's next position is a multiple of
+    this, and may be left out elsewhere. In formats 1 to 4 it is 1.
+    """
 
     kernel: K
     grid: tuple[int, int, int]
     arguments: tuple[Argument, ...]
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ def unrolled(program: Program[K]) -> Iterator[Launch[K]]:
                         Argument(name, offset + turn * item.strides.get(name, 0))
                         for name, offset in launch.arguments
                     )
-                    yield Launch(launch.kernel, launch.grid, arguments)
+                    yield replace(launch, arguments=arguments)
         else:
             yield item
 
@@ -411,4 +416,5 @@ def _launch_json(launch: Launch[str], strides: Mapping[str, int]) -> dict[str, A
         "kernel": launch.kernel,
         "grid": list(launch.grid),
         "args": [[name, offset, strides.get(name, 0)] for name, offset in launch.arguments],
+        **({"every": launch.every} if launch.every > 1 else {}),
     }

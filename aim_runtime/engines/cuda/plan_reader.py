@@ -50,6 +50,7 @@ _MAX_LAUNCHES = 1 << 18
 _MAX_POINTERS = 256
 _MAX_SHARED = 256 << 10
 _MAX_QUANTISED_COLUMNS = 1 << 16
+_MAX_PERIOD = 1 << 16
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./:+-]{0,255}")
@@ -298,7 +299,7 @@ class _Reader:
             rows=rows,
             buffers=buffers,
             begin=self.program(found["begin"], f"{where}.begin", buffers),
-            step=self.program(found["step"], f"{where}.step", buffers),
+            step=self.program(found["step"], f"{where}.step", buffers, in_step=True),
             memory=_memory(found.get("memory", {}), f"{where}.memory", buffers, rows),
         )
 
@@ -314,8 +315,11 @@ class _Reader:
         launches = self.program(found["launches"], f"{where}.launches", buffers)
         return DecoderBucket(images, buffers, launches)
 
-    def program(self, value: Any, where: str, buffers: Mapping[str, Tensor]) -> Program[str]:
+    def program(
+        self, value: Any, where: str, buffers: Mapping[str, Tensor], *, in_step: bool = False
+    ) -> Program[str]:
         """The launches of a program, one after another, repetitions written out."""
+        rare = in_step and self.version > 4
         launches: list[Launch[str]] = []
         for index, item in enumerate(_JSON.items(value, where, 0, _MAX_ENTRIES)):
             here = f"{where}[{index}]"
@@ -325,24 +329,29 @@ class _Reader:
                 body = _JSON.items(found["body"], f"{here}.body", 1, _MAX_ENTRIES)
                 if len(launches) + times * len(body) > _MAX_LAUNCHES:
                     raise BundleError(f"the CUDA plan's {where} has over {_MAX_LAUNCHES} launches")
-                launches += self.repeated(body, times, f"{here}.body", buffers)
+                launches += self.repeated(body, times, f"{here}.body", buffers, rare)
             else:
-                launches += self.repeated([item], 1, here, buffers)
+                launches += self.repeated([item], 1, here, buffers, rare)
         return tuple(launches)
 
     def repeated(
-        self, body: list[Any], times: int, where: str, buffers: Mapping[str, Tensor]
+        self, body: list[Any], times: int, where: str, buffers: Mapping[str, Tensor], rare: bool
     ) -> Iterator[Launch[str]]:
-        checked = [self.launch(item, times, where, buffers) for item in body]
+        checked = [self.launch(item, times, where, buffers, rare) for item in body]
         for turn in range(times):
-            for kernel, grid, arguments in checked:
+            for kernel, grid, arguments, every in checked:
                 at = tuple(Argument(name, o + turn * s) for name, o, s in arguments)
-                yield Launch(kernel, grid, at)
+                yield Launch(kernel, grid, at, every)
 
     def launch(
-        self, value: Any, times: int, where: str, buffers: Mapping[str, Tensor]
-    ) -> tuple[str, tuple[int, int, int], list[tuple[str, int, int]]]:
-        found = _JSON.fields(value, where, ("kernel", "grid", "args"))
+        self, value: Any, times: int, where: str, buffers: Mapping[str, Tensor], rare: bool
+    ) -> tuple[str, tuple[int, int, int], list[tuple[str, int, int]], int]:
+        """A launch as it is written; `rare`: it may be one that not every step wants."""
+        keys, every = ["kernel", "grid", "args"], 1
+        if rare and isinstance(value, dict) and "every" in value:
+            keys.append("every")
+            every = _JSON.integer(value["every"], f"{where}.every", 2, _MAX_PERIOD)
+        found = _JSON.fields(value, where, keys)
         kernel = self.known_kernel(found["kernel"], f"{where}.kernel")
         sizes = _JSON.items(found["grid"], f"{where}.grid", 3, 3)
         x, y, z = (
@@ -371,7 +380,7 @@ class _Reader:
                 )
             arguments.append((name, offset, stride))
         self.check_pointers(kernel, len(arguments), where)
-        return kernel, (x, y, z), arguments
+        return kernel, (x, y, z), arguments, every
 
 
 def _table(value: Any, where: str) -> Iterator[tuple[str, Any]]:

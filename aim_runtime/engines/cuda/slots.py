@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket
-from aim_runtime.engines.cuda.step import TURNS, fault, settings
+from aim_runtime.engines.cuda.step import TURNS, advance, fault, settings
 from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.device import Device, Event, OutOfDeviceMemory, Spaced
 from aim_runtime.engines.slots import Decided, Slots
@@ -178,7 +178,7 @@ class CudaSlots(Slots):
         if images != self._shown:
             self._show(images, turn)
         steps = min(STEPS, max(len(image.noise) - image.position for image in images))
-        workspace.run("step", steps)
+        advance(workspace, [image.position for image in images], steps)
         tokens, status = f"tokens{turn}", f"status{turn}"
         workspace.download(tokens, status)
         parts = []

@@ -10,16 +10,17 @@ Letters: R rows of the bucket, n images, T tokens.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
-from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket, unrolled
+from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket, Launch, unrolled
 from aim_runtime.engines.cuda.program import Kernels
-from aim_runtime.engines.cuda.workspace import ProgramWorkspace
+from aim_runtime.engines.cuda.workspace import ONCE, ProgramWorkspace, Runs
 from aim_runtime.engines.gpu.device import Device, Event
 from aim_runtime.engines.gpu.rows import LeasedRows
 from aim_runtime.errors import BackendError
@@ -28,9 +29,9 @@ from aim_runtime.sampling import SamplingOptions, row_classes
 SLICE = 16
 """Steps that are queued, and end, together."""
 
-# Steps of one graph: as many as a slice of `aim_runtime.engines.cuda.slots`, unless they are of so
+# Steps of one graph: a slice, and one of `aim_runtime.engines.cuda.slots`, unless they are of so
 # many launches that making the graph takes longer than an image gains.
-_STEPS_OF_A_GRAPH, _LAUNCHES_OF_A_GRAPH = 8, 640
+_SLICE_OF_SLOTS, _LAUNCHES_OF_A_GRAPH = 8, 640
 
 # What a word of status means.
 _FAULTS = {
@@ -54,14 +55,36 @@ def make_workspace(
     staged = {name + turn: name for turn in TURNS for name in (*_FROM_HOST, *roles, *_TO_HOST)}
     staged["logits"] = "logits"
     programs = {"begin": bucket.begin, "step": bucket.step}
-    together = {"step": _steps_of_a_graph(len(list(unrolled(bucket.step))))}
-    return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged, together)
+    graphs = {"step": _graphs(list(unrolled(bucket.step)))}
+    return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged, graphs)
 
 
-def _steps_of_a_graph(launches: int) -> int:
-    """A power of two, as slices are, for steps of so many launches."""
-    steps = min(_STEPS_OF_A_GRAPH, _LAUNCHES_OF_A_GRAPH // max(1, launches))
-    return 1 << max(1, steps).bit_length() - 1
+def _graphs(launches: Sequence[Launch[str]]) -> list[Runs]:
+    """The steps in a row, a power of two as slices are, that become graphs, the preferred first.
+
+    Where images began together, a launch that is not due in each step is due in the last of them or
+    in none, else in any.
+    """
+    most = max(1, _LAUNCHES_OF_A_GRAPH // max(1, len(launches)))
+    lengths = {1 << min(most, steps).bit_length() - 1 for steps in (SLICE, _SLICE_OF_SLOTS)}
+    some_are_rare = any(launch.every > 1 for launch in launches)
+    found: list[Runs] = []
+    for steps in sorted(lengths, reverse=True):
+        if some_are_rare:
+            found += [(False,) * steps, (False,) * (steps - 1) + ONCE]
+        if not some_are_rare or steps == min(lengths):
+            found.append(ONCE * steps)
+    return list(dict.fromkeys([*found, ONCE]))
+
+
+def advance(workspace: ProgramWorkspace, positions: Iterable[int], steps: int) -> None:
+    """Queue steps of rows that are at `positions`."""
+    tokens = workspace.host["noise"].shape[1]
+    due = [False] * steps
+    for period, at in itertools.product(workspace.periods["step"], set(positions)):
+        for step in range(-(at + 1) % period, min(steps, tokens - 1 - at), period):
+            due[step] = True
+    workspace.run("step", tuple(due))
 
 
 def capacity(rows: int, rows_per_image: int) -> int:
@@ -89,7 +112,7 @@ def draw(
     for start in range(0, steps, SLICE):
         with device.current():
             while queued < steps and len(waiting) < len(TURNS):
-                workspace.run("step", min(SLICE, steps - queued))
+                advance(workspace, [queued], min(SLICE, steps - queued))
                 turn = queued // SLICE % len(TURNS)
                 workspace.download(*(name + TURNS[turn] for name in _TO_HOST))
                 waiting.append((queued, turn, workspace.stream.record()))

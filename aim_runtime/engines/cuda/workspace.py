@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import ge
 from typing import Any
 
-from aim_runtime.engines.cuda.plan import Program, Tensor
+from aim_runtime.engines.cuda.plan import Program, Tensor, unrolled
 from aim_runtime.engines.cuda.program import Kernels
-from aim_runtime.engines.gpu.device import Device, aligned
+from aim_runtime.engines.gpu.device import Device, DeviceLaunch, aligned
 from aim_runtime.engines.gpu.workspace import Staged, Workspace
+
+Runs = tuple[bool, ...]
+"""Runs of a program in a row: whether each is of the whole program."""
+ONCE: Runs = (True,)
 
 
 def allocated_size(buffers: Mapping[str, Tensor]) -> int:
@@ -20,9 +25,13 @@ class ProgramWorkspace(Workspace):
     """`buffers` on the device, and `programs` ready to run on them.
 
     `shared` are addresses that programs may name besides; `staged` says which buffer each array of
-    `host` is of. A program that `together` has a number for is captured so many times in a row as
-    well: between the runs of one graph the device rests for less long than between two graphs.
-    Raises OutOfDeviceMemory.
+    `host` is of. `graphs` has a program's runs in a row that become a graph, the preferred first:
+    between the runs of one graph the device rests for less long than between two. A run is of the
+    whole program, True, or leaves out the launches that are not wanted each time. Programs that
+    `graphs` lacks have a graph of one run. Raises OutOfDeviceMemory.
+
+    Attributes:
+        periods: Of each program, how often launches are wanted that are not wanted each time.
     """
 
     def __init__(
@@ -33,7 +42,7 @@ class ProgramWorkspace(Workspace):
         shared: Mapping[str, int],
         programs: Mapping[str, Program[str]],
         staged: Mapping[str, str],
-        together: Mapping[str, int],
+        graphs: Mapping[str, Sequence[Runs]],
     ) -> None:
         super().__init__(
             device,
@@ -44,15 +53,34 @@ class ProgramWorkspace(Workspace):
             },
         )
         addresses = {**shared, **self.addresses}
-        self._graphs: dict[str, list[tuple[int, Any]]] = {}  # by descending number of runs
+        self.periods: dict[str, set[int]] = {}
+        self._graphs: dict[str, list[tuple[Runs, Any]]] = {}
         for name, program in programs.items():
-            launches = kernels.program(program, addresses)
-            counts = sorted({1, together.get(name, 1)}, reverse=True) if launches else ()
-            self._graphs[name] = [(n, self.stream.capture(launches * n)) for n in counts]
+            items = list(unrolled(program))
+            self.periods[name] = {launch.every for launch in items} - {1}
+            often = tuple(launch for launch in items if launch.every == 1)
+            launches = {True: kernels.program(program, addresses)}
+            launches[False] = kernels.program(often, addresses)
+            self._graphs[name] = [
+                (runs, self._captured([launch for whole in runs for launch in launches[whole]]))
+                for runs in graphs.get(name, [ONCE])
+            ]
 
-    def run(self, program: str, times: int = 1) -> None:
-        """Run a program so many times in a row."""
-        for count, graph in self._graphs[program]:
-            for _ in range(times // count):
+    def run(self, program: str, due: Runs = ONCE) -> None:
+        """Run a program once for each of `due`.
+
+        Each says whether launches are due that are not wanted each time; they may run if not.
+        """
+        while due:
+            runs, graph = next(found for found in self._graphs[program] if _covers(found[0], due))
+            if graph is not None:
                 self.stream.replay(graph)
-            times %= count
+            due = due[len(runs) :]
+
+    def _captured(self, launches: list[DeviceLaunch]) -> Any:
+        return self.stream.capture(launches) if launches else None
+
+
+def _covers(runs: Runs, due: Runs) -> bool:
+    """Whether a graph of `runs` may be the first of those that are due."""
+    return len(runs) <= len(due) and all(map(ge, runs, due))
