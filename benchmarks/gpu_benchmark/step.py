@@ -80,7 +80,9 @@ def step_bytes(
         "projections": size(weights, *projections),
         "head": size(weights, "word_table"),
         "small weights": size(weights, *(name for name in weights if name not in large)),
-        "conditioning": size(buffers, "shifted", "scale", "gate", "final_modulation"),
+        "conditioning": size(
+            buffers, "shifted", "scale", "gate", "final_modulation", "shifted_logits"
+        ),
         "convolution": size(buffers, "ring"),
     }
     state = size(buffers, "state", "state_scale", "column_scale")

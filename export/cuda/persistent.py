@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import persistent
+from aim_export.cuda.kernels import persistent, step
 from aim_export.cuda.kernels.persistent_common import (
     bc_outputs,
     gated_places,
     out_programs,
+    row_shares,
     scaled_places,
     wide,
 )
@@ -59,7 +60,7 @@ _WORKERS = 4
 # The copy engine's three descriptors.
 _SCRATCH = 384
 # What the layers exchange through launches' buffers otherwise.
-_REPLACED = ("scaled", "partials", "projected", "gated", "squares")
+_REPLACED = ("residual", "scaled", "partials", "projected", "gated", "squares")
 
 
 def programs(g: Geometry) -> int:
@@ -134,6 +135,10 @@ class _PersistentBuilder(StepBuilder):
             "norm_exchange": Tensor("float32", (_DEPTH, -(-rows // _GROUP) * 512)),
             "gated_exchange": Tensor("float16", (_DEPTH, rows * gated_places(geometry.D))),
             "bc_exchange": Tensor("float32", (_DEPTH, rows * 320)),
+            # What the head norms behind its product.
+            "final_shift": Tensor(precision.activation, (rows, geometry.D)),
+            "shifted_logits": Tensor("float32", (rows, geometry.V)),
+            "shares": Tensor("float32", (2, rows, row_shares(geometry.D, rows))),
             "stalled": Tensor("int32", (4,)),
             "descriptors": Tensor("uint8", (programs(geometry) * _SCRATCH,)),
         }
@@ -144,7 +149,22 @@ class _PersistentBuilder(StepBuilder):
         self.launch = type(self.launch)(tensors | added)
 
     def _begin(self) -> Program[KernelSpec]:
-        return (*super()._begin(), self._clear())
+        tile, shifted = self.tuning.head, "shifted_logits"
+        shift = self._linear(tile, self.g.V, "word_table", "final_shift", shifted)
+        return (*super()._begin(), self._modulate_head(), shift, self._clear())
+
+    def _modulate_head(self) -> SpecLaunch:
+        return self.launch(
+            step.modulate_head,
+            self.rows,
+            modulation="final_modulation",
+            norm="norm_f",
+            final_weight="final_norm",
+            shift="final_shift",
+            scale=Argument("scale", self.g.L * self.strides["scale"]),
+            D=self.g.D,
+            BLOCK=self.block,
+        )
 
     def _clear(self) -> SpecLaunch:
         return self.launch(
@@ -162,15 +182,36 @@ class _PersistentBuilder(StepBuilder):
         )
 
     def _step(self) -> Program[KernelSpec]:
-        return (self._layers(), self._fold(), self._final_norm(), self._head(), self._draw())
+        return (self._layers(), self._fold(), self._head(), self._draw())
+
+    def _head(self) -> SpecLaunch:
+        tile = self.tuning.head
+        return self.launch(
+            step.normed_head,
+            self._grid(tile, self.g.V),
+            weight="word_table",
+            hidden="hidden",
+            shares="shares",
+            shifted="shifted_logits",
+            logits="logits",
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            R=self.rows,
+            V=self.g.V,
+            D=self.g.D,
+            PARTS=row_shares(self.g.D, self.rows),
+            EPS=self.g.norm_eps,
+            **self._tile(tile, self.g.D),
+            OVERLAPS=self.overlaps,
+        )
 
     def _layers(self) -> SpecLaunch:
         g, quantised = self.g, self.precision.quantised
         same = (
             *("token", "position", "word_table", "position_table", "class_embedding", "gate"),
             *("scale", "shifted", "in_proj", "out_proj", "conv_weight", "conv_bias", "dt_bias"),
-            *("a", "d", "ring", "state", "past_x", "past_b", "past_decay", "residual", "status"),
-            "stalled",
+            *("a", "d", "ring", "state", "past_x", "past_b", "past_decay"),
+            *("norm_f", "hidden", "shares", "status", "stalled"),
         )
         names: dict[str, Any] = {name: name for name in same}
         launch = self.launch(

@@ -54,9 +54,10 @@ def rms(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def step(g: Geometry, arrays: Arrays) -> Arrays:
-    """`residual` and what rows remember after a step of `arrays`, in float64.
+    """What the head reads, and rows remember, after a step of `arrays`, in float64.
 
-    What enters a product is rounded to float16, as in the kernels.
+    Of `shares` what they add up to, (2, R). What enters a product is rounded to float16, as in the
+    kernels.
     """
     a = {name: v.astype("f8") if v.dtype.kind == "f" else v.copy() for name, v in arrays.items()}
     at = arrays["position"].astype(int)
@@ -65,7 +66,17 @@ def step(g: Geometry, arrays: Arrays) -> Arrays:
     value = np.where((at == 0)[:, None], a["class_embedding"], value)
     for layer in range(g.L):
         value = value + _layer(g, a, layer, value, at)
-    return a | {"residual": value}
+    hidden = value * a["scale"][g.L]
+    sums = [np.sum(v * v, axis=-1) for v in (value, value * a["norm_f"])]
+    return a | {"residual": value, "hidden": hidden, "shares": np.stack(sums)}
+
+
+def scores(g: Geometry, arrays: Arrays, residual: np.ndarray) -> np.ndarray:
+    """The head's (R, V), behind both norms and their modulation, in float64."""
+    value = residual / rms(residual, g.norm_eps) * arrays["norm_f"]
+    value = value / rms(value, g.norm_eps) * arrays["final_norm"]
+    shift, scale = arrays["final_modulation"].astype("f8").transpose(1, 0, 2)
+    return (value * (1 + scale) + shift) @ arrays["word_table"].astype("f8").T
 
 
 def _product(a: Arrays, name: str, layer: int, outputs: int, x: np.ndarray) -> np.ndarray:

@@ -18,9 +18,10 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import persistent_buckets
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.tuning import TUNING
-from aim_runtime.engines.cuda.plan import Bucket, Launch, flat
+from aim_runtime.engines.cuda.plan import Bucket, Launch, Program, flat
 
-from .persistent_reference import Arrays, random_arrays, step
+from .interpreter import interpret
+from .persistent_reference import Arrays, random_arrays, scores, step
 from .ptx_compiled import compiled
 from .ptx_machine import Machine
 
@@ -95,8 +96,9 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def check(found: Arrays, wanted: Arrays) -> None:
-    for name in ("residual", "ring", "past_decay", "past_x", "past_b"):
+    for name in ("hidden", "ring", "past_decay", "past_x", "past_b"):
         assert error(found[name], wanted[name]) < TOLERANCE, name
+    assert error(found["shares"].sum(-1), wanted["shares"]) < TOLERANCE
     assert not found["status"].any()
 
 
@@ -119,6 +121,28 @@ def test_a_wide_model(precision: str, steps: int) -> None:
     play(Played(precision, 2, WIDE), steps)
 
 
+@pytest.mark.parametrize(
+    ("precision", "rows", "geometry"),
+    [("fp16", 2, GEOMETRY), ("fp16", 2, WIDE), ("fp16-state16", 16, GEOMETRY)],
+)
+def test_scores(precision: str, rows: int, geometry: Geometry) -> None:
+    """The launches around the layers, in the interpreter, find what the layers left to them."""
+    played = Played(precision, rows, geometry)
+
+    def around(program: Program[KernelSpec], *targets: str) -> None:
+        launches = [item for item in flat(program) if item.arguments[-1].name in targets]
+        assert len(launches) == len(targets)
+        names = {argument.name for item in launches for argument in item.arguments}
+        played.arrays |= interpret(launches, {name: played.arrays[name] for name in names})
+
+    around(played.bucket.begin, "scale", "shifted_logits")
+    wanted = step(geometry, played.arrays)
+    played.launch()
+    around(played.bucket.step, "logits")
+    found = played.arrays["logits"]
+    assert error(found, scores(geometry, played.arrays, wanted["residual"])) < TOLERANCE
+
+
 def test_no_states_are_read_in_first_chunks() -> None:
     played = Played("fp16-state16")
     played.arrays["state"].view(np.uint16)[:] = 0x7E00  # not a number
@@ -127,7 +151,7 @@ def test_no_states_are_read_in_first_chunks() -> None:
     unread = {name: np.zeros_like(played.arrays[name]) for name in ("state", "state_scale")}
     wanted = step(GEOMETRY, played.arrays | unread)
     played.launch()
-    assert np.isfinite(played.arrays["residual"]).all()
+    assert np.isfinite(played.arrays["hidden"]).all()
     check(played.arrays, wanted)
 
 
@@ -136,10 +160,10 @@ def test_bits_do_not_depend_on_the_order_of_programs_nor_on_other_rows() -> None
     second.put((POSITIONS[0], *reversed(POSITIONS[1:])))
     first.launch(seed=1)
     second.launch(seed=2)
-    assert (first.arrays["residual"][0] == second.arrays["residual"][0]).all()
+    assert (first.arrays["hidden"][0] == second.arrays["hidden"][0]).all()
     third = Played("fp16-state16")
     third.launch(seed=3)
-    for name in ("residual", "ring", "past_x", "past_b", "past_decay"):
+    for name in ("hidden", "shares", "ring", "past_x", "past_b", "past_decay"):
         assert (first.arrays[name] == third.arrays[name]).all(), name
 
 
@@ -151,9 +175,9 @@ def test_what_is_no_number_stays_in_its_row(name: str) -> None:
     played.launch()
     other.launch()
     for row in range(8):
-        same = played.arrays["residual"][row] == other.arrays["residual"][row]
+        same = played.arrays["hidden"][row] == other.arrays["hidden"][row]
         assert same.all() == (row != 5), row
-    assert not np.isfinite(played.arrays["residual"][5]).any()
+    assert not np.isfinite(played.arrays["hidden"][5]).any()
     assert not played.arrays["stalled"].any()
 
 
@@ -166,7 +190,7 @@ def test_a_program_that_is_missing_ends_the_wait() -> None:
     finally:
         machine.tick = 1 << 12
     assert (played.arrays["status"] == 2).all()
-    assert not played.arrays["residual"].any()
+    assert not played.arrays["hidden"].any()
     # Later launches do no layers.
     before = played.arrays["ring"].tobytes()
     played.launch()

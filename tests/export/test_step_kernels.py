@@ -549,15 +549,60 @@ def test_final_norm(interpreter: Interpreter) -> None:
     constants = {"D": D, "BLOCK": 64, "EPS": EPS, "OVERLAPS": False}
     found = interpreter.run([one(step.final_norm, memory, R, **constants)], memory)
 
+    wanted = normed_twice(memory)
+    for row in range(R):
+        close(found["hidden"][row], wanted[row])
+
+
+def normed_twice(memory: Memory) -> Tensor:
+    """What the head multiplies (R, D)."""
+
     def rms_norm(value: Tensor, weight: Tensor) -> Tensor:
         return value / torch.sqrt(value.square().mean(-1, keepdim=True) + EPS) * weight
 
     value = rms_norm(memory["residual"].double(), memory["norm"].double())
     value = rms_norm(value, memory["final_weight"].double())
     shift, scale = memory["modulation"].double().unbind(1)
-    wanted = value * (1 + scale) + shift
-    for row in range(R):
-        close(found["hidden"][row], wanted[row])
+    return value * (1 + scale) + shift
+
+
+@pytest.mark.parametrize("product", ["fp32", "fp32 dot", "fp16 dot"])
+@pytest.mark.parametrize("rows", [R, R - 1], ids=["blocks", "a row less"])
+def test_a_head_that_norms_behind_its_product(
+    interpreter: Interpreter, product: str, rows: int
+) -> None:
+    """It is the head behind both norms, whose factor differs from row to row."""
+    dtype, activation, tile = PRODUCTS[product]
+    parts, shares = 3, torch.tensor([0.2, 0.5, 0.3])
+    memory: Memory = {
+        "residual": 30 * normal(61, rows, D),
+        "norm": normal(62, D),
+        "modulation": normal(63, rows, 2, D),
+        "final_weight": normal(64, D),
+        "weight": normal(65, V, D, dtype=dtype),
+        "shift": unset(rows, D, dtype=activation),
+        "scale": unset(rows, D),
+        "logits": unset(rows, V),
+    }
+    memory["residual"][1] = 1e-4  # where epsilon counts
+    memory["norm"][:5] = 0
+    modulate = one(step.modulate_head, memory, rows, D=D, BLOCK=64)
+    memory = interpreter.run([modulate], memory)
+    residual, weight = memory["residual"], memory["weight"].double()
+    hidden = (residual * memory["scale"]).to(activation)
+    sums = torch.stack([residual.square().sum(-1), (residual * memory["norm"]).square().sum(-1)])
+    memory |= {
+        "hidden": hidden,
+        "shares": sums[..., None] * shares,
+        "shifted": (memory["shift"].double() @ weight.T).float(),
+    }
+    grid = (-(-V // tile["BN"]), -(-rows // tile["BM"]))
+    constants = {"PARTS": parts, "EPS": EPS, "OVERLAPS": False, **tile}
+    head = one(step.normed_head, memory, grid, R=rows, V=V, D=D, **constants)
+    found = interpreter.run([head], memory)["logits"]
+    wanted = normed_twice(memory) @ weight.T
+    for row in range(rows):
+        close(found[row], wanted[row], FULL if activation == torch.float32 else HALF)
 
 
 @products

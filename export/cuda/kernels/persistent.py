@@ -245,7 +245,9 @@ def persistent(
     past_x,  # (L, R, C, I) of the states' type, updated
     past_b,  # (L, R, C, S), likewise
     past_decay,  # (L, R, H, C) float32, updated
-    residual,  # (R, D) float32, written
+    norm_f,  # (D,) float32
+    hidden,  # (R, D) float16, written: the last layer's output times scale[L]
+    shares,  # (2, R, SHARES) float32, written: of the sums of its squares, plain and times norm_f
     status,  # (R,) int32: becomes STALLED when a wait took too long
     scaled,  # exchanges, all ones between launches: (DEPTH, R * 1024 or 1536) float16
     norms,  # (DEPTH, 512) float32
@@ -279,7 +281,7 @@ def persistent(
     filled, shared = _shared_memory(R, wide(D))
     begin = (token, position, (word_table, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
-    past, result = (past_x, past_b, past_decay, state_scale), (residual, status)
+    past, result = (past_x, past_b, past_decay, state_scale), (hidden, shares, norm_f, status)
     scales, exchanges = (in_proj_scales, out_proj_scales), (scaled, norms, gated, bc)
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
     gl.warp_specialize(

@@ -68,6 +68,12 @@ def norm_shares(D):
 
 
 @gluon.constexpr_function
+def row_shares(D, R):
+    """Those of one row."""
+    return norm_shares(D) // rows_at_a_time(R)
+
+
+@gluon.constexpr_function
 def bc_outputs(D):
     """Outputs of a program of role `bc`."""
     return 32 if wide(D) else 16

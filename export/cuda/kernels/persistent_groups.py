@@ -39,6 +39,7 @@ from aim_export.cuda.kernels.persistent_products import (
     parts16,
     parts32,
 )
+from aim_export.cuda.kernels.persistent_result import store_result
 from aim_export.cuda.kernels.persistent_roles import (
     hand_over,
     norm_places,
@@ -47,8 +48,8 @@ from aim_export.cuda.kernels.persistent_roles import (
     publish_bc,
     remember_bc,
     step_input,
-    store_result,
     summed16,
+    sums_of_warps,
 )
 
 ROWS = gl.constexpr(8)  # of a group
@@ -175,10 +176,10 @@ def out_role_groups(shared, pointers, exchanges, p, layers, start, stalled, size
         for group in range(GROUPS):
             now = again(layer), again(group)
             _out(shared, modulation, exchanges, p, now, layers, weights, factor, limits, sizes)
+    last = scale + layers * (sizes.R * sizes.D)
     for group in range(GROUPS):
-        row = rows + group * ROWS
-        place = gl.expand_dims(row, 1) * sizes.D + here
-        store_result(result, kept.index(group).load(OUT), place, row, stalled)
+        value = kept.index(group).load(OUT)
+        store_result(result, last, value, group, here, p, stalled, sums_of_warps, sizes)
 
 
 @gluon.jit

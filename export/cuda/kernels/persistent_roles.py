@@ -53,10 +53,8 @@ from aim_export.cuda.kernels.persistent_products import (
     shared_sums,
     squares,
 )
+from aim_export.cuda.kernels.persistent_result import store_result
 from aim_export.cuda.kernels.persistent_wide import project_bc
-
-# What `status` becomes when a wait took too long.
-STALLED = gl.constexpr(2)
 
 
 @gluon.constexpr_function
@@ -159,17 +157,8 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
             )
         clear_half(to_scaled + turn * (R * SCALED_PLACES), SAME)
         clear_float(to_norms + turn * NORM_PLACES, 31)
-    rows = gl.arange(0, R, gl.SliceLayout(1, OUT))
-    store_result(result, value, place, rows, stalled)
-
-
-@gluon.jit
-def store_result(result, value, place, rows, stalled):
-    """What a failed launch computed must look like nothing else: `status` says what it was."""
-    residual, status = result
-    failed = gl.load(stalled, volatile=True) != 0
-    gl.store(residual + place, gl.where(failed, 0.0, value))
-    gl.store(status + rows, rows * 0 + STALLED, mask=(rows >= 0) & failed)
+    last = scale + layers * (R * D)
+    store_result(result, last, value, 0, here, p, stalled, sums_of_warps, sizes)
 
 
 @gluon.jit
@@ -197,16 +186,22 @@ def step_input(begin, at, row, place, here, sizes: gl.constexpr):
 @gluon.jit
 def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
     """Publish the next layer's input and each warp's share of its norm."""
-    LAYOUT: gl.constexpr = _by_warp(R)
     publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
+    publish_float(to_norms, sums_of_warps(value * value, R), 31)
+
+
+@gluon.jit
+def sums_of_warps(numbers, R: gl.constexpr):
+    """Sums over each warp's outputs, of a group of rows: (R, warps of a row)."""
+    LAYOUT: gl.constexpr = _by_warp(R)
     if R == 2:
-        by_warp = gl.reshape(value * value, [2, 8, 4])
+        by_warp = gl.reshape(numbers, [2, 8, 4])
         total = gl.sum(gl.convert_layout(by_warp, LAYOUT, assert_trivial=True), axis=2)
     else:
-        by_warp = gl.reshape(value * value, [8, 2, 2, 8])
+        by_warp = gl.reshape(numbers, [8, 2, 2, 8])
         by_warp = gl.convert_layout(by_warp, LAYOUT, assert_trivial=True)
         total = gl.sum(gl.sum(by_warp, axis=3), axis=2)
-    publish_float(to_norms, total, 31)
+    return total
 
 
 @gluon.jit

@@ -26,7 +26,8 @@ from aim_export.cuda.kernels.persistent_exchange import (
     publish_float,
     publish_half,
 )
-from aim_export.cuda.kernels.persistent_roles import bc_role, step_input, store_result
+from aim_export.cuda.kernels.persistent_result import store_result
+from aim_export.cuda.kernels.persistent_roles import bc_role, step_input
 from aim_export.cuda.kernels.persistent_scan import scan_rows, scan_token
 from aim_export.cuda.kernels.persistent_wide import PARTS16, project_out
 
@@ -71,9 +72,9 @@ def _scan_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl
     for layer in range(layers):
         scan_token(of_scan, pointers, exchanges, p, layer, kept, sizes)
         value = _out(of_out, pointers, exchanges, p, layer, layers, value, kept[1], sizes)
-    row, here = _outputs(p)
-    rows = gl.arange(0, R, gl.SliceLayout(1, OUT))
-    store_result(result, value, row * sizes.D + here, rows, stalled)
+    _row, here = _outputs(p)
+    last = scale + layers * (R * sizes.D)
+    store_result(result, last, value, 0, here, p, stalled, _sums_of_warps, sizes)
 
 
 @gluon.jit
@@ -132,6 +133,11 @@ def _hand_over(value, scale, exchanges, p, layer, sizes: gl.constexpr):
     """Publish a layer's input and each warp's share of its norm."""
     to_scaled, to_norms = _places(exchanges, p, layer, sizes)
     publish_half(to_scaled, value * scale, SAME)
-    by_warp = gl.reshape(value * value, [2, 2, 8])
-    total = gl.sum(gl.convert_layout(by_warp, BY_WARP, assert_trivial=True), axis=2)
-    publish_float(to_norms, total, 31)
+    publish_float(to_norms, _sums_of_warps(value * value, R), 31)
+
+
+@gluon.jit
+def _sums_of_warps(numbers, R: gl.constexpr):
+    """Sums over each warp's outputs: (R, warps of a row)."""
+    by_warp = gl.reshape(numbers, [R, 2, 8])
+    return gl.sum(gl.convert_layout(by_warp, BY_WARP, assert_trivial=True), axis=2)

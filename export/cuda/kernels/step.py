@@ -76,6 +76,27 @@ def modulate(
 
 
 @triton.jit
+def modulate_head(
+    modulation,  # (R, 2, D) float32: shift, scale
+    norm,  # (D,) float32
+    final_weight,  # (D,) float32
+    shift,  # (R, D)
+    scale,  # (R, D) float32, both norms' weights * (1 + scale)
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The modulation of a row behind the layers, for a head that norms behind its product."""
+    row = tl.program_id(0)
+    channels = tl.arange(0, BLOCK)
+    inside = channels < D
+    source = modulation + row * 2 * D + channels
+    store_rounded(shift + row * D + channels, tl.load(source, mask=inside), inside)
+    weight = tl.load(norm + channels, mask=inside) * tl.load(final_weight + channels, mask=inside)
+    scale_value = 1.0 + tl.load(source + D, mask=inside)
+    tl.store(scale + row * D + channels, weight * scale_value, mask=inside)
+
+
+@triton.jit
 def embed(
     token,  # (R,) int64, the token before; ignored at position 0
     position,  # (R,) int64
@@ -266,3 +287,38 @@ def final_norm(
     value *= weight / tl.sqrt(tl.sum(value * value, axis=0) / D + EPS)
     value /= tl.sqrt(tl.sum(value * value, axis=0) / D + EPS)
     store_rounded(hidden + row * D + channels, value * scale + shift, inside)
+
+
+@triton.jit
+def normed_head(
+    weight,  # (V, D)
+    hidden,  # (R, D), the residual times both norms' weights and the modulation's scale
+    shares,  # (2, R, PARTS) float32, of the sums of the residual's squares, plain and times norm_f
+    shifted,  # (R, V) float32, the product with the shift
+    logits,  # (R, V) float32
+    R: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """The head, with the factor of the norms before it behind the product."""
+    outputs = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    loaded = tl.minimum(outputs, V - 1)
+    there = tl.minimum(rows, R - 1)
+    matrix = load_ahead(weight, loaded, D, BK, DOT, OVERLAPS)
+    shift = tl.load(shifted + there[:, None] * V + loaded[None, :])
+    begin_dependents(OVERLAPS)
+    plain = load_partials(shares, there, PARTS)
+    weighed = load_partials(shares + R * PARTS, there, PARTS)
+    mean = tl.sum(plain, axis=1) / D + EPS
+    factor = 1.0 / tl.sqrt(tl.sum(weighed, axis=1) / D + EPS * mean)
+    total = multiply(matrix, weight, hidden, there, loaded, D, BM, BN, BK, DOT)
+    inside = (rows < R)[:, None] & (outputs < V)[None, :]
+    tl.store(logits + rows[:, None] * V + outputs[None, :], total * factor[:, None] + shift, inside)
