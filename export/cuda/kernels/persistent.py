@@ -281,17 +281,12 @@ def persistent(
     filled, shared = _shared_memory(R, wide(D))
     begin = (token, position, (word_table, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
-    past, result = (past_x, past_b, past_decay, state_scale), (hidden, shares, norm_f, status)
-    scales, exchanges = (in_proj_scales, out_proj_scales), (scaled, norms, gated, bc)
+    past, scales = (past_x, past_b, past_decay, state_scale), (in_proj_scales, out_proj_scales)
+    result, exchanges = (hidden, shares, norm_f, status), (scaled, norms, gated, bc)
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
-    gl.warp_specialize(
-        [
-            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes)),
-            (fetcher, (memory, filled, pointers, pid, layers, sizes, PACE)),
-        ],
-        [1],
-        [24],
-    )
+    computing = (shared, pointers, exchanges, pid, layers, stalled, sizes)
+    fetching = (memory, filled, pointers, pid, layers, sizes, PACE)
+    gl.warp_specialize([(consumer, computing), (fetcher, fetching)], [1], [24])
 
 
 @triton.jit
