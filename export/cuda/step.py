@@ -89,7 +89,7 @@ class StepBuilder:
             self._project("modulation", "modulation_bias", "grouped"),
             self._project("final", "final_bias", "final_modulation"),
             self._modulate(),
-            self._each_layer(self._shifted()),
+            self._shifted(),
         )
 
     def _start(self) -> SpecLaunch:
@@ -110,10 +110,10 @@ class StepBuilder:
         return self._linear(self.tuning.head, outputs, weight, "activated", target, bias=bias)
 
     def _shifted(self) -> SpecLaunch:
-        """A layer's first projection of its shift."""
+        """Every layer's first projection of its shift."""
         scales = "in_proj_scales" if self.precision.quantised else ABSENT
-        tile = self.tuning.in_proj
-        return self._linear(tile, self.g.E, "in_proj", "shift", "shifted", scales=scales)
+        tile, g = self.tuning.in_proj, self.g
+        return self._linear(tile, g.E, "in_proj", "shift", "shifted", scales=scales, layers=g.L)
 
     def _linear(
         self,
@@ -125,11 +125,12 @@ class StepBuilder:
         *,
         scales: str | Argument = ABSENT,
         bias: str | Argument = ABSENT,
+        layers: int = 1,
         overlaps: bool = False,
     ) -> SpecLaunch:
         return self.launch(
             products.linear,
-            self._grid(tile, outputs),
+            (*self._grid(tile, outputs), layers),
             weight=weight,
             scales=scales,
             source=source,

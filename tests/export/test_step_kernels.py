@@ -628,6 +628,25 @@ def test_linear(interpreter: Interpreter, product: str, bias: bool, rows: int) -
     close(interpreter.run([item], memory)["target"], wanted)
 
 
+@products
+def test_linear_of_layers(interpreter: Interpreter, product: str) -> None:
+    """Each layer has its own of everything."""
+    dtype, activation, tile = PRODUCTS[product]
+    layers = 3
+    kept, matrix = stored(normal(74, layers * V, D), dtype)
+    memory: Memory = {
+        **kept,
+        "source": normal(75, layers, R, D, dtype=activation),
+        "bias": normal(76, layers, V),
+        "target": unset(layers, R, V),
+    }
+    flags = {"HAS_SCALES": dtype == torch.int8, "HAS_BIAS": True, "OVERLAPS": False}
+    grid = (-(-V // tile["BN"]), R // tile["BM"], layers)
+    item = one(linear, memory, grid, R=R, N=V, WIDTH=D, **flags, **tile)
+    wanted = memory["source"].double() @ matrix.view(layers, V, D).mT
+    close(interpreter.run([item], memory)["target"], wanted + memory["bias"][:, None].double())
+
+
 # -- conversions ----------------------------------------------------------------------------------
 
 

@@ -104,7 +104,14 @@ def linear(
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """target = source @ weight^T + bias: the head, and the projections of the conditioning."""
+    """target = source @ weight^T + bias: the head, and the projections of the conditioning.
+
+    The third axis of the grid is of layers, each with all of these of its own.
+    """
+    layer = tl.program_id(2).to(tl.int64)
+    weight += layer * (N * WIDTH)
+    source += layer * (R * WIDTH)
+    target += layer * (R * N)
     outputs = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = outputs < N
@@ -115,8 +122,8 @@ def linear(
     begin_dependents(OVERLAPS)
     total = multiply(matrix, weight, source, there, loaded, WIDTH, BM, BN, BK, DOT)
     if HAS_SCALES:
-        total *= tl.load(scales + loaded)[None, :]
+        total *= tl.load(scales + layer * N + loaded)[None, :]
     if HAS_BIAS:
-        total += tl.load(bias + loaded)[None, :]
+        total += tl.load(bias + layer * N + loaded)[None, :]
     inside = inside[None, :] & (rows[:, None] >= 0 if FULL else rows[:, None] < R)
     store_rounded(target + rows[:, None] * N + outputs[None, :], total, inside)
