@@ -35,10 +35,10 @@ from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.class_names import ClassLike, ClassNames, listed
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
-from aim_runtime.errors import AimError, BackendError, RequestCancelled
+from aim_runtime.errors import AimError, BackendError
 from aim_runtime.noise import uniforms
 from aim_runtime.quoting import shown
-from aim_runtime.request import MAX_IMAGES, Request, RequestOptions, check_seed
+from aim_runtime.request import MAX_IMAGES, Request, RequestOptions, check_cancel, check_seed
 from aim_runtime.result import UNDECIDED, Preview, Result, decoding_work
 from aim_runtime.sampling import MAX_CFG_SCALE, SamplingOptions
 
@@ -246,13 +246,17 @@ class Generator:
             if progress is not None:
                 progress(done, tokens.size + len(tokens) * decoding)
 
-        with contextlib.closing(self._draw(request, engine, tokens, cancel)) as steps:
+        # What is both drawn and decoded at a time need not wait for the host between the two.
+        at_once = len(tokens) <= min(engine.decode_batch, request.batching.batch_size)
+        pictures = images if at_once else None
+        with contextlib.closing(self._draw(request, engine, tokens, cancel, pictures)) as steps:
             for _, done in steps:
                 report(done)
         for start in range(0, len(tokens), engine.decode_batch):
-            _check_cancel(cancel)
+            check_cancel(cancel)
             stop = min(start + engine.decode_batch, len(tokens))
-            images[start:stop] = engine.decode(tokens[start:stop])
+            if pictures is None:
+                images[start:stop] = engine.decode(tokens[start:stop])
             report(tokens.size + stop * decoding)
         return self._result(request, tokens, images, time.perf_counter() - started)
 
@@ -413,24 +417,25 @@ class Generator:
         engine: Engine,
         tokens: NDArray[np.int64],
         cancel: threading.Event | None,
+        pictures: NDArray[np.uint8] | None = None,
     ) -> collections.abc.Generator[tuple[int, int]]:
-        """Fill `tokens` (N, T) batch by batch, block by block.
+        """Fill `tokens` (N, T) batch by batch, block by block; then those of one batch `pictures`.
 
         Yields for each block how many steps it took and how many tokens are decided by now.
         """
         steps = tokens.shape[1]
-        _check_cancel(cancel)
+        check_cancel(cancel)
         for batch in request.batches():
-            class_ids = np.array(request.classes[batch], np.int64)  # (n,)
+            ids = np.array(request.classes[batch], np.int64)  # (n,)
             noise = uniforms(request.seeds[batch], steps)  # (n, T)
             done = 0
-            with contextlib.closing(engine.draw(class_ids, noise, request.options)) as blocks:
+            with contextlib.closing(engine.draw(ids, noise, request.options, pictures)) as blocks:
                 for block in blocks:  # (n, k)
                     size = block.shape[1]
                     tokens[batch, done : done + size] = block
                     done += size
-                    yield size, batch.start * steps + done * len(class_ids)
-                    _check_cancel(cancel)
+                    yield size, batch.start * steps + done * len(ids)
+                    check_cancel(cancel)
 
     def _previews(
         self, request: Request, engine: Engine, every: int, cancel: threading.Event | None
@@ -443,8 +448,3 @@ class Generator:
                 if since >= every or done == tokens.size:
                     since %= every
                     yield Preview(tokens.copy(), done, tokens.size, engine)
-
-
-def _check_cancel(cancel: threading.Event | None) -> None:
-    if cancel is not None and cancel.is_set():
-        raise RequestCancelled("the request was cancelled")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from aim_runtime.arguments import whole_number
 from aim_runtime.batching import BatchPlan
+from aim_runtime.errors import RequestCancelled
 from aim_runtime.images import picture_settings
 from aim_runtime.sampling import SamplingOptions
 
@@ -76,3 +78,9 @@ def check_seed(seed: int, images: int) -> int:
     """
     also = f"for {images} images" if images > 1 else ""
     return whole_number("seed", seed, 0, MAX_SEED - (images - 1), also)
+
+
+def check_cancel(cancel: threading.Event | None) -> None:
+    """Raise RequestCancelled once `cancel` is set."""
+    if cancel is not None and cancel.is_set():
+        raise RequestCancelled("the request was cancelled")

@@ -125,14 +125,19 @@ class Engine(ABC):
         return self._batching(n, options.rows_per_image, memory_limit_mb)
 
     def draw(
-        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+        self,
+        class_ids: NDArray[np.int64],
+        noise: NDArray[np.float64],
+        options: SamplingOptions,
+        pictures: NDArray[np.uint8] | None = None,
     ) -> collections.abc.Generator[NDArray[np.int64]]:
-        """Draw the tokens of images that advance together.
+        """Draw the tokens of images that advance together, and their pixels.
 
         `class_ids` (n,) are the images' classes, `noise` (n, T) the uniform numbers that decide
         each token (see `aim_runtime.sampling`). Yields the next tokens of all images as they are
         decided, in blocks (n, k) of k >= 1 steps that make T together; closing it stops the work
-        and frees the memory. Arguments are checked by the call itself.
+        and frees the memory. `pictures` (n, height, width, 3) is filled once they are, as by
+        `decode`. Arguments are checked by the call itself.
         Raises ValueError for arguments of another shape or out of range; on the way BackendError
         when the backend fails or the scores are not finite.
         """
@@ -142,7 +147,13 @@ class Engine(ABC):
         if not len(class_ids):
             raise ValueError("class_ids is empty; it must hold the class of at least one image")
         check_noise(noise, (len(class_ids), model.num_tokens))
-        return self._draw(class_ids, noise, options)
+        if pictures is None:
+            return self._draw(class_ids, noise, options)
+        shape = (len(class_ids), model.image_height, model.image_width, 3)
+        if pictures.dtype != np.uint8 or pictures.shape != shape:
+            found = f"{pictures.dtype} of shape {pictures.shape}"
+            raise ValueError(f"pictures is {found}; it must be uint8 of {shape}")
+        return self._draw_pictures(class_ids, noise, options, pictures)
 
     def slots(self, rows: int) -> Slots:
         """Make room for images that advance together, `rows` rows of them at most.
@@ -203,6 +214,27 @@ class Engine(ABC):
             for step, scores in enumerate(steps):
                 tokens[:, step] = sample(scores, noise[:, step], options)
                 yield tokens[:, step : step + 1].copy()
+
+    def _draw_pictures(
+        self,
+        class_ids: NDArray[np.int64],
+        noise: NDArray[np.float64],
+        options: SamplingOptions,
+        pictures: NDArray[np.uint8],
+    ) -> collections.abc.Generator[NDArray[np.int64]]:
+        """`draw` with checked arguments, `pictures` among them: first the tokens, then the pixels.
+
+        Engines that hand tokens to the decoder on their device replace it.
+        """
+        blocks: list[NDArray[np.int64]] = []
+        with contextlib.closing(self._draw(class_ids, noise, options)) as drawing:
+            for block in drawing:
+                blocks.append(block)
+                yield block
+        tokens = np.concatenate(blocks, axis=1)  # (n, T)
+        for start in range(0, len(tokens), self.decode_batch):
+            part = slice(start, start + self.decode_batch)
+            pictures[part] = self._decode(tokens[part])
 
     def _slots(self, rows: int) -> Slots:
         """`slots` with checked arguments."""

@@ -266,6 +266,9 @@ class SimulatedStream:
         self._device.check_current()
         return SimulatedEvent(self, self._done + len(self._work))
 
+    def wait_for(self, event: SimulatedEvent) -> None:
+        self.add(event.wait)
+
     def synchronize(self) -> None:
         assert self._captured is None, "a wait within a capture"
         self.run_until(self._done + len(self._work))

@@ -221,6 +221,14 @@ def parameters(*sizes: int) -> Any:
     return answer
 
 
+def test_a_stream_waits_for_another(told: ToldDriver) -> None:
+    device = module.CudaDevice(0)
+    with device.current():
+        device.stream().wait_for(device.stream().record())
+    (call,) = told.named("cuStreamWaitEvent")
+    assert call[-2:] == ("event", 0)
+
+
 def test_a_device_introduces_itself(told: ToldDriver) -> None:
     device = module.CudaDevice(1)
     assert (device.name, device.label, device.capability) == ("H100", "cuda:1", (9, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -368,6 +369,66 @@ class TestDecoder:
         assert np.array_equal(engine.decode(tokens), cpu.decode(tokens))
         assert [item.grid[0] for item in device.launches] == [1] * 4
         del taken
+
+
+class TestPictures:
+    """Tokens that go to the decoder on the device."""
+
+    def draw(self, engine: CudaEngine, n: int) -> tuple[Iterator[np.ndarray], np.ndarray]:
+        pictures = np.zeros(
+            (n, *engine.decode(np.zeros((1, TOKENS), np.int64)).shape[1:]), np.uint8
+        )
+        device_of(engine).launches.clear()
+        noise = uniforms(range(n), TOKENS)
+        return engine.draw(np.arange(n) % CLASSES, noise, OPTIONS["guided"], pictures), pictures
+
+    def decoded(self, engine: CudaEngine) -> list[int]:
+        launches = device_of(engine).launches
+        return [item.grid[0] for item in launches if item.function.__name__ == "decode"]
+
+    @pytest.mark.parametrize("made", ["bundle", "older"])
+    @pytest.mark.parametrize(("n", "expected"), [(1, [1]), (2, [1, 1]), (3, [4]), (4, [4])])
+    def test_they_are_the_cpus(
+        self, request: pytest.FixtureRequest, made: str, cpu: Engine, n: int, expected: list[int]
+    ) -> None:
+        engine = toy_engine(request.getfixturevalue(made))
+        drawing, pictures = self.draw(engine, n)
+        tokens = np.concatenate(list(drawing), axis=1)
+        assert np.array_equal(pictures, cpu.decode(tokens))
+        assert self.decoded(engine) == expected
+
+    def test_decoding_is_queued_with_the_last_step(
+        self, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(step, "SLICE", 3)
+        for blocks, expected in ((1, []), (2, [1]), (3, [1])):
+            engine = toy_engine(bundle)
+            drawing, pictures = self.draw(engine, 1)
+            for _ in range(blocks):
+                next(drawing)
+            drawing.close()  # type: ignore[attr-defined]
+            assert self.decoded(engine) == expected
+            assert not pictures.any()
+
+    def test_memory_for_steps_alone_is_enough(self, bundle: Path, cpu: Engine) -> None:
+        engine = toy_engine(bundle)
+        device = device_of(engine)
+        with engine._step_lease(engine._bucket(4, 2), 2), device.current():
+            engine._pool.drop()
+            taken = device.allocate([device.free_memory() - 768])
+        drawing, pictures = self.draw(engine, 4)
+        tokens = np.concatenate(list(drawing), axis=1)
+        assert np.array_equal(pictures, cpu.decode(tokens))
+        assert self.decoded(engine) == [1] * 4  # as `decode` does it then
+        del taken
+
+    def test_scores_that_are_not_finite(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        pictures = np.zeros((1, 6, 6, 3), np.uint8)
+        too_much = SamplingOptions(cfg_scale=1e39)
+        with pytest.raises(BackendError, match="not finite"):
+            list(engine.draw(np.array([0]), uniforms([0], TOKENS), too_much, pictures))
+        assert not pictures.any()
 
 
 class TestForcedRows:

@@ -237,6 +237,23 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
         assert np.array_equal(alone[0], together[image])
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_pictures_are_those_of_the_tokens(case: Case, n: int) -> None:
+    classes, options = ids(2, 0, 1)[:n], SamplingOptions(cfg_scale=3, top_k=8)
+    noise, decoded = uniforms(range(9, 9 + n), case.steps), None
+    expected = np.concatenate(list(case.engine.draw(classes, noise, options)), axis=1)
+    pictures = np.full_like(case.engine.decode(expected), 77)
+    for wrong in (pictures[:, 1:], pictures.astype(np.int8), pictures[:0]):
+        with pytest.raises(ValueError, match=r"^pictures is .*; it must be uint8 of \("):
+            case.engine.draw(classes, noise, options, wrong)
+    for _ in range(2):
+        pictures[:] = 77
+        tokens = np.concatenate(list(case.engine.draw(classes, noise, options, pictures)), axis=1)
+        assert np.array_equal(tokens, expected)
+        decoded = case.engine.decode(tokens) if decoded is None else decoded
+        assert np.array_equal(pictures, decoded)
+
+
 def test_the_noise_decides(case: Case) -> None:
     options = SamplingOptions(temperature=2)
     first, again = (draw(case.engine, ids(0, 0), options, seed=1) for _ in range(2))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 from aim_runtime.bundle import Bundle
 from aim_runtime.engines.base import Conditioning
 from aim_runtime.engines.cuda import slots, step, weights, workspace
-from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Bucket, DecoderBucket
 from aim_runtime.engines.cuda.plan_reader import read_plan
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.architecture import describe
-from aim_runtime.engines.gpu.device import Device, OutOfDeviceMemory
+from aim_runtime.engines.gpu.device import Device, Event, OutOfDeviceMemory, Spaced
 from aim_runtime.engines.gpu.engine import GpuEngine
 from aim_runtime.engines.slots import Slots
 from aim_runtime.errors import BackendError
@@ -65,6 +66,34 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         with self._step_lease(bucket, options.rows_per_image) as leased:
             yield from step.draw(self._device, leased, class_ids, noise, options, no_class)
 
+    def _draw_pictures(
+        self,
+        class_ids: NDArray[np.int64],
+        noise: NDArray[np.float64],
+        options: SamplingOptions,
+        pictures: NDArray[np.uint8],
+    ) -> Generator[NDArray[np.int64]]:
+        """The decoder waits behind the last step: it has begun before the host sees its tokens."""
+        n, rows_per_image = len(class_ids), options.rows_per_image
+        decoder = _decoder_bucket(self._decoder, n)
+        bucket = self._bucket(n, rows_per_image)
+        with ExitStack() as leases:
+            steps = leases.enter_context(self._step_lease(bucket, rows_per_image))
+            decoding: ProgramWorkspace | None = None
+            if n <= decoder.images:
+                with suppress(OutOfDeviceMemory):
+                    decoding = leases.enter_context(self._decoder_lease(decoder))
+            if decoding is None:
+                leases.close()
+                yield from super()._draw_pictures(class_ids, noise, options, pictures)
+                return
+            follow = partial(_decode_behind, steps, decoding, n * noise.shape[1])
+            no_class = self.manifest.model.num_classes
+            yield from step.draw(self._device, steps, class_ids, noise, options, no_class, follow)
+            with self._device.current():
+                decoding.stream.synchronize()
+            pictures[:] = decoding.host["image"][:n]
+
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         return {"class_id": class_ids}  # the device computes the rest when rows start
 
@@ -91,6 +120,20 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         self, bucket: DecoderBucket[str], tokens: NDArray[np.int64], images: NDArray[np.uint8]
     ) -> None:
         """Decode `tokens` (n, T), n up to the bucket's, into `images` (n, height, width, 3)."""
+        with self._decoder_lease(bucket) as leased:
+            leased.host["tokens"][: len(tokens)] = tokens
+            leased.host["tokens"][len(tokens) :] = tokens[0]
+            with self._device.current():
+                leased.upload("tokens")
+                leased.run("decode")
+                leased.download("image")
+                leased.stream.synchronize()
+            images[:] = leased.host["image"][: len(images)]
+
+    def _decoder_lease(
+        self, bucket: DecoderBucket[str]
+    ) -> AbstractContextManager[ProgramWorkspace]:
+        """Buffers for `bucket` for a while. Raises OutOfDeviceMemory when it is entered."""
 
         def make() -> ProgramWorkspace:
             return ProgramWorkspace(
@@ -103,15 +146,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 {},
             )
 
-        with self._pool.lease(("decoder", bucket.images), make) as leased:
-            leased.host["tokens"][: len(tokens)] = tokens
-            leased.host["tokens"][len(tokens) :] = tokens[0]
-            with self._device.current():
-                leased.upload("tokens")
-                leased.run("decode")
-                leased.download("image")
-                leased.stream.synchronize()
-            images[:] = leased.host["image"][: len(images)]
+        return self._pool.lease(("decoder", bucket.images), make)
 
     def _slots(self, rows: int) -> Slots:
         if not self.continuous:
@@ -209,6 +244,18 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 "export it again with 'aim export --cuda'"
             )
         return buckets
+
+
+def _decode_behind(
+    steps: ProgramWorkspace, decoding: ProgramWorkspace, tokens: int, end: Event
+) -> None:
+    """Queue the decoding of the first so many `tokens` of `steps`, which are there at its `end`."""
+    size = tokens * DTYPE_BYTES["int64"]
+    source, target = (Spaced(work.addresses["tokens"], size) for work in (steps, decoding))
+    decoding.stream.wait_for(end)
+    decoding.stream.copy(1, size, source, target)
+    decoding.run("decode")
+    decoding.download("image")
 
 
 def _decoder_bucket(buckets: Sequence[DecoderBucket[str]], images: int) -> DecoderBucket[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,10 +99,12 @@ def draw(
     noise: NDArray[np.float64],
     options: SamplingOptions,
     no_class: int,
+    follow: Callable[[Event], None] = lambda _: None,
 ) -> Generator[NDArray[np.int64]]:
     """Draw tokens of images of `class_ids` (n,) with `noise` (n, T), as `Engine.draw` does.
 
-    Yields blocks (n, k). Rows that no image needs repeat the first image.
+    Yields blocks (n, k). Rows that no image needs repeat the first image. `follow` is called when
+    the last step is queued, with an event behind it.
     """
     n, steps = noise.shape
     with device.current():
@@ -117,6 +119,8 @@ def draw(
                 workspace.download(*(name + TURNS[turn] for name in _TO_HOST))
                 waiting.append((queued, turn, workspace.stream.record()))
                 queued += SLICE
+                if queued >= steps:
+                    follow(waiting[-1][-1])
             _, turn, end = waiting.popleft()
             end.wait()
         tokens, status = (workspace.host[name + TURNS[turn]] for name in _TO_HOST)

@@ -119,6 +119,9 @@ class Stream(Protocol):
     def record(self) -> Event:
         """An event after all work so far."""
 
+    def wait_for(self, event: Event) -> None:
+        """Begin what follows once the work before an event of another stream is done."""
+
     def synchronize(self) -> None:
         """Return once all work is done. Raises BackendError if it failed."""
 

@@ -253,15 +253,15 @@ class _CudaEvent:
     def __init__(self, context: _Context, stream: Any) -> None:
         flags = driver.CUevent_flags
         # A wait that sleeps: the host has nothing to do meanwhile, other threads may have.
-        self._handle = _call(
+        self.handle = _call(
             driver.cuEventCreate,
             flags.CU_EVENT_DISABLE_TIMING.value | flags.CU_EVENT_BLOCKING_SYNC.value,
         )
-        context.free_with(self, driver.cuEventDestroy, self._handle)
-        _call(driver.cuEventRecord, self._handle, stream)
+        context.free_with(self, driver.cuEventDestroy, self.handle)
+        _call(driver.cuEventRecord, self.handle, stream)
 
     def wait(self) -> None:
-        _call(driver.cuEventSynchronize, self._handle)
+        _call(driver.cuEventSynchronize, self.handle)
 
 
 class _CudaStream:
@@ -336,6 +336,9 @@ class _CudaStream:
 
     def record(self) -> _CudaEvent:
         return _CudaEvent(self._context, self._handle)
+
+    def wait_for(self, event: Any) -> None:
+        _call(driver.cuStreamWaitEvent, self._handle, event.handle, 0)
 
     def synchronize(self) -> None:
         _call(driver.cuStreamSynchronize, self._handle)
