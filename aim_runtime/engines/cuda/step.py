@@ -1,8 +1,8 @@
 """Rows in flight on the device: drawing tokens without the host, or step by step under its control.
 
 A drawn batch runs in slices of a few steps. While the host waits for one slice, the next is queued
-already, so that the device never waits; what the host sees of it, tokens and status, it copies out
-of pinned memory that two slices use in turn.
+already, so that the device never waits; what the host sees of it, tokens and status, is copied
+beside the steps that follow, and out of pinned memory that two slices use in turn.
 
 Letters: R rows of the bucket, n images, T tokens.
 """
@@ -116,11 +116,11 @@ def draw(
             while queued < steps and len(waiting) < len(TURNS):
                 advance(workspace, [queued], min(SLICE, steps - queued))
                 turn = queued // SLICE % len(TURNS)
-                workspace.download(*(name + TURNS[turn] for name in _TO_HOST))
-                waiting.append((queued, turn, workspace.stream.record()))
+                last, end = workspace.read_behind(*(name + TURNS[turn] for name in _TO_HOST))
+                waiting.append((queued, turn, end))
                 queued += SLICE
                 if queued >= steps:
-                    follow(waiting[-1][-1])
+                    follow(last)
             _, turn, end = waiting.popleft()
             end.wait()
         tokens, status = (workspace.host[name + TURNS[turn]] for name in _TO_HOST)

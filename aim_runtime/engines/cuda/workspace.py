@@ -8,7 +8,7 @@ from typing import Any
 
 from aim_runtime.engines.cuda.plan import Program, Tensor, unrolled
 from aim_runtime.engines.cuda.program import Kernels
-from aim_runtime.engines.gpu.device import Device, DeviceLaunch, aligned
+from aim_runtime.engines.gpu.device import Device, DeviceLaunch, Event, aligned
 from aim_runtime.engines.gpu.workspace import Staged, Workspace
 
 Runs = tuple[bool, ...]
@@ -52,6 +52,7 @@ class ProgramWorkspace(Workspace):
                 for name, source in staged.items()
             },
         )
+        self._reading = device.stream()
         addresses = {**shared, **self.addresses}
         self.periods: dict[str, set[int]] = {}
         self._graphs: dict[str, list[tuple[Runs, Any]]] = {}
@@ -76,6 +77,23 @@ class ProgramWorkspace(Workspace):
             if graph is not None:
                 self.stream.replay(graph)
             due = due[len(runs) :]
+
+    def read_behind(self, *names: str) -> tuple[Event, Event]:
+        """Copy buffers to these arrays of `host`, beside what follows on the stream.
+
+        What follows may change nothing in them that is wanted. Returns where the stream is now, and
+        an event after which the arrays are there.
+        """
+        here = self.stream.record()
+        self._reading.wait_for(here)
+        for name in names:
+            self._reading.download(self.host[name], self._staged_at[name])
+        return here, self._reading.record()
+
+    def finish(self) -> None:
+        """See `Workspace`."""
+        super().finish()
+        self._reading.synchronize()
 
     def _captured(self, launches: list[DeviceLaunch]) -> Any:
         return self.stream.capture(launches) if launches else None

@@ -40,7 +40,7 @@ class Pool(Generic[AnyWorkspace]):
             # Whatever ended the request, the device may still be at work for it. After a fault on
             # the device the workspace is dropped.
             with contextlib.suppress(BackendError), self._device.current():
-                workspace.stream.synchronize()
+                workspace.finish()
                 self._give(key, workspace)
 
     def idle_bytes(self) -> int:

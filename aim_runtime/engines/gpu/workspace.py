@@ -49,6 +49,10 @@ class Workspace:
         for name, size in sizes.items():
             self.stream.clear(self.addresses[name], size)
 
+    def finish(self) -> None:
+        """Return once all work on the buffers is done. Raises BackendError if it failed."""
+        self.stream.synchronize()
+
     def upload(self, *names: str) -> None:
         """Copy these arrays of `host` to their buffers."""
         for name in names:
