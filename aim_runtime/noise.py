@@ -12,17 +12,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_Words = NDArray[np.uint64]
+
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
+_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Ten rounds of Philox: `counter` (..., 4) and `key` (..., 2) give words (..., 4)."""
-    c0, c1, c2, c3 = (counter[..., word].astype(np.uint64) for word in range(4))
-    k0, k1 = key[..., 0].astype(np.uint32), key[..., 1].astype(np.uint32)
+    words = (counter[..., word].astype(np.uint64) for word in range(4))
+    keys = (key[..., word].astype(np.uint64) for word in range(2))
+    return np.stack(_rounds(*words, *keys), axis=-1).astype(np.uint32)
+
+
+def _rounds(
+    c0: _Words, c1: _Words, c2: _Words, c3: _Words, k0: _Words, k1: _Words
+) -> tuple[_Words, _Words, _Words, _Words]:
+    """`philox4x32` of words apart, each in 64 bits."""
     for _ in range(_ROUNDS):
         left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 -> 64 bits
         c0, c1, c2, c3 = (
@@ -31,9 +40,8 @@ def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[
             (left >> _HALF) ^ c3 ^ k1,
             left & _WORD,
         )
-        with np.errstate(over="ignore"):  # the key schedule wraps around at 32 bits
-            k0, k1 = k0 + _KEY_STEPS[0], k1 + _KEY_STEPS[1]
-    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
 
 
 def check_noise(noise: NDArray[np.float64], shape: tuple[int, ...]) -> None:
@@ -53,8 +61,6 @@ def uniforms(seeds: Sequence[int], steps: int) -> NDArray[np.float64]:
     first is used: u = (word + 0.5) / 2^32. Returns (len(seeds), steps).
     """
     seed = np.asarray(seeds, np.uint64)[:, None]  # (N, 1)
-    key = np.stack([seed & _WORD, seed >> _HALF], axis=-1).astype(np.uint32)  # (N, 1, 2)
-    counter = np.zeros((1, steps, 4), np.uint32)
-    counter[0, :, 0] = np.arange(steps)
-    words = philox4x32(counter, key)  # (N, steps, 4)
-    return (words[..., 0].astype(np.float64) + 0.5) / 2.0**32
+    counter, zero = np.arange(steps, dtype=np.uint64)[None], np.zeros((1, 1), np.uint64)
+    word, *_ = _rounds(counter, zero, zero, zero, seed & _WORD, seed >> _HALF)  # (N, steps)
+    return (word.astype(np.float64) + 0.5) / 2.0**32

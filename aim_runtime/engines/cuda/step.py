@@ -141,12 +141,14 @@ def _begin(
     images = pairs or rows
     _pad(host["class_id"][:images], row_classes(class_ids, options.cfg_scale, no_class)[:n])
     host["class_id"][images:] = no_class
+    # It wants the classes alone: the rest is made ready while it runs.
+    workspace.upload("class_id")
+    workspace.run("begin")
     host["settings"][:] = settings(options, host["logits"].shape[1])
     _pad(host["noise"], noise)
     seconds = [row + pairs if pairs else ALONE for row in range(images)]
     _give_roles(workspace, seconds + [NOT_DRAWN] * (rows - images))
-    workspace.upload("class_id", "settings", "noise")
-    workspace.run("begin")
+    workspace.upload("settings", "noise")
 
 
 def _give_roles(workspace: ProgramWorkspace, seconds: Sequence[int]) -> None:
