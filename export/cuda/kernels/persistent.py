@@ -253,7 +253,7 @@ def persistent(
     norms,  # (DEPTH, 512) float32
     gated,  # (DEPTH, R * 2048 or 3072) float16
     bc,  # (DEPTH, R * 320) float32
-    stalled,  # (4,) int32: [0] becomes 1 then
+    stalled,  # (4,) int32: [0] becomes 1 then, so that later launches do not wait as long again
     R: gl.constexpr,
     L: gl.constexpr,
     D: gl.constexpr,
@@ -275,7 +275,6 @@ def persistent(
         R, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS, STATE_BITS, OVERLAPS
     )
     pid = gl.program_id(0)
-    # After a launch that failed nothing is to be had: later ones must not wait as long again.
     layers = gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
     filled, shared = _shared_memory(R, wide(D))
@@ -284,9 +283,14 @@ def persistent(
     past, scales = (past_x, past_b, past_decay, state_scale), (in_proj_scales, out_proj_scales)
     result, exchanges = (hidden, shares, norm_f, status), (scaled, norms, gated, bc)
     pointers = (begin, (gate, scale, shifted), conv, rates, past, scales, result)
-    computing = (shared, pointers, exchanges, pid, layers, stalled, sizes)
-    fetching = (memory, filled, pointers, pid, layers, sizes, PACE)
-    gl.warp_specialize([(consumer, computing), (fetcher, fetching)], [1], [24])
+    gl.warp_specialize(
+        [
+            (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes)),
+            (fetcher, (memory, filled, pointers, pid, layers, sizes, PACE)),
+        ],
+        [1],
+        [24],
+    )
 
 
 @triton.jit
