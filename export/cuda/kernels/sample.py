@@ -37,7 +37,7 @@ CAPACITY = 1024
 _NEGLIGIBLE = tl.constexpr(30.0)
 _MOST = tl.constexpr(3.4e38)
 # Rows of a lane whose tokens share a group.
-_SHARING = tl.constexpr(2)
+_SHARING = tl.constexpr(4)
 
 
 @triton.jit

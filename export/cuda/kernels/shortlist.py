@@ -19,11 +19,12 @@ import triton.language as tl
 # Passes that halve the scores' range; later ones halve the count of floats in it, 32 at most.
 BY_VALUE = tl.constexpr(16)
 _LAST_TOKEN = tl.constexpr(0x7FFFFFFF)
-# Scores between two ends are told apart by whole numbers of so many bits, five in a pass.
-_PLACE_BITS = tl.constexpr(20)
-_PLACES = tl.constexpr(1 << 20)
-_LAST_PLACE = tl.constexpr((1 << 20) - 1.0)
-_BINS = tl.constexpr(32)
+# Scores between two ends are told apart by whole numbers of so many bits, six in a pass.
+_PLACE_BITS = tl.constexpr(24)
+_PLACES = tl.constexpr(1 << 24)
+_LAST_PLACE = tl.constexpr((1 << 24) - 1.0)
+_BIN_BITS = tl.constexpr(6)
+_BINS = tl.constexpr(64)
 _SMALLEST_RANGE = tl.constexpr(1e-30)
 # Of `cut_few`, which needs 48 at most.
 _MOST_PASSES = tl.constexpr(56)
@@ -81,42 +82,73 @@ def places_below(best, score, low):
 
 
 @triton.jit
-def _count(place, found, shift):
-    """How many of the places whose bits above `shift` and five more are `found` are in each bin."""
-    within = place >> (shift + 5) == found
-    return tl.histogram((place >> shift) & (_BINS - 1), _BINS, mask=within)
-
-
-@triton.jit
-def _weighed(counts, found, shift, slope):
-    """Weights of bins, where a number at place y weighs exp(-slope y), were all in the middle."""
-    middle = ((tl.arange(0, _BINS) + found * _BINS).to(tl.float32) + 0.5) * (1 << shift)
-    return counts * tl.exp(-slope * middle)
-
-
-@triton.jit
-def ranked(place, wanted, most):
-    """The last place of a bin such that `wanted` or more are there or ahead of it, and how many.
-
-    No more than `most` if possible; otherwise the bin is one place.
-    """
-    bins = tl.arange(0, _BINS)
-    found, shift, ahead = 0, _PLACE_BITS, 0
-    reached = place.numel
-    while (shift > 0) & (reached > most):
-        shift -= 5
-        up_to = ahead + tl.cumsum(_count(place, found, shift), axis=0)
-        short = (up_to < wanted) & (bins < _BINS - 1)
-        ahead = tl.max(tl.where(short, up_to, ahead), axis=0)
-        reached = tl.min(tl.where(short, place.numel, up_to), axis=0)
-        found = found * _BINS + tl.sum(tl.where(short, 1, 0), axis=0)
-    return ((found + 1) << shift) - 1, reached
-
-
-@triton.jit
 def _largest(value):
     """The largest of numbers that are not negative: their bits are in their order."""
-    return tl.max(value.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+    return tl.max(value.to(tl.int32, bitcast=True), axis=0).to(value.dtype, bitcast=True)
+
+
+@triton.jit
+def _count(place, found, shift):
+    """How many of the places whose bits above `shift` and six more are `found` are in each bin.
+
+    Of the 32 even bins, and of the 32 odd ones.
+    """
+    bin = (place >> shift) - found * _BINS
+    counts = tl.histogram(bin, _BINS, mask=bin.to(tl.uint32) < _BINS)
+    return tl.split(tl.reshape(counts, (_BINS // 2, 2)))
+
+
+@triton.jit
+def _up_to(even, odd, ahead):
+    """What is `ahead` of all bins or in one or ahead of it."""
+    odd_too = ahead + tl.cumsum(even + odd, axis=0)
+    return odd_too - odd, odd_too
+
+
+@triton.jit
+def _reach(up_to_even, up_to_odd, wanted, ahead):
+    """The first bin up to whose end is `wanted`, else the last one; and what is ahead of it."""
+    pair = tl.arange(0, _BINS // 2)
+    even, odd = up_to_even < wanted, (up_to_odd < wanted) & (pair < _BINS // 2 - 1)
+    found = tl.sum(tl.where(even, 1, 0) + tl.where(odd, 1, 0), axis=0)
+    passed = tl.where(odd, up_to_odd, tl.where(even, up_to_even, ahead))
+    return found, _largest(passed)
+
+
+@triton.jit
+def _of_bin(even, odd, bin):
+    """The number of one bin."""
+    at = 2 * tl.arange(0, _BINS // 2)
+    return tl.sum(tl.where(at == bin, even, 0) + tl.where(at + 1 == bin, odd, 0), axis=0)
+
+
+@triton.jit
+def _weighed(even, odd, found, shift, slope):
+    """Weights of bins, where a number at place y weighs exp(-slope y), were all in the middle."""
+    middle = (2 * tl.arange(0, _BINS // 2) + found * _BINS).to(tl.float32) + 0.5
+    width = slope * (1 << shift)
+    return even * tl.exp(-middle * width), odd * tl.exp(-(middle + 1.0) * width)
+
+
+@triton.jit
+def ranked(place, even, odd, wanted, most):
+    """The last place of a bin such that `wanted` or more are there or ahead of it, and how many.
+
+    No more than `most` if possible; otherwise the bin is one place. `even` and `odd` are the counts
+    of the first bins.
+    """
+    shift = _PLACE_BITS - _BIN_BITS
+    up_to_even, up_to_odd = _up_to(even, odd, 0)
+    found, ahead = _reach(up_to_even, up_to_odd, wanted, 0)
+    reached = ahead + _of_bin(even, odd, found)
+    while (shift > 0) & (reached > most):
+        shift -= _BIN_BITS
+        even, odd = _count(place, found, shift)
+        up_to_even, up_to_odd = _up_to(even, odd, ahead)
+        chosen, ahead = _reach(up_to_even, up_to_odd, wanted, ahead)
+        reached = ahead + _of_bin(even, odd, chosen)
+        found = found * _BINS + chosen
+    return ((found + 1) << shift) - 1, reached
 
 
 @triton.jit
@@ -133,15 +165,23 @@ def least_finite(score):
 
 
 @triton.jit
-def _likely(groups, low, best, wanted, CAPACITY: tl.constexpr):
-    """A score from `low` on that likely `wanted` tokens reach, and not many more.
+def _groups_of(tokens, GROUPS: tl.constexpr):
+    """How many of that many groups have one or more of so many tokens, each in any of them."""
+    return ((1.0 - tl.exp(tokens * (-1.0 / GROUPS))) * GROUPS).to(tl.int32)
 
-    `groups` are the best scores of small groups of tokens: as many groups as reach it are as many
-    tokens at least, and somewhat more as some share a group. `low` where these are too few.
+
+@triton.jit
+def _likely(groups, low, best, wanted, CAPACITY: tl.constexpr):
+    """A score from `low` on that likely `wanted` tokens reach, and no more than CAPACITY.
+
+    `groups` are the best scores of small groups of tokens: how many reach it tells how many tokens
+    do. `low` where these are too few.
     """
     place = places_below(best, tl.ravel(groups, can_reorder=True), low)
-    most = (2 * wanted + CAPACITY) // 3
-    last, _ = ranked(place, wanted, most)
+    even, odd = _count(place, 0, _PLACE_BITS - _BIN_BITS)
+    margin = (CAPACITY - wanted) * (1 / 6)
+    least = _groups_of(wanted + margin, groups.numel)
+    last, _ = ranked(place, even, odd, least, _groups_of(CAPACITY - margin, groups.numel))
     return tl.maximum(best - (last + 1) * ((best - low) / _LAST_PLACE), low)
 
 
@@ -208,7 +248,7 @@ def few_best(score, groups, low, worst, best, wanted, SPAN: tl.constexpr, CAPACI
     """
     first, last = ordered(low), ordered(best) + 1
     tried = first
-    if groups.numel > CAPACITY:
+    if score.numel > 2 * CAPACITY:
         if wanted <= CAPACITY:
             floor = tl.maximum(low, worst)
             likely = _likely(groups, floor, best, wanted, CAPACITY)
@@ -285,14 +325,16 @@ def reaching(weight, sums, target, words):
 
 
 @triton.jit
-def cut_few(few, weight, limit, first, last):
+def cut_few(few, weight, limit, first, last, tried, inverse_temperature):
     """The largest of the scores `few` with no more weight than `limit` below it.
 
-    It is no less than `first`, a score with no more than that below it, and no more than `last`.
+    It is no less than `first`, a score with no more than that below it, and no more than `last`,
+    the best; likely it is next to `tried`. A weight is the exponential of a score less the best
+    one, times `inverse_temperature`.
     """
+    best = last
     passes = 0
     while (first < last) & (passes < _MOST_PASSES):
-        tried = unordered(halfway(ordered(first), ordered(last) + 1, passes))
         under = few < tried
         mass, below, above = tl.reduce(
             (
@@ -304,61 +346,60 @@ def cut_few(few, weight, limit, first, last):
             _below_and_above,
         )
         fits = mass <= limit
+        nearest = tl.where(fits, above, below)
         first, last = tl.where(fits, above, first), tl.where(fits, last, below)
+        # One more token may be all that it takes.
+        one = tl.exp((nearest - best) * inverse_temperature)
+        if (mass <= limit) != (tl.where(fits, mass + one, mass - one) <= limit):
+            first, last = nearest, nearest
+        step = unordered(ordered(nearest) + tl.where(fits, 1, 0).to(tl.uint32))
+        half = unordered(halfway(ordered(first), ordered(last) + 1, passes))
+        tried = tl.where(passes == 0, step, half)  # several may be alike
         passes += 1
     return last
 
 
 @triton.jit
-def _three_sums(a, b, c, other_a, other_b, other_c):
-    return a + other_a, b + other_b, c + other_c
+def last_kept(place, weight, even, odd, dropped, slope):
+    """A guess at the place of the last token that stays where those behind it go.
+
+    They are as many as weigh no more than the share `dropped` of all. A token at place y weighs
+    exp(-slope y), so that counts tell about where it is; `even` and `odd` are those of the first
+    bins. Returns the place, the weight of all, and no more than what the token weighs that is the
+    only one of its bin: 0 if there are several or none.
+    """
+    shift = _PLACE_BITS - _BIN_BITS
+    weighed_even, weighed_odd = _weighed(even, odd, 0, shift, slope)
+    # The best token, which often weighs most, is no middle.
+    more = 1.0 - tl.exp(-slope * (1 << (shift - 1)))
+    weighed_even += tl.where(tl.arange(0, _BINS // 2) == 0, more, 0.0)
+    up_to_even, up_to_odd = _up_to(weighed_even, weighed_odd, 0.0)
+    found, guess = _reach(up_to_even, up_to_odd, (1.0 - dropped) * _largest(up_to_odd), 0.0)
+    # What is really ahead of that bin tells how wrong the sums are.
+    first = tl.where(place >> shift < found, weight, 0.0)
+    total, ahead = tl.reduce((weight, first), 0, _sums)
+    target = total - dropped * total
+    up_to_even += ahead - guess
+    up_to_odd += ahead - guess
+    found, ahead = _reach(up_to_even, up_to_odd, target, 0.0)
+    inside = place.numel
+    while (shift > 0) & (inside > 1):
+        shift -= _BIN_BITS
+        even, odd = _count(place, found, shift)
+        weighed_even, weighed_odd = _weighed(even, odd, found, shift, slope)
+        up_to_even, up_to_odd = _up_to(weighed_even, weighed_odd, ahead)
+        chosen, ahead = _reach(up_to_even, up_to_odd, target, ahead)
+        inside = _of_bin(even, odd, chosen)
+        found = found * _BINS + chosen
+    end = (found + 1) << shift
+    return end - 1, total, tl.where(inside == 1, tl.exp(-slope * end), 0.0)
 
 
 @triton.jit
-def last_kept(place, weight, dropped, slope):
-    """The place of the last token that stays where those behind it, of least weight, go.
-
-    They are as many as weigh no more than the share `dropped` of all. A token at place y weighs
-    exp(-slope y), so that counts tell about where it is. Returns the place, the weight that stays,
-    and whether sums of weights have confirmed it.
-    """
-    # In which of 32 bins, what is ahead of it, and then one token in it.
-    bins = tl.arange(0, _BINS)
-    shift = _PLACE_BITS - 5
-    weighed = _weighed(_count(place, 0, shift), 0, shift, slope)
-    up_to = tl.cumsum(weighed, axis=0)
-    short = (up_to < (1.0 - dropped) * _largest(up_to)) & (bins < _BINS - 1)
-    found = tl.sum(tl.where(short, 1, 0), axis=0)
-    part = place >> shift
-    total, ahead, within = tl.reduce(
-        (weight, tl.where(part < found, weight, 0.0), tl.where(part == found, weight, 0.0)),
-        0,
-        _three_sums,
-    )
-    limit = dropped * total
-    target = total - limit
-    if target <= ahead:
-        found -= 1
-        ahead -= _largest(tl.where(bins == found, weighed, 0.0))
-    elif target > ahead + within:
-        found += 1
-        ahead += within
-    inside = place.numel
-    while (shift > 0) & (inside > 1):
-        shift -= 5
-        counts = _count(place, found, shift)
-        up_to = ahead + tl.cumsum(_weighed(counts, found, shift, slope), axis=0)
-        short = (up_to < target) & (bins < _BINS - 1)
-        ahead = tl.maximum(ahead, _largest(tl.where(short, up_to, 0.0)))
-        chosen = tl.sum(tl.where(short, 1, 0), axis=0)
-        inside = tl.sum(tl.where(bins == chosen, counts, 0), axis=0)
-        found = found * _BINS + chosen
-    part = place >> shift
-    behind, here = tl.reduce(
-        (tl.where(part > found, weight, 0.0), tl.where(part == found, weight, 0.0)), 0, _sums
-    )
-    confirmed = (inside == 1) & (behind <= limit) & (behind + here > limit)
-    return ((found + 1) << shift) - 1, total - behind, confirmed
+def _parts_up_to(weight, PARTS: tl.constexpr):
+    """Of that many parts of a list, the sum of each and those ahead of it."""
+    parts = tl.reshape(weight, (PARTS, weight.numel // PARTS))
+    return tl.cumsum(tl.sum(parts, axis=1), axis=0)
 
 
 @triton.jit
@@ -378,34 +419,40 @@ def draw_of_few(
     A token's weight is the exponential of its score; those of least weight go first as far as they
     weigh no more than 1 - `top_p` of all.
     """
+    AT_ONCE: tl.constexpr = min(32, CAPACITY)
+    PARTS: tl.constexpr = CAPACITY // AT_ONCE
     few = _load_listed(listed, tl.arange(0, CAPACITY), count)[0]
     place = places_below(best, few, threshold)
+    even, odd = _count(place, 0, _PLACE_BITS - _BIN_BITS)
     least, last = threshold, _PLACES - 1
     if wanted < count:
-        last, reached = ranked(place, wanted, wanted)
+        last, reached = ranked(place, even, odd, wanted, wanted)
+        up_to_even, up_to_odd = _up_to(even, odd, 0)
+        even = tl.maximum(even - tl.maximum(up_to_even - reached, 0), 0)
+        odd = tl.maximum(odd - tl.maximum(up_to_odd - reached, 0), 0)
         if reached > wanted:  # alike, or nearly
             one = tl.where(place < _PLACES, 1.0, 0.0)
-            least = cut_few(few, one, (count - wanted).to(tl.float32), threshold, best)
+            near = best - (last + 1) * ((best - threshold) / _LAST_PLACE)
+            limit = (count - wanted).to(tl.float32)
+            least = cut_few(few, one, limit, threshold, best, near, 0.0)
             last = _PLACES - 1
         place = tl.where((few >= least) & (place <= last), place, _PLACES)
     weight = tl.where(place < _PLACES, tl.exp((few - best) * inverse_temperature), 0.0)
+    total, here = 0.0, 0.0
     if top_p < 1.0:
         slope = (best - threshold) * (inverse_temperature / _LAST_PLACE)
-        behind, total, confirmed = last_kept(place, weight, 1.0 - top_p, slope)
-        if confirmed:
-            last = behind
-        else:
-            limit = (1.0 - top_p) * tl.sum(weight, axis=0)
-            least = cut_few(few, weight, limit, threshold, best)
+        last, total, here = last_kept(place, weight, even, odd, 1.0 - top_p, slope)
+    reached = _parts_up_to(tl.where(place <= last, weight, 0.0), PARTS)
+    kept = _largest(reached)
+    if top_p < 1.0:
+        limit = (1.0 - top_p) * total
+        if (total - kept > limit) | (total - kept + 0.9999 * here <= limit):
+            near = best - (last + 1) * ((best - threshold) / _LAST_PLACE)
+            least = cut_few(few, weight, limit, threshold, best, near, inverse_temperature)
             last = _PLACES - 1
-            total = tl.sum(tl.where(few >= least, weight, 0.0), axis=0)
-        weight = tl.where((few >= least) & (place <= last), weight, 0.0)
-    else:
-        total = tl.sum(weight, axis=0)
-    AT_ONCE: tl.constexpr = min(32, CAPACITY)
-    PARTS: tl.constexpr = CAPACITY // AT_ONCE
-    reached = tl.cumsum(tl.sum(tl.reshape(weight, (PARTS, AT_ONCE)), axis=1), axis=0)
-    target = u * total
+            reached = _parts_up_to(tl.where(few >= least, weight, 0.0), PARTS)
+            kept = _largest(reached)
+    target = u * kept
     under = reached <= target
     part = tl.minimum(tl.sum(tl.where(under, 1, 0), axis=0), PARTS - 1)
     before = _largest(tl.where(under, reached, 0.0))
