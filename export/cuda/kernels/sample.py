@@ -19,10 +19,10 @@ import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.shortlist import (
+    BY_VALUE,
     by_lane,
     draw_of_few,
     few_best,
-    halfway,
     least_finite,
     ordered,
     put_side_by_side,
@@ -36,6 +36,7 @@ CAPACITY = 1024
 # Tokens this many temperatures below the best together weigh less than any top-p drops.
 _NEGLIGIBLE = tl.constexpr(30.0)
 _MOST = tl.constexpr(3.4e38)
+_FAR = tl.constexpr(10.0)
 # Rows of a lane whose tokens share a group.
 _SHARING = tl.constexpr(4)
 
@@ -56,31 +57,41 @@ def _extremes(high, low, other_high, other_low):
 
 
 @triton.jit
-def weigh(score, weight, threshold):
-    """Weight and number of the tokens below `threshold`."""
-    # The count is a float as well: a set, a multiplication and an addition for each token.
-    under = tl.where(score < threshold, 1.0, 0.0)
-    return tl.reduce((by_lane(under * weight), by_lane(under)), 0, _sums)
+def _weight_below(score, weight, threshold):
+    return tl.sum(by_lane(tl.where(score < threshold, weight, 0.0)), axis=0)
 
 
 @triton.jit
-def cut(score, weight, limit, low, high, under):
+def cut(score, weight, limit, low, best, total, inverse_temperature):
     """A score that parts the tokens as the largest with no more weight than `limit` below it does.
 
-    `low` is a score with no more than that below it (`under` tokens, of negligible weight),
-    `high` the largest score.
+    `low` is a score with next to nothing below it. A weight is the exponential of a score less the
+    best one, times `inverse_temperature`, so that weights' logarithms tell where to look (regula
+    falsi; of an end that stays where it is half as much counts each time).
     """
-    first, last = ordered(low), ordered(high) + 1  # the answer is in [first, last)
-    over = tl.full((), score.numel, tl.float32)
-    below = 0.0
-    passes = 0
-    while (over - under > 1) & (last - first > 1) & (below < limit):
-        tried = halfway(first, last, passes)
-        mass, count = weigh(score, weight, unordered(tried))
-        fits = mass <= limit
-        first, last = tl.where(fits, tried, first), tl.where(fits, last, tried)
-        under, over = tl.where(fits, count, under), tl.where(fits, over, count)
-        below = tl.where(fits, mass, below)
+    first, last = ordered(low), ordered(best) + 1  # the answer is in [first, last)
+    below, above = 0.0, total
+    # Powers of 2 by which these are away from the limit.
+    short, over = _FAR, tl.log2(total / limit)
+    passes, side = 0, 0
+    one = 0.0
+    while (last - first > 1) & (below < limit) & (above - below > 1.5 * one):
+        a, b = unordered(first), unordered(last)
+        near = ordered(a + (b - a) * (short / (short + over)))
+        tried = tl.where(passes < BY_VALUE, near, first + (last - first) // 2)
+        tried = tl.minimum(tl.maximum(tried, first + 1), last - 1)
+        mass = _weight_below(score, weight, unordered(tried))
+        far = tl.log2(tl.maximum(mass, 1e-30) / limit)
+        if mass <= limit:
+            first, below, short = tried, mass, tl.minimum(-far, _FAR)
+            over *= tl.where(side > 0, 0.5, 1.0)
+            side = 1
+        else:
+            last, above, over = tried, mass, far
+            short *= tl.where(side < 0, 0.5, 1.0)
+            side = -1
+        # Two tokens between these ends weigh more than that.
+        one = tl.exp((unordered(first) - best) * inverse_temperature)
         passes += 1
     return unordered(first)
 
@@ -148,18 +159,17 @@ def weights_of(score, least, count, best, inverse_temperature, top_p, wanted):
 
     Of the tokens that reach `least`, `count` of them, the best `wanted`.
     """
-    ALL: tl.constexpr = score.numel
     if (wanted < count) | (top_p < 1.0):
         least = tl.maximum(least, least_finite(score))
     if wanted < count:
-        one = tl.full(score.shape, 1.0, tl.float32)
-        under = tl.full((), ALL, tl.float32) - count
-        least = cut(score, one, ALL - wanted, least, best, under)
+        one = tl.where(score >= least, 1.0, 0.0)
+        total = tl.zeros((), tl.float32) + count
+        least = cut(score, one, total - wanted, least, best, total, 0.0)
     weight = tl.where(score >= least, tl.exp((score - best) * inverse_temperature), 0.0)
     if top_p < 1.0:
-        under = by_lane(tl.where(score < least, 1.0, 0.0))
-        total, under = tl.reduce((by_lane(weight), under), 0, _sums)
-        least = cut(score, weight, (1.0 - top_p) * total, least, best, under)
+        total = tl.sum(by_lane(weight), axis=0)
+        limit = (1.0 - top_p) * total
+        least = cut(score, weight, limit, least, best, total, inverse_temperature)
         weight = tl.where(score >= least, weight, 0.0)
     return weight
 
