@@ -18,16 +18,15 @@ import triton
 import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.few import draw_of_few
 from aim_export.cuda.kernels.shortlist import (
     BY_VALUE,
     by_lane,
-    draw_of_few,
     few_best,
+    few_heaviest,
     least_finite,
     ordered,
     put_side_by_side,
-    reaching,
-    row_of,
     unordered,
 )
 
@@ -36,14 +35,9 @@ CAPACITY = 1024
 # Tokens this many temperatures below the best together weigh less than any top-p drops.
 _NEGLIGIBLE = tl.constexpr(30.0)
 _MOST = tl.constexpr(3.4e38)
-_FAR = tl.constexpr(10.0)
+_LAST_TOKEN = tl.constexpr(0x7FFFFFFF)
 # Rows of a lane whose tokens share a group.
 _SHARING = tl.constexpr(4)
-
-
-@triton.jit
-def _sums(a, b, other_a, other_b):
-    return a + other_a, b + other_b
 
 
 @triton.jit
@@ -57,22 +51,28 @@ def _extremes(high, low, other_high, other_low):
 
 
 @triton.jit
+def _powers(more, less):
+    """How many powers of 2 are between two weights, up to ten."""
+    return tl.minimum(tl.log2(more / tl.maximum(less, 1e-30)), 10.0)
+
+
+@triton.jit
 def _weight_below(score, weight, threshold):
     return tl.sum(by_lane(tl.where(score < threshold, weight, 0.0)), axis=0)
 
 
 @triton.jit
-def cut(score, weight, limit, low, best, total, inverse_temperature):
+def cut(score, weight, limit, low, high, below, above, best, inverse_temperature):
     """A score that parts the tokens as the largest with no more weight than `limit` below it does.
 
-    `low` is a score with next to nothing below it. A weight is the exponential of a score less the
-    best one, times `inverse_temperature`, so that weights' logarithms tell where to look (regula
-    falsi; of an end that stays where it is half as much counts each time).
+    `low` is a score with no more than that below it, namely `below`, and `high` the best one, or
+    one with more, `above` in either case. A weight is the exponential of a score less `best`, times
+    `inverse_temperature`: so the logarithms of what is below the ends tell where between them to
+    look (regula falsi; of an end that stays where it is half as much counts each time).
     """
-    first, last = ordered(low), ordered(best) + 1  # the answer is in [first, last)
-    below, above = 0.0, total
-    # Powers of 2 by which these are away from the limit.
-    short, over = _FAR, tl.log2(total / limit)
+    first, last = ordered(low), ordered(high)  # the answer is in [first, last)
+    last += tl.where(high == best, 1, 0).to(tl.uint32)
+    short, over = _powers(limit, below), _powers(above, limit)
     passes, side = 0, 0
     one = 0.0
     while (last - first > 1) & (below < limit) & (above - below > 1.5 * one):
@@ -81,13 +81,12 @@ def cut(score, weight, limit, low, best, total, inverse_temperature):
         tried = tl.where(passes < BY_VALUE, near, first + (last - first) // 2)
         tried = tl.minimum(tl.maximum(tried, first + 1), last - 1)
         mass = _weight_below(score, weight, unordered(tried))
-        far = tl.log2(tl.maximum(mass, 1e-30) / limit)
         if mass <= limit:
-            first, below, short = tried, mass, tl.minimum(-far, _FAR)
+            first, below, short = tried, mass, _powers(limit, mass)
             over *= tl.where(side > 0, 0.5, 1.0)
             side = 1
         else:
-            last, above, over = tried, mass, far
+            last, above, over = tried, mass, _powers(mass, limit)
             short *= tl.where(side < 0, 0.5, 1.0)
             side = -1
         # Two tokens between these ends weigh more than that.
@@ -97,12 +96,41 @@ def cut(score, weight, limit, low, best, total, inverse_temperature):
 
 
 @triton.jit
+def _row_of(sums, u):
+    """The row at which the running sum of rows' weights exceeds `u` of the whole.
+
+    Returns the row, the weight before it and the target.
+    """
+    ROWS: tl.constexpr = sums.numel
+    rows = tl.arange(0, ROWS)
+    reached = tl.cumsum(sums, axis=0)
+    target = u * tl.max(reached, axis=0)
+    # Only what has weight counts: between sums, rounding may move the target a little.
+    first = tl.min(tl.where((sums > 0.0) & (reached > target), rows, ROWS), axis=0)
+    chosen = tl.minimum(first, tl.max(tl.where(sums > 0.0, rows, 0), axis=0))
+    return chosen, tl.max(tl.where(rows < chosen, reached, 0.0), axis=0), target
+
+
+@triton.jit
+def _first_past(weight, sums, target, words):
+    """The first token with weight whose running sum exceeds `target`, or the last with weight."""
+    first = tl.where((weight > 0.0) & (sums > target), words, _LAST_TOKEN)
+    first, last = tl.reduce((first, tl.where(weight > 0.0, words, 0)), 0, _ends)
+    return tl.minimum(first, last)
+
+
+@triton.jit
+def _ends(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
 def draw(weight, words, u, SPAN: tl.constexpr):
     """The first token at which the weights' running sum exceeds `u` of the whole."""
     LANES: tl.constexpr = weight.shape[0]
     ROWS: tl.constexpr = weight.shape[1]
     spans = tl.reshape(tl.sum(weight, axis=2), (LANES // SPAN, SPAN, ROWS))
-    chosen, before, target = row_of(tl.ravel(tl.sum(spans, axis=1)), u)
+    chosen, before, target = _row_of(tl.ravel(tl.sum(spans, axis=1)), u)
     span, row = tl.arange(0, LANES) // SPAN, tl.arange(0, ROWS)
     here = (span[:, None] * ROWS + row[None, :] == chosen)[:, :, None]
     weight = tl.sum(tl.where(here, weight, 0.0), axis=1)  # (LANES, 4)
@@ -110,7 +138,7 @@ def draw(weight, words, u, SPAN: tl.constexpr):
     lane_sums = tl.sum(weight, axis=1)
     passed = before + (tl.cumsum(lane_sums, axis=0) - lane_sums)
     sums = passed[:, None] + tl.cumsum(weight, axis=1)
-    return reaching(tl.ravel(weight), tl.ravel(sums), target, tl.ravel(words))
+    return _first_past(tl.ravel(weight), tl.ravel(sums), target, tl.ravel(words))
 
 
 @triton.jit
@@ -154,23 +182,32 @@ def lowest(best, inverse_temperature, top_p):
 
 
 @triton.jit
-def weights_of(score, least, count, best, inverse_temperature, top_p, wanted):
+def weights_of(score, low, split, rest, total, best, inverse_temperature, top_p, wanted):
     """Each token's weight in the draw: the exponential of its score, or 0 if it is cut off.
 
-    Of the tokens that reach `least`, `count` of them, the best `wanted`.
+    Of the tokens that reach `low`, the best `wanted`; if that is all of them, the weight `rest` of
+    `total` is known to be below `split`.
     """
-    if (wanted < count) | (top_p < 1.0):
-        least = tl.maximum(least, least_finite(score))
-    if wanted < count:
-        one = tl.where(score >= least, 1.0, 0.0)
-        total = tl.zeros((), tl.float32) + count
-        least = cut(score, one, total - wanted, least, best, total, 0.0)
-    weight = tl.where(score >= least, tl.exp((score - best) * inverse_temperature), 0.0)
+    if wanted < score.numel:
+        low = tl.maximum(low, least_finite(score))
+        one = tl.where(score >= low, 1.0, 0.0)
+        count = tl.sum(by_lane(one), axis=0)
+        if wanted < count:
+            none = tl.zeros((), tl.float32)
+            low = cut(score, one, count - wanted, low, best, none, count, best, 0.0)
+    weight = tl.where(score >= low, tl.exp((score - best) * inverse_temperature), 0.0)
     if top_p < 1.0:
-        total = tl.sum(by_lane(weight), axis=0)
+        high, below = best, tl.zeros((), tl.float32)
+        if wanted < score.numel:
+            total = tl.sum(by_lane(weight), axis=0)
         limit = (1.0 - top_p) * total
-        least = cut(score, weight, limit, least, best, total, inverse_temperature)
-        weight = tl.where(score >= least, weight, 0.0)
+        above = total
+        if wanted == score.numel:
+            fits = rest <= limit
+            low, high = tl.where(fits, split, low), tl.where(fits, best, split)
+            below, above = tl.where(fits, rest, 0.0), tl.where(fits, total, rest)
+        low = cut(score, weight, limit, low, high, below, above, best, inverse_temperature)
+        weight = tl.where(score >= low, weight, 0.0)
     return weight
 
 
@@ -193,17 +230,24 @@ def draw_token(
 
     `groups`, `best` and `worst` are what `survey` found.
     """
-    least, count = lowest(best, inverse_temperature, top_p), score.numel
+    low, count = lowest(best, inverse_temperature, top_p), score.numel
     place = tl.zeros((score.shape[0], score.shape[1]), tl.int32)
-    if (wanted <= CAPACITY) | (top_p < 1.0):
-        least, count, place = few_best(score, groups, least, worst, best, wanted, SPAN, CAPACITY)
+    least, rest, total = low, 0.0, 0.0
+    if wanted <= CAPACITY:
+        least, count, place = few_best(score, groups, low, worst, best, wanted, SPAN, CAPACITY)
+    elif (wanted == score.numel) & (top_p < 1.0):
+        least, count, place, rest, total = few_heaviest(
+            score, groups, low, worst, best, inverse_temperature, top_p, SPAN, CAPACITY
+        )
     if count <= CAPACITY:
         put_side_by_side(score, words, least, place, few)
         drawn = draw_of_few(
-            few, count, least, best, inverse_temperature, top_p, wanted, u, CAPACITY
+            few, count, least, rest, best, inverse_temperature, top_p, wanted, u, CAPACITY
         )
     else:
-        weight = weights_of(score, least, count, best, inverse_temperature, top_p, wanted)
+        weight = weights_of(
+            score, low, least, rest, total, best, inverse_temperature, top_p, wanted
+        )
         drawn = draw(weight, words, u, SPAN)
     return drawn
 
