@@ -116,7 +116,8 @@ def draw_of_few(
         if (behind > limit) | (behind + here <= limit):
             near = score_behind(last, best, threshold)
             limit -= rest
-            least = cut_few(few, weight, limit, threshold, best, near, inverse_temperature)
+            best_few = tl.where(place < PLACES, few, -float("inf"))
+            least = cut_few(best_few, weight, limit, threshold, best, near, inverse_temperature)
             last = PLACES - 1
             reached = _parts_up_to(tl.where(few >= least, weight, 0.0), PARTS)
             kept = largest(reached)
