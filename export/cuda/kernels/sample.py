@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aim_export.cuda.kernels.bins import largest
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.few import draw_of_few
 from aim_export.cuda.kernels.shortlist import (
@@ -96,52 +97,6 @@ def cut(score, weight, limit, low, high, below, above, best, inverse_temperature
 
 
 @triton.jit
-def _row_of(sums, u):
-    """The row at which the running sum of rows' weights exceeds `u` of the whole.
-
-    Returns the row, the weight before it and the target.
-    """
-    ROWS: tl.constexpr = sums.numel
-    rows = tl.arange(0, ROWS)
-    reached = tl.cumsum(sums, axis=0)
-    target = u * tl.max(reached, axis=0)
-    # Only what has weight counts: between sums, rounding may move the target a little.
-    first = tl.min(tl.where((sums > 0.0) & (reached > target), rows, ROWS), axis=0)
-    chosen = tl.minimum(first, tl.max(tl.where(sums > 0.0, rows, 0), axis=0))
-    return chosen, tl.max(tl.where(rows < chosen, reached, 0.0), axis=0), target
-
-
-@triton.jit
-def _first_past(weight, sums, target, words):
-    """The first token with weight whose running sum exceeds `target`, or the last with weight."""
-    first = tl.where((weight > 0.0) & (sums > target), words, _LAST_TOKEN)
-    first, last = tl.reduce((first, tl.where(weight > 0.0, words, 0)), 0, _ends)
-    return tl.minimum(first, last)
-
-
-@triton.jit
-def _ends(low, high, other_low, other_high):
-    return tl.minimum(low, other_low), tl.maximum(high, other_high)
-
-
-@triton.jit
-def draw(weight, words, u, SPAN: tl.constexpr):
-    """The first token at which the weights' running sum exceeds `u` of the whole."""
-    LANES: tl.constexpr = weight.shape[0]
-    ROWS: tl.constexpr = weight.shape[1]
-    spans = tl.reshape(tl.sum(weight, axis=2), (LANES // SPAN, SPAN, ROWS))
-    chosen, before, target = _row_of(tl.ravel(tl.sum(spans, axis=1)), u)
-    span, row = tl.arange(0, LANES) // SPAN, tl.arange(0, ROWS)
-    here = (span[:, None] * ROWS + row[None, :] == chosen)[:, :, None]
-    weight = tl.sum(tl.where(here, weight, 0.0), axis=1)  # (LANES, 4)
-    words = tl.sum(tl.where(here, words, 0), axis=1)
-    lane_sums = tl.sum(weight, axis=1)
-    passed = before + (tl.cumsum(lane_sums, axis=0) - lane_sums)
-    sums = passed[:, None] + tl.cumsum(weight, axis=1)
-    return _first_past(tl.ravel(weight), tl.ravel(sums), target, tl.ravel(words))
-
-
-@triton.jit
 def load_scores(logits, row, other, scale, words, V: tl.constexpr, BLOCK: tl.constexpr):
     """An image's scores, (LANES, ROWS, 4), with guidance if it has a second row; -inf outside."""
     inside = words < V
@@ -182,11 +137,69 @@ def lowest(best, inverse_temperature, top_p):
 
 
 @triton.jit
-def weights_of(score, low, split, rest, total, best, inverse_temperature, top_p, wanted):
-    """Each token's weight in the draw: the exponential of its score, or 0 if it is cut off.
+def _passing(sums, before, target):
+    """Which of `sums`, behind `before`, is the first up to whose end is more than `target`.
 
-    Of the tokens that reach `low`, the best `wanted`; if that is all of them, the weight `rest` of
-    `total` is known to be below `split`.
+    Or the last one with weight; and what is ahead of it.
+    """
+    COUNT: tl.constexpr = sums.numel
+    at = tl.arange(0, COUNT)
+    reached = before + tl.cumsum(sums, axis=0)
+    # Only what has weight counts: between sums, rounding may move the target a little.
+    first = tl.min(tl.where((sums > 0.0) & (reached > target), at, COUNT), axis=0)
+    chosen = tl.minimum(first, tl.max(tl.where(sums > 0.0, at, 0), axis=0))
+    return chosen, largest(tl.where(at < chosen, reached, before))
+
+
+@triton.jit
+def draw(
+    score,
+    low,
+    best,
+    inverse_temperature,
+    u,
+    logits,
+    row,
+    other,
+    scale,
+    SPAN: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of the tokens that reach `low` the first whose weights' running sum exceeds `u` of the whole.
+
+    In 32 parts first, then in a part's rows of 4 SPAN tokens. A row is read again, in every warp.
+    """
+    LANES: tl.constexpr = score.shape[0]
+    ROWS: tl.constexpr = score.shape[1]
+    PARTS: tl.constexpr = min(32, LANES // SPAN * ROWS)
+    EACH: tl.constexpr = LANES // SPAN * ROWS // PARTS
+    weight = tl.where(score >= low, tl.exp((score - best) * inverse_temperature), 0.0)
+    spans = tl.reshape(tl.sum(weight, axis=2), (LANES // SPAN, SPAN, ROWS))
+    sums = tl.reshape(tl.sum(spans, axis=1), (PARTS, EACH))
+    parts = tl.sum(sums, axis=1)
+    target = u * largest(tl.cumsum(parts, axis=0))
+    chosen, before = _passing(parts, 0.0, target)
+    if EACH > 1:
+        inside = tl.sum(tl.where(tl.arange(0, PARTS)[:, None] == chosen, sums, 0.0), axis=0)
+        among, before = _passing(inside, before, target)
+        chosen = chosen * EACH + among
+    words = ((chosen * SPAN + tl.arange(0, SPAN)) * 4)[:, None] + tl.arange(0, 4)[None, :]
+    some = load_scores(logits, row, other, scale, words, V, BLOCK)
+    weight = tl.where(some >= low, tl.exp((some - best) * inverse_temperature), 0.0)
+    lanes = tl.sum(weight, axis=1)
+    sums = (before + (tl.cumsum(lanes, axis=0) - lanes))[:, None] + tl.cumsum(weight, axis=1)
+    past = tl.where((weight > 0.0) & (sums > target), words, _LAST_TOKEN)
+    last = tl.max(tl.max(tl.where(weight > 0.0, words, 0), axis=1), axis=0)
+    return tl.minimum(tl.min(tl.min(past, axis=1), axis=0), last)
+
+
+@triton.jit
+def lowest_kept(score, low, split, rest, total, best, inverse_temperature, top_p, wanted):
+    """A score that what may be drawn reaches and no other token.
+
+    That is, of the tokens that reach `low` the best `wanted`, and of these what top-p leaves. If
+    all are wanted, the weight `rest` of `total` is known to be below `split`.
     """
     if wanted < score.numel:
         low = tl.maximum(low, least_finite(score))
@@ -195,8 +208,8 @@ def weights_of(score, low, split, rest, total, best, inverse_temperature, top_p,
         if wanted < count:
             none = tl.zeros((), tl.float32)
             low = cut(score, one, count - wanted, low, best, none, count, best, 0.0)
-    weight = tl.where(score >= low, tl.exp((score - best) * inverse_temperature), 0.0)
     if top_p < 1.0:
+        weight = tl.where(score >= low, tl.exp((score - best) * inverse_temperature), 0.0)
         high, below = best, tl.zeros((), tl.float32)
         if wanted < score.numel:
             total = tl.sum(by_lane(weight), axis=0)
@@ -207,8 +220,7 @@ def weights_of(score, low, split, rest, total, best, inverse_temperature, top_p,
             low, high = tl.where(fits, split, low), tl.where(fits, best, split)
             below, above = tl.where(fits, rest, 0.0), tl.where(fits, total, rest)
         low = cut(score, weight, limit, low, high, below, above, best, inverse_temperature)
-        weight = tl.where(score >= low, weight, 0.0)
-    return weight
+    return low
 
 
 @triton.jit
@@ -223,12 +235,18 @@ def draw_token(
     wanted,
     u,
     few,  # (CAPACITY,) int64, scratch
+    logits,
+    row,
+    other,
+    scale,
     SPAN: tl.constexpr,
     CAPACITY: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The token that `u` draws, of the best `wanted` and those that top-p leaves of them.
 
-    `groups`, `best` and `worst` are what `survey` found.
+    `groups`, `best` and `worst` are what `survey` found; `load_scores` reads a few scores again.
     """
     low, count = lowest(best, inverse_temperature, top_p), score.numel
     place = tl.zeros((score.shape[0], score.shape[1]), tl.int32)
@@ -245,10 +263,10 @@ def draw_token(
             few, count, least, rest, best, inverse_temperature, top_p, wanted, u, CAPACITY
         )
     else:
-        weight = weights_of(
-            score, low, least, rest, total, best, inverse_temperature, top_p, wanted
+        low = lowest_kept(score, low, least, rest, total, best, inverse_temperature, top_p, wanted)
+        drawn = draw(
+            score, low, best, inverse_temperature, u, logits, row, other, scale, SPAN, V, BLOCK
         )
-        drawn = draw(weight, words, u, SPAN)
     return drawn
 
 
@@ -309,8 +327,14 @@ def sample(
                     wanted,
                     u,
                     few,
+                    logits,
+                    row,
+                    other,
+                    scale,
                     SPAN,
                     CAPACITY,
+                    V,
+                    BLOCK,
                 )
             drawn = tl.minimum(drawn, V - 1).to(tl.int64)
         else:
