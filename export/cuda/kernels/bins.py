@@ -131,8 +131,8 @@ def last_kept(place, weight, even, odd, rest, dropped, slope):
 
     They are as many as weigh no more than the share `dropped` of all, `rest` of which is behind
     all places. A token at place y weighs exp(-slope y), so that counts tell about where it is;
-    `even` and `odd` are those of the first bins. Returns the place, the weight of all, and next to
-    what the token weighs, but less; 0 where it is not the only one of its bin.
+    `even` and `odd` are those of the first bins. Returns the place, the weight of all, and a
+    little less than what the token weighs; 0 where it is not the only one of its bin.
     """
     shift = _FIRST_SHIFT
     weighed_even, weighed_odd = _weighed(even, odd, 0, shift, slope)
@@ -159,4 +159,5 @@ def last_kept(place, weight, even, odd, rest, dropped, slope):
         inside = _of_bin(even, odd, chosen)
         found = found * _BINS + chosen
     last = ((found + 1) << shift) - 1
-    return last, total, tl.where(inside == 1, 0.9999 * tl.exp(-slope * last), 0.0)
+    least = 0.9999 * tl.exp(-slope * (last + 1))
+    return last, total, tl.where(inside == 1, least, 0.0)

@@ -37,6 +37,7 @@ def cut_few(few, weight, limit, first, last, tried, inverse_temperature):
     one, times `inverse_temperature`.
     """
     best = last
+    tried = tl.maximum(tried, first)
     passes = 0
     while (first < last) & (passes < _MOST_PASSES):
         under = few < tried
@@ -107,7 +108,7 @@ def draw_of_few(
     weight = tl.where(place < PLACES, tl.exp((few - best) * inverse_temperature), 0.0)
     total, here = 0.0, 0.0
     if top_p < 1.0:
-        slope = (best - threshold) * (inverse_temperature / PLACES)
+        slope = (best - threshold) * (inverse_temperature / (PLACES - 1))
         last, total, here = last_kept(place, weight, even, odd, rest, 1.0 - top_p, slope)
     reached = _parts_up_to(tl.where(place <= last, weight, 0.0), PARTS)
     kept = largest(reached)

@@ -97,6 +97,16 @@ def cut(score, weight, limit, low, high, below, above, best, inverse_temperature
 
 
 @triton.jit
+def all_words(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """The tokens as they lie, (LANES, ROWS, 4)."""
+    SPAN: tl.constexpr = min(32, LANES)
+    ROWS: tl.constexpr = BLOCK // (4 * LANES)
+    lanes, rows = tl.arange(0, LANES)[:, None, None], tl.arange(0, ROWS)[None, :, None]
+    words = ((lanes // SPAN * ROWS + rows) * SPAN + lanes % SPAN) * 4
+    return words + tl.arange(0, 4)[None, None, :]
+
+
+@triton.jit
 def load_scores(logits, row, other, scale, words, V: tl.constexpr, BLOCK: tl.constexpr):
     """An image's scores, (LANES, ROWS, 4), with guidance if it has a second row; -inf outside."""
     inside = words < V
@@ -162,9 +172,7 @@ def draw(
     row,
     other,
     scale,
-    SPAN: tl.constexpr,
     V: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Of the tokens that reach `low` the first whose weights' running sum exceeds `u` of the whole.
 
@@ -172,6 +180,7 @@ def draw(
     """
     LANES: tl.constexpr = score.shape[0]
     ROWS: tl.constexpr = score.shape[1]
+    SPAN: tl.constexpr = min(32, LANES)
     PARTS: tl.constexpr = min(32, LANES // SPAN * ROWS)
     EACH: tl.constexpr = LANES // SPAN * ROWS // PARTS
     weight = tl.where(score >= low, tl.exp((score - best) * inverse_temperature), 0.0)
@@ -185,7 +194,7 @@ def draw(
         among, before = _passing(inside, before, target)
         chosen = chosen * EACH + among
     words = ((chosen * SPAN + tl.arange(0, SPAN)) * 4)[:, None] + tl.arange(0, 4)[None, :]
-    some = load_scores(logits, row, other, scale, words, V, BLOCK)
+    some = load_scores(logits, row, other, scale, words, V, score.numel)
     weight = tl.where(some >= low, tl.exp((some - best) * inverse_temperature), 0.0)
     lanes = tl.sum(weight, axis=1)
     sums = (before + (tl.cumsum(lanes, axis=0) - lanes))[:, None] + tl.cumsum(weight, axis=1)
@@ -239,15 +248,14 @@ def draw_token(
     row,
     other,
     scale,
-    SPAN: tl.constexpr,
     CAPACITY: tl.constexpr,
     V: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """The token that `u` draws, of the best `wanted` and those that top-p leaves of them.
 
     `groups`, `best` and `worst` are what `survey` found; `load_scores` reads a few scores again.
     """
+    SPAN: tl.constexpr = min(32, score.shape[0])
     low, count = lowest(best, inverse_temperature, top_p), score.numel
     place = tl.zeros((score.shape[0], score.shape[1]), tl.int32)
     least, rest, total = low, 0.0, 0.0
@@ -264,9 +272,7 @@ def draw_token(
         )
     else:
         low = lowest_kept(score, low, least, rest, total, best, inverse_temperature, top_p, wanted)
-        drawn = draw(
-            score, low, best, inverse_temperature, u, logits, row, other, scale, SPAN, V, BLOCK
-        )
+        drawn = draw(score, low, best, inverse_temperature, u, logits, row, other, scale, V)
     return drawn
 
 
@@ -294,11 +300,7 @@ def sample(
     """
     row = tl.program_id(0)
     other = tl.load(second + row)
-    SPAN: tl.constexpr = min(32, LANES)
-    ROWS: tl.constexpr = BLOCK // (4 * LANES)
-    lanes, rows = tl.arange(0, LANES)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-    words = ((lanes // SPAN * ROWS + rows) * SPAN + lanes % SPAN) * 4
-    words += tl.arange(0, 4)[None, None, :]
+    words = all_words(BLOCK, LANES)
     scale = tl.load(settings + row * 4)
     inverse_temperature = tl.minimum(tl.load(settings + row * 4 + 1), _MOST)
     top_p = tl.load(settings + row * 4 + 2)
@@ -331,10 +333,8 @@ def sample(
                     row,
                     other,
                     scale,
-                    SPAN,
                     CAPACITY,
                     V,
-                    BLOCK,
                 )
             drawn = tl.minimum(drawn, V - 1).to(tl.int64)
         else:
