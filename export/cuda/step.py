@@ -44,6 +44,7 @@ class StepBuilder:
         self.block = triton.next_power_of_2(geometry.D)
         self.scan_cut = tuning.scan[precision.state]
         self.chunk = tuning.chunk_of(precision.state)
+        self.queries = tuning.queries_of(precision.state)
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
         self.held_in_proj = self._suiting(tuning.held_in_proj, geometry.D)
         self.held_out_proj = self._suiting(tuning.held_out_proj, geometry.inner)
@@ -263,6 +264,7 @@ class StepBuilder:
             past_x="past_x",
             past_b="past_b",
             past_decay="past_decay",
+            past_c=self._if_there("past_c"),
             gated="gated",
             squares="squares",
             num_warps=cut.num_warps,
@@ -273,6 +275,7 @@ class StepBuilder:
             S=g.S,
             K=g.K,
             CHUNK=self.chunk,
+            QUERIES=self.queries,
             CONVOLVES=self.tuning.dot,
             HEADS=self.heads,
             STAGES=min(cut.stages, self.heads),
@@ -348,12 +351,14 @@ class StepBuilder:
             past_x="past_x",
             past_b="past_b",
             past_decay="past_decay",
+            past_c=self._if_there("past_c"),
             R=self.rows,
             INNER=g.inner,
             H=g.H,
             P=g.P,
             S=g.S,
             CHUNK=self.chunk,
+            QUERIES=self.queries,
             HEADS=heads,
             OVERLAPS=self.overlaps,
         )

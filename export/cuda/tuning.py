@@ -80,6 +80,10 @@ class Tuning:
         """C of states of the type `state`."""
         return self.scan[state].chunk or self.chunk
 
+    def queries_of(self, state: str) -> int:
+        """How many of a chunk's last C are kept to round states of the type `state` by."""
+        return self.chunk_of(state) // 2 if state == "int8" else 0
+
 
 # Rounding states to 8 bits is what their format costs. Of longer chunks a token's share is longer
 # exact, and what is rounded has decayed further when it is read; but the tokens of longer ones take

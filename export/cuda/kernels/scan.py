@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents, silu, softplus, store_rounded
+from aim_export.cuda.kernels.error_feedback import load_feedback, no_feedback
 from aim_export.cuda.kernels.short_states import (
     in_digits,
     in_thirds,
@@ -211,11 +212,10 @@ def attend(y, x, z, b, c, dt, rate, skip, x_then, b_then, decay_then, slot, CHUN
 
 @triton.jit
 def remember(
-    past_x,
-    past_b,
-    past_decay,
+    past,
     x,
     b,
+    c,
     dt,
     decay,
     row,
@@ -226,12 +226,19 @@ def remember(
     H: tl.constexpr,
     S: tl.constexpr,
     CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
-    """Put the token into its slot of the chunk."""
+    """Put the token into its slot of the chunk, and its C where it is one of the last QUERIES."""
+    past_x, past_b, past_decay, past_c = past
     store_rounded(past_x + (row * CHUNK + slot) * INNER + inner, dt[:, None] * x, inner >= 0)
     tl.store(past_decay + (row * H + heads) * CHUNK + slot, decay)
     if tl.program_id(0) == 0:
-        store_rounded(past_b + (row * CHUNK + slot) * S + tl.arange(0, S), b, tl.arange(0, S) >= 0)
+        states = tl.arange(0, S)
+        store_rounded(past_b + (row * CHUNK + slot) * S + states, b, states >= 0)
+        if QUERIES > 0:
+            query = slot - (CHUNK - QUERIES)
+            mask = (states >= 0) & (query >= 0)
+            store_rounded(past_c + (row * QUERIES + query) * S + states, c, mask)
 
 
 @triton.jit
@@ -250,6 +257,7 @@ def scan(
     past_x,  # (R, C, I), dt * x of the chunk's tokens so far
     past_b,  # (R, C, S), their B
     past_decay,  # (R, H, C) float32, the sums of dt * a from the chunk's start
+    past_c,  # (R, QUERIES, S), C of the chunk's last tokens, where states are int8
     gated,  # (R, I), y * silu(z)
     squares,  # (R, H / HEADS) float32, sums of squares of `gated`
     INNER: tl.constexpr,
@@ -259,14 +267,14 @@ def scan(
     S: tl.constexpr,
     K: tl.constexpr,
     CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr,
     CONVOLVES: tl.constexpr,
     HEADS: tl.constexpr,  # heads a program, divides H
     STAGES: tl.constexpr,  # heads whose state is on its way at a time
     OVERLAPS: tl.constexpr,
 ):
     """One token through HEADS states of a row, of which below position CHUNK there are none yet."""
-    group = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     heads = group * HEADS + tl.arange(0, HEADS)
     channels, states = tl.arange(0, P), tl.arange(0, S)
     inner = heads[:, None] * P + channels[None, :]
@@ -302,9 +310,28 @@ def scan(
     y, decay = attend(y, x, z, b, c, dt, rate, skip, x_then, b_then, decay_then, slot, CHUNK)
     store_rounded(gated + row * INNER + inner, y, inner >= 0)
     tl.store(squares + row * (H // HEADS) + group, tl.sum(tl.sum(y * y, axis=1), axis=0))
-    remember(
-        past_x, past_b, past_decay, x, b, dt, decay, row, heads, inner, slot, INNER, H, S, CHUNK
-    )
+    past = past_x, past_b, past_decay, past_c
+    remember(past, x, b, c, dt, decay, row, heads, inner, slot, INNER, H, S, CHUNK, QUERIES)
+
+
+@triton.jit
+def folded(kept, x, b, sums):
+    """A state `kept` (P, S) float32 after its chunk's tokens: x (P, C) and B (C, S).
+
+    `sums` points at the sums of dt * a (C,) from the chunk's start.
+    """
+    CHUNK: tl.constexpr = b.shape[0]
+    total = tl.load(sums + CHUNK - 1)
+    x = x.to(tl.float32) * tl.exp(total - tl.load(sums + tl.arange(0, CHUNK)))[None, :]
+    kept *= tl.exp(total)
+    if b.dtype == tl.float16:
+        # Two halves hold 22 bits of x, down to 2**-24; b is one half already.
+        high = x.to(tl.float16)
+        kept = tl.dot(high, b, kept)
+        return tl.dot((x - high.to(tl.float32)).to(tl.float16), b, kept)
+    else:
+        # Three products of the tensor cores' format make one of float32.
+        return tl.dot(x, b, kept, input_precision="tf32x3")
 
 
 @triton.jit
@@ -316,12 +343,14 @@ def fold(
     past_x,  # (L, R, C, I), dt * x of the chunk's tokens
     past_b,  # (L, R, C, S), their B
     past_decay,  # (L, R, H, C) float32, the sums of dt * a from the chunk's start
+    past_c,  # (L, R, QUERIES, S), C of the last of them, where states are int8
     R: tl.constexpr,
     INNER: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
     S: tl.constexpr,
     CHUNK: tl.constexpr,
+    QUERIES: tl.constexpr,
     HEADS: tl.constexpr,  # states of a row that a program takes, divides L * H
     OVERLAPS: tl.constexpr,
 ):
@@ -338,27 +367,20 @@ def fold(
     at = tl.load(position + row)
     begin_dependents(OVERLAPS)
     if at % CHUNK == CHUNK - 1:
+        feedback = no_feedback(S, QUERIES)
         for index in tl.range(HEADS, num_stages=2):
             place = ((first + index) // H * R + row).to(tl.int64)
             head = (first + index) % H
+            if (head == 0) | (index == 0):  # another layer's
+                feedback = load_feedback(past_c, place, S, QUERIES)
             b = tl.load(past_b + (place * CHUNK + slots[:, None]) * S + states[None, :])
             sums = past_decay + (place * H + head) * CHUNK
-            total = tl.load(sums + CHUNK - 1)
-            decay = tl.exp(total - tl.load(sums + slots))
             inner = head * P + channels
             x = tl.load(past_x + (place * CHUNK + slots[None, :]) * INNER + inner[:, None])
-            cells = state + ((place * H + head) * P + channels[:, None]) * S + states[None, :]
+            target = state + (place * H + head) * P * S
+            cells = target + channels[:, None] * S + states[None, :]
             kept = tl.load(cells, mask=at >= CHUNK, other=0)
             factors = state_scale + (place * H + head) * P + channels
             columns = column_scale + (place * H + head) * S + states
-            kept = restored(kept, factors, columns, at >= CHUNK) * tl.exp(total)
-            x = x.to(tl.float32) * decay[None, :]
-            if b.dtype == tl.float16:
-                # Two halves hold 22 bits of x, down to 2**-24; b is one half already.
-                high = x.to(tl.float16)
-                kept = tl.dot(high, b, kept)
-                kept = tl.dot((x - high.to(tl.float32)).to(tl.float16), b, kept)
-            else:
-                # Three products of the tensor cores' format make one of float32.
-                kept = tl.dot(x, b, kept, input_precision="tf32x3")
-            store_state(cells, kept, factors, columns)
+            kept = folded(restored(kept, factors, columns, at >= CHUNK), x, b, sums)
+            store_state(target, kept, factors, columns, feedback)

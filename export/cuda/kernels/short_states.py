@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from aim_export.cuda.kernels.common import from_int8, int8_unit, rounded, to_int8
+from aim_export.cuda.kernels.error_feedback import store_with_feedback
 
 # The smallest factor of a column: float16's smallest number that has all its digits.
 _SMALLEST_COLUMN = tl.constexpr(2.0**-14)
@@ -115,24 +116,28 @@ def restored(kept, factors, columns, old):
 
 
 @triton.jit
-def store_state(cells, state, factors, columns):
-    """Store a state (P, S) float32 in the type of `cells`, and the factors of that type.
+def store_state(target, state, factors, columns, feedback):
+    """Store a state (P, S) float32 in the type of `target`, and the factors of that type.
 
     A channel's factor brings its largest number to 1, or to 127 of an int8. Before that an int8
-    state's columns are brought to one size, since some are a hundred times smaller than others.
+    state's columns are brought to one size, since some are a hundred times smaller than others. Its
+    numbers are rounded by `feedback`, of `load_feedback`.
     """
-    dtype: tl.constexpr = cells.dtype.element_ty
+    dtype: tl.constexpr = target.dtype.element_ty
+    P: tl.constexpr = state.shape[0]
+    S: tl.constexpr = state.shape[1]
+    cells = target + tl.arange(0, P)[:, None] * S + tl.arange(0, S)[None, :]
     if dtype == tl.int8:
-        P: tl.constexpr = state.shape[0]
         norm = tl.sqrt(tl.sum(state * state, axis=1))
         relative = state * (1.0 / tl.where(norm > 0.0, norm, 1.0))[:, None]
         column = tl.sqrt(tl.sum(relative * relative, axis=0) / P)
         column = tl.maximum(column, _SMALLEST_COLUMN).to(tl.float16)
         tl.store(columns, column)
-        state *= 1.0 / column.to(tl.float32)[None, :]
+        column = column.to(tl.float32)
+        state *= 1.0 / column[None, :]
         channel = int8_unit(tl.max(tl.abs(state), axis=1))
         tl.store(factors, channel)
-        tl.store(cells, to_int8(state * (1.0 / channel)[:, None]))
+        store_with_feedback(target, state * (1.0 / channel)[:, None], column, feedback)
     elif dtype == tl.float16:
         largest = tl.max(tl.abs(state), axis=1)
         channel = tl.where(largest > 0.0, largest, 1.0)

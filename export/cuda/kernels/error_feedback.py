@@ -1,0 +1,137 @@
+"""Rounding states to 8 bits so that the errors cancel in what is going to be read of them.
+
+A state (P, S) is read as its product with C (S,), which is much alike for tokens of one place of a
+line of the image. So the errors of a channel's S numbers had better add up to little in the
+directions of its row's last Q queries, half a chunk. Columns are rounded in three parts, S/2, S/4
+and S/4, and each makes up for those before it. Where r (Q,) is what their errors add up to in the
+queries, the least change of all columns from j on that brings r to nothing is
+
+    -r (G_j + m I)^-1 C_j,    G_j = C_j C_j^T,
+
+of C_j (Q, columns from j on); its part is the next one's. m stands for the directions that no query
+has shown. This is the rule of OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323) for parts of
+columns, in the space of the queries, of which there are fewer than columns. The queries are the
+row's own: nothing is calibrated.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aim_export.cuda.kernels.common import rounded, to_int8
+
+# m, of the mean square over columns of the queries' sum: the best of 0.02 to 0.3 for the model in
+# the box.
+_DAMPING = tl.constexpr(0.05)
+
+
+@triton.jit
+def halves(values):
+    """The two halves (N, S/2) of the columns of `values` (N, S)."""
+    N: tl.constexpr = values.shape[0]
+    HALF: tl.constexpr = values.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(values, (N, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def side_by_side(left, right):
+    """(N, 2 S) of two (N, S)."""
+    N: tl.constexpr = left.shape[0]
+    S: tl.constexpr = left.shape[1]
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (N, 2 * S))
+
+
+@triton.jit
+def inverse(matrix):
+    """Of a matrix (N, N) float32, the unit matrix and one without negative eigenvalues.
+
+    By Gauss and Jordan in place; such a matrix needs no pivoting.
+    """
+    at = tl.arange(0, matrix.shape[0])
+    for pivot in range(matrix.shape[0]):
+        here = at == pivot
+        row = tl.sum(tl.where(here[:, None], matrix, 0.0), axis=0)
+        column = tl.sum(tl.where(here[None, :], matrix, 0.0), axis=1)
+        value = tl.sum(tl.where(here, row, 0.0), axis=0)
+        left = tl.where(here, 1.0, -column)
+        right = tl.where(here, 1.0, row) / value
+        rest = tl.where(here[:, None] | here[None, :], 0.0, matrix)
+        matrix = rest + left[:, None] * right[None, :]
+    return matrix
+
+
+@triton.jit
+def no_feedback(S: tl.constexpr, Q: tl.constexpr):
+    """Zeros in place of what `load_feedback` returns."""
+    if Q == 0:
+        return 0.0, 0.0, 0.0, 0.0
+    half = tl.zeros((Q, S // 2), tl.float16)
+    quarter = tl.zeros((Q, S // 4), tl.float16)
+    return half, half, quarter, quarter
+
+
+@triton.jit
+def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
+    """What rounding by the queries (Q, S) at `place` of `past_c`, one row's of a layer, wants.
+
+    The queries of the first and of the last half of the columns, (Q, S/2) float16; what the errors
+    in them want of the third quarter and of the last, (Q, S/4) float16. Zeros where Q is 0.
+    """
+    if Q == 0:
+        return 0.0, 0.0, 0.0, 0.0
+    queries = (place * Q + tl.arange(0, Q)[:, None]) * S
+    half, quarter = tl.arange(0, S // 2)[None, :], tl.arange(0, S // 4)[None, :]
+    first = tl.load(past_c + queries + half).to(tl.float32)
+    third = tl.load(past_c + queries + S // 2 + quarter).to(tl.float32)
+    fourth = tl.load(past_c + queries + S // 2 + S // 4 + quarter).to(tl.float32)
+    square = tl.sum(tl.sum(first * first, axis=1), axis=0)
+    square += tl.sum(tl.sum(third * third + fourth * fourth, axis=1), axis=0)
+    # To a mean square of 1, so that halves hold all of it.
+    unit = tl.where(square > 0.0, tl.sqrt(Q * S / square), 0.0)
+    first = (first * unit).to(tl.float16)
+    third = (third * unit).to(tl.float16)
+    fourth = (fourth * unit).to(tl.float16)
+    damping = _DAMPING * Q
+    near = tl.dot(fourth, tl.trans(fourth))
+    wide = tl.dot(third, tl.trans(third), near)
+    slots = tl.arange(0, Q)
+    one = tl.where(slots[:, None] == slots[None, :], 1.0, 0.0)
+    wide = inverse(wide / damping + one) / damping
+    near = inverse(near / damping + one) / damping
+    to_third = tl.dot(wide, third.to(tl.float32), input_precision="tf32x3")
+    to_fourth = tl.dot(near, fourth.to(tl.float32), input_precision="tf32x3")
+    last = side_by_side(third, fourth)
+    return first, last, to_third.to(tl.float16), to_fourth.to(tl.float16)
+
+
+@triton.jit
+def store_with_feedback(target, values, column, feedback):
+    """Store `values` (P, S) float32, numbers up to 127, as int8 at `target`.
+
+    `column` (S,) float32 is what they count, `feedback` is of `load_feedback`.
+    """
+    first, last, to_third, to_fourth = feedback
+    S: tl.constexpr = values.shape[1]
+    left, right = halves(values)
+    left_column, right_column = halves(column[None, :])
+    third, fourth = halves(right)
+    third_column, fourth_column = halves(right_column)
+    errors = _store_part(target, left, left, left_column, S)
+    r = tl.dot(errors, tl.trans(first))
+    moved = third + tl.dot(r.to(tl.float16), to_third) * (1.0 / third_column)
+    errors = _store_part(target + S // 2, third, moved, third_column, S)
+    # Zeros beside them, for products want no fewer than 16 columns.
+    r = tl.dot(side_by_side(errors, tl.zeros_like(errors)), tl.trans(last), r)
+    moved = fourth + tl.dot(r.to(tl.float16), to_fourth) * (1.0 / fourth_column)
+    _store_part(target + S // 2 + S // 4, fourth, moved, fourth_column, S)
+
+
+@triton.jit
+def _store_part(target, values, moved, column, S: tl.constexpr):
+    """Store some columns of a state as `moved`, rounded; the errors (P, N) float16 of `values`."""
+    digits = rounded(tl.minimum(tl.maximum(moved, -127.0), 127.0))
+    channels, states = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
+    tl.store(target + channels[:, None] * S + states[None, :], to_int8(digits))
+    return ((values - digits) * column).to(tl.float16)
