@@ -20,8 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aim_export.cuda.kernels.common import rounded, to_int8
+from aim_export.cuda.kernels.common import int8_unit, rounded, to_int8
 
+# The smallest factor of a column: float16's smallest number that has all its digits.
+_SMALLEST_COLUMN = tl.constexpr(2.0**-14)
 # m, of the mean square over columns of the queries' sum: the best of 0.02 to 0.3 for the model in
 # the box.
 _DAMPING = tl.constexpr(0.05)
@@ -94,38 +96,64 @@ def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
     third = (third * unit).to(tl.float16)
     fourth = (fourth * unit).to(tl.float16)
     damping = _DAMPING * Q
-    near = tl.dot(fourth, tl.trans(fourth))
-    wide = tl.dot(third, tl.trans(third), near)
+    last = side_by_side(third, fourth)
+    wide = tl.dot(last, tl.trans(last))
+    # Zeros beside it, for products want no fewer than 16 columns.
+    near = tl.dot(side_by_side(tl.zeros_like(fourth), fourth), tl.trans(last))
     slots = tl.arange(0, Q)
     one = tl.where(slots[:, None] == slots[None, :], 1.0, 0.0)
     wide = inverse(wide / damping + one) / damping
     near = inverse(near / damping + one) / damping
     to_third = tl.dot(wide, third.to(tl.float32), input_precision="tf32x3")
     to_fourth = tl.dot(near, fourth.to(tl.float32), input_precision="tf32x3")
-    last = side_by_side(third, fourth)
     return first, last, to_third.to(tl.float16), to_fourth.to(tl.float16)
 
 
 @triton.jit
-def store_with_feedback(target, values, column, feedback):
-    """Store `values` (P, S) float32, numbers up to 127, as int8 at `target`.
+def store_with_feedback(target, state, factors, columns, feedback):
+    """Store a state (P, S) float32 as int8 at `target`, and the factors of channels and columns.
 
-    `column` (S,) float32 is what they count, `feedback` is of `load_feedback`.
+    Columns are brought to one size first, and then each channel's largest number to 127. `feedback`
+    is of `load_feedback`.
     """
     first, last, to_third, to_fourth = feedback
-    S: tl.constexpr = values.shape[1]
-    left, right = halves(values)
-    left_column, right_column = halves(column[None, :])
+    P: tl.constexpr = state.shape[0]
+    S: tl.constexpr = state.shape[1]
+    THIRD: tl.constexpr = S // 2
+    FOURTH: tl.constexpr = THIRD + S // 4
+    left, right = halves(state)
     third, fourth = halves(right)
-    third_column, fourth_column = halves(right_column)
+    square = tl.sum(left * left, axis=1) + tl.sum(third * third + fourth * fourth, axis=1)
+    norm = tl.sqrt(square)
+    alike = 1.0 / tl.where(norm > 0.0, norm, 1.0)
+    left_column = _store_columns(columns, left, alike)
+    third_column = _store_columns(columns + THIRD, third, alike)
+    fourth_column = _store_columns(columns + FOURTH, fourth, alike)
+    left *= (1.0 / left_column)[None, :]
+    third *= (1.0 / third_column)[None, :]
+    fourth *= (1.0 / fourth_column)[None, :]
+    largest = tl.max(tl.maximum(tl.abs(third), tl.abs(fourth)), axis=1)
+    unit = int8_unit(tl.maximum(tl.max(tl.abs(left), axis=1), largest))
+    tl.store(factors + tl.arange(0, P), unit)
+    unit = 1.0 / unit
+    left, third, fourth = left * unit[:, None], third * unit[:, None], fourth * unit[:, None]
     errors = _store_part(target, left, left, left_column, S)
     r = tl.dot(errors, tl.trans(first))
-    moved = third + tl.dot(r.to(tl.float16), to_third) * (1.0 / third_column)
-    errors = _store_part(target + S // 2, third, moved, third_column, S)
-    # Zeros beside them, for products want no fewer than 16 columns.
+    moved = third + tl.dot(r.to(tl.float16), to_third) * (1.0 / third_column)[None, :]
+    errors = _store_part(target + THIRD, third, moved, third_column, S)
     r = tl.dot(side_by_side(errors, tl.zeros_like(errors)), tl.trans(last), r)
-    moved = fourth + tl.dot(r.to(tl.float16), to_fourth) * (1.0 / fourth_column)
-    _store_part(target + S // 2 + S // 4, fourth, moved, fourth_column, S)
+    moved = fourth + tl.dot(r.to(tl.float16), to_fourth) * (1.0 / fourth_column)[None, :]
+    _store_part(target + FOURTH, fourth, moved, fourth_column, S)
+
+
+@triton.jit
+def _store_columns(columns, part, alike):
+    """Store and return the factors (N,) of columns (P, N), whose channels `alike` (P,) makes so."""
+    relative = part * alike[:, None]
+    column = tl.sqrt(tl.sum(relative * relative, axis=0) / part.shape[0])
+    column = tl.maximum(column, _SMALLEST_COLUMN).to(tl.float16)
+    tl.store(columns + tl.arange(0, part.shape[1]), column)
+    return column.to(tl.float32)
 
 
 @triton.jit
@@ -134,4 +162,4 @@ def _store_part(target, values, moved, column, S: tl.constexpr):
     digits = rounded(tl.minimum(tl.maximum(moved, -127.0), 127.0))
     channels, states = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
     tl.store(target + channels[:, None] * S + states[None, :], to_int8(digits))
-    return ((values - digits) * column).to(tl.float16)
+    return ((values - digits) * column[None, :]).to(tl.float16)

@@ -380,7 +380,7 @@ def fold(
             target = state + (place * H + head) * P * S
             cells = target + channels[:, None] * S + states[None, :]
             kept = tl.load(cells, mask=at >= CHUNK, other=0)
-            factors = state_scale + (place * H + head) * P + channels
-            columns = column_scale + (place * H + head) * S + states
+            factors = state_scale + (place * H + head) * P
+            columns = column_scale + (place * H + head) * S
             kept = folded(restored(kept, factors, columns, at >= CHUNK), x, b, sums)
             store_state(target, kept, factors, columns, feedback)

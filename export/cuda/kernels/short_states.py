@@ -17,9 +17,6 @@ import triton.language as tl
 from aim_export.cuda.kernels.common import from_int8, int8_unit, rounded, to_int8
 from aim_export.cuda.kernels.error_feedback import store_with_feedback
 
-# The smallest factor of a column: float16's smallest number that has all its digits.
-_SMALLEST_COLUMN = tl.constexpr(2.0**-14)
-
 
 @triton.jit
 def in_thirds(c):
@@ -105,8 +102,10 @@ def load_factors(
 def restored(kept, factors, columns, old):
     """A state (P, S) as float32 from what memory has, whose factors are read where it is `old`."""
     dtype: tl.constexpr = kept.dtype
+    factors += tl.arange(0, kept.shape[0])
     if dtype == tl.int8:
         channel = tl.load(factors, mask=old, other=0.0)[:, None]
+        columns += tl.arange(0, kept.shape[1])
         column = tl.load(columns, mask=old, other=0.0).to(tl.float32)[None, :]
         return from_int8(kept) * channel * column
     elif dtype == tl.float16:
@@ -117,31 +116,21 @@ def restored(kept, factors, columns, old):
 
 @triton.jit
 def store_state(target, state, factors, columns, feedback):
-    """Store a state (P, S) float32 in the type of `target`, and the factors of that type.
+    """Store a state (P, S) float32 at `target` in its type, and the factors of that type.
 
-    A channel's factor brings its largest number to 1, or to 127 of an int8. Before that an int8
-    state's columns are brought to one size, since some are a hundred times smaller than others. Its
-    numbers are rounded by `feedback`, of `load_feedback`.
+    A channel's factor brings its largest number to 1, or to 127 of an int8, whose numbers are
+    rounded by `feedback`, of `load_feedback`.
     """
     dtype: tl.constexpr = target.dtype.element_ty
     P: tl.constexpr = state.shape[0]
     S: tl.constexpr = state.shape[1]
     cells = target + tl.arange(0, P)[:, None] * S + tl.arange(0, S)[None, :]
     if dtype == tl.int8:
-        norm = tl.sqrt(tl.sum(state * state, axis=1))
-        relative = state * (1.0 / tl.where(norm > 0.0, norm, 1.0))[:, None]
-        column = tl.sqrt(tl.sum(relative * relative, axis=0) / P)
-        column = tl.maximum(column, _SMALLEST_COLUMN).to(tl.float16)
-        tl.store(columns, column)
-        column = column.to(tl.float32)
-        state *= 1.0 / column[None, :]
-        channel = int8_unit(tl.max(tl.abs(state), axis=1))
-        tl.store(factors, channel)
-        store_with_feedback(target, state * (1.0 / channel)[:, None], column, feedback)
+        store_with_feedback(target, state, factors, columns, feedback)
     elif dtype == tl.float16:
         largest = tl.max(tl.abs(state), axis=1)
         channel = tl.where(largest > 0.0, largest, 1.0)
-        tl.store(factors, channel)
+        tl.store(factors + tl.arange(0, P), channel)
         tl.store(cells, (state * (1.0 / channel)[:, None]).to(dtype))
     else:
         tl.store(cells, state)
