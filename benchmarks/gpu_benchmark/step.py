@@ -92,7 +92,7 @@ def step_bytes(
         terms["state, written"] = state / chunk
         history = size(buffers, "past_x", "past_b", "past_decay") / chunk  # of one token
         terms["tokens since, read"] = history * (chunk - 1) / 2
-        terms["tokens since, written"] = history
+        terms["tokens since, written"] = history + size(buffers, "past_c") / chunk
     else:
         terms["state, read"] = state * (steps - 1) / steps
         terms["state, written"] = state

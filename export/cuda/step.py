@@ -44,7 +44,7 @@ class StepBuilder:
         self.block = triton.next_power_of_2(geometry.D)
         self.scan_cut = tuning.scan[precision.state]
         self.chunk = tuning.chunk_of(precision.state)
-        self.queries = tuning.queries_of(precision.state)
+        self.queries = tuning.queries_of(precision.state, geometry.T)
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
         self.held_in_proj = self._suiting(tuning.held_in_proj, geometry.D)
         self.held_out_proj = self._suiting(tuning.held_out_proj, geometry.inner)

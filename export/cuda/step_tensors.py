@@ -127,7 +127,7 @@ def buffer_table(
     found.add_memory("past_x", precision.history, g.L, R, C, g.inner)
     found.add_memory("past_b", precision.history, g.L, R, C, g.S)
     found.add_memory("past_decay", "float32", g.L, R, g.H, C)
-    if queries := tuning.queries_of(precision.state):
+    if queries := tuning.queries_of(precision.state, g.T):
         found.add_memory("past_c", precision.history, g.L, R, queries, g.S)
     found.tensors.update(ABSENT_BUFFER)
     return found

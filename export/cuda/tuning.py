@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -80,9 +81,14 @@ class Tuning:
         """C of states of the type `state`."""
         return self.scan[state].chunk or self.chunk
 
-    def queries_of(self, state: str) -> int:
-        """How many of a chunk's last C are kept to round states of the type `state` by."""
-        return self.chunk_of(state) // 2 if state == "int8" else 0
+    def queries_of(self, state: str, tokens: int) -> int:
+        """How many of a chunk's last C are kept to round states of the type `state` by.
+
+        A line of an image of so many `tokens`, and no fewer than products want; none of lines
+        longer than a chunk, since half a line rounds for the wrong half of the next.
+        """
+        line = max(16, 1 << math.isqrt(tokens - 1).bit_length())
+        return line if state == "int8" and line <= self.chunk_of(state) else 0
 
 
 # Rounding states to 8 bits is what their format costs. Of longer chunks a token's share is longer

@@ -91,6 +91,19 @@ def test_only_folding_is_not_due_in_each_step(precision: str, rows: int, chunk: 
     assert set(found.values()) == {1}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "queries"), [(9, 16), (256, 16), (576, 32), (1024, 32), (1025, 0)]
+)
+def test_8_bit_states_are_rounded_by_a_line_that_a_chunk_holds(tokens: int, queries: int) -> None:
+    g = Geometry(D=128, L=3, S=128, P=64, K=4, V=256, T=tokens, groups=3, position_offset=1)
+    bucket = step_bucket(g, FORMATS["fp16-state8"], 2, TUNING[2])
+    if queries:
+        assert bucket.buffers["past_c"].shape == (3, 2, queries, 128)
+        assert bucket.memory["past_c"] == 3
+    assert ("past_c" in bucket.buffers) == bool(queries)
+    assert "past_c" not in step_bucket(g, FORMATS["fp16-state16"], 2, TUNING[2]).buffers
+
+
 def constants(kernel: KernelSpec) -> dict[str, Any]:
     return dict(kernel.constants)
 

@@ -1,17 +1,17 @@
 """Rounding states to 8 bits so that the errors cancel in what is going to be read of them.
 
-A state (P, S) is read as its product with C (S,), which is much alike for tokens of one place of a
-line of the image. So the errors of a channel's S numbers had better add up to little in the
-directions of its row's last Q queries, half a chunk. Columns are rounded in three parts, S/2, S/4
-and S/4, and each makes up for those before it. Where r (Q,) is what their errors add up to in the
-queries, the least change of all columns from j on that brings r to nothing is
+A state (P, S) is read as its product with C (S,), and what C is at a place of one line of an image
+it is much like at that place of the next. So the errors of a channel's S numbers had better add up
+to little in the directions of its row's last Q queries C, a line of them. Columns are rounded in
+three parts, S/2, S/4 and S/4, each making up for those before it. Where r (Q,) is what their errors
+add up to in the queries, the least change of all columns from j on that brings r to nothing is
 
-    -r (G_j + m I)^-1 C_j,    G_j = C_j C_j^T,
+    r (G_j + m I)^-1 C_j,    G_j = C_j C_j^T,
 
-of C_j (Q, columns from j on); its part is the next one's. m stands for the directions that no query
-has shown. This is the rule of OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323) for parts of
-columns, in the space of the queries, of which there are fewer than columns. The queries are the
-row's own: nothing is calibrated.
+of C_j (Q, columns from j on); its share is the next part's. m stands for directions that no query
+has shown. This is the rule of OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323), for parts of the
+columns and in the space of the queries, of which there are fewer. The queries are the row's own:
+nothing is calibrated.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -110,13 +110,12 @@ def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def store_with_feedback(target, state, factors, columns, feedback):
+def store_with_feedback(target, state, factors, columns, feedback, Q: tl.constexpr):
     """Store a state (P, S) float32 as int8 at `target`, and the factors of channels and columns.
 
     Columns are brought to one size first, and then each channel's largest number to 127. `feedback`
-    is of `load_feedback`.
+    is of `load_feedback`; where Q is 0 numbers are rounded to the nearest.
     """
-    first, last, to_third, to_fourth = feedback
     P: tl.constexpr = state.shape[0]
     S: tl.constexpr = state.shape[1]
     THIRD: tl.constexpr = S // 2
@@ -138,12 +137,17 @@ def store_with_feedback(target, state, factors, columns, feedback):
     unit = 1.0 / unit
     left, third, fourth = left * unit[:, None], third * unit[:, None], fourth * unit[:, None]
     errors = _store_part(target, left, left, left_column, S)
-    r = tl.dot(errors, tl.trans(first))
-    moved = third + tl.dot(r.to(tl.float16), to_third) * (1.0 / third_column)[None, :]
-    errors = _store_part(target + THIRD, third, moved, third_column, S)
-    r = tl.dot(side_by_side(errors, tl.zeros_like(errors)), tl.trans(last), r)
-    moved = fourth + tl.dot(r.to(tl.float16), to_fourth) * (1.0 / fourth_column)[None, :]
-    _store_part(target + FOURTH, fourth, moved, fourth_column, S)
+    if Q == 0:
+        _store_part(target + THIRD, third, third, third_column, S)
+        _store_part(target + FOURTH, fourth, fourth, fourth_column, S)
+    else:
+        first, last, to_third, to_fourth = feedback
+        r = tl.dot(errors, tl.trans(first))
+        moved = third + tl.dot(r.to(tl.float16), to_third) * (1.0 / third_column)[None, :]
+        errors = _store_part(target + THIRD, third, moved, third_column, S)
+        r = tl.dot(side_by_side(errors, tl.zeros_like(errors)), tl.trans(last), r)
+        moved = fourth + tl.dot(r.to(tl.float16), to_fourth) * (1.0 / fourth_column)[None, :]
+        _store_part(target + FOURTH, fourth, moved, fourth_column, S)
 
 
 @triton.jit

@@ -257,7 +257,7 @@ def scan(
     past_x,  # (R, C, I), dt * x of the chunk's tokens so far
     past_b,  # (R, C, S), their B
     past_decay,  # (R, H, C) float32, the sums of dt * a from the chunk's start
-    past_c,  # (R, QUERIES, S), C of the chunk's last tokens, where states are int8
+    past_c,  # (R, QUERIES, S), C of the chunk's last tokens, of int8 states
     gated,  # (R, I), y * silu(z)
     squares,  # (R, H / HEADS) float32, sums of squares of `gated`
     INNER: tl.constexpr,
@@ -343,7 +343,7 @@ def fold(
     past_x,  # (L, R, C, I), dt * x of the chunk's tokens
     past_b,  # (L, R, C, S), their B
     past_decay,  # (L, R, H, C) float32, the sums of dt * a from the chunk's start
-    past_c,  # (L, R, QUERIES, S), C of the last of them, where states are int8
+    past_c,  # (L, R, QUERIES, S), C of the last of them, of int8 states
     R: tl.constexpr,
     INNER: tl.constexpr,
     H: tl.constexpr,
@@ -383,4 +383,4 @@ def fold(
             factors = state_scale + (place * H + head) * P
             columns = column_scale + (place * H + head) * S
             kept = folded(restored(kept, factors, columns, at >= CHUNK), x, b, sums)
-            store_state(target, kept, factors, columns, feedback)
+            store_state(target, kept, factors, columns, feedback, QUERIES)

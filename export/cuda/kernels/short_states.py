@@ -115,18 +115,18 @@ def restored(kept, factors, columns, old):
 
 
 @triton.jit
-def store_state(target, state, factors, columns, feedback):
+def store_state(target, state, factors, columns, feedback, QUERIES: tl.constexpr):
     """Store a state (P, S) float32 at `target` in its type, and the factors of that type.
 
     A channel's factor brings its largest number to 1, or to 127 of an int8, whose numbers are
-    rounded by `feedback`, of `load_feedback`.
+    rounded by `feedback`, of `load_feedback` and QUERIES.
     """
     dtype: tl.constexpr = target.dtype.element_ty
     P: tl.constexpr = state.shape[0]
     S: tl.constexpr = state.shape[1]
     cells = target + tl.arange(0, P)[:, None] * S + tl.arange(0, S)[None, :]
     if dtype == tl.int8:
-        store_with_feedback(target, state, factors, columns, feedback)
+        store_with_feedback(target, state, factors, columns, feedback, QUERIES)
     elif dtype == tl.float16:
         largest = tl.max(tl.abs(state), axis=1)
         channel = tl.where(largest > 0.0, largest, 1.0)
