@@ -66,12 +66,13 @@ def inverse(matrix):
 
 @triton.jit
 def no_feedback(S: tl.constexpr, Q: tl.constexpr):
-    """Zeros in place of what `load_feedback` returns."""
+    """Zeros in place of what `load_feedback` returns; a number where Q is 0."""
     if Q == 0:
-        return 0.0, 0.0, 0.0, 0.0
-    half = tl.zeros((Q, S // 2), tl.float16)
-    quarter = tl.zeros((Q, S // 4), tl.float16)
-    return half, half, quarter, quarter
+        return 0.0
+    else:
+        half = tl.zeros((Q, S // 2), tl.float16)
+        quarter = tl.zeros((Q, S // 4), tl.float16)
+        return half, half, quarter, quarter
 
 
 @triton.jit
@@ -79,10 +80,8 @@ def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
     """What rounding by the queries (Q, S) at `place` of `past_c`, one row's of a layer, wants.
 
     The queries of the first and of the last half of the columns, (Q, S/2) float16; what the errors
-    in them want of the third quarter and of the last, (Q, S/4) float16. Zeros where Q is 0.
+    in them want of the third quarter and of the last, (Q, S/4) float16.
     """
-    if Q == 0:
-        return 0.0, 0.0, 0.0, 0.0
     queries = (place * Q + tl.arange(0, Q)[:, None]) * S
     half, quarter = tl.arange(0, S // 2)[None, :], tl.arange(0, S // 4)[None, :]
     first = tl.load(past_c + queries + half).to(tl.float32)
@@ -107,6 +106,15 @@ def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
     to_third = tl.dot(wide, third.to(tl.float32), input_precision="tf32x3")
     to_fourth = tl.dot(near, fourth.to(tl.float32), input_precision="tf32x3")
     return first, last, to_third.to(tl.float16), to_fourth.to(tl.float16)
+
+
+@triton.jit
+def renewed(feedback, past_c, place, begins, S: tl.constexpr, Q: tl.constexpr):
+    """`feedback`, or where a layer `begins` that of the queries at `place`, if there are any."""
+    if Q > 0:  # noqa: SIM102  # known to the compiler, `begins` to the program alone
+        if begins:
+            feedback = load_feedback(past_c, place, S, Q)
+    return feedback
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents, silu, softplus, store_rounded
-from aim_export.cuda.kernels.error_feedback import load_feedback, no_feedback
+from aim_export.cuda.kernels.error_feedback import no_feedback, renewed
 from aim_export.cuda.kernels.short_states import (
     in_digits,
     in_thirds,
@@ -371,8 +371,7 @@ def fold(
         for index in tl.range(HEADS, num_stages=2):
             place = ((first + index) // H * R + row).to(tl.int64)
             head = (first + index) % H
-            if (head == 0) | (index == 0):  # another layer's
-                feedback = load_feedback(past_c, place, S, QUERIES)
+            feedback = renewed(feedback, past_c, place, (head == 0) | (index == 0), S, QUERIES)
             b = tl.load(past_b + (place * CHUNK + slots[:, None]) * S + states[None, :])
             sums = past_decay + (place * H + head) * CHUNK
             inner = head * P + channels
