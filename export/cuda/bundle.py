@@ -185,7 +185,7 @@ def _buckets(
     """Buckets in the order in which a runtime takes them: it passes over those of fewer rows."""
     in_one_launch = persistent_buckets(geometry, formats, TUNING, capabilities)
     return (
-        *(bucket for bucket in in_one_launch if pays(geometry, bucket.rows)),
+        *(bucket for bucket in in_one_launch if pays(geometry, formats, bucket.rows)),
         *(step_bucket(geometry, formats, rows, tuning) for rows, tuning in TUNING.items()),
     )
 

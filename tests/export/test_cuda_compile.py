@@ -233,8 +233,18 @@ class TestAllLayersInOneLaunch:
             assert [bucket.rows for bucket in in_one_launch("XL", precision)] == [
                 count for count in rows if count == 2
             ]
-        assert [rows for rows in (8, 16, 32) if pays(PUBLISHED["L"], rows)] == [8, 16, 32]
-        assert [rows for rows in (8, 16, 32) if pays(PUBLISHED["B"], rows)] == [8, 16]
+
+    @pytest.mark.parametrize(
+        ("size", "precision", "rows"),
+        [
+            ("L", "fp16-state16", [8, 16, 32]),
+            ("L", "int8-state16", [8, 16]),
+            ("B", "fp16-state16", [8, 16]),
+        ],
+    )
+    def test_where_it_pays(self, size: str, precision: str, rows: list[int]) -> None:
+        of_format = FORMATS[precision]
+        assert [count for count in (8, 16, 32) if pays(PUBLISHED[size], of_format, count)] == rows
 
     @pytest.mark.parametrize(
         ("geometry", "precision", "capabilities"),
