@@ -6,9 +6,9 @@ An engine has slots that images join and leave at any step (`slots`), draws the 
 
 A subclass runs the graphs of a bundle: `_prologue`, `start`, which makes `Rows` to step, `_decode`.
 The loop over the steps, with guidance and sampler, is here. A subclass that draws on its device
-replaces it (`_draw`); one whose device has memory of its own replaces `_batching` too; one whose
-rows can be given away one by one has slots of its own (`_slots`, `continuous`), where others serve
-whole batches.
+replaces it (`_draw`, and `_draw_pictures` if the tokens stay there until they are decoded); one
+whose device has memory of its own replaces `_batching` too; one whose rows can be given away one by
+one has slots of its own (`_slots`, `continuous`), where others serve whole batches.
 """
 
 from __future__ import annotations
