@@ -51,6 +51,11 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
             except OutOfDeviceMemory:
                 needed = weights.allocated_size(self._launch_plan)
                 raise self._too_little("the model", needed) from None
+        # Counted once: a request that added up all buffers would take longer over it than over all
+        # else before its first launch.
+        size_of = workspace.allocated_size
+        self._step_sizes = {bucket.rows: size_of(bucket.buffers) for bucket in self._buckets}
+        self._decoder_size = size_of(self._decoder[0].buffers)
 
     def start(self, rows: int, conditioning: Conditioning) -> step.CudaRows:
         """Rows of their own; `conditioning` is what `prologue` returned."""
@@ -183,15 +188,14 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
 
     def _too_little_for(self, bucket: Bucket[str], rows_per_image: int) -> BackendError:
         size = step.capacity(bucket.rows, rows_per_image)
-        needed = workspace.allocated_size(bucket.buffers)
         free = self._device.free_memory()
         fits = [
-            step.capacity(smaller.rows, rows_per_image)
-            for smaller in self._buckets
-            if workspace.allocated_size(smaller.buffers) <= free
+            step.capacity(rows, rows_per_image)
+            for rows, taken in self._step_sizes.items()
+            if taken <= free
         ]
         hint = f"; {fits[-1]} at a time fit" if fits and fits[-1] else ""
-        return self._too_little(f"a batch of {size} images", needed, hint)
+        return self._too_little(f"a batch of {size} images", self._step_sizes[bucket.rows], hint)
 
     def _batch_sizes(self, rows_per_image: int) -> Sequence[int]:
         sizes = {step.capacity(bucket.rows, rows_per_image) for bucket in self._buckets} - {0}
@@ -200,10 +204,10 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         return sorted(sizes)
 
     def _step_bytes(self, images: int, rows_per_image: int) -> int:
-        return workspace.allocated_size(self._bucket(images, rows_per_image).buffers)
+        return self._step_sizes[self._bucket(images, rows_per_image).rows]
 
     def _decoder_bytes(self) -> int:
-        return workspace.allocated_size(self._decoder[0].buffers)
+        return self._decoder_size
 
     def _bucket(self, images: int, rows_per_image: int) -> Bucket[str]:
         """The smallest bucket for so many images."""

@@ -53,10 +53,12 @@ class GpuEngine(Engine, Generic[AnyWorkspace]):
         limit = float("inf") if memory_limit_mb is None else memory_limit_mb * 2**20
         if memory_limit_mb is not None and least > limit:
             raise limit_too_low(memory_limit_mb, least)
-        free = self._device.free_memory() * _SHARE_OF_FREE_MEMORY + self._pool.idle_bytes()
+        sizes = sizes[: bisect.bisect_left(sizes, n) + 1]  # none larger than takes all images
+        free: float = self._pool.idle_bytes()
+        if needed(sizes[-1]) > free:  # not for a request like the last: the driver takes a while
+            free += self._device.free_memory() * _SHARE_OF_FREE_MEMORY
         if least > free:
             raise self._too_little("one image", least)
-        sizes = sizes[: bisect.bisect_left(sizes, n) + 1]  # none larger than takes all images
         largest = next(size for size in reversed(sizes) if needed(size) <= min(limit, free))
         batch = -(-n // -(-n // largest)) if self._even_batches else min(n, largest)
         return BatchPlan(batch, -(-n // batch), (needed(batch) - decoder) // batch, needed(batch))
