@@ -427,7 +427,7 @@ class Generator:
         check_cancel(cancel)
         for batch in request.batches():
             ids = np.array(request.classes[batch], np.int64)  # (n,)
-            noise = uniforms(request.seeds[batch], steps)  # (n, T)
+            noise = functools.partial(uniforms, request.seeds[batch], steps)  # (n, T)
             done = 0
             with contextlib.closing(engine.draw(ids, noise, request.options, pictures)) as blocks:
                 for block in blocks:  # (n, k)

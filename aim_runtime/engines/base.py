@@ -17,8 +17,8 @@ import collections.abc
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +36,8 @@ from aim_runtime.sampling import SamplingOptions, guide, row_classes, sample
 
 Conditioning = Mapping[str, Any]
 """What the prologue computed, by name; the values belong to the engine that made them."""
+Noise = Callable[[], NDArray[np.float64]]
+"""Makes the noise (n, T) of images."""
 
 
 class Rows(ABC):
@@ -127,14 +129,15 @@ class Engine(ABC):
     def draw(
         self,
         class_ids: NDArray[np.int64],
-        noise: NDArray[np.float64],
+        noise: NDArray[np.float64] | Noise,
         options: SamplingOptions,
         pictures: NDArray[np.uint8] | None = None,
     ) -> collections.abc.Generator[NDArray[np.int64]]:
         """Draw the tokens of images that advance together, and their pixels.
 
         `class_ids` (n,) are the images' classes, `noise` (n, T) the uniform numbers that decide
-        each token (see `aim_runtime.sampling`). Yields the next tokens of all images as they are
+        each token (see `aim_runtime.sampling`), or a function that makes them: it is called once an
+        engine has nothing to do without. Yields the next tokens of all images as they are
         decided, in blocks (n, k) of k >= 1 steps that make T together; closing it stops the work
         and frees the memory. `pictures` (n, height, width, 3) is filled once they are, as by
         `decode`. Arguments are checked by the call itself.
@@ -146,14 +149,17 @@ class Engine(ABC):
         _check_integers("class_ids", class_ids, None, model.num_classes)
         if not len(class_ids):
             raise ValueError("class_ids is empty; it must hold the class of at least one image")
-        check_noise(noise, (len(class_ids), model.num_tokens))
+        wanted = len(class_ids), model.num_tokens
+        if not callable(noise):
+            check_noise(noise, wanted)
+        made = partial(_checked_noise, noise, wanted)
         if pictures is None:
-            return self._draw(class_ids, noise, options)
+            return self._draw(class_ids, made, options)
         shape = (len(class_ids), model.image_height, model.image_width, 3)
         if pictures.dtype != np.uint8 or pictures.shape != shape:
             found = f"{pictures.dtype} of shape {pictures.shape}"
             raise ValueError(f"pictures is {found}; it must be uint8 of {shape}")
-        return self._draw_pictures(class_ids, noise, options, pictures)
+        return self._draw_pictures(class_ids, made, options, pictures)
 
     def slots(self, rows: int) -> Slots:
         """Make room for images that advance together, `rows` rows of them at most.
@@ -203,22 +209,23 @@ class Engine(ABC):
         return self._decode(tokens)
 
     def _draw(
-        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+        self, class_ids: NDArray[np.int64], noise: Noise, options: SamplingOptions
     ) -> collections.abc.Generator[NDArray[np.int64]]:
         """`draw` with checked arguments: the loop on the host, one step a block.
 
         Engines that draw on their device replace it, and nothing returns to the host meanwhile.
         """
-        tokens = np.zeros(noise.shape, np.int64)  # (n, T)
+        u = noise()
+        tokens = np.zeros(u.shape, np.int64)  # (n, T)
         with contextlib.closing(self.scores(class_ids, tokens, options.cfg_scale)) as steps:
             for step, scores in enumerate(steps):
-                tokens[:, step] = sample(scores, noise[:, step], options)
+                tokens[:, step] = sample(scores, u[:, step], options)
                 yield tokens[:, step : step + 1].copy()
 
     def _draw_pictures(
         self,
         class_ids: NDArray[np.int64],
-        noise: NDArray[np.float64],
+        noise: Noise,
         options: SamplingOptions,
         pictures: NDArray[np.uint8],
     ) -> collections.abc.Generator[NDArray[np.int64]]:
@@ -261,6 +268,16 @@ class Engine(ABC):
     @abstractmethod
     def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """`decode` with checked arguments."""
+
+
+def _checked_noise(
+    noise: NDArray[np.float64] | Noise, shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """What `noise` is or, checked, makes."""
+    if callable(noise):
+        noise = noise()
+        check_noise(noise, shape)
+    return noise
 
 
 def _check_integers(

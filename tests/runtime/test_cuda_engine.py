@@ -257,7 +257,8 @@ class TestWorkspaces:
         with engine._step_lease(engine._bucket(2, 2), 2) as workspace:
             noise = uniforms([5, 6], TOKENS)
             options = SamplingOptions(2.0, 0.5, top_k=3, top_p=0.9)
-            list(step.draw(engine._device, workspace, np.array([2, 1]), noise, options, CLASSES))
+            classes = np.array([2, 1])
+            list(step.draw(engine._device, workspace, classes, lambda: noise, options, CLASSES))
             host = workspace.host
         assert host["class_id"].tolist() == [2, 1, 2, CLASSES, CLASSES, CLASSES]
         assert {name: host[name].tolist() for name in roles} == roles

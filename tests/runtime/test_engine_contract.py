@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,18 @@ def test_pictures_are_those_of_the_tokens(case: Case, n: int) -> None:
         assert np.array_equal(tokens, expected)
         decoded = case.engine.decode(tokens) if decoded is None else decoded
         assert np.array_equal(pictures, decoded)
+
+
+def test_noise_that_is_made_when_it_is_wanted(case: Case) -> None:
+    classes, options = ids(2, 0), SamplingOptions(cfg_scale=3)
+    expected = draw(case.engine, classes, options, seed=4)
+    made = partial(uniforms, range(4, 6), case.steps)
+    assert np.array_equal(
+        np.concatenate(list(case.engine.draw(classes, made, options)), 1), expected
+    )
+    with pytest.raises(ValueError, match=r"^noise is float64 of shape \(2, 1\); it must be"):
+        next(case.engine.draw(classes, lambda: made()[:, :1], options))
+    assert np.array_equal(draw(case.engine, classes, options, seed=4), expected)
 
 
 def test_the_noise_decides(case: Case) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.engines.base import Conditioning
+from aim_runtime.engines.base import Conditioning, Noise
 from aim_runtime.engines.cuda import slots, step, weights, workspace
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Bucket, DecoderBucket
 from aim_runtime.engines.cuda.plan_reader import read_plan
@@ -64,7 +64,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         return step.CudaRows(self.manifest, self._device, self._step_lease(bucket, 1), classes)
 
     def _draw(
-        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+        self, class_ids: NDArray[np.int64], noise: Noise, options: SamplingOptions
     ) -> Generator[NDArray[np.int64]]:
         bucket = self._bucket(len(class_ids), options.rows_per_image)
         no_class = self.manifest.model.num_classes
@@ -74,7 +74,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
     def _draw_pictures(
         self,
         class_ids: NDArray[np.int64],
-        noise: NDArray[np.float64],
+        noise: Noise,
         options: SamplingOptions,
         pictures: NDArray[np.uint8],
     ) -> Generator[NDArray[np.int64]]:
@@ -92,7 +92,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 leases.close()
                 yield from super()._draw_pictures(class_ids, noise, options, pictures)
                 return
-            follow = partial(_decode_behind, steps, decoding, n * noise.shape[1])
+            follow = partial(_decode_behind, steps, decoding, n * self.manifest.model.num_tokens)
             no_class = self.manifest.model.num_classes
             yield from step.draw(self._device, steps, class_ids, noise, options, no_class, follow)
             with self._device.current():

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
+from aim_runtime.engines.base import Noise
 from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket, Launch, unrolled
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import ONCE, ProgramWorkspace, Runs
@@ -96,17 +97,17 @@ def draw(
     device: Device,
     workspace: ProgramWorkspace,
     class_ids: NDArray[np.int64],
-    noise: NDArray[np.float64],
+    noise: Noise,
     options: SamplingOptions,
     no_class: int,
     follow: Callable[[Event], None] = lambda _: None,
 ) -> Generator[NDArray[np.int64]]:
-    """Draw tokens of images of `class_ids` (n,) with `noise` (n, T), as `Engine.draw` does.
+    """Draw tokens of images of `class_ids` (n,) with what `noise` makes, as `Engine.draw` does.
 
     Yields blocks (n, k). Rows that no image needs repeat the first image. `follow` is called when
     the last step is queued, with an event behind it.
     """
-    n, steps = noise.shape
+    n, steps = len(class_ids), workspace.host["noise"].shape[1]
     with device.current():
         _begin(workspace, class_ids, noise, options, no_class)
     queued = 0
@@ -131,7 +132,7 @@ def draw(
 def _begin(
     workspace: ProgramWorkspace,
     class_ids: NDArray[np.int64],
-    noise: NDArray[np.float64],
+    noise: Noise,
     options: SamplingOptions,
     no_class: int,
 ) -> None:
@@ -145,7 +146,7 @@ def _begin(
     workspace.upload("class_id")
     workspace.run("begin")
     host["settings"][:] = settings(options, host["logits"].shape[1])
-    _pad(host["noise"], noise)
+    _pad(host["noise"], noise())
     seconds = [row + pairs if pairs else ALONE for row in range(images)]
     _give_roles(workspace, seconds + [NOT_DRAWN] * (rows - images))
     workspace.upload("settings", "noise")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from aim_runtime.bundle import Bundle
 from aim_runtime.bundle.manifest import FEW_BITS
 from aim_runtime.cores import usable_cores
+from aim_runtime.engines.base import Noise
 from aim_runtime.engines.onnxruntime.decoder_graph import DecoderGraph, chosen_decoder
 from aim_runtime.engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
@@ -130,10 +131,10 @@ class OnnxRuntimeCpu(OnnxRuntimeEngine):
         return OnnxRuntimeSlots(self, self._sessions.step, rows)
 
     def _draw(
-        self, class_ids: NDArray[np.int64], noise: NDArray[np.float64], options: SamplingOptions
+        self, class_ids: NDArray[np.int64], noise: Noise, options: SamplingOptions
     ) -> collections.abc.Generator[NDArray[np.int64]]:
         with self.slots(len(class_ids) * options.rows_per_image) as slots:
-            yield from drained(slots, class_ids, noise, options)
+            yield from drained(slots, class_ids, noise(), options)
 
 
 def _load(
