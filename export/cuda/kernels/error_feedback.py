@@ -24,6 +24,8 @@ from aim_export.cuda.kernels.common import int8_unit, rounded, to_int8
 
 # The smallest factor of a column: float16's smallest number that has all its digits.
 _SMALLEST_COLUMN = tl.constexpr(2.0**-14)
+# Less than this, float32's smallest number that has all its digits, is as good as nothing.
+_LEAST_SQUARE = tl.constexpr(2.0**-126)
 # m, of the mean square over columns of the queries' sum: the best of 0.02 to 0.3 for the model in
 # the box.
 _DAMPING = tl.constexpr(0.05)
@@ -130,48 +132,59 @@ def store_with_feedback(target, state, factors, columns, feedback, Q: tl.constex
     FOURTH: tl.constexpr = THIRD + S // 4
     left, right = halves(state)
     third, fourth = halves(right)
-    square = tl.sum(left * left, axis=1) + tl.sum(third * third + fourth * fourth, axis=1)
-    norm = tl.sqrt(square)
-    alike = 1.0 / tl.where(norm > 0.0, norm, 1.0)
-    left_column = _store_columns(columns, left, alike)
-    third_column = _store_columns(columns + THIRD, third, alike)
-    fourth_column = _store_columns(columns + FOURTH, fourth, alike)
-    left *= (1.0 / left_column)[None, :]
-    third *= (1.0 / third_column)[None, :]
-    fourth *= (1.0 / fourth_column)[None, :]
+    left_squares, third_squares, fourth_squares = left * left, third * third, fourth * fourth
+    square = tl.sum(left_squares, axis=1) + tl.sum(third_squares + fourth_squares, axis=1)
+    alike = 1.0 / tl.where(square > _LEAST_SQUARE, square, 1.0)
+    left_column = _store_columns(columns, left_squares, alike)
+    third_column = _store_columns(columns + THIRD, third_squares, alike)
+    fourth_column = _store_columns(columns + FOURTH, fourth_squares, alike)
+    third_inverse, fourth_inverse = _inverse(third_column), _inverse(fourth_column)
+    left *= _inverse(left_column)[None, :]
+    third *= third_inverse[None, :]
+    fourth *= fourth_inverse[None, :]
     largest = tl.max(tl.maximum(tl.abs(third), tl.abs(fourth)), axis=1)
     unit = int8_unit(tl.maximum(tl.max(tl.abs(left), axis=1), largest))
     tl.store(factors + tl.arange(0, P), unit)
     unit = 1.0 / unit
     left, third, fourth = left * unit[:, None], third * unit[:, None], fourth * unit[:, None]
-    errors = _store_part(target, left, left, left_column, S)
+    errors = _store_part(target, left, rounded(left), left_column, S)
     if Q == 0:
-        _store_part(target + THIRD, third, third, third_column, S)
-        _store_part(target + FOURTH, fourth, fourth, fourth_column, S)
+        _store_part(target + THIRD, third, rounded(third), third_column, S)
+        _store_part(target + FOURTH, fourth, rounded(fourth), fourth_column, S)
     else:
         first, last, to_third, to_fourth = feedback
         r = tl.dot(errors, tl.trans(first))
-        moved = third + tl.dot(r.to(tl.float16), to_third) * (1.0 / third_column)[None, :]
-        errors = _store_part(target + THIRD, third, moved, third_column, S)
+        digits = _moved(third, tl.dot(r.to(tl.float16), to_third) * third_inverse[None, :])
+        errors = _store_part(target + THIRD, third, digits, third_column, S)
         r = tl.dot(side_by_side(errors, tl.zeros_like(errors)), tl.trans(last), r)
-        moved = fourth + tl.dot(r.to(tl.float16), to_fourth) * (1.0 / fourth_column)[None, :]
-        _store_part(target + FOURTH, fourth, moved, fourth_column, S)
+        digits = _moved(fourth, tl.dot(r.to(tl.float16), to_fourth) * fourth_inverse[None, :])
+        _store_part(target + FOURTH, fourth, digits, fourth_column, S)
 
 
 @triton.jit
-def _store_columns(columns, part, alike):
-    """Store and return the factors (N,) of columns (P, N), whose channels `alike` (P,) makes so."""
-    relative = part * alike[:, None]
-    column = tl.sqrt(tl.sum(relative * relative, axis=0) / part.shape[0])
+def _store_columns(columns, squares, alike):
+    """Store and return the factors (N,) of columns, from `squares` (P, N) times `alike` (P,)."""
+    column = tl.sqrt(tl.sum(squares * alike[:, None], axis=0) * (1.0 / squares.shape[0]))
     column = tl.maximum(column, _SMALLEST_COLUMN).to(tl.float16)
-    tl.store(columns + tl.arange(0, part.shape[1]), column)
+    tl.store(columns + tl.arange(0, squares.shape[1]), column)
     return column.to(tl.float32)
 
 
 @triton.jit
-def _store_part(target, values, moved, column, S: tl.constexpr):
-    """Store some columns of a state as `moved`, rounded; the errors (P, N) float16 of `values`."""
-    digits = rounded(tl.minimum(tl.maximum(moved, -127.0), 127.0))
+def _inverse(column):
+    """1 / `column`, in a third of a division's instructions."""
+    return tl.rsqrt(column * column)
+
+
+@triton.jit
+def _moved(values, by):
+    """`values` + `by`, rounded to what an int8 can be."""
+    return rounded(tl.minimum(tl.maximum(values + by, -127.0), 127.0))
+
+
+@triton.jit
+def _store_part(target, values, digits, column, S: tl.constexpr):
+    """Store some columns of a state, `values`, as `digits`; the errors (P, N) float16."""
     channels, states = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
     tl.store(target + channels[:, None] * S + states[None, :], to_int8(digits))
     return ((values - digits) * column[None, :]).to(tl.float16)

@@ -315,15 +315,8 @@ def scan(
 
 
 @triton.jit
-def folded(kept, x, b, sums):
-    """A state `kept` (P, S) float32 after its chunk's tokens: x (P, C) and B (C, S).
-
-    `sums` points at the sums of dt * a (C,) from the chunk's start.
-    """
-    CHUNK: tl.constexpr = b.shape[0]
-    total = tl.load(sums + CHUNK - 1)
-    x = x.to(tl.float32) * tl.exp(total - tl.load(sums + tl.arange(0, CHUNK)))[None, :]
-    kept *= tl.exp(total)
+def added(kept, x, b):
+    """`kept` (P, S) float32 and the product of x (P, C) float32 and B (C, S)."""
     if b.dtype == tl.float16:
         # Two halves hold 22 bits of x, down to 2**-24; b is one half already.
         high = x.to(tl.float16)
@@ -381,5 +374,8 @@ def fold(
             kept = tl.load(cells, mask=at >= CHUNK, other=0)
             factors = state_scale + (place * H + head) * P
             columns = column_scale + (place * H + head) * S
-            kept = folded(restored(kept, factors, columns, at >= CHUNK), x, b, sums)
+            total = tl.load(sums + CHUNK - 1)
+            x = x.to(tl.float32) * tl.exp(total - tl.load(sums + slots))[None, :]
+            kept = restored(kept, factors, columns, tl.exp(total), at >= CHUNK)
+            kept = added(kept, x, b)
             store_state(target, kept, factors, columns, feedback, QUERIES)

@@ -99,19 +99,22 @@ def load_factors(
 
 
 @triton.jit
-def restored(kept, factors, columns, old):
-    """A state (P, S) as float32 from what memory has, whose factors are read where it is `old`."""
+def restored(kept, factors, columns, decay, old):
+    """A state (P, S) as float32 times `decay` from what memory has.
+
+    Its factors are read where it is `old`.
+    """
     dtype: tl.constexpr = kept.dtype
     factors += tl.arange(0, kept.shape[0])
     if dtype == tl.int8:
-        channel = tl.load(factors, mask=old, other=0.0)[:, None]
+        channel = (tl.load(factors, mask=old, other=0.0) * decay)[:, None]
         columns += tl.arange(0, kept.shape[1])
         column = tl.load(columns, mask=old, other=0.0).to(tl.float32)[None, :]
         return from_int8(kept) * channel * column
     elif dtype == tl.float16:
-        return kept.to(tl.float32) * tl.load(factors, mask=old, other=0.0)[:, None]
+        return kept.to(tl.float32) * (tl.load(factors, mask=old, other=0.0) * decay)[:, None]
     else:
-        return kept
+        return kept * decay
 
 
 @triton.jit
