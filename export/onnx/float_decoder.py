@@ -93,7 +93,11 @@ class _FloatDecoder(Decoder):
         g = self.g
 
         if x.channels == channels:
-            return lambda begin, end, before: lines_of(g, x, begin, end, before), x.offset
+            return (
+                # Half precision waits, or ONNX Runtime would make float32 of the whole map first.
+                lambda begin, end, before: lines_of(g, x, begin, end, [before], waiting=x.half),
+                x.offset,
+            )
         name = f"{name}.nin_shortcut"
         weight = g.op("Reshape", self._stored(f"{name}.weight"), self._sizes(channels, -1))
         offset = self._stored(f"{name}.bias")
@@ -103,7 +107,7 @@ class _FloatDecoder(Decoder):
             offset = g.op("Add", offset, row)
 
         def projected(begin: int, end: int, before: str) -> str:
-            lines = lines_of(g, x, begin, end, before, waiting=True)
+            lines = lines_of(g, x, begin, end, [before], waiting=True)
             return self._matmul(lines, weight, transB=1)
 
         return projected, offset
@@ -127,15 +131,16 @@ class _FloatDecoder(Decoder):
 
     def _finished(self, x: Map) -> None:
         assert isinstance(x, StripedMap)  # the last map is the largest
-        g, prepare, made = self.g, self._swished(x, "decoder.norm_out"), [x.moments[-1]]
+        g, prepare, before = self.g, self._swished(x, "decoder.norm_out"), x.last()
         weight, bias = (self._stored(f"{LAST}.{what}") for what in ("weight", "bias"))
+        levels: list[str] = []
         for first, last in x.ranges():
             begin, end = max(first - 1, 0), min(last + 1, x.side)
-            read = prepare(lines_of(g, x, begin, end, made[-1]))
+            read = prepare(lines_of(g, x, begin, end, levels[-1:] or before))
             read = self._channels_first(read)
             pads = [begin - first + 1, 1, last + 1 - end, 1]
-            made.append(self._in_levels(g.op("Conv", read, weight, bias, pads=pads)))
-        g.op("Concat", *made[1:], axis=1, result="image")
+            levels.append(self._in_levels(g.op("Conv", read, weight, bias, pads=pads)))
+        g.op("Concat", *levels, axis=1, result="image")
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -185,7 +190,7 @@ class _FloatDecoder(Decoder):
         half = self.source.rounded and 4 * outputs * side**2 >= _LARGE_MAP_BYTES
         bias = self._stored(f"{name}.bias")
         made = StripedMap([], outputs, side, edges=edges, offset=bias, half=half)
-        before = (x.moments or x.parts)[-1]  # a strip needs less than the whole of x
+        before = x.last()  # a strip needs less than the whole of x
         for first, last in itertools.pairwise(edges):
             begin, end = conv.reads(first, last)
             lines = prepare(lines_of(g, x, begin, end, before))
@@ -195,7 +200,7 @@ class _FloatDecoder(Decoder):
             made.parts.append(as_half(g, strip) if made.half else strip)
             if normed:
                 made.moments.append(moments_of(g, strip, side))
-            before = (made.moments or made.parts)[-1]
+            before = made.last()
         return made
 
     def _striped(self, x: Map, *, normed: bool = True) -> StripedMap:
@@ -207,7 +212,7 @@ class _FloatDecoder(Decoder):
     def _whole(self, x: Map) -> str:
         if not isinstance(x, StripedMap):
             return super()._whole(x)
-        whole = lines_of(self.g, x, 0, x.side, "")
+        whole = lines_of(self.g, x, 0, x.side)
         if x.offset:
             whole = self.g.op("Add", whole, x.offset)
         return self._channels_first(whole)
@@ -216,7 +221,7 @@ class _FloatDecoder(Decoder):
         if not isinstance(x, StripedMap):
             return super()._normed(x, norm, reader)
         assert not reader  # behind swish are convolutions, which read strips
-        return self._channels_first(self._norm(x, norm)(lines_of(self.g, x, 0, x.side, "")))
+        return self._channels_first(self._norm(x, norm)(lines_of(self.g, x, 0, x.side)))
 
     def _channels_first(self, lines: str) -> str:
         return self.g.op("Transpose", lines, perm=[0, 3, 1, 2])

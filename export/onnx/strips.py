@@ -12,7 +12,7 @@ while it is in cache, over single lines, so that few numbers are added one after
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,11 @@ class StripedMap(Map):
         """First and last line, without the last, of each strip."""
         return itertools.pairwise(self.edges)
 
+    def last(self) -> list[str]:
+        """Values with rows, which are there when nothing else of the last strip is to be made."""
+        moments, parts = self.moments[-1:], self.parts[-1:]
+        return [*moments, *parts] if self.half else moments or parts
+
 
 Prepare = Callable[[str], str]
 """Makes nodes of what is done to some lines of a map before they are read."""
@@ -54,12 +59,18 @@ def sizes(g: GraphBuilder, *numbers: int) -> str:
 
 
 def lines_of(
-    g: GraphBuilder, x: StripedMap, begin: int, end: int, before: str, *, waiting: bool = False
+    g: GraphBuilder,
+    x: StripedMap,
+    begin: int,
+    end: int,
+    before: Sequence[str] = (),
+    *,
+    waiting: bool = False,
 ) -> str:
     """The lines from `begin` to `end` of a map, (rows, end - begin, side, C), float32.
 
-    Those that are not a whole strip are read when `before`, another value with rows, is there;
-    `waiting`: a whole one is too.
+    Those that are not a whole strip are read when all of `before`, other values with rows, are
+    there; `waiting`: a whole one is too.
     """
     pieces, now = [], ""
     for part, (first, last) in zip(x.parts, x.ranges(), strict=True):
@@ -69,12 +80,18 @@ def lines_of(
         if waiting or (start, stop) != (0, last - first):
             place = sizes(g, start)
             if before:
-                now = now or g.op("Mul", g.op("Shape", before, start=0, end=1), sizes(g, 0))
+                now = now or _nothing_after(g, before)
                 place = g.op("Add", now, place) if start else now
             part = g.op("Slice", part, place, sizes(g, stop), sizes(g, 1))
         pieces.append(part)
     lines = pieces[0] if len(pieces) == 1 else g.op("Concat", *pieces, axis=1)
     return g.op("Cast", lines, to=TensorProto.FLOAT) if x.half else lines
+
+
+def _nothing_after(g: GraphBuilder, values: Sequence[str]) -> str:
+    """0, a number that is known when `values` are there, which have as many rows as each other."""
+    one, *others = (g.op("Shape", value, start=0, end=1) for value in values)
+    return g.op("Sub", one, others[0]) if others else g.op("Mul", one, sizes(g, 0))
 
 
 def as_half(g: GraphBuilder, strip: str) -> str:
