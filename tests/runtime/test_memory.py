@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from aim_runtime import Bundle, Generator, plan_batches
+from aim_runtime.engines.onnxruntime import cpu
 from aim_runtime.memory import free_bytes, share_mib
 
 MIB = 2**20
@@ -165,3 +168,57 @@ def test_one_image_is_drawn_however_little_is_free(
         pytest.raises(ValueError, match=r"one image of this model needs \d+: give memory_limit_mb"),
     ):
         generator.generate([0])
+
+
+@pytest.mark.parametrize("decided", [False, True])
+def test_large_blocks_of_other_threads_go_back_at_once(decided: bool) -> None:
+    """Unless somebody has decided otherwise."""
+    code = """
+    import ctypes, sys, threading
+    from pathlib import Path
+    from aim_runtime.memory import give_back, give_back_large_blocks
+
+    def mib():
+        return int(Path("/proc/self/statm").read_text().split()[1]) / 256
+
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.argtypes = [ctypes.c_void_p]
+
+    def work():
+        for _ in range(3):
+            block = library.malloc(20 << 20)
+            ctypes.memset(block, 7, 20 << 20)
+            library.free(block)
+
+    give_back_large_blocks()
+    before = mib()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    give_back()
+    print(mib() - before)
+    """
+    environment = {name: v for name, v in os.environ.items() if "MALLOC" not in name.upper()}
+    if decided:
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": "-1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    left = float(done.stdout)
+    assert left > 15 if decided else left < 5
+
+
+@pytest.mark.parametrize(("small", "wanted"), [(64 * MIB, 0), (0, 1)])
+def test_a_large_model_gives_back_large_blocks(
+    small: int, wanted: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr(cpu, "_SMALL_BYTES", small)
+    monkeypatch.setattr(cpu, "give_back_large_blocks", lambda: asked.append(None))
+    Generator.load(tiny, backend="cpu", threads=1).close()
+    assert len(asked) == wanted
