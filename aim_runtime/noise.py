@@ -12,36 +12,33 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_Words = NDArray[np.uint64]
-
-_ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+# Of the pairs of words c0, c2 and c1, c3, which have an axis of their own: of few numbers it is the
+# calls that take time.
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_KEY_STEPS = np.outer(np.arange(10), [0x9E3779B9, 0xBB67AE85]).astype(np.uint64)  # a round's
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Ten rounds of Philox: `counter` (..., 4) and `key` (..., 2) give words (..., 4)."""
-    words = (counter[..., word].astype(np.uint64) for word in range(4))
-    keys = (key[..., word].astype(np.uint64) for word in range(2))
-    return np.stack(_rounds(*words, *keys), axis=-1).astype(np.uint32)
+    words = np.empty((4, *np.broadcast_shapes(counter.shape[:-1], key.shape[:-1])), np.uint64)
+    words[:] = np.moveaxis(counter, -1, 0)
+    _rounds(words[::2], words[1::2], np.moveaxis(key, -1, 0).astype(np.uint64))
+    return np.moveaxis(words, 0, -1).astype(np.uint32)
 
 
-def _rounds(
-    c0: _Words, c1: _Words, c2: _Words, c3: _Words, k0: _Words, k1: _Words
-) -> tuple[_Words, _Words, _Words, _Words]:
-    """`philox4x32` of words apart, each in 64 bits."""
-    for _ in range(_ROUNDS):
-        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 -> 64 bits
-        c0, c1, c2, c3 = (
-            (right >> _HALF) ^ c1 ^ k0,
-            right & _WORD,
-            (left >> _HALF) ^ c3 ^ k1,
-            left & _WORD,
-        )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
+def _rounds(even: NDArray[np.uint64], odd: NDArray[np.uint64], keys: NDArray[np.uint64]) -> None:
+    """`philox4x32` in place of words c0 and c2, and c1 and c3, (2, ...), with both `keys`."""
+    others = (1,) * (even.ndim - 1)
+    multipliers = _MULTIPLIERS.reshape(2, *others)
+    products = np.empty_like(even)  # 32 x 32 -> 64 bits, each for the other pair
+    for key in (_KEY_STEPS.reshape(-1, 2, *others) + keys) & _WORD:
+        np.multiply(even, multipliers, out=products)
+        np.right_shift(products[::-1], _HALF, out=even)
+        even ^= odd
+        even ^= key
+        np.bitwise_and(products[::-1], _WORD, out=odd)
 
 
 def check_noise(noise: NDArray[np.float64], shape: tuple[int, ...]) -> None:
@@ -61,6 +58,7 @@ def uniforms(seeds: Sequence[int], steps: int) -> NDArray[np.float64]:
     first is used: u = (word + 0.5) / 2^32. Returns (len(seeds), steps).
     """
     seed = np.asarray(seeds, np.uint64)[:, None]  # (N, 1)
-    counter, zero = np.arange(steps, dtype=np.uint64)[None], np.zeros((1, 1), np.uint64)
-    word, *_ = _rounds(counter, zero, zero, zero, seed & _WORD, seed >> _HALF)  # (N, steps)
-    return (word.astype(np.float64) + 0.5) / 2.0**32
+    even, odd = np.zeros((2, 2, len(seed), steps), np.uint64)
+    even[0] = np.arange(steps)
+    _rounds(even, odd, np.stack([seed & _WORD, seed >> _HALF]))
+    return (even[0].astype(np.float64) + 0.5) / 2.0**32  # the first word
