@@ -87,6 +87,7 @@ def run(program: Program[KernelSpec], memory: Memory) -> None:
             num_warps=kernel.num_warps,
             num_stages=kernel.num_stages,
             launch_pdl=kernel.overlaps,
+            maxnreg=kernel.registers,
         )
 
 

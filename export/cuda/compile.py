@@ -143,6 +143,7 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
             "num_warps": kernel.num_warps,
             "num_stages": stages,
             "launch_pdl": constants.get("OVERLAPS", False),
+            "maxnreg": kernel.registers,
         }
         compiled = triton.compile(source, target=target, options=options)
         if compiled.metadata.shared <= SHARED_MEMORY[capability]:

@@ -45,6 +45,8 @@ class KernelSpec:
         constants: value of each `constexpr` parameter.
         num_warps: warps a program.
         num_stages: depth of software pipelining; lowered where it takes too much shared memory.
+        registers: the most that a thread gets, so that more programs run at a time; None for what
+            the compiler likes.
         workers: warps besides, of a kernel whose programs divide their work among warps.
         scratch: bytes that each program wants of the memory that a launch passes as its last
             argument, behind those of the function.
@@ -58,6 +60,7 @@ class KernelSpec:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
     workers: int = 0
     scratch: int = 0
     resident: bool = False
@@ -94,6 +97,8 @@ class KernelSpec:
         """A name that differs whenever the specialisation does."""
         name = self.function.__name__
         text = json.dumps([name, self.types, self.constants, self.num_warps, self.num_stages])
+        if self.registers is not None:
+            text += f" {self.registers}"
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
@@ -116,6 +121,7 @@ class Launcher:
         *,
         num_warps: int = 4,
         num_stages: int | None = None,
+        registers: int | None = None,
         **given: str | Argument | int | float | bool,
     ) -> Launch[KernelSpec]:
         """One launch of `function` over `grid` programs, of one to three dimensions.
@@ -125,6 +131,7 @@ class Launcher:
             grid: programs along each dimension.
             num_warps: as in `KernelSpec`.
             num_stages: likewise.
+            registers: likewise.
             given: by the names of the kernel's parameters, for a pointer a buffer or weight (by
                 name, an `Argument` to start further in, or `ABSENT`), for a `constexpr` its value.
 
@@ -159,6 +166,7 @@ class Launcher:
             tuple((key, value) for key, value in given.items() if key in constants),
             num_warps,
             self.num_stages if num_stages is None else num_stages,
+            registers,
         )
         x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1, 1)[:3]
         return Launch(kernel, (x, y, z), tuple(arguments.values()))

@@ -90,6 +90,24 @@ def test_machine_code() -> None:
     assert found[large.id, 120].shared < found[large.id, 90].shared
 
 
+def test_a_kernel_may_be_bound_to_some_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = product(1, BM=16, BN=32, BK=64)
+    bound = replace(head, registers=96)
+    assert head.id != bound.id
+    made: list[str] = []
+    compile_one = compiler.triton.compile
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        done = compile_one(*arguments, **options)
+        made.append(done.asm["ptx"])
+        return done
+
+    monkeypatch.setattr(compiler.triton, "compile", watched)
+    for kernel in (head, bound):
+        compiler._compile(kernel, 90)
+    assert [".maxnreg 96" in ptx for ptx in made] == [False, True]
+
+
 def test_what_does_not_compile_is_named() -> None:
     """Tiles that no number of stages makes small enough; also how a worker's error comes back."""
     with pytest.raises(CompileError, match=r"linear does not compile for .* 12\.0: .* shared mem"):

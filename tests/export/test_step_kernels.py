@@ -310,6 +310,7 @@ def scan_launches(
         CHUNK=CHUNK,
         QUERIES=queries,
         HEADS=2,
+        STAGES=1,
         OVERLAPS=False,
     )
     stacked = ("projected", "position", "gated", "squares")

@@ -345,6 +345,7 @@ def fold(
     CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,  # states of a row that a program takes, divides L * H
+    STAGES: tl.constexpr,  # states that are on their way at a time
     OVERLAPS: tl.constexpr,
 ):
     """Where a row's chunk is full, move its tokens into HEADS of its L * H states.
@@ -361,7 +362,7 @@ def fold(
     begin_dependents(OVERLAPS)
     if at % CHUNK == CHUNK - 1:
         feedback = no_feedback(S, QUERIES)
-        for index in tl.range(HEADS, num_stages=2):
+        for index in tl.range(HEADS, num_stages=STAGES):
             place = ((first + index) // H * R + row).to(tl.int64)
             head = (first + index) % H
             feedback = renewed(feedback, past_c, place, (head == 0) | (index == 0), S, QUERIES)
