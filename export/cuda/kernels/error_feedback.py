@@ -48,22 +48,23 @@ def side_by_side(left, right):
 
 
 @triton.jit
-def inverse(matrix):
-    """Of a matrix (N, N) float32, the unit matrix and one without negative eigenvalues.
+def inverses(matrices):
+    """Of two matrices (N, N, 2) float32, each the unit matrix and one of no negative eigenvalues.
 
-    By Gauss and Jordan in place; such a matrix needs no pivoting.
+    By Gauss and Jordan in place; such matrices need no pivoting.
     """
-    at = tl.arange(0, matrix.shape[0])
-    for pivot in range(matrix.shape[0]):
+    at = tl.arange(0, matrices.shape[0])
+    for pivot in range(matrices.shape[0]):
         here = at == pivot
-        row = tl.sum(tl.where(here[:, None], matrix, 0.0), axis=0)
-        column = tl.sum(tl.where(here[None, :], matrix, 0.0), axis=1)
-        value = tl.sum(tl.where(here, row, 0.0), axis=0)
-        left = tl.where(here, 1.0, -column)
-        right = tl.where(here, 1.0, row) / value
-        rest = tl.where(here[:, None] | here[None, :], 0.0, matrix)
-        matrix = rest + left[:, None] * right[None, :]
-    return matrix
+        in_row, in_column = here[:, None, None], here[None, :, None]
+        row = tl.sum(tl.where(in_row, matrices, 0.0), axis=0)
+        column = tl.sum(tl.where(in_column, matrices, 0.0), axis=1)
+        value = tl.sum(tl.where(here[:, None], row, 0.0), axis=0)
+        left = tl.where(here[:, None], 1.0, -column)
+        right = tl.where(here[:, None], 1.0, row) / value[None, :]
+        rest = tl.where(in_row | in_column, 0.0, matrices)
+        matrices = rest + left[:, None, :] * right[None, :, :]
+    return matrices
 
 
 @triton.jit
@@ -103,10 +104,9 @@ def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
     near = tl.dot(side_by_side(tl.zeros_like(fourth), fourth), tl.trans(last))
     slots = tl.arange(0, Q)
     one = tl.where(slots[:, None] == slots[None, :], 1.0, 0.0)
-    wide = inverse(wide / damping + one) / damping
-    near = inverse(near / damping + one) / damping
-    to_third = tl.dot(wide, third.to(tl.float32), input_precision="tf32x3")
-    to_fourth = tl.dot(near, fourth.to(tl.float32), input_precision="tf32x3")
+    wide, near = tl.split(inverses(tl.join(wide / damping + one, near / damping + one)))
+    to_third = tl.dot(wide, third.to(tl.float32), input_precision="tf32x3") / damping
+    to_fourth = tl.dot(near, fourth.to(tl.float32), input_precision="tf32x3") / damping
     return first, last, to_third.to(tl.float16), to_fourth.to(tl.float16)
 
 
