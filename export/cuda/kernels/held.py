@@ -124,6 +124,12 @@ def _fragment(held, index: gl.constexpr, W: gl.constexpr):
 
 
 @gluon.jit
+def _none():
+    """No values, to which some are added."""
+    return ()
+
+
+@gluon.jit
 def _load_rows(
     source,  # (R, WIDTH) float16
     first,
@@ -139,7 +145,7 @@ def _load_rows(
     column = (thread // 32) * (STEPS * 16) + thread % 4 * 4
     at = gl.expand_dims((first + thread // 4 % 8) * (WIDTH // 2) + column, 1)
     words = source.to(gl.pointer_type(gl.int32)) + at + gl.expand_dims(word, 0)
-    loaded = ()
+    loaded = _none()
     for step in gl.static_range(STEPS):
         for group in gl.static_range(GROUPS):
             loaded += (gl.load(words + step * 16 + group * (4 * WIDTH)),)
@@ -149,13 +155,13 @@ def _load_rows(
 @gluon.jit
 def _joined(results, COUNT: gl.constexpr, W: gl.constexpr):
     """COUNT results of the tensor cores, (32 W, 4) each, as (COUNT, W, 16 * 8)."""
-    joined = ()
+    joined = _none()
     for index in gl.static_range(COUNT):
         # warp, q, j, + 8, column
         value = gl.permute(gl.reshape(results[index], [W, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
         joined += (gl.reshape(value, [1, W, 128]),)
     for level in gl.static_range(COUNT.bit_length() - 1):
-        pairs = ()
+        pairs = _none()
         for index in gl.static_range(COUNT >> (level + 1)):
             pair = gl.permute(gl.join(joined[2 * index], joined[2 * index + 1]), [3, 0, 1, 2])
             pairs += (gl.reshape(pair, [2 << level, W, 128]),)
@@ -176,11 +182,11 @@ def _products(
     STEPS: gl.constexpr = WIDTH // (32 * W)
     COUNT: gl.constexpr = TILES * GROUPS
     async_copy.wait_group(0)
-    totals = ()
+    totals = _none()
     for _ in gl.static_range(COUNT):
         totals += (gl.zeros([32 * W, 4], gl.float32, _fragments(W, 4)),)
     for step in gl.static_range(STEPS):
-        grown = ()
+        grown = _none()
         for tile in gl.static_range(TILES):
             upper, lower = _fragment(held, step * TILES + tile, W)
             for group in gl.static_range(GROUPS):
