@@ -61,7 +61,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_bundle(checkpoint, folder / "bundle")
     with pytest.MonkeyPatch.context() as patch:
         # Of so narrow a model as well, for which 32 rows do not pay.
-        patch.setattr("aim_export.cuda.bundle.pays", lambda _geometry, _rows: True)
+        patch.setattr("aim_export.cuda.bundle.pays", lambda *_: True)
         add_engines(folder / "bundle", precisions=list(PRECISIONS), capabilities=CAPABILITIES)
     return folder / "bundle"
 
