@@ -13,7 +13,7 @@ import pytest
 
 from aim_runtime import Bundle, Generator, plan_batches
 from aim_runtime.engines.onnxruntime import cpu
-from aim_runtime.memory import free_bytes, share_mib
+from aim_runtime.memory import free_bytes, give_back_large_blocks, share_mib
 
 MIB = 2**20
 
@@ -133,7 +133,7 @@ def test_a_loaded_model_keeps_no_memory_that_it_has_freed() -> None:
     """Weights are read, copied and packed: what is left of it all is the packed ones."""
     program = (
         "from aim_runtime import Generator\n"
-        "from aim_runtime.memory import give_back\n"
+        "from aim_runtime.memory import give_back, give_back_large_blocks\n"
         "pages = lambda: int(open('/proc/self/statm').read().split()[1])\n"
         "generator = Generator.load(backend='cpu', threads=2)\n"
         "loaded = pages(); give_back(); print((loaded - pages()) * 4096)\n"
@@ -170,13 +170,11 @@ def test_one_image_is_drawn_however_little_is_free(
         generator.generate([0])
 
 
-@pytest.mark.parametrize("decided", [False, True])
-def test_large_blocks_of_other_threads_go_back_at_once(decided: bool) -> None:
-    """Unless somebody has decided otherwise."""
+def test_large_blocks_of_other_threads_go_back_at_once() -> None:
     code = """
     import ctypes, sys, threading
     from pathlib import Path
-    from aim_runtime.memory import give_back, give_back_large_blocks
+    from aim_runtime.memory import give_back, give_back_large_blocks, give_back_large_blocks
 
     def mib():
         return int(Path("/proc/self/statm").read_text().split()[1]) / 256
@@ -200,8 +198,6 @@ def test_large_blocks_of_other_threads_go_back_at_once(decided: bool) -> None:
     print(mib() - before)
     """
     environment = {name: v for name, v in os.environ.items() if "MALLOC" not in name.upper()}
-    if decided:
-        environment |= {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": "-1"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -209,8 +205,34 @@ def test_large_blocks_of_other_threads_go_back_at_once(decided: bool) -> None:
         check=True,
         env=environment,
     )
-    left = float(done.stdout)
-    assert left > 15 if decided else left < 5
+    assert float(done.stdout) < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "asked"),
+    [
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2", [-1, -3]),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=0", []),
+        ("MALLOC_MMAP_THRESHOLD_", str(32 * MIB), []),
+    ],
+)
+def test_what_somebody_has_decided_about_freed_memory_stays(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, asked: list[int]
+) -> None:
+    found: list[int] = []
+
+    class Library:
+        def mallopt(self, number: int, size: int) -> None:
+            assert size > 0
+            found.append(number)
+
+    for variable in ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("aim_runtime.memory._trim", lambda: print)
+    monkeypatch.setattr("aim_runtime.memory.ctypes.CDLL", lambda _: Library())
+    give_back_large_blocks.__wrapped__()
+    assert found == asked
 
 
 @pytest.mark.parametrize(("small", "wanted"), [(64 * MIB, 0), (0, 1)])
