@@ -23,13 +23,6 @@ _SHARE = 4
 _MOST_MIB = 8192
 _UNKNOWN_MIB = 512  # where the system does not tell
 
-# Numbers of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGE_BLOCK = 8 << 20
-# By which somebody has decided what is kept: of the environment, and of GLIBC_TUNABLES.
-_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold")
-
 
 def share_mib() -> int:
     """What one generator may take here, in MiB: a quarter of what is free, 8 GiB at most.
@@ -60,24 +53,6 @@ def give_back() -> None:
     """
     if (trim := _trim()) is not None:
         trim(ctypes.c_size_t(0))
-
-
-@functools.cache
-def give_back_large_blocks() -> None:
-    """From now on, give the system freed blocks of 8 MiB and more at once, in all of this process.
-
-    By itself glibc takes blocks as large as one that was freed before, up to 32 MiB, from memory
-    that it keeps for a thread. What is free at the end of that `give_back` does not reach, in other
-    threads than the main one: up to 64 MiB, each time in another thread's. Where somebody has
-    decided what glibc keeps (see mallopt(3)), that stays.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    decided = any(name in os.environ for name in _VARIABLES)
-    if _trim() is None or decided or any(name in tunables for name in _TUNABLES):
-        return
-    # Twice as much at the end, as glibc has it.
-    for number, size in ((_TRIM_THRESHOLD, 2 * _LARGE_BLOCK), (_MMAP_THRESHOLD, _LARGE_BLOCK)):
-        ctypes.CDLL(None).mallopt(number, size)
 
 
 @functools.cache

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from aim_runtime import Bundle, Generator, plan_batches
-from aim_runtime.engines.onnxruntime import cpu
-from aim_runtime.memory import free_bytes, give_back_large_blocks, share_mib
+from aim_runtime.memory import free_bytes, share_mib
 
 MIB = 2**20
 
@@ -133,7 +130,7 @@ def test_a_loaded_model_keeps_no_memory_that_it_has_freed() -> None:
     """Weights are read, copied and packed: what is left of it all is the packed ones."""
     program = (
         "from aim_runtime import Generator\n"
-        "from aim_runtime.memory import give_back, give_back_large_blocks\n"
+        "from aim_runtime.memory import give_back\n"
         "pages = lambda: int(open('/proc/self/statm').read().split()[1])\n"
         "generator = Generator.load(backend='cpu', threads=2)\n"
         "loaded = pages(); give_back(); print((loaded - pages()) * 4096)\n"
@@ -168,79 +165,3 @@ def test_one_image_is_drawn_however_little_is_free(
         pytest.raises(ValueError, match=r"one image of this model needs \d+: give memory_limit_mb"),
     ):
         generator.generate([0])
-
-
-def test_large_blocks_of_other_threads_go_back_at_once() -> None:
-    code = """
-    import ctypes, sys, threading
-    from pathlib import Path
-    from aim_runtime.memory import give_back, give_back_large_blocks, give_back_large_blocks
-
-    def mib():
-        return int(Path("/proc/self/statm").read_text().split()[1]) / 256
-
-    library = ctypes.CDLL(None)
-    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    library.free.argtypes = [ctypes.c_void_p]
-
-    def work():
-        for _ in range(3):
-            block = library.malloc(20 << 20)
-            ctypes.memset(block, 7, 20 << 20)
-            library.free(block)
-
-    give_back_large_blocks()
-    before = mib()
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    give_back()
-    print(mib() - before)
-    """
-    environment = {name: v for name, v in os.environ.items() if "MALLOC" not in name.upper()}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    assert float(done.stdout) < 5
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "asked"),
-    [
-        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2", [-1, -3]),
-        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=0", []),
-        ("MALLOC_MMAP_THRESHOLD_", str(32 * MIB), []),
-    ],
-)
-def test_what_somebody_has_decided_about_freed_memory_stays(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, asked: list[int]
-) -> None:
-    found: list[int] = []
-
-    class Library:
-        def mallopt(self, number: int, size: int) -> None:
-            assert size > 0
-            found.append(number)
-
-    for variable in ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(name, value)
-    monkeypatch.setattr("aim_runtime.memory._trim", lambda: print)
-    monkeypatch.setattr("aim_runtime.memory.ctypes.CDLL", lambda _: Library())
-    give_back_large_blocks.__wrapped__()
-    assert found == asked
-
-
-@pytest.mark.parametrize(("small", "wanted"), [(64 * MIB, 0), (0, 1)])
-def test_a_large_model_gives_back_large_blocks(
-    small: int, wanted: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[None] = []
-    monkeypatch.setattr(cpu, "_SMALL_BYTES", small)
-    monkeypatch.setattr(cpu, "give_back_large_blocks", lambda: asked.append(None))
-    Generator.load(tiny, backend="cpu", threads=1).close()
-    assert len(asked) == wanted

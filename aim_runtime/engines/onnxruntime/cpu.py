@@ -43,7 +43,7 @@ from aim_runtime.engines.slots import drained
 from aim_runtime.errors import BundleError
 from aim_runtime.free_cores import FreeCores
 from aim_runtime.large_pages import NewMemory
-from aim_runtime.memory import give_back, give_back_large_blocks
+from aim_runtime.memory import give_back
 from aim_runtime.onnx_graph import CheckedGraph
 from aim_runtime.sampling import SamplingOptions
 
@@ -172,7 +172,6 @@ def _load(
     if size > _SMALL_BYTES:
         # One after another, since one that loads takes two to four times what it keeps, and the one
         # that takes most first, beside nothing.
-        give_back_large_blocks()
         memory, microseconds = NewMemory(), look()
         step = make("step", threads, arena=True, look=microseconds)
         memory.gather_in_large_pages()  # the weights: each step reads them all
