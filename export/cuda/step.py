@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import triton
 
@@ -194,58 +194,49 @@ class StepBuilder:
         )
 
     def _in_proj(self) -> SpecLaunch:
+        g = self.g
+        shared: dict[str, Any] = {
+            "weight": "in_proj",
+            "scales": "in_proj_scales" if self.precision.quantised else ABSENT,
+            "scaled": "scaled",
+            "partials": "partials",
+            "shifted": "shifted",
+            "projected": "projected",
+            "D": g.D,
+            "PARTS": self.norm_parts,
+            "EPS": g.norm_eps,
+            "HAS_SCALES": self.precision.quantised,
+            "OVERLAPS": self.overlaps,
+        }
         if self.held_in_proj:
-            return self._held_in_proj(self.held_in_proj)
-        g, tile = self.g, self.tuning.in_proj
+            tile = self.held_in_proj
+            return self.launch(
+                held.held_in_proj,
+                self._held_grid(tile, g.E),
+                num_warps=tile.num_warps,
+                **shared,
+                E=g.E,
+                TILES=tile.tiles,
+                GROUPS=tile.groups,
+            )
+        cut = self.tuning.in_proj
         return self.launch(
             step.in_proj,
-            self._grid(tile, g.E),
-            weight="in_proj",
-            scales="in_proj_scales" if self.precision.quantised else ABSENT,
-            scaled="scaled",
-            partials="partials",
-            shifted="shifted",
+            self._grid(cut, g.E),
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            **shared,
             position="position",
             ring="ring",
             conv_weight="conv_weight",
             conv_bias="conv_bias",
             dt_bias="dt_bias",
-            projected="projected",
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            D=g.D,
             INNER=g.inner,
             X=g.X,
             H=g.H,
             K=g.K,
-            PARTS=self.norm_parts,
-            EPS=g.norm_eps,
-            HAS_SCALES=self.precision.quantised,
             CONVOLVES=not self.tuning.dot,
-            **self._tile(tile, g.D),
-            OVERLAPS=self.overlaps,
-        )
-
-    def _held_in_proj(self, tile: HeldTile) -> SpecLaunch:
-        g, outputs = self.g, _HELD_OUTPUTS * tile.tiles
-        return self.launch(
-            held.held_in_proj,
-            (-(-g.E // outputs), self.rows // (8 * tile.groups)),
-            weight="in_proj",
-            scales="in_proj_scales" if self.precision.quantised else ABSENT,
-            scaled="scaled",
-            partials="partials",
-            shifted="shifted",
-            projected="projected",
-            num_warps=tile.num_warps,
-            D=g.D,
-            E=g.E,
-            PARTS=self.norm_parts,
-            EPS=g.norm_eps,
-            HAS_SCALES=self.precision.quantised,
-            TILES=tile.tiles,
-            GROUPS=tile.groups,
-            OVERLAPS=self.overlaps,
+            **self._tile(cut, g.D),
         )
 
     def _scan(self) -> SpecLaunch:
@@ -289,54 +280,41 @@ class StepBuilder:
         return buffer if buffer in self.buffers else ABSENT
 
     def _out_proj(self) -> SpecLaunch:
+        g = self.g
+        shared: dict[str, Any] = {
+            "weight": "out_proj",
+            "scales": "out_proj_scales" if self.precision.quantised else ABSENT,
+            "gated": "gated",
+            "squares": "squares",
+            "gate": "gate",
+            "scale": Argument("scale", self.strides["scale"]),  # of the layer that follows
+            "residual": "residual",
+            "scaled": "scaled",
+            "partials": "partials",
+            "D": g.D,
+            "INNER": g.inner,
+            "PARTS": self.square_parts,
+            "EPS": g.norm_eps,
+            "HAS_SCALES": self.precision.quantised,
+            "OVERLAPS": self.overlaps,
+        }
         if self.held_out_proj:
-            return self._held_out_proj(self.held_out_proj)
-        g, tile = self.g, self.tuning.out_proj
+            tile = self.held_out_proj
+            return self.launch(
+                held.held_out_proj,
+                self._held_grid(tile, g.D),
+                num_warps=tile.num_warps,
+                **shared,
+                GROUPS=tile.groups,
+            )
+        cut = self.tuning.out_proj
         return self.launch(
             step.out_proj,
-            self._grid(tile, g.D),
-            weight="out_proj",
-            scales="out_proj_scales" if self.precision.quantised else ABSENT,
-            gated="gated",
-            squares="squares",
-            gate="gate",
-            scale=Argument("scale", self.strides["scale"]),  # of the layer that follows
-            residual="residual",
-            scaled="scaled",
-            partials="partials",
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            D=g.D,
-            INNER=g.inner,
-            PARTS=self.square_parts,
-            EPS=g.norm_eps,
-            HAS_SCALES=self.precision.quantised,
-            **self._tile(tile, g.inner),
-            OVERLAPS=self.overlaps,
-        )
-
-    def _held_out_proj(self, tile: HeldTile) -> SpecLaunch:
-        g = self.g
-        return self.launch(
-            held.held_out_proj,
-            (g.D // _HELD_OUTPUTS, self.rows // (8 * tile.groups)),
-            weight="out_proj",
-            scales="out_proj_scales" if self.precision.quantised else ABSENT,
-            gated="gated",
-            squares="squares",
-            gate="gate",
-            scale=Argument("scale", self.strides["scale"]),  # of the layer that follows
-            residual="residual",
-            scaled="scaled",
-            partials="partials",
-            num_warps=tile.num_warps,
-            D=g.D,
-            INNER=g.inner,
-            PARTS=self.square_parts,
-            EPS=g.norm_eps,
-            HAS_SCALES=self.precision.quantised,
-            GROUPS=tile.groups,
-            OVERLAPS=self.overlaps,
+            self._grid(cut, g.D),
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+            **shared,
+            **self._tile(cut, g.inner),
         )
 
     def _fold(self) -> SpecLaunch:
@@ -418,6 +396,9 @@ class StepBuilder:
         while dot and width % depth:
             depth //= 2
         return {"BM": tile.rows, "BN": tile.outputs, "BK": depth, "DOT": dot}
+
+    def _held_grid(self, tile: HeldTile, outputs: int) -> tuple[int, int]:
+        return -(-outputs // (_HELD_OUTPUTS * tile.tiles)), self.rows // (8 * tile.groups)
 
     def _grid(self, tile: Tile, outputs: int) -> tuple[int, int]:
         return -(-outputs // tile.outputs), -(-self.rows // tile.rows)
