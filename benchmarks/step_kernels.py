@@ -209,9 +209,9 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                         tile = Tile(
                             rows=m, outputs=n, depth=depth, num_warps=warps, num_stages=stages
                         )
-                        yield "in_proj", replace(base, in_proj=tile)
+                        yield "in_proj", replace(base, in_proj=tile, held_in_proj=None)
                         if n <= 32:
-                            yield "out_proj", replace(base, out_proj=tile)
+                            yield "out_proj", replace(base, out_proj=tile, held_out_proj=None)
         for n in (64, 128):
             for warps in (4, 8):
                 for stages in (3, 4):

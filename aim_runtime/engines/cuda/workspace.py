@@ -57,13 +57,13 @@ class ProgramWorkspace(Workspace):
         self.periods: dict[str, set[int]] = {}
         self._graphs: dict[str, list[tuple[Runs, Any]]] = {}
         for name, program in programs.items():
-            items = list(unrolled(program))
+            items = tuple(unrolled(program))
             self.periods[name] = {launch.every for launch in items} - {1}
-            often = tuple(launch for launch in items if launch.every == 1)
-            launches = {True: kernels.program(program, addresses)}
-            launches[False] = kernels.program(often, addresses)
+            whole = kernels.program(items, addresses)
+            often = [launch for item, launch in zip(items, whole, strict=True) if item.every == 1]
+            launches = {True: whole, False: often}
             self._graphs[name] = [
-                (runs, self._captured([launch for whole in runs for launch in launches[whole]]))
+                (runs, self._captured([launch for full in runs for launch in launches[full]]))
                 for runs in graphs.get(name, [ONCE])
             ]
 
