@@ -123,9 +123,9 @@ def test_previews_that_cannot_be_decoded_do_no_harm(
     service: Service, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     monkeypatch.setattr("aim_serve.previews.encoded", lambda *_: 1 / 0)
-    threading.Timer(0.1, gate.open, [3]).start()
-    threading.Timer(0.5, gate.open).start()
+    gate.open(3)
     response = Client(service)("POST", "/v1/draw", json=DRAW | {"every": 1})
+    gate.open()
     assert last_error(response)["code"] == "internal_error"
     eventually(lambda: idle(service))
 
