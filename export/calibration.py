@@ -1,4 +1,4 @@
-"""What a model's projections multiply while it draws, and what rounding them does to its scores.
+"""What a model's matrices multiply while it draws, and what rounding them does to its scores.
 
 Nothing is needed but the model: it draws images of its own classes, with guidance.
 """
@@ -6,6 +6,7 @@ Nothing is needed but the model: it draws images of its own classes, with guidan
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -41,10 +42,11 @@ class Setting:
 def moments(
     model: AiM, setting: Setting, images: int, progress: Progress | None = None
 ) -> dict[str, NDArray[np.float64]]:
-    """The sums of x xᵀ of what each projection multiplies, by its name, over `images` images.
+    """The sums of x xᵀ of what each matrix multiplies, by its name, over `images` images.
 
-    Guidance multiplies what two rows differ by, and the error of a projection with it: what the
-    guided combination of both rows is counts like a row.
+    Of the word table, which is the head's matrix too, that is what the head multiplies. Guidance
+    multiplies what two rows differ by, and the error of a product with it: what the guided
+    combination of both rows is counts like a row.
     """
     count, classes = model.config.num_tokens, model.config.num_classes
     chosen = np.arange(images) * max(classes // images, 1) % classes
@@ -58,7 +60,12 @@ def moments(
             sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         sums[name].addmm_(rows.T, rows)
 
+    def seen_by_the_head(value: Tensor) -> Tensor:
+        seen("word_table", value)
+        return value
+
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(_before_the_head(model, seen_by_the_head))
         for index, layer in enumerate(model.backbone.layers):
             for name, part in _inputs(layer.mixer).items():
                 hooks.enter_context(_looking(part, f"layer_{index}.{name}", seen))
@@ -103,6 +110,9 @@ class HeldOut:
                     block = rounding.get(f"layer_{index}.{name}")
                     if block is not None:
                         hooks.enter_context(_rounding(getattr(layer.mixer, name), block))
+            if (block := rounding.get("word_table")) is not None:
+                rounded = functools.partial(_in_8_bits, block=block)
+                hooks.enter_context(_before_the_head(self._model, rounded))
             scores = self._model(tokens, self._rows, position_offset=self._setting.offset)
         guided = [
             guide(scores[:, step].numpy(), images, self._setting.options.cfg_scale)
@@ -152,6 +162,17 @@ def _weights(model: AiM, weights: Mapping[str, NDArray[np.float32]]) -> Iterator
     finally:
         for parameter, value in before:
             parameter.data = value
+
+
+@contextlib.contextmanager
+def _before_the_head(model: AiM, take: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The head multiplies what `take` makes of what it is given; it is no module with hooks."""
+    head = model.head
+    model.head = lambda hidden: head(take(hidden))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.head
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 In 8 bits each output of a matrix has a scale, and the nearest number will do. What it multiplies
 has two digits, which are twice the rows; or 8 bits, in as many of the layers' projections as the
-bound lets. 4 bits of a weight take more care, and more than some models bear: as many projections
-as the bound lets have them, those first that it harms least for the bytes it saves; the others, the
-word table, the head and adaLN have 8. The more weights share a scale, the faster they are
-multiplied, and the more is lost.
+bound lets, then in the head. 4 bits of a weight take more care, and more than some models bear: as
+many projections as the bound lets have them, those first that it harms least for the bytes it
+saves, and if all do, the word table, which is the head's; the others and adaLN have 8. The more
+weights share a scale, the faster they are multiplied, and the more is lost.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from aim_training.model import AiM
 _IMAGES = 32
 # Of the bound: other images may diverge more than those that were tried.
 _SHARE = 0.7
+_HEAD = "word_table"
 
 Narrow = ByteMatrix | Int4Matrix
 Narrowed = TypeVar("Narrowed", bound=Narrow)
@@ -50,16 +51,17 @@ def whole_matrices(model: AiM) -> dict[str, Int8Matrix]:
 def int8_matrices(model: AiM, setting: Setting, say: Callable[[str], None]) -> dict[str, Matrix]:
     """The same, what they multiply in 8 bits instead of two digits as far as that is near enough.
 
-    Those of the last layers first, whose errors reach the fewest others.
+    The projections of the last layers first, whose errors reach the fewest others; the head, whose
+    errors nothing evens out, when all of them are near enough.
     """
     wide = whole_matrices(model)
-    narrow = {name: byte_matrix(wide[name]) for name in reversed(_projections(model))}
+    narrow = {name: byte_matrix(wide[name]) for name in [*reversed(_projections(model)), _HEAD]}
     fitting = {name: matrix for name, matrix in narrow.items() if matrix is not None}
     if fitting:
-        say(f"rounding what {len(fitting)} projections multiply to 8 bits")
+        say(f"rounding what {len(fitting)} matrices multiply to 8 bits")
         near_enough = _judge(model, setting, wide, "int8")
         fitting = fitting if near_enough(fitting) else _most(fitting, near_enough)
-        say(f"what {len(fitting)} of {len(narrow)} projections multiply has 8 bits")
+        say(f"what {len(fitting)} of {len(narrow)} matrices multiply has 8 bits")
     return {**wide, **fitting}
 
 
@@ -69,16 +71,16 @@ def int4_matrices(
     """The same, what every step reads in 4 bits as far as that is near enough.
 
     In the largest blocks in which all projections are; where none will do, in the smallest, as many
-    as are.
+    as are. The word table has 4 bits where it may beside all of them, or else what it multiplies 8.
     """
     wide, projections = whole_matrices(model), _projections(model)
     say(f"drawing {_IMAGES} images to see what the projections multiply")
     seen = moments(model, setting, _IMAGES, progress)
     near_enough = _judge(model, setting, wide, "int4")
     narrow: dict[str, Int4Matrix] = {}
+    block = BLOCKS[-1]
     for block in BLOCKS:
-        # Two zero points are a byte.
-        fitting = {n: w for n, w in projections.items() if w.shape[1] % (2 * block) == 0}
+        fitting = {n: w for n, w in projections.items() if w.shape[1] % block == 0}
         smallest = block == BLOCKS[-1]
         if len(fitting) < len(projections) and not smallest:
             continue
@@ -89,6 +91,15 @@ def int4_matrices(
         if smallest:
             narrow = _most(narrow, near_enough)
     say(f"{len(narrow)} of {len(projections)} projections have 4 bits, the others 8")
+    if len(narrow) < len(projections):
+        return {**wide, **narrow}
+    words = step_matrices(model)[_HEAD]
+    say(f"rounding the word table to 4 bits, in blocks of {block}")
+    for head in (_in_4_bits(words, seen[_HEAD], block), byte_matrix(wide[_HEAD])):
+        if head is not None and near_enough({**narrow, _HEAD: head}):
+            say(f"the word table has {4 if isinstance(head, Int4Matrix) else 8} bits")
+            return {**wide, **narrow, _HEAD: head}
+    say("the word table has 8 bits, what it multiplies two digits")
     return {**wide, **narrow}
 
 
@@ -96,17 +107,18 @@ def _rounded(
     weights: Mapping[str, NDArray[np.float32]], seen: Mapping[str, NDArray[np.float64]], block: int
 ) -> dict[str, Int4Matrix]:
     """All in 4 bits, those first that it harms least for the bytes it saves."""
-    made = {
-        name: held_in_4_bits(weight, block) or int4_matrix(weight, seen[name], block)
-        for name, weight in weights.items()
-    }
+    made = {name: _in_4_bits(weight, seen[name], block) for name, weight in weights.items()}
     order = sorted(made, key=lambda n: _harm(weights[n], made[n], seen[n]) / weights[n].size)
     return {name: made[name] for name in order}
 
 
+def _in_4_bits(weight: NDArray[np.float32], seen: NDArray[np.float64], block: int) -> Int4Matrix:
+    return held_in_4_bits(weight, block) or int4_matrix(weight, seen, block)
+
+
 def _projections(model: AiM) -> dict[str, NDArray[np.float32]]:
     """The layers' weights (N, K), by their names in the graph."""
-    return {name: weight for name, weight in step_matrices(model).items() if name != "word_table"}
+    return {name: weight for name, weight in step_matrices(model).items() if name != _HEAD}
 
 
 def _judge(

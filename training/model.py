@@ -91,7 +91,11 @@ class AiM(nn.Module):
         _, hidden = add_norm(residual, update, net.norm_f.weight, dtype=residual.dtype)
         shift, scale = conditioning.final_modulation.unbind(1)  # each (B, D)
         _, hidden = add_norm(hidden, None, net.final_layer.norm_final.weight, (shift, scale))
-        return F.linear(hidden, net.embeddings.word_embeddings.weight)
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of what the last norm and its modulation leave, (..., D)."""
+        return F.linear(hidden, self.backbone.embeddings.word_embeddings.weight)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile each layer by itself, if its geometry has no kernels: they leave nothing to fuse.
@@ -169,7 +173,7 @@ class AiM(nn.Module):
         hidden = net.final_layer.norm_final(net.norm_f(residual))
         shift, scale = conditioning.final_modulation.unbind(1)
         hidden = hidden * (1 + scale) + shift
-        return F.linear(hidden, net.embeddings.word_embeddings.weight), new_state
+        return self.head(hidden), new_state
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> AiM:

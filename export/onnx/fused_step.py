@@ -39,7 +39,15 @@ from aim_export.onnx.packed import (
     as_int8,
     lying_in_rows,
 )
-from aim_export.onnx.products import bytes_product, int4_product, int8_product, int8_rows
+from aim_export.onnx.products import (
+    bytes_product,
+    bytes_rows,
+    int4_product,
+    int4_rows,
+    int8_product,
+    int8_rows,
+    zero_points,
+)
 from aim_runtime.bundle.manifest import GraphSpec, ModelCard, StatePair, TensorSpec
 from aim_runtime.engines.onnxruntime.step_graph import GRAPH_FILE, StepGraph
 
@@ -94,6 +102,7 @@ class _FusedStep:
         self.plain = plain.graph
         self.tensors = {tensor.name: tensor for tensor in plain.graph.initializer}
         self.cast: set[str] = set()
+        self.points: dict[str, str] = {}  # zero points as products want them
         self.rows = lying_in_rows(self.plain)
         self.g = GraphBuilder("aim_fused_step")
         self.g.domain(MICROSOFT, 1)
@@ -226,7 +235,7 @@ class _FusedStep:
         shift, scale = g.ops("Split", FINAL, results=["", ""], axis=1, num_outputs=2)
         hidden = g.op("Mul", self._norm(hidden, self.model.d_model), scale)
         hidden = g.op("Add", hidden, shift)
-        if self._whole("word_table") is not None:
+        if any("word_table" + part in self.tensors for part in (INT8, NIBBLES, BYTES, INT4)):
             logits = self._product(hidden, "word_table")
             g.op("Squeeze", logits, self.one, result="logits")
             return
@@ -241,23 +250,11 @@ class _FusedStep:
             scale = g.stored(self.tensors[weight + SCALE])
             return int8_product(g, value, self._int8(weight), scale, whole.dims[0], normed=normed)
         if weight + BYTES in self.tensors:
-            outputs, terms = self.tensors[weight + BYTES].dims
-            shape = [outputs, terms // BYTES_BLOCK, BYTES_BLOCK]
-            stored = g.stored(as_bytes(self.tensors[weight + BYTES], shape))
-            scale = g.stored(self.tensors[weight + SCALE])
-            return bytes_product(g, value, stored, scale, (outputs, terms), BYTES_BLOCK)
+            stored, scale, shape = self._bytes(weight)
+            return bytes_product(g, value, stored, scale, shape, BYTES_BLOCK)
         if weight + INT4 in self.tensors:
-            rows, terms = self.tensors[weight + INT4].dims
-            blocks = self.tensors[weight + ZERO].dims[1]
-            packed, zero = (
-                g.stored(as_bytes(self.tensors[weight + part], shape))
-                for part, shape in (
-                    (INT4, [rows, blocks, terms // blocks // 2]),
-                    (ZERO, [rows, blocks // 2]),
-                )
-            )
-            scale = self._weight(weight + SCALE)
-            return int4_product(g, value, (packed, scale, zero), (rows, terms), terms // blocks)
+            parts, shape, block = self._int4(weight)
+            return int4_product(g, value, parts, shape, block)
         weight = self._weight(weight)
         return g.ops("FusedMatMul", value, weight, results=[""], domain=MICROSOFT, transB=1)[0]
 
@@ -296,11 +293,37 @@ class _FusedStep:
             as_int8(self.g, self.tensors, name)
         return name + INT8
 
+    def _bytes(self, name: str) -> tuple[str, str, tuple[int, int]]:
+        """Bytes and scales of a weight whose product rounds what it multiplies, and (N, K)."""
+        stored = self.tensors[name + BYTES]
+        rows, terms = stored.dims
+        values = as_bytes(stored, [rows, terms // BYTES_BLOCK, BYTES_BLOCK])
+        return self.g.stored(values), self.g.stored(self.tensors[name + SCALE]), (rows, terms)
+
+    def _int4(self, name: str) -> tuple[tuple[str, str, str], tuple[int, int], int]:
+        """Bytes, scales and zero points of a weight of 4 bits, (N, K), and the size of a block."""
+        rows, terms = self.tensors[name + INT4].dims
+        points = self.tensors[name + ZERO]
+        blocks = points.dims[1]
+        values = as_bytes(self.tensors[name + INT4], [rows, blocks, terms // blocks // 2])
+        if name + ZERO not in self.points:
+            self.points[name + ZERO] = (
+                zero_points(self.g, self.g.stored(points), (rows, blocks))
+                if blocks % 2
+                else self.g.stored(as_bytes(points, [rows, blocks // 2]))
+            )
+        parts = self.g.stored(values), self._weight(name + SCALE), self.points[name + ZERO]
+        return parts, (rows, terms), terms // blocks
+
     def _looked_up(self, name: str, index: str) -> str:
         """Rows of a table; of one in fewer bits only these are cast."""
         if self._whole(name) is not None:
             scale = self.g.stored(self.tensors[name + SCALE])
             return int8_rows(self.g, self._int8(name), scale, index)
+        if name + BYTES in self.tensors:
+            return bytes_rows(self.g, *self._bytes(name), index)
+        if name + INT4 in self.tensors:
+            return int4_rows(self.g, *self._int4(name), index)
         if name in self.tensors or name in self.rows:
             return self.g.op("Gather", self._weight(name), index, axis=0)
         half = self.g.stored(self._tensor(name + HALF_SUFFIX, name))

@@ -25,7 +25,7 @@ from aim_export.onnx.graph import FOUR_BITS, FOUR_BITS_OPSET, HALF_SUFFIX, Graph
 
 INT8, INT4, NIBBLES, BYTES = "/int8", "/int4", "/nibbles", "/bytes"
 SCALE, ZERO = "/scale", "/zero"
-BLOCKS = (128, 64, 32)
+BLOCKS = (256, 128, 64, 32)
 """How many weights of 4 bits may share a scale. More are multiplied faster, fewer are nearer."""
 BYTES_BLOCK = 128
 """How many numbers that are multiplied by weights of a `ByteMatrix` are rounded together."""
@@ -397,7 +397,7 @@ def looked_up(table: str, index: str, result: str) -> list[NodeProto]:
 def _over_packed(node: NodeProto, matrices: Mapping[str, Matrix]) -> Iterator[NodeProto]:
     """What stands in the plain step for a node that may read one of the matrices."""
     table = node.input[0] if node.input else ""
-    if node.op_type == "Gather" and table in matrices:
+    if node.op_type == "Gather" and isinstance(matrices.get(table), Int8Matrix):
         yield from looked_up(table, node.input[1], node.output[0])
         return
     if node.op_type == "Gemm" and isinstance(matrices.get(node.input[1]), Int8Matrix):

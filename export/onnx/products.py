@@ -24,6 +24,8 @@ from onnx import TensorProto
 from aim_export.onnx.graph import MICROSOFT, GraphBuilder
 
 _BASE, _LARGEST = 128, 64
+# What stands for zero in a byte.
+_MIDDLE = 128
 # Added to a mean square: a row of zeros stays one.
 _TINY = 1e-20
 
@@ -92,6 +94,62 @@ def _product_of_blocks(
         block_size=block,
         accuracy_level=4,
     )[0]
+
+
+def bytes_rows(g: GraphBuilder, table: str, scale: str, shape: tuple[int, int], index: str) -> str:
+    """Rows (R, K) of a table (N, K) that is stored as `bytes_product` takes it."""
+    numbers = g.op("Cast", g.op("Gather", table, index, axis=0), to=TensorProto.FLOAT)
+    numbers = _shaped(g, g.op("Sub", numbers, g.constant(_MIDDLE)), -1, shape[1])
+    factor = g.op("Unsqueeze", g.op("Gather", scale, index, axis=0), g.constant([1], np.int64))
+    return g.op("Mul", numbers, factor)
+
+
+def int4_rows(
+    g: GraphBuilder, table: tuple[str, str, str], shape: tuple[int, int], block: int, index: str
+) -> str:
+    """Rows (R, K) of a table (N, K) that is stored as `int4_product` takes it."""
+    weight, scale, zero = (g.op("Gather", part, index, axis=0) for part in table)
+    blocks, axis = shape[1] // block, g.constant([2], np.int64)
+    # Of zero points there may be one more than blocks, to fill a byte.
+    zero = _shaped(g, _halves(g, zero), -1, blocks + blocks % 2)
+    zero = g.op(
+        "Slice",
+        zero,
+        g.constant([0], np.int64),
+        g.constant([blocks], np.int64),
+        g.constant([1], np.int64),
+    )
+    numbers = _shaped(g, _halves(g, weight), -1, blocks, block)
+    numbers = g.op("Sub", numbers, g.op("Unsqueeze", zero, axis))
+    return _shaped(g, g.op("Mul", numbers, g.op("Unsqueeze", scale, axis)), -1, shape[1])
+
+
+def zero_points(g: GraphBuilder, stored: str, shape: tuple[int, int]) -> str:
+    """Zero points of 4 bits of `shape` (N, odd) as `MatMulNBits` wants them, two a byte of a row.
+
+    ONNX Runtime computes this when it loads the graph.
+    """
+    rows, blocks = shape
+    points = g.op("Cast", stored, to=TensorProto.FLOAT)
+    points = g.op("Pad", points, g.constant([0, 0, 0, 1], np.int64))
+    pairs = _shaped(g, points, rows, (blocks + 1) // 2, 2)
+    pairs = g.op("Mul", pairs, g.constant([1, 16]))
+    packed = g.op("ReduceSum", pairs, g.constant([2], np.int64), keepdims=0)
+    return g.op("Cast", packed, to=TensorProto.UINT8)
+
+
+def _halves(g: GraphBuilder, packed: str) -> str:
+    """The numbers (..., 2) from 0 to 15 of bytes, the low halves first, in float32."""
+    whole = g.op(
+        "Unsqueeze", g.op("Cast", packed, to=TensorProto.FLOAT), g.constant([-1], np.int64)
+    )
+    high = g.op("Floor", g.op("Mul", whole, g.constant(1 / 16)))
+    low = g.op("Sub", whole, g.op("Mul", high, g.constant(16)))
+    return g.op("Concat", low, high, axis=-1)
+
+
+def _shaped(g: GraphBuilder, value: str, *shape: int) -> str:
+    return g.op("Reshape", value, g.constant(shape, np.int64))
 
 
 def int8_rows(g: GraphBuilder, table: str, scale: str, index: str) -> str:
