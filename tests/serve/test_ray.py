@@ -38,6 +38,8 @@ from .parts import events
 pytestmark = pytest.mark.slow
 
 LONG = 120
+# Ray starts a dozen processes that import much: 20 s alone, over 120 beside five busy processes.
+START = 400
 ARGS = "--ray local --port 0 --backend cpu --images 2 --queue 1000 --min-replicas 2 --num-cpus 0.5"
 IMAGES, REQUESTS, CLIENTS = 10, 120, 40
 
@@ -84,7 +86,7 @@ def fleet(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flee
         )
     try:
         serving = re.compile(r"^Serving tiny from 2 replicas at (http://\S+) ", re.MULTILINE)
-        end = time.monotonic() + LONG
+        end = time.monotonic() + START
         while not (found := serving.search(log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
