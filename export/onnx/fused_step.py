@@ -207,16 +207,13 @@ class _FusedStep:
         g, heads, size = self.g, self.heads, self.model.head_dim
         state = state_names(layer)[1]
 
-        def shaped(value: str, *shape: int) -> str:
-            return g.op("Reshape", value, g.constant(shape, np.int64))
-
         dt = g.op("Softplus", g.op("Add", dt, self._weight(f"layer_{layer}.dt_bias")))  # (R, 1, H)
         decay = g.op("Mul", dt, self._weight(f"layer_{layer}.a"))
         decay = g.op("Add", decay, self.log_keep)
-        values = g.op("Mul", shaped(x, -1, heads, size), shaped(dt, -1, heads, 1))
+        values = g.op("Mul", g.reshaped(x, -1, heads, size), g.reshaped(dt, -1, heads, 1))
         y, _ = g.ops(
             "LinearAttention",
-            *(c, b, shaped(values, -1, 1, self.inner), state, decay),
+            *(c, b, g.reshaped(values, -1, 1, self.inner), state, decay),
             results=["", next_name(state)],
             domain=MICROSOFT,
             update_rule="gated",
@@ -226,7 +223,7 @@ class _FusedStep:
         )
         # Of each head once a channel: of weights alone, so it is computed when the graph is loaded.
         d = g.op("Unsqueeze", self._weight(f"layer_{layer}.d"), self.one)
-        d = shaped(g.op("Expand", d, g.constant([heads, size], np.int64)), self.inner)
+        d = g.reshaped(g.op("Expand", d, g.constant([heads, size], np.int64)), self.inner)
         return g.op("Add", y, g.op("Mul", x, d))
 
     def _head(self, hidden: str) -> None:

@@ -91,6 +91,10 @@ class GraphBuilder:
             numbers = hashlib.sha256(array.tobytes()).hexdigest()[:16]
         return self.weight(f"const/{array.dtype}/{shape}/{numbers}", array)
 
+    def reshaped(self, value: str, *shape: int) -> str:
+        """The value in another shape; one size may be -1, which follows from the others."""
+        return self.op("Reshape", value, self.constant(shape, np.int64))
+
     def op(self, op_type: str, *inputs: str, result: str = "", **attributes: Any) -> str:
         """Append a node with one output, called `result` if given."""
         return self.ops(op_type, *inputs, results=[result], **attributes)[0]

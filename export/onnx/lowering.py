@@ -49,7 +49,7 @@ def lower_prologue(model: AiM) -> ModelProto:
             g.weight(f"{name}.bias", _array(bias)),
             transB=1,
         )
-        return g.op("Reshape", flat, g.constant(shape, np.int64))
+        return g.reshaped(flat, *shape)
 
     layers = list(net.layers)
     if config.adaln_groups:
@@ -225,7 +225,7 @@ class _StepGraph:
         """Shift, scale and, of three parts, gate (R, D) out of `value`, side by side on `axis`."""
         g, shape = self.g, [-1, self.config.d_model]
         split = g.ops("Split", value, results=[""] * parts, axis=axis, num_outputs=parts)
-        return [g.op("Reshape", part, g.constant(shape, np.int64)) for part in split]
+        return [g.reshaped(part, *shape) for part in split]
 
     def _normalised(self, value: str) -> str:
         """`value` over the root of its mean square."""

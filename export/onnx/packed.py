@@ -29,14 +29,14 @@ BLOCKS = (256, 128, 64, 32)
 """How many weights of 4 bits may share a scale. More are multiplied faster, fewer are nearer."""
 BYTES_BLOCK = 128
 """How many numbers that are multiplied by weights of a `ByteMatrix` are rounded together."""
+BYTES_MIDDLE = 128
+"""What stands for zero in a byte."""
 LEVELS = 127
 """Steps of 8 bits from zero to the largest weight."""
 # Below this many weights there is nothing to save.
 _FROM_ELEMENTS = 4096
 # What stands for zero in `held_in_4_bits`.
 _MIDDLE = 8
-# What stands for zero in a byte.
-_BYTES_MIDDLE = 128
 # Weights of a row that are looked at before all, and how far from a whole number of steps is whole.
 _GLANCE, _NEARLY = 16, 1e-4
 _LEAST_NIBBLE, _LARGEST_NIBBLE = -8, 7
@@ -138,14 +138,14 @@ class ByteMatrix:
 
     def matrix(self) -> NDArray[np.float32]:
         """What it stands for (N, K)."""
-        made: NDArray[np.float32] = (self.values.astype(np.float32) - _BYTES_MIDDLE) * _along(
+        made: NDArray[np.float32] = (self.values.astype(np.float32) - BYTES_MIDDLE) * _along(
             self.scale, self.values
         )
         return made
 
     def tensors(self, name: str) -> list[TensorProto]:
         """What is stored of it."""
-        middle = np.full(len(self.values), _BYTES_MIDDLE, np.uint8)
+        middle = np.full(len(self.values), BYTES_MIDDLE, np.uint8)
         parts: dict[str, NDArray[Any]]
         parts = {BYTES: self.values, SCALE: self.scale, ZERO: middle}
         return [numpy_helper.from_array(array, name + part) for part, array in parts.items()]
@@ -212,7 +212,7 @@ def byte_matrix(matrix: Int8Matrix) -> ByteMatrix | None:
     """The same weights in bytes; None where blocks do not fit, or fewer bits hold them."""
     if len(matrix.values) % BYTES_BLOCK or _are_nibbles(matrix.values):
         return None
-    values = (matrix.values.T.astype(np.int16) + _BYTES_MIDDLE).astype(np.uint8)
+    values = (matrix.values.T.astype(np.int16) + BYTES_MIDDLE).astype(np.uint8)
     return ByteMatrix(np.ascontiguousarray(values), matrix.scale)
 
 

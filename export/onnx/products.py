@@ -22,10 +22,9 @@ import numpy as np
 from onnx import TensorProto
 
 from aim_export.onnx.graph import MICROSOFT, GraphBuilder
+from aim_export.onnx.packed import BYTES_MIDDLE
 
 _BASE, _LARGEST = 128, 64
-# What stands for zero in a byte.
-_MIDDLE = 128
 # Added to a mean square: a row of zeros stays one.
 _TINY = 1e-20
 
@@ -99,7 +98,7 @@ def _product_of_blocks(
 def bytes_rows(g: GraphBuilder, table: str, scale: str, shape: tuple[int, int], index: str) -> str:
     """Rows (R, K) of a table (N, K) that is stored as `bytes_product` takes it."""
     numbers = g.op("Cast", g.op("Gather", table, index, axis=0), to=TensorProto.FLOAT)
-    numbers = _shaped(g, g.op("Sub", numbers, g.constant(_MIDDLE)), -1, shape[1])
+    numbers = g.reshaped(g.op("Sub", numbers, g.constant(BYTES_MIDDLE)), -1, shape[1])
     factor = g.op("Unsqueeze", g.op("Gather", scale, index, axis=0), g.constant([1], np.int64))
     return g.op("Mul", numbers, factor)
 
@@ -111,7 +110,7 @@ def int4_rows(
     weight, scale, zero = (g.op("Gather", part, index, axis=0) for part in table)
     blocks, axis = shape[1] // block, g.constant([2], np.int64)
     # Of zero points there may be one more than blocks, to fill a byte.
-    zero = _shaped(g, _halves(g, zero), -1, blocks + blocks % 2)
+    zero = g.reshaped(_halves(g, zero), -1, blocks + blocks % 2)
     zero = g.op(
         "Slice",
         zero,
@@ -119,9 +118,9 @@ def int4_rows(
         g.constant([blocks], np.int64),
         g.constant([1], np.int64),
     )
-    numbers = _shaped(g, _halves(g, weight), -1, blocks, block)
+    numbers = g.reshaped(_halves(g, weight), -1, blocks, block)
     numbers = g.op("Sub", numbers, g.op("Unsqueeze", zero, axis))
-    return _shaped(g, g.op("Mul", numbers, g.op("Unsqueeze", scale, axis)), -1, shape[1])
+    return g.reshaped(g.op("Mul", numbers, g.op("Unsqueeze", scale, axis)), -1, shape[1])
 
 
 def zero_points(g: GraphBuilder, stored: str, shape: tuple[int, int]) -> str:
@@ -132,7 +131,7 @@ def zero_points(g: GraphBuilder, stored: str, shape: tuple[int, int]) -> str:
     rows, blocks = shape
     points = g.op("Cast", stored, to=TensorProto.FLOAT)
     points = g.op("Pad", points, g.constant([0, 0, 0, 1], np.int64))
-    pairs = _shaped(g, points, rows, (blocks + 1) // 2, 2)
+    pairs = g.reshaped(points, rows, (blocks + 1) // 2, 2)
     pairs = g.op("Mul", pairs, g.constant([1, 16]))
     packed = g.op("ReduceSum", pairs, g.constant([2], np.int64), keepdims=0)
     return g.op("Cast", packed, to=TensorProto.UINT8)
@@ -146,10 +145,6 @@ def _halves(g: GraphBuilder, packed: str) -> str:
     high = g.op("Floor", g.op("Mul", whole, g.constant(1 / 16)))
     low = g.op("Sub", whole, g.op("Mul", high, g.constant(16)))
     return g.op("Concat", low, high, axis=-1)
-
-
-def _shaped(g: GraphBuilder, value: str, *shape: int) -> str:
-    return g.op("Reshape", value, g.constant(shape, np.int64))
 
 
 def int8_rows(g: GraphBuilder, table: str, scale: str, index: str) -> str:
