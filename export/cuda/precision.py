@@ -18,6 +18,7 @@ class Format:
         state: the recurrent state; float16 with a factor for each channel of a head, int8 with one
             for each channel and one for each column (`aim_export.cuda.kernels.short_states`).
         history: the tokens since the state was last rewritten.
+        ring: the last inputs of the convolution.
     """
 
     matrix: str
@@ -25,6 +26,7 @@ class Format:
     activation: str
     state: str
     history: str
+    ring: str
 
     @property
     def quantised(self) -> bool:
@@ -40,6 +42,7 @@ FORMATS: Mapping[str, Format] = {
         activation="float32",
         state="float32",
         history="float32",
+        ring="float32",
     ),
     "fp16": Format(
         matrix="float16",
@@ -47,6 +50,7 @@ FORMATS: Mapping[str, Format] = {
         activation="float16",
         state="float32",
         history="float32",
+        ring="float32",
     ),
     "fp16-state16": Format(
         matrix="float16",
@@ -54,6 +58,7 @@ FORMATS: Mapping[str, Format] = {
         activation="float16",
         state="float16",
         history="float16",
+        ring="float32",
     ),
     "fp16-state8": Format(
         matrix="float16",
@@ -61,6 +66,7 @@ FORMATS: Mapping[str, Format] = {
         activation="float16",
         state="int8",
         history="float16",
+        ring="float16",
     ),
     "int8": Format(
         matrix="int8",
@@ -68,6 +74,7 @@ FORMATS: Mapping[str, Format] = {
         activation="float16",
         state="float32",
         history="float32",
+        ring="float32",
     ),
     "int8-state16": Format(
         matrix="int8",
@@ -75,6 +82,7 @@ FORMATS: Mapping[str, Format] = {
         activation="float16",
         state="float16",
         history="float16",
+        ring="float32",
     ),
     "int8-state8": Format(
         matrix="int8",
@@ -82,5 +90,6 @@ FORMATS: Mapping[str, Format] = {
         activation="float16",
         state="int8",
         history="float16",
+        ring="float16",
     ),
 }

@@ -118,7 +118,7 @@ def buffer_table(
     found.add("hidden", activation, R, g.D)
     found.add("candidates", "int64", R, CAPACITY)
     # The memory.
-    found.add_memory("ring", "float32", g.L, R, g.K, g.X)
+    found.add_memory("ring", precision.ring, g.L, R, g.K, g.X)
     found.add_memory("state", precision.state, g.L, R, g.H, g.P, g.S)
     if precision.state != "float32":
         found.add_memory("state_scale", "float32", g.L, R, g.H, g.P)

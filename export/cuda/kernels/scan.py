@@ -32,7 +32,7 @@ def convolution_before(
     total = tl.load(conv_bias + channels)
     for back in tl.static_range(1, K):
         slot = ring + (at - back + K) % K * X + channels
-        past = tl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0)
+        past = tl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0).to(tl.float32)
         total += past * tl.load(conv_weight + (K - 1 - back) * X + channels)
     return total
 
@@ -177,7 +177,7 @@ def read_states(
             c, b, x, z, dt = load_projected(source, heads, inner, INNER, X, S)
             if CONVOLVES:
                 if tl.program_id(0) == 0:
-                    tl.store(newest + INNER + S + states, c)
+                    store_rounded(newest + INNER + S + states, c)
                 c = convolved(c, c_memory)
             if dtype == tl.int8:
                 query, factors = in_digits(c, weights)
@@ -250,7 +250,7 @@ def scan(
     a,  # (H,) float32, -exp(A_log)
     d,  # (H,) float32
     position,  # (R,) int64
-    ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
+    ring,  # (R, K, X), inputs of the convolution, that of position p at p mod K
     state,  # (R, H, P, S), as it was before this chunk
     state_scale,  # (R, H, P) float32, what a channel counts, unless states are float32
     column_scale,  # (R, H, S) float16, what a column counts, of int8 states
@@ -302,9 +302,9 @@ def scan(
     )
     y *= scale
     if CONVOLVES:
-        tl.store(newest + inner, x)
+        store_rounded(newest + inner, x)
         if group == 0:
-            tl.store(newest + INNER + states, b)
+            store_rounded(newest + INNER + states, b)
         x, b = convolved(x, x_memory), convolved(b, b_memory)
         z, dt = silu(z), softplus(dt + bias)
     y, decay = attend(y, x, z, b, c, dt, rate, skip, x_then, b_then, decay_then, slot, CHUNK)

@@ -150,7 +150,7 @@ def convolution_before(
     for back in tl.static_range(1, K):
         then = (at - back)[:, None]
         past = tl.load(slots + (then + K) % K * X, mask=wanted & (then >= 0), other=0.0)
-        total += past * tl.load(conv_weight + (K - 1 - back) * X + channels)[None, :]
+        total += past.to(tl.float32) * tl.load(conv_weight + (K - 1 - back) * X + channels)[None, :]
     return total + tl.load(conv_bias + channels)[None, :]
 
 
@@ -162,7 +162,7 @@ def in_proj(
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
     position,  # (R,) int64
-    ring,  # (R, K, X) float32, inputs of the convolution, that of position p at p mod K
+    ring,  # (R, K, X), inputs of the convolution, that of position p at p mod K
     conv_weight,  # (K, X) float32, oldest first
     conv_bias,  # (X,) float32
     dt_bias,  # (H,) float32
@@ -209,7 +209,7 @@ def in_proj(
     total = total * inverse_rms(sums, D, EPS)[:, None] + shift
     if CONVOLVES:
         # A masked store, not one under the condition: Triton 3.6 fails to compile that.
-        tl.store(slots + (at % K)[:, None] * X, total, mask=inside & mixes)
+        store_rounded(slots + (at % K)[:, None] * X, total, inside & mixes)
         if mixes:
             total = before + total * newest
         if first < INNER + X:
