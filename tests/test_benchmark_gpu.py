@@ -47,7 +47,8 @@ def run(*arguments: str | Path) -> str:
 WEIGHTS = {
     "in_proj": Tensor("int8", (2, 100)),
     "in_proj_scales": Tensor("float32", (2,)),
-    "word_table": Tensor("float16", (10, 4)),
+    "word_table": Tensor("int8", (10, 4)),
+    "word_table_scales": Tensor("float32", (10,)),
     "position_table": Tensor("float32", (99, 99)),  # a row of it is read
     "norm_f": Tensor("float32", (4,)),
     "class_table": Tensor("float32", (99, 99)),  # no launch of the step names it
@@ -82,7 +83,7 @@ class TestStepBytes:
         state, token = 2 * 3 * 5 * 7 * 2, 2 * 15 * 2 + 2 * 3 * 4
         assert part("step").step_bytes(WEIGHTS, buffers, NAMED, 8) == {
             "projections": 200 + 8,
-            "head": 80,
+            "head": 40 + 40,
             "small weights": 16,
             "conditioning": 36,
             "convolution": 192,

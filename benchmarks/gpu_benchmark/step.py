@@ -75,10 +75,11 @@ def step_bytes(
         return float(sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] for t in found))
 
     projections = ("in_proj", "in_proj_scales", "out_proj", "out_proj_scales")
-    large = (*projections, "word_table", "position_table")
+    head = ("word_table", "word_table_scales")
+    large = (*projections, *head, "position_table")
     terms = {
         "projections": size(weights, *projections),
-        "head": size(weights, "word_table"),
+        "head": size(weights, *head),
         "small weights": size(weights, *(name for name in weights if name not in large)),
         "conditioning": size(
             buffers, "shifted", "scale", "gate", "final_modulation", "shifted_logits"

@@ -24,7 +24,7 @@ from aim_export.cuda.kernels.persistent_common import (
     scaled_places,
     wide,
 )
-from aim_export.cuda.launch import ABSENT, KernelSpec
+from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.tuning import Tuning
@@ -150,8 +150,14 @@ class _PersistentBuilder(StepBuilder):
         self.launch = type(self.launch)(tensors | added)
 
     def _begin(self) -> Program[KernelSpec]:
-        tile, shifted = self.tuning.head, "shifted_logits"
-        shift = self._linear(tile, self.g.V, "word_table", "final_shift", shifted)
+        shift = self._linear(
+            self.tuning.head,
+            self.g.V,
+            "word_table",
+            "final_shift",
+            "shifted_logits",
+            scales=self._scales("word_table"),
+        )
         return (*super()._begin(), self._modulate_head(), shift, self._clear())
 
     def _modulate_head(self) -> SpecLaunch:
@@ -191,6 +197,7 @@ class _PersistentBuilder(StepBuilder):
             step.normed_head,
             self._grid(tile, self.g.V),
             weight="word_table",
+            scales=self._scales("word_table"),
             hidden="hidden",
             shares="shares",
             shifted="shifted_logits",
@@ -202,12 +209,13 @@ class _PersistentBuilder(StepBuilder):
             D=self.g.D,
             PARTS=row_shares(self.g.D, self.rows),
             EPS=self.g.norm_eps,
+            HAS_SCALES=self.precision.quantised,
             **self._tile(tile, self.g.D),
             OVERLAPS=self.overlaps,
         )
 
     def _layers(self) -> SpecLaunch:
-        g, quantised = self.g, self.precision.quantised
+        g = self.g
         same = (
             *("token", "position", "word_table", "position_table", "class_embedding", "gate"),
             *("scale", "shifted", "in_proj", "out_proj", "conv_weight", "conv_bias", "dt_bias"),
@@ -220,8 +228,9 @@ class _PersistentBuilder(StepBuilder):
             programs(g),
             **names,
             state_scale=self._if_there("state_scale"),
-            in_proj_scales="in_proj_scales" if quantised else ABSENT,
-            out_proj_scales="out_proj_scales" if quantised else ABSENT,
+            word_scales=self._scales("word_table"),
+            in_proj_scales=self._scales("in_proj"),
+            out_proj_scales=self._scales("out_proj"),
             scaled="scaled_exchange",
             norms="norm_exchange",
             gated="gated_exchange",

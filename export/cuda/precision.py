@@ -11,9 +11,9 @@ class Format:
     """Element types by role, in the plan's names.
 
     Attributes:
-        matrix: the two projections of every layer.
-        table: the word table (also the head) and the conditioning's matrices: int8 there costs
-            more quality than it saves time.
+        matrix: the two projections of every layer, and the word table, which is the head too.
+        table: the table of classes and the conditioning's matrices, which are read once an image:
+            int8 there would save no time.
         activation: what enters a product.
         state: the recurrent state; float16 with a factor for each channel of a head, int8 with one
             for each channel and one for each column (`aim_export.cuda.kernels.short_states`).
@@ -30,7 +30,7 @@ class Format:
 
     @property
     def quantised(self) -> bool:
-        """Whether the projections are int8 with a factor for each output."""
+        """Whether `matrix` is int8 with a factor for each output."""
         return self.matrix == "int8"
 
 

@@ -115,9 +115,13 @@ class StepBuilder:
 
     def _shifted(self) -> SpecLaunch:
         """Every layer's first projection of its shift."""
-        scales = "in_proj_scales" if self.precision.quantised else ABSENT
         tile, g = self.tuning.in_proj, self.g
+        scales = self._scales("in_proj")
         return self._linear(tile, g.E, "in_proj", "shift", "shifted", scales=scales, layers=g.L)
+
+    def _scales(self, matrix: str) -> str | Argument:
+        """The factors of the outputs of one of the format's matrices, if it has them."""
+        return f"{matrix}_scales" if self.precision.quantised else ABSENT
 
     def _linear(
         self,
@@ -180,6 +184,7 @@ class StepBuilder:
             token="token",
             position="position",
             word_table="word_table",
+            word_scales=self._scales("word_table"),
             position_table="position_table",
             class_embedding="class_embedding",
             scale="scale",
@@ -189,6 +194,7 @@ class StepBuilder:
             D=self.g.D,
             BLOCK=self.block,
             PARTS=self.norm_parts,
+            HAS_SCALES=self.precision.quantised,
             POSITION_OFFSET=self.g.position_offset,
             OVERLAPS=self.overlaps,
         )
@@ -197,7 +203,7 @@ class StepBuilder:
         g = self.g
         shared: dict[str, Any] = {
             "weight": "in_proj",
-            "scales": "in_proj_scales" if self.precision.quantised else ABSENT,
+            "scales": self._scales("in_proj"),
             "scaled": "scaled",
             "partials": "partials",
             "shifted": "shifted",
@@ -283,7 +289,7 @@ class StepBuilder:
         g = self.g
         shared: dict[str, Any] = {
             "weight": "out_proj",
-            "scales": "out_proj_scales" if self.precision.quantised else ABSENT,
+            "scales": self._scales("out_proj"),
             "gated": "gated",
             "squares": "squares",
             "gate": "gate",
@@ -363,8 +369,15 @@ class StepBuilder:
         )
 
     def _head(self) -> SpecLaunch:
-        tile, overlaps = self.tuning.head, self.overlaps
-        return self._linear(tile, self.g.V, "word_table", "hidden", "logits", overlaps=overlaps)
+        return self._linear(
+            self.tuning.head,
+            self.g.V,
+            "word_table",
+            "hidden",
+            "logits",
+            scales=self._scales("word_table"),
+            overlaps=self.overlaps,
+        )
 
     def _draw(self) -> SpecLaunch:
         block = triton.next_power_of_2(self.g.V)

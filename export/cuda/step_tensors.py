@@ -66,7 +66,7 @@ def weight_table(g: Geometry, precision: Format) -> TensorTable:
     """The weights of prologue and step."""
     found = TensorTable()
     found.add("class_table", precision.table, g.num_classes + 1, g.D)
-    found.add("word_table", precision.table, g.V, g.D)
+    found.add("word_table", precision.matrix, g.V, g.D)
     found.add("position_table", "float32", g.T + 1, g.D)
     found.add_rows("in_proj", precision.matrix, g.L, g.E, g.D)
     found.add_rows("out_proj", precision.matrix, g.L, g.D, g.inner)
@@ -74,6 +74,7 @@ def weight_table(g: Geometry, precision: Format) -> TensorTable:
     found.add("final_bias", "float32", 2 * g.D)
     found.add("norm_f", "float32", g.D)
     if precision.quantised:
+        found.add("word_table_scales", "float32", g.V)
         found.add_rows("in_proj_scales", "float32", g.L, g.E)
         found.add_rows("out_proj_scales", "float32", g.L, g.D)
     found.add_layers("conv_weight", "float32", g.L, g.K, g.X)

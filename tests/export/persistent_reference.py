@@ -45,6 +45,12 @@ def random_arrays(
     return found
 
 
+def words(arrays: Arrays) -> np.ndarray:
+    """The word table (V, D), which is the head too, in float64."""
+    table = arrays["word_table"].astype("f8")
+    return table * arrays["word_table_scales"][:, None] if "word_table_scales" in arrays else table
+
+
 def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
@@ -62,7 +68,7 @@ def step(g: Geometry, arrays: Arrays) -> Arrays:
     a = {name: v.astype("f8") if v.dtype.kind == "f" else v.copy() for name, v in arrays.items()}
     at = arrays["position"].astype(int)
     where = np.maximum(at + g.position_offset - 1, 0)
-    value = a["word_table"][arrays["token"]] + a["position_table"][where]
+    value = words(a)[arrays["token"]] + a["position_table"][where]
     value = np.where((at == 0)[:, None], a["class_embedding"], value)
     for layer in range(g.L):
         value = value + _layer(g, a, layer, value, at)
@@ -76,7 +82,7 @@ def scores(g: Geometry, arrays: Arrays, residual: np.ndarray) -> np.ndarray:
     value = residual / rms(residual, g.norm_eps) * arrays["norm_f"]
     value = value / rms(value, g.norm_eps) * arrays["final_norm"]
     shift, scale = arrays["final_modulation"].astype("f8").transpose(1, 0, 2)
-    return (value * (1 + scale) + shift) @ arrays["word_table"].astype("f8").T
+    return (value * (1 + scale) + shift) @ words(arrays).T
 
 
 def _product(a: Arrays, name: str, layer: int, outputs: int, x: np.ndarray) -> np.ndarray:

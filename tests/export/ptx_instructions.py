@@ -315,8 +315,8 @@ def _divide(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 @handles("cvt")
 def _convert(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     words = item.opcode.split(".")
-    source = kind_of(words[-1])
-    values = [lanes.get(name, source) for name in item.operands[1:]]
+    values = [lanes.get(name, kind_of(words[-1])) for name in item.operands[1:]]
+    values = [value[:: len(value) // lanes.threads] for value in values]  # the low part
     with np.errstate(all="ignore"):
         if words[-2] == "f16x2":  # the first operand is the upper half
             result = np.stack(values[::-1], axis=1).astype("f2").view("u4").reshape(-1)

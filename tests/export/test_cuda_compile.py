@@ -139,7 +139,7 @@ def test_the_box_in_8_bits_needs_no_rounding(
     monkeypatch.setattr(engines, "compile_kernels", binaries)
     engines.add_engines(out, precisions=["int8"], capabilities=[90])
     weights = read_plan(Bundle.open(out), "int8").weights
-    for name in ("in_proj", "out_proj"):
+    for name in ("in_proj", "out_proj", "word_table"):
         assert (weights[name].stored, weights[name].conversion) == ("int8", None)
         assert weights[f"{name}_scales"].parts
 

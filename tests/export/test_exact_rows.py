@@ -258,13 +258,15 @@ def test_8_bits_on_a_gpu_are_what_4_bits_are(narrow: Bundle, all_layers: bool) -
     geometry = Geometry.of(narrow.manifest.model, stored)
     constants = Constants()
     found = step_weights(geometry, stored, FORMATS["int8"], constants)
-    for name in ("in_proj", "out_proj"):
+    layers = range(CONFIG.num_layers)
+    parts = {name: [f"layer_{i}.{name}" for i in layers] for name in ("in_proj", "out_proj")}
+    for name, names in (parts | {"word_table": ["word_table"]}).items():
         weight, scales = found[name], found[f"{name}_scales"]
         assert weight.stored == weight.tensor.dtype == "int8"
         assert weight.scales is None
         values = numbers(narrow, weight, constants.to_bytes()).reshape(weight.tensor.shape)
         factors = numbers(narrow, scales, constants.to_bytes())
-        wanted = [stored["step"][f"layer_{i}.{name}"].values for i in range(CONFIG.num_layers)]
+        wanted = [stored["step"][part].values for part in names]
         np.testing.assert_array_equal(values * factors[:, None], np.concatenate(wanted))
 
 

@@ -123,7 +123,12 @@ def test_a_wide_model(precision: str, steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "rows", "geometry"),
-    [("fp16", 2, GEOMETRY), ("fp16", 2, WIDE), ("fp16-state16", 16, GEOMETRY)],
+    [
+        ("fp16", 2, GEOMETRY),
+        ("fp16", 2, WIDE),
+        ("fp16-state16", 16, GEOMETRY),
+        ("int8", 2, GEOMETRY),
+    ],
 )
 def test_scores(precision: str, rows: int, geometry: Geometry) -> None:
     """The launches around the layers, in the interpreter, find what the layers left to them."""

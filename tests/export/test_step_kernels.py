@@ -529,12 +529,15 @@ def test_out_proj(interpreter: Interpreter, product: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_embed(interpreter: Interpreter, offset: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("table", [torch.float32, torch.float16, torch.int8], ids=str)
+def test_embed(interpreter: Interpreter, offset: int, table: torch.dtype) -> None:
+    kept, words = stored(normal(31, V, D), table)
+    dtype = torch.float32 if table == torch.float32 else torch.float16
     memory: Memory = {
         "token": torch.tensor([V - 1, 0, 7, V - 1]),
         "position": torch.tensor([0, 1, 2, T - 1]),
-        "word_table": normal(31, V, D, dtype=dtype),
+        "word_table": kept["weight"],
+        "word_scales": kept["scales"],
         "position_table": normal(32, T + offset, D),
         "class_embedding": normal(33, R, D),
         "scale": normal(34, R, D),
@@ -544,7 +547,9 @@ def test_embed(interpreter: Interpreter, offset: int, dtype: torch.dtype) -> Non
     }
     # At position 0 there is no token yet.
     memory["token"][0] = V
-    memory["word_table"] = torch.cat([memory["word_table"], unset(1, D, dtype=dtype)])
+    past = torch.zeros(1, D, dtype=table) if table == torch.int8 else unset(1, D, dtype=table)
+    memory["word_table"] = torch.cat([memory["word_table"], past])
+    memory["word_scales"] = torch.cat([memory["word_scales"], unset(1)])
     item = one(
         step.embed,
         memory,
@@ -552,11 +557,12 @@ def test_embed(interpreter: Interpreter, offset: int, dtype: torch.dtype) -> Non
         D=D,
         BLOCK=64,
         PARTS=3,
+        HAS_SCALES=table == torch.int8,
         POSITION_OFFSET=offset,
         OVERLAPS=False,
     )
     found = interpreter.run([item], memory)
-    later = memory["word_table"][memory["token"][1:]].double()
+    later = words[memory["token"][1:]]
     later += memory["position_table"][memory["position"][1:] - 1 + offset].double()
     wanted = torch.cat([memory["class_embedding"][:1].double(), later])
     close(found["residual"], wanted)
@@ -630,7 +636,7 @@ def normed_twice(memory: Memory) -> Tensor:
     return value * (1 + scale) + shift
 
 
-@pytest.mark.parametrize("product", ["fp32", "fp32 dot", "fp16 dot"])
+@products
 @pytest.mark.parametrize("rows", [R, R - 1], ids=["blocks", "a row less"])
 def test_a_head_that_norms_behind_its_product(
     interpreter: Interpreter, product: str, rows: int
@@ -638,12 +644,13 @@ def test_a_head_that_norms_behind_its_product(
     """It is the head behind both norms, whose factor differs from row to row."""
     dtype, activation, tile = PRODUCTS[product]
     parts, shares = 3, torch.tensor([0.2, 0.5, 0.3])
+    kept, weight = stored(normal(65, V, D), dtype)
     memory: Memory = {
+        **kept,
         "residual": 30 * normal(61, rows, D),
         "norm": normal(62, D),
         "modulation": normal(63, rows, 2, D),
         "final_weight": normal(64, D),
-        "weight": normal(65, V, D, dtype=dtype),
         "shift": unset(rows, D, dtype=activation),
         "scale": unset(rows, D),
         "logits": unset(rows, V),
@@ -652,7 +659,7 @@ def test_a_head_that_norms_behind_its_product(
     memory["norm"][:5] = 0
     modulate = one(step.modulate_head, memory, rows, D=D, BLOCK=64)
     memory = interpreter.run([modulate], memory)
-    residual, weight = memory["residual"], memory["weight"].double()
+    residual = memory["residual"]
     hidden = (residual * memory["scale"]).to(activation)
     sums = torch.stack([residual.square().sum(-1), (residual * memory["norm"]).square().sum(-1)])
     memory |= {
@@ -662,6 +669,7 @@ def test_a_head_that_norms_behind_its_product(
     }
     grid = (-(-V // tile["BN"]), -(-rows // tile["BM"]))
     constants = {"PARTS": parts, "EPS": EPS, "OVERLAPS": False, **tile}
+    constants["HAS_SCALES"] = dtype == torch.int8
     head = one(step.normed_head, memory, grid, R=rows, V=V, D=D, **constants)
     found = interpreter.run([head], memory)["logits"]
     wanted = normed_twice(memory) @ weight.T

@@ -224,13 +224,14 @@ def fetcher(memory, filled, pointers, pid, layers, sizes: gl.constexpr, PACE: gl
 def persistent(
     token,  # (R,) int64
     position,  # (R,) int64
-    word_table,  # (V, D)
+    word_table,  # (V, D) float16 or int8
+    word_scales,  # (V,) float32, of int8 words
     position_table,  # (T + 1, D) float32
     class_embedding,  # (R, D) float32
     gate,  # (L, R, D) float32
     scale,  # (L + 1, R, D) float32
     shifted,  # (L, R, E)
-    in_proj,  # (L * E, D) float16 or int8
+    in_proj,  # (L * E, D), likewise
     out_proj,  # (L * D, I), likewise
     in_proj_scales,  # (L * E,) float32, of int8 weights
     out_proj_scales,  # (L * D,) float32, of int8 weights
@@ -274,11 +275,10 @@ def persistent(
     sizes: gl.constexpr = Sizes(
         R, D, INNER, X, H, P, S, K, CHUNK, POSITION_OFFSET, EPS, BITS, STATE_BITS, OVERLAPS
     )
-    pid = gl.program_id(0)
-    layers = gl.where(gl.load(stalled) == 0, L, 0)
+    pid, layers = gl.program_id(0), gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
     filled, shared = _shared_memory(R, wide(D))
-    begin = (token, position, (word_table, position_table, class_embedding))
+    begin = (token, position, (word_table, word_scales, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
     past, scales = (past_x, past_b, past_decay, state_scale), (in_proj_scales, out_proj_scales)
     result, exchanges = (hidden, shares, norm_f, status), (scaled, norms, gated, bc)

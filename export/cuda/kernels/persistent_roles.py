@@ -174,11 +174,12 @@ def norm_places(norms, p, R: gl.constexpr):
 def step_input(begin, at, row, place, here, sizes: gl.constexpr):
     """The step's input: channels `here` of the rows' tokens or, at the first position, classes."""
     token, _position, tables = begin
-    word_table, position_table, class_embedding = tables
+    word_table, word_scales, position_table, class_embedding = tables
     D: gl.constexpr = sizes.D
     begins = (at == 0) & (here >= 0)
     word = gl.load(token + row, mask=at > 0, other=0)
     value = gl.load(word_table + word * D + here).to(gl.float32)
+    value *= factor_of(word_scales, word, sizes.BITS)
     value += gl.load(position_table + gl.maximum(at + (sizes.POSITION_OFFSET - 1), 0) * D + here)
     return gl.where(begins, gl.load(class_embedding + place), value)
 

@@ -32,8 +32,9 @@ def load_ahead(
         if OVERLAPS:
             # One address for each 128 bytes.
             LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-            lines = tl.arange(0, BK // LINE) * LINE
-            for start in tl.static_range(0, WIDTH, BK):
+            STEP: tl.constexpr = BK if BK > LINE else LINE
+            lines = tl.arange(0, STEP // LINE) * LINE
+            for start in tl.static_range(0, WIDTH, STEP):
                 prefetch(weight + outputs[:, None] * WIDTH + start + lines[None, :])
         return weight
     else:

@@ -101,6 +101,7 @@ def embed(
     token,  # (R,) int64, the token before; ignored at position 0
     position,  # (R,) int64
     word_table,  # (V, D)
+    word_scales,  # (V,) float32, of int8 words
     position_table,  # (T + 1, D) float32
     class_embedding,  # (R, D) float32
     scale,  # (R, D) float32, of the first layer
@@ -110,6 +111,7 @@ def embed(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     POSITION_OFFSET: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -123,7 +125,9 @@ def embed(
         value = tl.load(class_embedding + row * D + channels, mask=inside, other=0.0)
     else:
         word = tl.load(token + row)
-        value = tl.load(word_table + word * D + channels, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(word_table + word * D + channels, mask=inside, other=0).to(tl.float32)
+        if HAS_SCALES:
+            value *= tl.load(word_scales + word)
         place = at + (POSITION_OFFSET - 1)
         value += tl.load(position_table + place * D + channels, mask=inside, other=0.0)
     tl.store(residual + row * D + channels, value, mask=inside)
@@ -292,6 +296,7 @@ def final_norm(
 @triton.jit
 def normed_head(
     weight,  # (V, D)
+    scales,  # (V,) float32, of int8 weights
     hidden,  # (R, D), the residual times both norms' weights and the modulation's scale
     shares,  # (2, R, PARTS) float32, of the sums of the residual's squares, plain and times norm_f
     shifted,  # (R, V) float32, the product with the shift
@@ -301,6 +306,7 @@ def normed_head(
     D: tl.constexpr,
     PARTS: tl.constexpr,
     EPS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -320,5 +326,7 @@ def normed_head(
     mean = tl.sum(plain, axis=1) / D + EPS
     factor = 1.0 / tl.sqrt(tl.sum(weighed, axis=1) / D + EPS * mean)
     total = multiply(matrix, weight, hidden, there, loaded, D, BM, BN, BK, DOT)
+    if HAS_SCALES:
+        total *= tl.load(scales + loaded)[None, :]
     inside = (rows < R)[:, None] & (outputs < V)[None, :]
     tl.store(logits + rows[:, None] * V + outputs[None, :], total * factor[:, None] + shift, inside)
