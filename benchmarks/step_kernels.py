@@ -222,6 +222,7 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                             head=Tile(
                                 rows=rows, outputs=n, depth=64, num_warps=warps, num_stages=stages
                             ),
+                            held_head=None,
                         ),
                     )
     else:
@@ -230,7 +231,7 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                 tile = Tile(rows=base.in_proj.rows, outputs=n, num_warps=warps)
                 yield "in_proj", replace(base, in_proj=tile)
                 yield "out_proj", replace(base, out_proj=tile)
-                yield "linear", replace(base, head=tile)
+                yield "linear", replace(base, head=tile, held_head=None)
     for heads in (1, 2, 4, 8, 16) if base.dot else (1,):
         for stages in range(1, min(heads, 5) + 1):
             for warps in (1, 2, 4, 8):

@@ -192,7 +192,9 @@ class _PersistentBuilder(StepBuilder):
         return (self._layers(), self._fold(), self._head(), self._draw())
 
     def _head(self) -> SpecLaunch:
-        tile = self.tuning.head
+        tile, shares = self.tuning.head, row_shares(self.g.D, self.rows)
+        if self.held_head:
+            return self._held_head(self.held_head, shares)
         return self.launch(
             step.normed_head,
             self._grid(tile, self.g.V),
@@ -207,7 +209,7 @@ class _PersistentBuilder(StepBuilder):
             R=self.rows,
             V=self.g.V,
             D=self.g.D,
-            PARTS=row_shares(self.g.D, self.rows),
+            PARTS=shares,
             EPS=self.g.norm_eps,
             HAS_SCALES=self.precision.quantised,
             **self._tile(tile, self.g.D),

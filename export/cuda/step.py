@@ -51,6 +51,8 @@ class StepBuilder:
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
         self.held_in_proj = self._suiting(tuning.held_in_proj, geometry.D)
         self.held_out_proj = self._suiting(tuning.held_out_proj, geometry.inner)
+        of_bytes = tuning.held_head if precision.quantised else None
+        self.held_head = self._suiting(of_bytes, geometry.D)
         # Sums of squares a row: one from each program of out_proj, and of scan.
         outputs = _HELD_OUTPUTS if self.held_out_proj else tuning.out_proj.outputs
         self.norm_parts = geometry.D // outputs
@@ -369,6 +371,8 @@ class StepBuilder:
         )
 
     def _head(self) -> SpecLaunch:
+        if self.held_head:
+            return self._held_head(self.held_head)
         return self._linear(
             self.tuning.head,
             self.g.V,
@@ -377,6 +381,31 @@ class StepBuilder:
             "logits",
             scales=self._scales("word_table"),
             overlaps=self.overlaps,
+        )
+
+    def _held_head(self, tile: HeldTile, shares: int = 0) -> SpecLaunch:
+        """The head of weights that are there ahead; it norms by `shares` of the rows' squares."""
+        groups = min(tile.groups, max(1, self.rows // 8))
+        return self.launch(
+            held.held_head,
+            (-(-self.g.V // (_HELD_OUTPUTS * tile.tiles)), -(-self.rows // (8 * groups))),
+            weight="word_table",
+            scales=self._scales("word_table"),
+            hidden="hidden",
+            shares="shares" if shares else ABSENT,
+            shifted="shifted_logits" if shares else ABSENT,
+            logits="logits",
+            num_warps=tile.num_warps,
+            R=self.rows,
+            V=self.g.V,
+            D=self.g.D,
+            PARTS=shares,
+            EPS=self.g.norm_eps,
+            HAS_SCALES=self.precision.quantised,
+            NORMS=shares > 0,
+            TILES=tile.tiles,
+            GROUPS=groups,
+            OVERLAPS=self.overlaps,
         )
 
     def _draw(self) -> SpecLaunch:

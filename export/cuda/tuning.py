@@ -62,6 +62,7 @@ class Tuning:
         scan: cut of the scan for each type of the state, which may have chunks of its own.
         held_in_proj: cut of the first projection where `kernels.held` suits model and format.
         held_out_proj: that of the second, of one tile.
+        held_head: that of a head of 8-bit weights.
     """
 
     in_proj: Tile
@@ -71,6 +72,7 @@ class Tuning:
     scan: Mapping[str, ScanCut]
     held_in_proj: HeldTile | None = None
     held_out_proj: HeldTile | None = None
+    held_head: HeldTile | None = None
 
     @property
     def dot(self) -> bool:
@@ -111,6 +113,7 @@ TUNING: Mapping[int, Tuning] = {
         head=Tile(rows=1, outputs=8, num_warps=2),
         chunk=32,
         scan=_SINGLE_HEADS,
+        held_head=HeldTile(tiles=2, groups=1),
     ),
     2: Tuning(
         in_proj=Tile(rows=2, outputs=8, num_warps=2),
@@ -118,6 +121,7 @@ TUNING: Mapping[int, Tuning] = {
         head=Tile(rows=2, outputs=4, num_warps=1),
         chunk=32,
         scan=_SINGLE_HEADS,
+        held_head=HeldTile(tiles=2, groups=1),
     ),
     4: Tuning(
         in_proj=Tile(rows=4, outputs=4),
@@ -125,6 +129,7 @@ TUNING: Mapping[int, Tuning] = {
         head=Tile(rows=4, outputs=4, num_warps=2),
         chunk=16,
         scan=_SINGLE_HEADS,
+        held_head=HeldTile(tiles=2, groups=1),
     ),
     16: Tuning(
         in_proj=Tile(rows=16, outputs=32, depth=128, num_warps=2, num_stages=6),
@@ -138,6 +143,7 @@ TUNING: Mapping[int, Tuning] = {
         },
         held_in_proj=HeldTile(tiles=2, groups=2),
         held_out_proj=HeldTile(tiles=1, groups=1),
+        held_head=HeldTile(tiles=2, groups=2),
     ),
     32: Tuning(
         in_proj=Tile(rows=32, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -151,6 +157,7 @@ TUNING: Mapping[int, Tuning] = {
         },
         held_in_proj=HeldTile(tiles=2, groups=4),
         held_out_proj=HeldTile(tiles=1, groups=2),
+        held_head=HeldTile(tiles=2, groups=4),
     ),
     64: Tuning(
         in_proj=Tile(rows=64, outputs=64, depth=128, num_warps=8, num_stages=4),

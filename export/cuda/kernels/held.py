@@ -1,4 +1,6 @@
-"""The layers' projections for 16 and 32 rows, with weights that are there before their input.
+"""Products of up to 32 rows with weights that are there before their input.
+
+The layers' projections for 16 and 32 rows, and the head of 8-bit weights.
 
 Weights depend on nothing. While the launch ahead still runs a program copies all of its own to
 shared memory; behind the wait it reads its rows alone, straight to registers.
@@ -136,14 +138,18 @@ def _load_rows(
     WIDTH: gl.constexpr,
     GROUPS: gl.constexpr,
     W: gl.constexpr,
+    ROWS: gl.constexpr = 8,
 ):
-    """8 * GROUPS rows from `first` on: for each 32 numbers of a warp's sum and each group words."""
+    """8 * GROUPS rows from `first` on: for each 32 numbers of a warp's sum and each group words.
+
+    Of fewer rows than eight, `ROWS`, each comes more than once.
+    """
     STEPS: gl.constexpr = WIDTH // (32 * W)
     layout: gl.constexpr = _fragments(W, 4)
     thread = gl.arange(0, 32 * W, gl.SliceLayout(1, layout))
     word = gl.arange(0, 4, gl.SliceLayout(0, layout))
     column = (thread // 32) * (STEPS * 16) + thread % 4 * 4
-    at = gl.expand_dims((first + thread // 4 % 8) * (WIDTH // 2) + column, 1)
+    at = gl.expand_dims((first + thread // 4 % ROWS) * (WIDTH // 2) + column, 1)
     words = source.to(gl.pointer_type(gl.int32)) + at + gl.expand_dims(word, 0)
     loaded = _none()
     for step in gl.static_range(STEPS):
@@ -211,21 +217,46 @@ def _padded(count):
     return max(8, 1 << (count - 1).bit_length())
 
 
+@gluon.constexpr_function
+def _partials_layout(PARTS, W):
+    """How sums (rows, PARTS) are loaded: where there are many, a warp has all of a row."""
+    if _padded(PARTS) < 256:
+        return gl.BlockedLayout([1, 1], [4, 8], [W, 1], [1, 0])
+    return gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
+
+
 @gluon.jit
-def _load_partials(partials, first, COUNT: gl.constexpr, PARTS: gl.constexpr, W: gl.constexpr):
-    """Sums of squares of COUNT rows from `partials` (R, PARTS), padded with zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [W, 1], [1, 0])
+def _load_partials(
+    partials,
+    first,
+    COUNT: gl.constexpr,
+    PARTS: gl.constexpr,
+    W: gl.constexpr,
+    ROWS: gl.constexpr = 8,
+):
+    """Sums of squares of COUNT rows from `partials` (R, PARTS), padded with zeros.
+
+    `ROWS` as in `_load_rows`.
+    """
+    layout: gl.constexpr = _partials_layout(PARTS, W)
     row = gl.arange(0, COUNT, gl.SliceLayout(1, layout))
     part = gl.arange(0, _padded(PARTS), gl.SliceLayout(0, layout))
-    at = gl.expand_dims((first + row) * PARTS, 1) + gl.expand_dims(part, 0)
+    row = first + (row if ROWS == 8 else row % ROWS)
+    at = gl.expand_dims(row * PARTS, 1) + gl.expand_dims(part, 0)
     return gl.load(partials + at, mask=gl.expand_dims(part < PARTS, 0), other=0.0)
 
 
 @gluon.jit
-def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, layout: gl.constexpr):
+def _inverse_rms(partials, WIDTH: gl.constexpr, eps, layout: gl.constexpr):
     """1 / rms of rows of WIDTH numbers, for results in `layout`: (rows, 1)."""
+    return 1.0 / gl.sqrt(_mean_of(partials, WIDTH, layout) + eps)
+
+
+@gluon.jit
+def _mean_of(partials, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """The mean of squares of rows of WIDTH numbers, for results in `layout`: (rows, 1)."""
     total = gl.convert_layout(gl.sum(partials, axis=1), gl.SliceLayout(1, layout))
-    return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
+    return gl.expand_dims(total * (1.0 / WIDTH), 1)
 
 
 @gluon.jit
@@ -308,3 +339,51 @@ def held_out_proj(
     gl.store(residual + at, value)
     store_rounded(scaled + at, value * scale_value, True)
     gl.store(partials + row * (D // 16) + gl.program_id(0), gl.sum(value * value, axis=1))
+
+
+@gluon.jit
+def held_head(
+    weight,  # (V, D)
+    scales,  # (V,) float32, of int8 weights
+    hidden,  # (R, D) float16
+    shares,  # (2, R, PARTS) float32, as `step.normed_head` has them
+    shifted,  # (R, V) float32, likewise
+    logits,  # (R, V) float32
+    R: gl.constexpr,  # a multiple of 8 * GROUPS, or 1, 2 or 4
+    V: gl.constexpr,
+    D: gl.constexpr,  # a multiple of 32 W
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    NORMS: gl.constexpr,
+    TILES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.normed_head` if it `NORMS`, else the product alone.
+
+    A program computes 8 * GROUPS rows and 16 * TILES outputs.
+    """
+    W: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = _results_layout(W, TILES, GROUPS)
+    ROWS: gl.constexpr = min(R, 8)
+    first, first_row = gl.program_id(0) * (16 * TILES), gl.program_id(1) * (8 * GROUPS)
+    held = _hold(weight, first, V, D, TILES, W)
+    row = gl.expand_dims(first_row + gl.arange(0, 8 * GROUPS, gl.SliceLayout(1, layout)), 1)
+    output = first + gl.arange(0, 16 * TILES, gl.SliceLayout(0, layout))
+    at = row * V + gl.expand_dims(output, 0)
+    inside = (row < R) & gl.expand_dims(output < V, 0)
+    shift = gl.load(shifted + at, mask=inside, other=0.0) if NORMS else 0.0
+    factor = gl.load(scales + gl.minimum(output, V - 1)) if HAS_SCALES else 1.0
+    begin_dependents(OVERLAPS)
+    rows = _load_rows(hidden, first_row, D, GROUPS, W, ROWS)
+    if NORMS:
+        plain = _load_partials(shares, first_row, 8 * GROUPS, PARTS, W, ROWS)
+        weighed = _load_partials(shares + R * PARTS, first_row, 8 * GROUPS, PARTS, W, ROWS)
+    total = _products(held, rows, D, TILES, GROUPS, W)
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    if NORMS:
+        mean = _mean_of(plain, D, layout) + EPS
+        total = total * _inverse_rms(weighed, D, EPS * mean, layout) + shift
+    gl.store(logits + at, total, mask=inside)
