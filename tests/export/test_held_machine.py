@@ -115,17 +115,20 @@ def test_out_proj(bits: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "groups", "parts", "bits"),
-    [(1, 1, 384, 8), (2, 1, 512, 8), (4, 1, 12, 8), (8, 1, 64, 8), (16, 2, 64, 16), (32, 4, 64, 8)],
+    ("rows", "groups", "parts", "bits", "width"),
+    [
+        *((1, 1, 384, 8, D), (2, 1, 512, 8, 4 * D), (4, 1, 12, 8, D), (8, 1, 64, 8, 3 * D)),
+        *((16, 2, 64, 16, 3 * D), (32, 4, 64, 8, D)),
+    ],
 )
 @pytest.mark.parametrize("norms", [True, False])
-def test_head(rows: int, groups: int, parts: int, bits: int, norms: bool) -> None:
+def test_head(rows: int, groups: int, parts: int, bits: int, width: int, norms: bool) -> None:
     """Of fewer rows than eight those that are not there write nothing."""
-    weight, scales = weights(E, D, bits)
+    weight, scales = weights(E, width, bits)
     memory = {
         "weight": weight,
         "scales": scales,
-        "hidden": normal(rows, D, dtype="f2"),
+        "hidden": normal(rows, width, dtype="f2"),
         "shares": normal(2, rows, parts) ** 2,
         "shifted": normal(rows, E),
         "logits": np.full((rows + 1, E), np.nan, "f4"),
@@ -133,12 +136,12 @@ def test_head(rows: int, groups: int, parts: int, bits: int, norms: bool) -> Non
     memory["shares"][:, 0] *= np.float32(1e-5)  # where epsilon counts
     found = launch(
         *("held_head", memory, (-(-E // 32), -(-rows // 8 // groups))),
-        **{"R": rows, "V": E, "D": D, "PARTS": parts, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"R": rows, "V": E, "D": width, "PARTS": parts, "EPS": EPS, "HAS_SCALES": bits == 8},
         **{"NORMS": norms, "TILES": 2, "GROUPS": groups, "OVERLAPS": True},
     )
     wanted = memory["hidden"].astype("f8") @ weight.astype("f8").T * scales
     if norms:
-        plain, weighed = memory["shares"].astype("f8").sum(2) / D
+        plain, weighed = memory["shares"].astype("f8").sum(2) / width
         factor = np.sqrt(weighed + EPS * (plain + EPS))[:, None]
         wanted = wanted / factor + memory["shifted"]
     logits = found.pop("logits")

@@ -79,6 +79,16 @@ def _results_layout(W, TILES, GROUPS):
 
 
 @gluon.jit
+def _along(COUNT: gl.constexpr, axis: gl.constexpr, layout: gl.constexpr):
+    """0 to COUNT - 1 along an axis of three."""
+    OUTER: gl.constexpr = 1 if axis == 0 else 0
+    INNER: gl.constexpr = 1 if axis == 2 else 2
+    inner: gl.constexpr = gl.SliceLayout(INNER, layout)
+    value = gl.arange(0, COUNT, gl.SliceLayout(OUTER, inner))
+    return gl.expand_dims(gl.expand_dims(value, OUTER), INNER)
+
+
+@gluon.jit
 def _hold(
     weight,  # (N, WIDTH) float16 or int8
     first,
@@ -89,33 +99,35 @@ def _hold(
 ):
     """Set the weights of 16 * TILES outputs from `first` on their way to shared memory.
 
-    Fragments of it are words (32 W, 4), or 2: for each 32 numbers of a warp's sum and each tile
-    that of rows q and that of rows q + 8.
+    Fragments of it are words (32 W, 4), or 2: of each tile's rows q, then of its rows q + 8, one
+    for each 32 numbers of a warp's sum. Neighbours in memory are asked for one after another.
     """
     BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
     WORDS: gl.constexpr = BITS // 4
     STEPS: gl.constexpr = WIDTH // (32 * W)
-    layout: gl.constexpr = _fragments(W, WORDS)
-    held = gl.allocate_shared_memory(gl.int32, [STEPS * TILES * 2, 32 * W, WORDS], _FLAT)
-    thread = gl.arange(0, 32 * W, gl.SliceLayout(1, layout))
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, layout))
-    column = (thread // 32) * (STEPS * 4 * WORDS) + thread % 4 * WORDS
-    words = weight.to(gl.pointer_type(gl.int32))
-    for half in gl.static_range(TILES * 2):
-        row = gl.minimum(first + half * 8 + thread // 4 % 8, N - 1)
-        at = gl.expand_dims(row * (WIDTH * BITS // 32) + column, 1) + gl.expand_dims(word, 0)
-        for step in gl.static_range(STEPS):
-            place = held.index(step * TILES * 2 + half)
-            async_copy.async_copy_global_to_shared(place, words + at + step * (4 * WORDS))
+    COUNT: gl.constexpr = TILES * 2 * STEPS
+    # Between two copies the compiler lets all warps wait for each other: as few as can be.
+    AT_ONCE: gl.constexpr = COUNT & -COUNT
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, WORDS], [1, 32, 1], [1, W, 1], [2, 1, 0])
+    held = gl.allocate_shared_memory(gl.int32, [COUNT, 32 * W, WORDS], _FLAT)
+    parts = held._reinterpret(gl.int32, [COUNT // AT_ONCE, AT_ONCE, 32 * W, WORDS], _CUBE)
+    thread = _along(32 * W, 1, layout)
+    words = weight.to(gl.pointer_type(gl.int32)) + _along(WORDS, 2, layout)
+    words += thread // 32 * (WIDTH // W * BITS // 32) + thread % 4 * WORDS
+    for part in gl.static_range(COUNT // AT_ONCE):
+        index = part * AT_ONCE + _along(AT_ONCE, 0, layout)
+        row = gl.minimum(first + index // STEPS * 8 + thread // 4 % 8, N - 1)
+        at = row * (WIDTH * BITS // 32) + index % STEPS * (4 * WORDS)
+        async_copy.async_copy_global_to_shared(parts.index(part), words + at)
     async_copy.commit_group()
     return held
 
 
 @gluon.jit
-def _fragment(held, index: gl.constexpr, W: gl.constexpr):
+def _fragment(held, tile: gl.constexpr, step: gl.constexpr, STEPS: gl.constexpr, W: gl.constexpr):
     """Of a tile and 32 numbers of the sum eight halves each of rows q and q + 8: two (32 W, 4)."""
-    upper = held.index(index * 2)
-    lower = held.index(index * 2 + 1)
+    upper = held.index(2 * tile * STEPS + step)
+    lower = held.index((2 * tile + 1) * STEPS + step)
     if held.shape[2] == 4:
         pair = upper.load(_fragments(W, 4)), lower.load(_fragments(W, 4))
     else:
@@ -194,7 +206,7 @@ def _products(
     for step in gl.static_range(STEPS):
         grown = _none()
         for tile in gl.static_range(TILES):
-            upper, lower = _fragment(held, step * TILES + tile, W)
+            upper, lower = _fragment(held, tile, step, STEPS, W)
             for group in gl.static_range(GROUPS):
                 total = totals[tile * GROUPS + group]
                 grown += (multiply(upper, lower, rows[step * GROUPS + group], total),)
