@@ -67,11 +67,12 @@ def product(stages: int, **tile: int) -> KernelSpec:
 
 def test_machine_code() -> None:
     """Kernels of all kinds of product, scan and fold, for the oldest and the newest GPUs."""
-    few = step_bucket(GOLDEN, FORMATS["int8"], 2, TUNING[2])
+    few, of_bytes = (step_bucket(GOLDEN, FORMATS["int8"], rows, TUNING[rows]) for rows in (2, 64))
     more = step_bucket(GOLDEN, FORMATS["fp16"], 64, TUNING[64])
     large = product(5, BM=64, BN=128, BK=64)  # 24 KiB a stage: too much for the smallest
     sample = [kernel_of(few, kernel) for kernel in (step.in_proj, scan.scan, scan.fold)]
     sample += [kernel_of(MANY, held.held_out_proj), kernel_of(more, step.out_proj), large]
+    sample += [kernel_of(few, held.held_head), kernel_of(of_bytes, products.linear)]
     done: list[tuple[int, int]] = []
     found = compile_kernels(
         sample, CAPABILITIES, workers=2, progress=lambda *counts: done.append(counts)

@@ -17,7 +17,7 @@ from .ptx_compiled import compiled
 from .ptx_machine import Machine
 
 # Outputs of the first projection are no multiple of a tile.
-R, D, INNER, E, EPS, WARPS = 32, 256, 512, 1000, 1e-5, 8
+R, D, INNER, E, EPS = 32, 256, 512, 1000, 1e-5
 # Relative to the norm: results are float32, their sums in another order; or halves.
 FULL, HALF = 1e-6, 1e-3
 
@@ -25,18 +25,24 @@ random = np.random.default_rng(0)
 
 
 @cache
-def machine(name: str, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...]) -> Machine:
-    spec = KernelSpec(getattr(held, name), types, constants, WARPS)
-    return compiled(spec, (32 * WARPS,))
+def machine(
+    name: str, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...], warps: int
+) -> Machine:
+    return compiled(KernelSpec(getattr(held, name), types, constants, warps), (32 * warps,))
 
 
 def launch(
-    name: str, memory: dict[str, np.ndarray], grid: tuple[int, int], **constants: Any
+    name: str,
+    memory: dict[str, np.ndarray],
+    grid: tuple[int, int],
+    *,
+    warps: int = 8,
+    **constants: Any,
 ) -> dict[str, np.ndarray]:
     """The memory after a launch."""
     found = {key: value.copy() for key, value in memory.items()}
     types = tuple(str(value.dtype) for value in memory.values())
-    machine(name, types, tuple(constants.items())).run(list(found.values()), grid)
+    machine(name, types, tuple(constants.items()), warps).run(list(found.values()), grid)
     return found
 
 
@@ -115,14 +121,21 @@ def test_out_proj(bits: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "groups", "parts", "bits", "width"),
+    ("rows", "tiles", "groups", "warps", "parts", "bits", "width"),
     [
-        *((1, 1, 384, 8, D), (2, 1, 512, 8, 4 * D), (4, 1, 12, 8, D), (8, 1, 64, 8, 3 * D)),
-        *((16, 2, 64, 16, 3 * D), (32, 4, 64, 8, D)),
+        (1, 2, 1, 4, 384, 8, 384),
+        (2, 2, 1, 4, 512, 8, 1024),
+        (4, 2, 1, 8, 12, 8, 256),
+        (8, 4, 1, 4, 64, 8, 768),
+        (16, 2, 2, 8, 64, 16, 768),
+        (16, 4, 2, 4, 64, 8, 256),
+        (32, 4, 4, 4, 64, 8, 256),
     ],
 )
 @pytest.mark.parametrize("norms", [True, False])
-def test_head(rows: int, groups: int, parts: int, bits: int, width: int, norms: bool) -> None:
+def test_head(
+    rows: int, tiles: int, groups: int, warps: int, parts: int, bits: int, width: int, norms: bool
+) -> None:
     """Of fewer rows than eight those that are not there write nothing."""
     weight, scales = weights(E, width, bits)
     memory = {
@@ -135,9 +148,10 @@ def test_head(rows: int, groups: int, parts: int, bits: int, width: int, norms: 
     }
     memory["shares"][:, 0] *= np.float32(1e-5)  # where epsilon counts
     found = launch(
-        *("held_head", memory, (-(-E // 32), -(-rows // 8 // groups))),
+        *("held_head", memory, (-(-E // 16 // tiles), -(-rows // 8 // groups))),
+        warps=warps,
         **{"R": rows, "V": E, "D": width, "PARTS": parts, "EPS": EPS, "HAS_SCALES": bits == 8},
-        **{"NORMS": norms, "TILES": 2, "GROUPS": groups, "OVERLAPS": True},
+        **{"NORMS": norms, "TILES": tiles, "GROUPS": groups, "OVERLAPS": True},
     )
     wanted = memory["hidden"].astype("f8") @ weight.astype("f8").T * scales
     if norms:
