@@ -13,6 +13,9 @@ HALF_LIMIT = tl.constexpr(65504.0)
 # low bits. The GPU's converters between floats and integers are four times slower than its adders.
 _INTEGERS = tl.constexpr(12582912.0)
 _INTEGERS_BITS = tl.constexpr(0x4B400000)
+# 1024 + 128, likewise: an int8 added to its bits changes the low ones.
+_BYTES = tl.constexpr(1152.0)
+_BYTES_BITS = tl.constexpr(0x6480)
 
 
 @triton.jit
@@ -96,3 +99,9 @@ def to_int8(value):
 def from_int8(value):
     """int8 to float32."""
     return (value.to(tl.int32) + _INTEGERS_BITS).to(tl.float32, bitcast=True) - _INTEGERS
+
+
+@triton.jit
+def half_of_int8(value):
+    """int8 to float16."""
+    return (value.to(tl.int16) + _BYTES_BITS).to(tl.float16, bitcast=True) - _BYTES

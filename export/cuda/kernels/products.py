@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aim_export.cuda.kernels.common import begin_dependents, prefetch, store_rounded
+from aim_export.cuda.kernels.common import begin_dependents, half_of_int8, prefetch, store_rounded
 
 
 @triton.jit
@@ -43,6 +43,13 @@ def load_ahead(
 
 
 @triton.jit
+def _factors(weight):
+    """A block of weights as `tl.dot` takes them."""
+    block = tl.load(weight)
+    return half_of_int8(block) if block.dtype == tl.int8 else block
+
+
+@triton.jit
 def multiply(
     matrix,  # from `load_ahead`
     weight,
@@ -62,8 +69,7 @@ def multiply(
         left = source + rows[:, None] * WIDTH + steps[None, :]
         right = weight + outputs[None, :] * WIDTH + steps[:, None]
         for _ in range(WIDTH // BK):
-            block = tl.load(left)
-            total = tl.dot(block, tl.load(right).to(block.dtype), total, input_precision="ieee")
+            total = tl.dot(tl.load(left), _factors(right), total, input_precision="ieee")
             left += BK
             right += BK
         return total
