@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import triton
 
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import held, products, sample, scan, step
+from aim_export.cuda.kernels import held, products, sample, scan, step, warp_fragments, warp_scan
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
@@ -23,6 +23,13 @@ _FOLD_PROGRAMS = 1024
 # States on their way at a time in a program of `fold`, and the most registers of a thread. Those of
 # 8 bits take the most of both: three programs a processor instead of two hide more.
 _FOLD_STAGES, _FOLD_REGISTERS = {"int8": 1}, {"int8": 168}
+
+# What a scan reads and writes, and what it does besides where states are not float32.
+_SCANNED = (
+    *("projected", "conv_weight", "conv_bias", "dt_bias", "a", "d", "position", "ring", "state"),
+    *("past_x", "past_b", "past_decay", "gated", "squares"),
+)
+_SCANNED_IN_SHORT = ("state_scale", "column_scale", "past_c")
 
 SpecLaunch: TypeAlias = Launch[KernelSpec]
 
@@ -56,7 +63,8 @@ class StepBuilder:
         # Sums of squares a row: one from each program of out_proj, and of scan.
         outputs = _HELD_OUTPUTS if self.held_out_proj else tuning.out_proj.outputs
         self.norm_parts = geometry.D // outputs
-        self.square_parts = geometry.H // self.heads
+        self.scans_by_warps = self._scans_by_warps()
+        self.square_parts = geometry.H // (1 if self.scans_by_warps else self.heads)
         weights = weight_table(geometry, precision)
         buffers = buffer_table(
             geometry,
@@ -75,6 +83,13 @@ class StepBuilder:
         if tile is None or self.precision.activation != "float16" or width % (32 * tile.num_warps):
             return None
         return tile
+
+    def _scans_by_warps(self) -> bool:
+        """Whether `warp_scan` suits model, format and rows."""
+        g, cut = self.g, warp_fragments
+        sizes = g.P, g.S, g.H % cut.WARPS.value, self.chunk
+        suits = sizes == (cut.P.value, cut.S.value, 0, cut.CHUNK.value)
+        return suits and self.tuning.dot and self.precision.state == "int8"
 
     def bucket(self) -> Bucket[KernelSpec]:
         """The buffers, and the launches of all of it."""
@@ -249,39 +264,25 @@ class StepBuilder:
 
     def _scan(self) -> SpecLaunch:
         g, cut = self.g, self.scan_cut
+        shared: dict[str, Any] = {name: name for name in _SCANNED}
+        shared |= {name: self._if_there(name) for name in _SCANNED_IN_SHORT}
+        shared |= {"INNER": g.inner, "X": g.X, "H": g.H, "K": g.K, "QUERIES": self.queries}
+        shared |= {"OVERLAPS": self.overlaps}
+        if self.scans_by_warps:
+            warps = warp_fragments.WARPS.value
+            grid = g.H // warps, self.rows
+            return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **shared)
         return self.launch(
             scan.scan,
             (g.H // self.heads, self.rows),
-            projected="projected",
-            conv_weight="conv_weight",
-            conv_bias="conv_bias",
-            dt_bias="dt_bias",
-            a="a",
-            d="d",
-            position="position",
-            ring="ring",
-            state="state",
-            state_scale=self._if_there("state_scale"),
-            column_scale=self._if_there("column_scale"),
-            past_x="past_x",
-            past_b="past_b",
-            past_decay="past_decay",
-            past_c=self._if_there("past_c"),
-            gated="gated",
-            squares="squares",
             num_warps=cut.num_warps,
-            INNER=g.inner,
-            X=g.X,
-            H=g.H,
+            **shared,
             P=g.P,
             S=g.S,
-            K=g.K,
             CHUNK=self.chunk,
-            QUERIES=self.queries,
             CONVOLVES=self.tuning.dot,
             HEADS=self.heads,
             STAGES=min(cut.stages, self.heads),
-            OVERLAPS=self.overlaps,
         )
 
     def _if_there(self, buffer: str) -> str | Argument:

@@ -113,7 +113,7 @@ TUNING: Mapping[int, Tuning] = {
         head=Tile(rows=1, outputs=8, num_warps=2),
         chunk=32,
         scan=_SINGLE_HEADS,
-        held_head=HeldTile(tiles=2, groups=1, num_warps=4),
+        held_head=HeldTile(tiles=4, groups=1),
     ),
     2: Tuning(
         in_proj=Tile(rows=2, outputs=8, num_warps=2),
@@ -121,7 +121,7 @@ TUNING: Mapping[int, Tuning] = {
         head=Tile(rows=2, outputs=4, num_warps=1),
         chunk=32,
         scan=_SINGLE_HEADS,
-        held_head=HeldTile(tiles=2, groups=1, num_warps=4),
+        held_head=HeldTile(tiles=4, groups=1),
     ),
     4: Tuning(
         in_proj=Tile(rows=4, outputs=4),
@@ -129,7 +129,7 @@ TUNING: Mapping[int, Tuning] = {
         head=Tile(rows=4, outputs=4, num_warps=2),
         chunk=16,
         scan=_SINGLE_HEADS,
-        held_head=HeldTile(tiles=2, groups=1, num_warps=4),
+        held_head=HeldTile(tiles=4, groups=1),
     ),
     16: Tuning(
         in_proj=Tile(rows=16, outputs=32, depth=128, num_warps=2, num_stages=6),

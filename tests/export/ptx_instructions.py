@@ -600,13 +600,13 @@ def _fragment(lanes: Lanes, text: str, kind: str) -> np.ndarray:
     return raw.view(kind).reshape(-1, 32, len(names), 4 // np.dtype(kind).itemsize)
 
 
-@handles("mma.sync.aligned.m16n8k16", "mma.sync.aligned.m16n8k8")
+@handles(*(f"mma.sync.aligned.m16n8k{depth}" for depth in (8, 16, 32)))
 def _mma(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     assert mask is None
-    halves = "f16" in item.opcode.split(".")
-    a, b = (_fragment(lanes, text, "f2" if halves else "u4") for text in item.operands[1:3])
-    if not halves:
-        assert item.opcode.endswith("m16n8k8.row.col.f32.tf32.tf32.f32")
+    kind = item.opcode.split(".")[-2]
+    stored, result = {"f16": ("f2", "f4"), "tf32": ("u4", "f4"), "s8": ("i1", "i4")}[kind]
+    a, b = (_fragment(lanes, text, stored) for text in item.operands[1:3])
+    if kind == "tf32":
         a, b = ((value & 0xFFFFE000).view("f4") for value in (a, b))
     warps, each = len(a), a.shape[3]  # numbers of a register
     q, j = np.arange(32) // 4, np.arange(32) % 4
@@ -618,9 +618,9 @@ def _mma(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
             left[:, q + 8 * (register % 2), at] = a[:, :, register, part]
         for register in range(2):
             right[:, column + 4 * each * register, q] = b[:, :, register, part]
-    total = _fragment(lanes, item.operands[3], "f4")[..., 0]
+    total = _fragment(lanes, item.operands[3], result)[..., 0]
     with np.errstate(all="ignore"):
         product = left @ right
         for index, name in enumerate(item.operands[0][1:-1].split(",")):
             found = product[:, q + 8 * (index // 2), 2 * j + index % 2] + total[:, :, index]
-            lanes.set(name, found.astype("f4").reshape(-1), None)
+            lanes.set(name, found.astype(result).reshape(-1), None)
