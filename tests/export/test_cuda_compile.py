@@ -32,7 +32,7 @@ from aim_export.cuda import bundle as engines
 from aim_export.cuda import compile as compiler
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import held, persistent, products, scan, step
+from aim_export.cuda.kernels import held, persistent, products, scan, step, warp_scan
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.precision import FORMATS
@@ -67,12 +67,15 @@ def product(stages: int, **tile: int) -> KernelSpec:
 
 def test_machine_code() -> None:
     """Kernels of all kinds of product, scan and fold, for the oldest and the newest GPUs."""
-    few, of_bytes = (step_bucket(GOLDEN, FORMATS["int8"], rows, TUNING[rows]) for rows in (2, 64))
+    wide = replace(GOLDEN, D=256)
+    few, of_bytes = (step_bucket(wide, FORMATS["int8"], rows, TUNING[rows]) for rows in (2, 64))
+    short = step_bucket(GOLDEN, FORMATS["fp16-state8"], 16, TUNING[16])
     more = step_bucket(GOLDEN, FORMATS["fp16"], 64, TUNING[64])
     large = product(5, BM=64, BN=128, BK=64)  # 24 KiB a stage: too much for the smallest
     sample = [kernel_of(few, kernel) for kernel in (step.in_proj, scan.scan, scan.fold)]
     sample += [kernel_of(MANY, held.held_out_proj), kernel_of(more, step.out_proj), large]
     sample += [kernel_of(few, held.held_head), kernel_of(of_bytes, products.linear)]
+    sample += [kernel_of(short, warp_scan.scan_of_bytes)]
     done: list[tuple[int, int]] = []
     found = compile_kernels(
         sample, CAPABILITIES, workers=2, progress=lambda *counts: done.append(counts)
