@@ -143,7 +143,7 @@ TUNING: Mapping[int, Tuning] = {
         },
         held_in_proj=HeldTile(tiles=2, groups=2),
         held_out_proj=HeldTile(tiles=1, groups=1),
-        held_head=HeldTile(tiles=4, groups=2, num_warps=4),
+        held_head=HeldTile(tiles=4, groups=2),
     ),
     32: Tuning(
         in_proj=Tile(rows=32, outputs=64, depth=128, num_warps=8, num_stages=4),
