@@ -94,6 +94,32 @@ def test_machine_code() -> None:
     assert found[large.id, 120].shared < found[large.id, 90].shared
 
 
+@pytest.mark.parametrize(
+    ("precision", "rows", "sizes", "wanted"),
+    [
+        ("fp16-state8", 16, {}, warp_scan.scan_of_bytes),
+        ("int8-state8", 128, {}, warp_scan.scan_of_bytes),
+        ("fp16-state8", 4, {}, scan.scan),  # `in_proj` has convolved
+        ("fp16-state16", 16, {}, scan.scan),
+        ("fp16-state8", 16, {"S": 64}, scan.scan),
+        ("fp16-state8", 16, {"P": 32}, scan.scan),
+        ("fp16-state8", 16, {"D": 192}, scan.scan),  # six heads
+    ],
+)
+def test_a_head_a_warp_where_it_suits(
+    precision: str, rows: int, sizes: dict[str, int], wanted: object
+) -> None:
+    geometry = replace(GOLDEN, **sizes)
+    bucket = step_bucket(geometry, FORMATS[precision], rows, TUNING[rows])
+    scans = {item.kernel.function for item in flat(bucket.step)} & {
+        scan.scan,
+        warp_scan.scan_of_bytes,
+    }
+    assert scans == {wanted}
+    parts = geometry.H if wanted is warp_scan.scan_of_bytes else None
+    assert parts in (None, bucket.buffers["squares"].shape[1])
+
+
 def test_a_kernel_may_be_bound_to_some_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     head = product(1, BM=16, BN=32, BK=64)
     bound = replace(head, registers=96)
