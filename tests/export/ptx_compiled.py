@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aim_export.cuda import compile as compiler
 from aim_export.cuda.launch import KernelSpec
 
 from .ptx_machine import Machine
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """How far results are from `wanted`, float64, relative to its norm."""
+    return float(np.linalg.norm(found.astype("f8") - wanted) / np.linalg.norm(wanted))
 
 
 def compiled(kernel: KernelSpec, groups: tuple[int, ...]) -> Machine:

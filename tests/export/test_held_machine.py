@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 from aim_export.cuda.kernels import held
 from aim_export.cuda.launch import KernelSpec
 
-from .ptx_compiled import compiled
+from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
 
 # Outputs of the first projection are no multiple of a tile.
@@ -56,10 +56,6 @@ def weights(outputs: int, width: int, bits: int) -> tuple[np.ndarray, np.ndarray
         return normal(outputs, width, dtype="f2"), np.ones(outputs, "f4")
     values = random.integers(-127, 128, (outputs, width)).astype("i1")
     return values, np.abs(normal(outputs)) / np.float32(100)
-
-
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype("f8") - wanted) / np.linalg.norm(wanted))
 
 
 def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.ndarray) -> Any:

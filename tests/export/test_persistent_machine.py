@@ -22,7 +22,7 @@ from aim_runtime.engines.cuda.plan import Bucket, Launch, Program, flat
 
 from .interpreter import interpret
 from .persistent_reference import Arrays, random_arrays, scores, step
-from .ptx_compiled import compiled
+from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
 
 CASES = (
@@ -89,10 +89,6 @@ class Played:
         arguments = [self.arrays[argument.name] for argument in launch.arguments]
         machine, _ = machine_of(self.geometry, self.precision, self.rows, name)
         machine.run(arguments, launch.grid[0] - missing, seed)
-
-
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype("f8") - wanted) / np.linalg.norm(wanted))
 
 
 def check(found: Arrays, wanted: Arrays) -> None:

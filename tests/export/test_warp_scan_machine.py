@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 from aim_export.cuda.kernels import warp_scan
 from aim_export.cuda.launch import KernelSpec
 
-from .ptx_compiled import compiled
+from .persistent_reference import silu
+from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
 
 R, H, P, S, K, C, Q, WARPS = 3, 8, 64, 128, 4, 32, 16, 4
@@ -31,10 +32,6 @@ def machine(types: tuple[str, ...], constants: tuple[tuple[str, Any], ...]) -> M
 
 def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
     return random.normal(size=shape).astype(dtype)
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
 
 
 def memory(at: list[int]) -> dict[str, np.ndarray]:
@@ -101,10 +98,6 @@ def expected(before: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
         "past_c": c,
         "ring": new,
     }
-
-
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.astype("f8") - wanted) / np.linalg.norm(wanted))
 
 
 @pytest.mark.parametrize("at", [[0, 2, 5], [31, 32, 33], [48, 63, 64], [80, 100, 255]])

@@ -11,7 +11,7 @@ import triton.language as tl
 HALF_LIMIT = tl.constexpr(65504.0)
 # 1.5 * 2**23: a number of up to 22 bits and its sign, added to it, becomes an integer in the sum's
 # low bits. The GPU's converters between floats and integers are four times slower than its adders.
-_INTEGERS = tl.constexpr(12582912.0)
+INTEGERS = tl.constexpr(12582912.0)
 _INTEGERS_BITS = tl.constexpr(0x4B400000)
 # 1024 + 128, likewise: an int8 added to its bits changes the low ones.
 _BYTES = tl.constexpr(1152.0)
@@ -80,7 +80,7 @@ def softplus(value):
 @triton.jit
 def rounded(value):
     """The integer nearest to a float32, halves to even, as float32."""
-    return value + _INTEGERS - _INTEGERS
+    return value + INTEGERS - INTEGERS
 
 
 @triton.jit
@@ -92,13 +92,13 @@ def int8_unit(largest):
 @triton.jit
 def to_int8(value):
     """The int8 nearest to a float32 within its range."""
-    return (value + _INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
+    return (value + INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def from_int8(value):
     """int8 to float32."""
-    return (value.to(tl.int32) + _INTEGERS_BITS).to(tl.float32, bitcast=True) - _INTEGERS
+    return (value.to(tl.int32) + _INTEGERS_BITS).to(tl.float32, bitcast=True) - INTEGERS
 
 
 @triton.jit

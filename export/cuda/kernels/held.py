@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents
-from aim_export.cuda.kernels.persistent_common import store_rounded
+from aim_export.cuda.kernels.persistent_common import bits, none, store_rounded
 from aim_export.cuda.kernels.persistent_products import multiply, widen
 
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -35,21 +35,16 @@ def _fragments(W, WORDS):
 
 
 @gluon.constexpr_function
-def _bits(count):
-    return [1 << bit for bit in range(count.bit_length() - 1)]
-
-
-@gluon.constexpr_function
 def _spread(W, TILES, GROUPS):
     """The bits of a result's group, tile, row and output that registers, lanes and warps count.
 
     Lanes have outputs and fours of rows, so that what they read of a partial product lies side by
     side.
     """
-    lanes = [("row", 4), *(("output", bit) for bit in _bits(16))]
-    rest = [("group", bit) for bit in _bits(GROUPS)] + [("tile", bit) for bit in _bits(TILES)]
+    lanes = [("row", 4), *(("output", bit) for bit in bits(16))]
+    rest = [("group", bit) for bit in bits(GROUPS)] + [("tile", bit) for bit in bits(TILES)]
     rest += [("row", 2), ("row", 1)]
-    count = len(_bits(W))
+    count = len(bits(W))
     warps = rest[:count]
     return rest[count:][::-1], lanes, warps + [("none", 0)] * (count - len(warps))
 
@@ -63,7 +58,7 @@ def _parts_layout(W, TILES, GROUPS):
         [[bit * axis for axis in axes[name]] for name, bit in bits]
         for bits in _spread(W, TILES, GROUPS)
     )
-    registers += [[0, bit, 0] for bit in _bits(W)]
+    registers += [[0, bit, 0] for bit in bits(W)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [TILES * GROUPS, W, 128])
 
 
@@ -138,12 +133,6 @@ def _fragment(held, tile: gl.constexpr, step: gl.constexpr, STEPS: gl.constexpr,
 
 
 @gluon.jit
-def _none():
-    """No values, to which some are added."""
-    return ()
-
-
-@gluon.jit
 def _load_rows(
     source,  # (R, WIDTH) float16
     first,
@@ -163,7 +152,7 @@ def _load_rows(
     column = (thread // 32) * (STEPS * 16) + thread % 4 * 4
     at = gl.expand_dims((first + thread // 4 % ROWS) * (WIDTH // 2) + column, 1)
     words = source.to(gl.pointer_type(gl.int32)) + at + gl.expand_dims(word, 0)
-    loaded = _none()
+    loaded = none()
     for step in gl.static_range(STEPS):
         for group in gl.static_range(GROUPS):
             loaded += (gl.load(words + step * 16 + group * (4 * WIDTH)),)
@@ -173,13 +162,13 @@ def _load_rows(
 @gluon.jit
 def _joined(results, COUNT: gl.constexpr, W: gl.constexpr):
     """COUNT results of the tensor cores, (32 W, 4) each, as (COUNT, W, 16 * 8)."""
-    joined = _none()
+    joined = none()
     for index in gl.static_range(COUNT):
         # warp, q, j, + 8, column
         value = gl.permute(gl.reshape(results[index], [W, 8, 4, 2, 2]), [0, 3, 1, 2, 4])
         joined += (gl.reshape(value, [1, W, 128]),)
     for level in gl.static_range(COUNT.bit_length() - 1):
-        pairs = _none()
+        pairs = none()
         for index in gl.static_range(COUNT >> (level + 1)):
             pair = gl.permute(gl.join(joined[2 * index], joined[2 * index + 1]), [3, 0, 1, 2])
             pairs += (gl.reshape(pair, [2 << level, W, 128]),)
@@ -200,11 +189,11 @@ def _products(
     STEPS: gl.constexpr = WIDTH // (32 * W)
     COUNT: gl.constexpr = TILES * GROUPS
     async_copy.wait_group(0)
-    totals = _none()
+    totals = none()
     for _ in gl.static_range(COUNT):
         totals += (gl.zeros([32 * W, 4], gl.float32, _fragments(W, 4)),)
     for step in gl.static_range(STEPS):
-        grown = _none()
+        grown = none()
         for tile in gl.static_range(TILES):
             upper, lower = _fragment(held, tile, step, STEPS, W)
             for group in gl.static_range(GROUPS):

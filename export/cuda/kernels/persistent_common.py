@@ -105,6 +105,18 @@ def heads_apart(H):
     return -(-H // 4) * 4
 
 
+@gluon.constexpr_function
+def bits(count):
+    """The powers of two below one."""
+    return [1 << bit for bit in range(count.bit_length() - 1)]
+
+
+@gluon.jit
+def none():
+    """No values, to which some are added."""
+    return ()
+
+
 @gluon.jit
 def silu(value):
     return value / (1.0 + gl.exp(-value))

@@ -8,12 +8,13 @@ first half is multiplied by, and c3 in those of the second.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
-# ruff: noqa: D103
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from aim_export.cuda.kernels.persistent_common import bits
 
 P = gl.constexpr(64)
 S = gl.constexpr(128)
@@ -24,11 +25,6 @@ LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 # (THREADS, 4): a fragment.
 FRAGMENT = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [WARPS.value, 1], [1, 0]))
 THREAD = gl.constexpr(gl.SliceLayout(1, FRAGMENT.value))
-
-
-@gluon.constexpr_function
-def bits(count):
-    return [1 << bit for bit in range(count.bit_length() - 1)]
 
 
 @gluon.constexpr_function
@@ -94,12 +90,6 @@ def lanes():
     """q and j of each thread, (THREADS,)."""
     thread = gl.arange(0, THREADS, THREAD)
     return thread // 4 % 8, thread % 4
-
-
-@gluon.jit
-def none():
-    """No values, to which some are added."""
-    return ()
 
 
 @gluon.constexpr_function

@@ -12,6 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from aim_export.cuda.kernels.common import INTEGERS
+from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import (
     CHANNELS,
     FRAGMENT,
@@ -24,7 +26,6 @@ from aim_export.cuda.kernels.warp_fragments import (
     copy,
     fragment,
     lanes,
-    none,
     of_heads,
     of_lanes,
     places,
@@ -33,8 +34,6 @@ from aim_export.cuda.kernels.warp_fragments import (
 
 COLUMNS = gl.constexpr(of_heads((1, 2), (16, 32, 4, 8, 64)))  # a lane's word is four side by side
 _WORDS = gl.constexpr(P.value * S.value // 4)  # of a state
-# 1.5 * 2**23, as in `common.rounded`.
-_INTEGERS = gl.constexpr(12582912.0)
 
 
 @gluon.jit
@@ -77,9 +76,9 @@ def digits_of(query):
     largest = gl.max(gl.abs(query), axis=1)
     unit = gl.where(largest > 0.0, largest / 127.0, 1.0)
     value = query * gl.expand_dims(1.0 / unit, 1)
-    first = value + _INTEGERS
+    first = value + INTEGERS
     # To the base 254, for a digit leaves at most a half over.
-    second = (value - (first - _INTEGERS)) * 254.0 + _INTEGERS
+    second = (value - (first - INTEGERS)) * 254.0 + INTEGERS
     first, second = first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True)
     unit = gl.convert_layout(unit, gl.SliceLayout(1, CHANNELS), assert_trivial=True)
     return _word(first), _word(second), unit * (1.0 / 254.0)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from aim_export.cuda.kernels.common import HALF_LIMIT
+from aim_export.cuda.kernels.persistent_common import bits, none
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
@@ -22,12 +24,10 @@ from aim_export.cuda.kernels.warp_fragments import (
     WARPS,
     P,
     S,
-    bits,
     constraints,
     copy,
     fragment,
     lanes,
-    none,
     of_heads,
     of_lanes,
     places,
@@ -108,7 +108,7 @@ def load_decays(past_decay, heads, slot):
 def halves(value):
     """Each lane's four numbers of C (1, S) in `SCORED` as two pairs of halves, and as two of what
     those leave: (threads, 4)."""
-    value = gl.maximum(gl.minimum(value, 65504.0), -65504.0) + gl.full(
+    value = gl.maximum(gl.minimum(value, HALF_LIMIT), -HALF_LIMIT) + gl.full(
         [WARPS, S], 0.0, gl.float32, SCORED
     )
     pairs = gl.inline_asm_elementwise(
