@@ -10,6 +10,7 @@ import triton
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import held, products, sample, scan, step, warp_fragments, warp_scan
+from aim_export.cuda.kernels.warp_fold import fold_of_bytes
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
@@ -23,12 +24,12 @@ _FOLD_PROGRAMS = 1024
 # States on their way at a time in a program of `fold`, and the most registers of a thread. Those of
 # 8 bits take the most of both: three programs a processor instead of two hide more.
 _FOLD_STAGES, _FOLD_REGISTERS = {"int8": 1}, {"int8": 168}
-
 # What a scan reads and writes, and what it does besides where states are not float32.
 _SCANNED = (
     *("projected", "conv_weight", "conv_bias", "dt_bias", "a", "d", "position", "ring", "state"),
     *("past_x", "past_b", "past_decay", "gated", "squares"),
 )
+_FOLDED = ("position", "state", "past_x", "past_b", "past_decay")
 _SCANNED_IN_SHORT = ("state_scale", "column_scale", "past_c")
 
 SpecLaunch: TypeAlias = Launch[KernelSpec]
@@ -331,29 +332,17 @@ class StepBuilder:
         # The least number of states that leaves a row few enough programs.
         least = min(states, -(-states * self.rows // _FOLD_PROGRAMS))
         heads = next(n for n in range(least, states + 1) if states % n == 0)
-        launch = self.launch(
-            scan.fold,
-            (states // heads, self.rows),
-            position="position",
-            state="state",
-            state_scale=self._if_there("state_scale"),
-            column_scale=self._if_there("column_scale"),
-            past_x="past_x",
-            past_b="past_b",
-            past_decay="past_decay",
-            past_c=self._if_there("past_c"),
-            R=self.rows,
-            INNER=g.inner,
-            H=g.H,
-            P=g.P,
-            S=g.S,
-            CHUNK=self.chunk,
-            QUERIES=self.queries,
-            HEADS=heads,
-            STAGES=_FOLD_STAGES.get(self.precision.state, 2),
-            registers=_FOLD_REGISTERS.get(self.precision.state),
-            OVERLAPS=self.overlaps,
-        )
+        shared: dict[str, Any] = {name: name for name in _FOLDED}
+        shared |= {name: self._if_there(name) for name in _SCANNED_IN_SHORT}
+        shared |= {"R": self.rows, "INNER": g.inner, "H": g.H, "QUERIES": self.queries}
+        shared |= {"HEADS": heads, "OVERLAPS": self.overlaps}
+        own: dict[str, Any] = {"registers": _FOLD_REGISTERS.get(self.precision.state)}
+        if self.scans_by_warps:
+            kernel, own["num_warps"] = fold_of_bytes, warp_fragments.WARPS.value
+        else:
+            kernel, own["STAGES"] = scan.fold, _FOLD_STAGES.get(self.precision.state, 2)
+            own |= {"P": g.P, "S": g.S, "CHUNK": self.chunk}
+        launch = self.launch(kernel, (states // heads, self.rows), **shared, **own)
         return replace(launch, every=self.chunk)
 
     def _final_norm(self) -> SpecLaunch:

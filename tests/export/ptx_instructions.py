@@ -482,24 +482,25 @@ def _add_in_memory(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> 
     np.add.at(memory.views[4], memory.places(address, 4), value)
 
 
-def _matrix_lines(lanes: Lanes, address: np.ndarray, number: int) -> np.ndarray:
-    """Where each thread's part of matrix `number` is; eight threads know where its lines are."""
+def _matrix_halves(lanes: Lanes, address: np.ndarray, number: int, turned: bool) -> np.ndarray:
+    """Where each thread's two halves of matrix `number` are; eight threads know its lines."""
     lines = address.reshape(-1, 32)[:, 8 * number : 8 * number + 8]
-    thread = np.arange(32)
-    return (lines[:, thread // 4] + (thread % 4 * 4).astype(np.uint64)).reshape(-1)
+    q, pair = np.arange(32)[:, None] // 4, 2 * (np.arange(32)[:, None] % 4) + np.arange(2)
+    line, column = (pair, q) if turned else (q, pair)
+    return (lines[:, line] + (2 * column).astype(np.uint64)).reshape(-1)
 
 
 @handles("ldmatrix", "stmatrix")
 def _move_matrices(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """Matrices of 8 lines of 16 bytes, a register of each thread for each."""
-    loads = item.opcode.startswith("ld")
-    address = lanes.address(item.operands[loads])
+    loads, turned = item.opcode.startswith("ld"), "trans" in item.opcode.split(".")
+    address, shared = lanes.address(item.operands[loads]), lanes.program.shared
     for number, name in enumerate(item.operands[not loads].strip("{}").split(",")):
-        at = _matrix_lines(lanes, address, number)
+        at = _matrix_halves(lanes, address, number, turned)
         if loads:
-            lanes.set(name, lanes.program.shared.load(at, 4), None)
+            lanes.set(name, shared.load(at, 2).view("u4"), None)
         else:
-            lanes.program.shared.store(at, lanes.get(name, "u4"), 4)
+            shared.store(at, lanes.get(name, "u4").copy().view("u2"), 2)
 
 
 def _first(lanes: Lanes, values: np.ndarray, mask: np.ndarray | None) -> int:

@@ -23,12 +23,12 @@ import triton.language as tl
 from aim_export.cuda.kernels.common import int8_unit, rounded, to_int8
 
 # The smallest factor of a column: float16's smallest number that has all its digits.
-_SMALLEST_COLUMN = tl.constexpr(2.0**-14)
+SMALLEST_COLUMN = tl.constexpr(2.0**-14)
 # Less than this, float32's smallest number that has all its digits, is as good as nothing.
-_LEAST_SQUARE = tl.constexpr(2.0**-126)
+LEAST_SQUARE = tl.constexpr(2.0**-126)
 # m, of the mean square over columns of the queries' sum: the best of 0.02 to 0.3 for the model in
 # the box.
-_DAMPING = tl.constexpr(0.05)
+DAMPING = tl.constexpr(0.05)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def load_feedback(past_c, place, S: tl.constexpr, Q: tl.constexpr):
     first = (first * unit).to(tl.float16)
     third = (third * unit).to(tl.float16)
     fourth = (fourth * unit).to(tl.float16)
-    damping = _DAMPING * Q
+    damping = DAMPING * Q
     last = side_by_side(third, fourth)
     wide = tl.dot(last, tl.trans(last))
     # Zeros beside it, for products want no fewer than 16 columns.
@@ -134,7 +134,7 @@ def store_with_feedback(target, state, factors, columns, feedback, Q: tl.constex
     third, fourth = halves(right)
     left_squares, third_squares, fourth_squares = left * left, third * third, fourth * fourth
     square = tl.sum(left_squares, axis=1) + tl.sum(third_squares + fourth_squares, axis=1)
-    alike = 1.0 / tl.where(square > _LEAST_SQUARE, square, 1.0)
+    alike = 1.0 / tl.where(square > LEAST_SQUARE, square, 1.0)
     left_column = _store_columns(columns, left_squares, alike)
     third_column = _store_columns(columns + THIRD, third_squares, alike)
     fourth_column = _store_columns(columns + FOURTH, fourth_squares, alike)
@@ -165,7 +165,7 @@ def store_with_feedback(target, state, factors, columns, feedback, Q: tl.constex
 def _store_columns(columns, squares, alike):
     """Store and return the factors (N,) of columns, from `squares` (P, N) times `alike` (P,)."""
     column = tl.sqrt(tl.sum(squares * alike[:, None], axis=0) * (1.0 / squares.shape[0]))
-    column = tl.maximum(column, _SMALLEST_COLUMN).to(tl.float16)
+    column = tl.maximum(column, SMALLEST_COLUMN).to(tl.float16)
     tl.store(columns + tl.arange(0, squares.shape[1]), column)
     return column.to(tl.float32)
 

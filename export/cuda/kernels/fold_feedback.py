@@ -1,0 +1,162 @@
+"""Rounding with feedback, as `error_feedback` says, for states that lie as in `fold_fragments`.
+
+What a layer's queries C want is in shared memory, columns in the order of tiles.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from aim_export.cuda.kernels.error_feedback import DAMPING
+from aim_export.cuda.kernels.fold_fragments import (
+    LEFT,
+    RIGHT,
+    TILES,
+    along,
+    as_left,
+    columns_of,
+    from_result,
+    store_rounded_bytes,
+    tiled,
+)
+from aim_export.cuda.kernels.warp_fragments import WARPS, P, S, bits
+
+_HALF = gl.constexpr(S.value // 2)
+_QUARTER = gl.constexpr(S.value // 4)
+
+
+@gluon.constexpr_function
+def lines_of(W):
+    """Shared memory (N, W) of halves, whose lines `ldmatrix` reads without conflicts."""
+    phases = min(8, W // 8)
+    return gl.SwizzledSharedLayout(8, max(1, 8 // phases), phases, [1, 0])
+
+
+@gluon.constexpr_function
+def _matrices(Q):
+    """(Q, Q, 2), the same in all warps, a row in a lane or two."""
+    columns = bits(Q)
+    split = 5 - len(columns)  # bits of columns that lanes have
+    registers = [[0, 0, 1], *([0, bit, 0] for bit in columns[split:])]
+    lanes = [[bit, 0, 0] for bit in columns] + [[0, bit, 0] for bit in columns[:split]]
+    warps = [[0, 0, 0] for _ in bits(WARPS.value)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [Q, Q, 2])
+
+
+@gluon.jit
+def room_for_feedback(Q: gl.constexpr):
+    """Shared memory for what `hold_feedback` makes."""
+    first = gl.allocate_shared_memory(gl.float16, [Q, _HALF], lines_of(_HALF))
+    third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
+    fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
+    to_third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
+    to_fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
+    return first, third, fourth, to_third, to_fourth
+
+
+@gluon.jit
+def _product(left, right, total):
+    """`total` (N, M) and two matrices' product, of the right one's transpose in shared memory."""
+    return mma_v2(left, right.permute([1, 0]).load(RIGHT), total)
+
+
+@gluon.jit
+def _inverses(matrices):
+    """As `error_feedback.inverses`."""
+    Q: gl.constexpr = matrices.shape[0]
+    layout: gl.constexpr = matrices.type.layout
+    row_at = gl.arange(0, Q, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    row_at = gl.expand_dims(gl.expand_dims(row_at, 1), 2)
+    column_at = gl.arange(0, Q, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    column_at = gl.expand_dims(gl.expand_dims(column_at, 0), 2)
+    for pivot in range(Q):
+        in_row, in_column = row_at == pivot, column_at == pivot
+        row = gl.expand_dims(gl.sum(gl.where(in_row, matrices, 0.0), axis=0), 0)
+        column = gl.expand_dims(gl.sum(gl.where(in_column, matrices, 0.0), axis=1), 1)
+        value = gl.expand_dims(gl.sum(gl.where(in_column, row, 0.0), axis=1), 1)
+        left = gl.where(in_row, 1.0, -column)
+        right = gl.where(in_column, 1.0, row) / value
+        rest = gl.where(in_row | in_column, 0.0, matrices)
+        matrices = rest + left * right
+    return matrices
+
+
+@gluon.jit
+def _hold_moves(target, inverse, queries):
+    """Put an inverse (Q, Q) over the damping, times `queries` (Q, S/4), into `target`."""
+    Q: gl.constexpr = inverse.shape[0]
+    inverse = gl.convert_layout(inverse * (1.0 / (DAMPING * Q)), LEFT)
+    high = inverse.to(gl.float16)
+    low = (inverse - high.to(gl.float32)).to(gl.float16)
+    queries = queries.load(RIGHT)
+    zero = gl.zeros([Q, _QUARTER], gl.float32, TILES)
+    target.store(mma_v2(low, queries, mma_v2(high, queries, zero)).to(gl.float16))
+
+
+@gluon.jit
+def hold_feedback(room, source, Q: gl.constexpr):
+    """Fill `room` with what rounding by the queries (Q, S) at `source` wants."""
+    first, third, fourth, to_third, to_fourth = room
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    queries = gl.load(source + along(Q, 0, layout) * S + along(S, 1, layout)).to(gl.float32)
+    square = gl.sum(gl.sum(queries * queries, axis=1), axis=0)
+    # To a mean square of 1, so that halves hold all of it.
+    queries *= gl.where(square > 0.0, gl.sqrt(Q * S / square), 0.0)
+    queries = tiled(queries.to(gl.float16))
+    left, right = gl.split(gl.permute(gl.reshape(queries, [Q, 2, _HALF]), [0, 2, 1]))
+    first.store(left)
+    left, right = gl.split(gl.permute(gl.reshape(right, [Q, 2, _QUARTER]), [0, 2, 1]))
+    third.store(left)
+    fourth.store(right)
+    zero = gl.zeros([Q, Q], gl.float32, TILES)
+    near = _product(fourth.load(LEFT), fourth, zero)
+    wide = _product(third.load(LEFT), third, near)
+    both: gl.constexpr = _matrices(Q)
+    one = along(Q, 0, TILES) == along(Q, 1, TILES)
+    one = gl.where(one, 1.0, 0.0)
+    wide, near = wide * (1.0 / (DAMPING * Q)) + one, near * (1.0 / (DAMPING * Q)) + one
+    wide, near = gl.split(_inverses(gl.convert_layout(gl.join(wide, near), both)))
+    _hold_moves(to_third, wide, third)
+    _hold_moves(to_fourth, near, fourth)
+
+
+@gluon.jit
+def _moved(values, r, moves, inverse):
+    """`values` (P, S/4) and what r (P, Q) moves them by, within what an int8 can be."""
+    by = mma_v2(r, moves.load(RIGHT), gl.zeros([P, _QUARTER], gl.float32, TILES))
+    values += from_result(by) * _row_of(inverse, _QUARTER)
+    return gl.minimum(gl.maximum(values, -127.0), 127.0)
+
+
+@gluon.jit
+def _row_of(shared, W: gl.constexpr):
+    """A number for each of W columns, (1, W)."""
+    return gl.expand_dims(shared.load(gl.SliceLayout(0, columns_of(W))), 0)
+
+
+@gluon.jit
+def _errors(values, digits, columns):
+    """What rounding leaves, as the left operand of a product."""
+    return as_left(((values - digits) * _row_of(columns, values.shape[1])).to(gl.float16))
+
+
+@gluon.jit
+def store_parts(target, left, third, fourth, columns, inverses, room, Q: gl.constexpr):
+    """Store a state's parts, (P, S/2) and twice (P, S/4), as int8, by what `room` has.
+
+    `columns` and `inverses` are shared memory (S,): what a column counts, and 1 over it.
+    """
+    first, third_queries, _fourth_queries, to_third, to_fourth = room
+    errors = _errors(left, store_rounded_bytes(target, left), columns.slice(0, _HALF))
+    r = _product(errors, first, gl.zeros([P, Q], gl.float32, TILES))
+    half_r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
+    moved = _moved(third, half_r, to_third, inverses.slice(_HALF, _QUARTER))
+    digits = store_rounded_bytes(target + _HALF, moved)
+    errors = _errors(third, digits, columns.slice(_HALF, _QUARTER))
+    r = _product(errors, third_queries, r)
+    half_r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
+    moved = _moved(fourth, half_r, to_fourth, inverses.slice(_HALF + _QUARTER, _QUARTER))
+    store_rounded_bytes(target + _HALF + _QUARTER, moved)

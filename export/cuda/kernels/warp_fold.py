@@ -1,0 +1,142 @@
+"""The end of a chunk for 8-bit states, four warps a state.
+
+What `scan.fold` computes. A warp has 16 channels of a state and keeps them in registers, where the
+tensor cores add the chunk's tokens to them and take them from there for the feedback. Warps
+exchange the columns' squares alone, through shared memory.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from aim_export.cuda.kernels.common import begin_dependents, int8_unit
+from aim_export.cuda.kernels.error_feedback import LEAST_SQUARE, SMALLEST_COLUMN
+from aim_export.cuda.kernels.fold_feedback import (
+    hold_feedback,
+    lines_of,
+    room_for_feedback,
+    store_parts,
+)
+from aim_export.cuda.kernels.fold_fragments import (
+    STATE,
+    added,
+    along,
+    halves,
+    load_bytes,
+    numbers_of,
+    store_rounded_bytes,
+    tiled,
+)
+from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
+
+_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+_LANES = gl.constexpr(8 * WARPS.value)  # that have a column, of two channels each
+# (_LANES, S): a column for each thread.
+_COLUMN = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[bit, 0] for bit in bits(_LANES.value)],
+        [[0, bit] for bit in bits(32)],
+        [[0, 32], [0, 64]],
+        [],
+        [_LANES.value, S.value],
+    )
+)
+
+
+@gluon.jit
+def _hold_keys(keys, source):
+    """Put the chunk's B (CHUNK, S) into shared memory, columns in the order of tiles."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    keys.store(tiled(gl.load(source + along(CHUNK, 0, layout) * S + along(S, 1, layout))))
+
+
+@gluon.jit
+def _restored(words, factors, columns, decay, old):
+    """A state's bytes as float32 (P, S) times `decay`; its factors are read where it is `old`."""
+    channel, column = along(P, 0, STATE), along(S, 1, STATE)
+    channel = gl.load(factors + channel, mask=(channel >= 0) & old, other=0.0) * decay
+    column = gl.load(columns + column, mask=(column >= 0) & old, other=0.0).to(gl.float32)
+    return numbers_of(words) * channel * column
+
+
+@gluon.jit
+def _hold_columns(squares, sums, shared, inverses, columns):
+    """From `squares` (P, S) what columns count: to memory `columns`, to `shared`, and 1 over it."""
+    sums.store(gl.sum(gl.reshape(squares, [_LANES, 2, S]), axis=1))
+    column = gl.sqrt(gl.sum(sums.load(_COLUMN), axis=0) * (1.0 / P))
+    column = gl.maximum(column, SMALLEST_COLUMN).to(gl.float16)
+    gl.store(columns + gl.arange(0, S, gl.SliceLayout(0, _COLUMN)), column)
+    column = column.to(gl.float32)
+    shared.store(column)
+    inverses.store(gl.rsqrt(column * column))
+
+
+@gluon.jit
+def _normed(state):
+    """A state (P, S), each channel over the root of its squares' sum, and that root (P, 1)."""
+    square = gl.expand_dims(gl.sum(state * state, axis=1), 1)
+    inverse = gl.rsqrt(gl.where(square > LEAST_SQUARE, square, 1.0))
+    return state * inverse, 1.0 / inverse
+
+
+@gluon.jit
+def fold_of_bytes(
+    position,  # (R,) int64
+    state,  # (L, R, H, P, S) int8, updated
+    state_scale,  # (L, R, H, P) float32, updated
+    column_scale,  # (L, R, H, S) float16, updated
+    past_x,  # (L, R, C, I) float16, dt * x of the chunk's tokens
+    past_b,  # (L, R, C, S) float16, their B
+    past_decay,  # (L, R, H, C) float32, the sums of dt * a from the chunk's start
+    past_c,  # (L, R, QUERIES, S) float16, C of the last of them
+    R: gl.constexpr,
+    INNER: gl.constexpr,
+    H: gl.constexpr,
+    QUERIES: gl.constexpr,
+    HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
+    OVERLAPS: gl.constexpr,
+):
+    """Where a row's chunk is full, move its tokens into HEADS of its L * H states."""
+    first, row = gl.program_id(0) * HEADS, gl.program_id(1)
+    at = gl.load(position + row)
+    begin_dependents(OVERLAPS)
+    if at % CHUNK == CHUNK - 1:
+        old = at >= CHUNK
+        keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S))
+        sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
+        shared = gl.allocate_shared_memory(gl.float32, [S], _LINE)
+        inverses = gl.allocate_shared_memory(gl.float32, [S], _LINE)
+        if QUERIES > 0:
+            room = room_for_feedback(QUERIES)
+        for index in range(HEADS):
+            place = ((first + index) // H * R + row).to(gl.int64)
+            head = (first + index) % H
+            cell = place * H + head
+            words = load_bytes(state + cell * (P * S), old)
+            if (head == 0) | (index == 0):
+                _hold_keys(keys, past_b + place * (CHUNK * S))
+                if QUERIES > 0:
+                    hold_feedback(room, past_c + place * (QUERIES * S), QUERIES)
+            sums_of_head = past_decay + cell * CHUNK
+            factors, columns = state_scale + cell * P, column_scale + cell * S
+            decay = gl.exp(gl.load(sums_of_head + CHUNK - 1))
+            kept = _restored(words, factors, columns, decay, old)
+            kept = added(
+                kept, past_x + place * (CHUNK * INNER) + head * P, sums_of_head, keys, INNER
+            )
+            kept, root = _normed(kept)
+            _hold_columns(kept * kept, sums, shared, inverses, columns)
+            kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
+            unit = int8_unit(gl.expand_dims(gl.max(gl.abs(kept), axis=1), 1))
+            gl.store(factors + along(P, 0, STATE), unit * root)
+            kept *= 1.0 / unit
+            target = state + cell * (P * S)
+            if QUERIES > 0:
+                left, right = halves(kept)
+                third, fourth = halves(right)
+                store_parts(target, left, third, fourth, shared, inverses, room, QUERIES)
+            else:
+                store_rounded_bytes(target, kept)
