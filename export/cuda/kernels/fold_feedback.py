@@ -19,7 +19,8 @@ from aim_export.cuda.kernels.fold_fragments import (
     as_left,
     columns_of,
     from_result,
-    store_rounded_bytes,
+    integers,
+    store_integers,
     tiled,
 )
 from aim_export.cuda.kernels.warp_fragments import WARPS, P, S, bits
@@ -124,39 +125,49 @@ def hold_feedback(room, source, Q: gl.constexpr):
 
 
 @gluon.jit
-def _moved(values, r, moves, inverse):
-    """`values` (P, S/4) and what r (P, Q) moves them by, within what an int8 can be."""
-    by = mma_v2(r, moves.load(RIGHT), gl.zeros([P, _QUARTER], gl.float32, TILES))
-    values += from_result(by) * _row_of(inverse, _QUARTER)
-    return gl.minimum(gl.maximum(values, -127.0), 127.0)
-
-
-@gluon.jit
 def _row_of(shared, W: gl.constexpr):
     """A number for each of W columns, (1, W)."""
     return gl.expand_dims(shared.load(gl.SliceLayout(0, columns_of(W))), 0)
 
 
 @gluon.jit
-def _errors(values, digits, columns):
-    """What rounding leaves, as the left operand of a product."""
-    return as_left(((values - digits) * _row_of(columns, values.shape[1])).to(gl.float16))
+def _times_channels(values, channels):
+    """Columns (P, W) times a number for each channel, (P,)."""
+    layout: gl.constexpr = gl.SliceLayout(1, columns_of(values.shape[1]))
+    return values * gl.expand_dims(gl.convert_layout(channels, layout, assert_trivial=True), 1)
 
 
 @gluon.jit
-def store_parts(target, left, third, fourth, columns, inverses, room, Q: gl.constexpr):
-    """Store a state's parts, (P, S/2) and twice (P, S/4), as int8, by what `room` has.
+def _moved(values, inverse_unit, r, moves, inverses):
+    """`integers` of `values` (P, S/4) times `inverse_unit` and of what r (P, Q) moves them by."""
+    r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
+    by = mma_v2(r, moves.load(RIGHT), gl.zeros([P, _QUARTER], gl.float32, TILES))
+    values = _times_channels(values, inverse_unit) + from_result(by) * _row_of(inverses, _QUARTER)
+    return integers(gl.minimum(gl.maximum(values, -127.0), 127.0))
 
-    `columns` and `inverses` are shared memory (S,): what a column counts, and 1 over it.
+
+@gluon.jit
+def _errors(values, inverse_unit, digits, columns):
+    """What rounding leaves, as the left operand of a product."""
+    errors = (_times_channels(values, inverse_unit) - digits).to(gl.float16)
+    return as_left(errors * _row_of(columns, values.shape[1]))
+
+
+@gluon.jit
+def store_parts(target, parts, inverse_unit, columns, inverses, room, Q: gl.constexpr):
+    """Store a state's parts times `inverse_unit` (P,) as int8, by what `room` has.
+
+    Parts are (P, S/2) and twice (P, S/4). `columns` (float16) and `inverses` (float32) are shared
+    memory (S,): what a column counts, and 1 over it.
     """
+    left, third, fourth = parts
     first, third_queries, _fourth_queries, to_third, to_fourth = room
-    errors = _errors(left, store_rounded_bytes(target, left), columns.slice(0, _HALF))
+    digits = store_integers(target, integers(_times_channels(left, inverse_unit)))
+    errors = _errors(left, inverse_unit, digits, columns.slice(0, _HALF))
     r = _product(errors, first, gl.zeros([P, Q], gl.float32, TILES))
-    half_r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
-    moved = _moved(third, half_r, to_third, inverses.slice(_HALF, _QUARTER))
-    digits = store_rounded_bytes(target + _HALF, moved)
-    errors = _errors(third, digits, columns.slice(_HALF, _QUARTER))
+    moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER))
+    digits = store_integers(target + _HALF, moved)
+    errors = _errors(third, inverse_unit, digits, columns.slice(_HALF, _QUARTER))
     r = _product(errors, third_queries, r)
-    half_r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
-    moved = _moved(fourth, half_r, to_fourth, inverses.slice(_HALF + _QUARTER, _QUARTER))
-    store_rounded_bytes(target + _HALF + _QUARTER, moved)
+    rest = inverses.slice(_HALF + _QUARTER, _QUARTER)
+    store_integers(target + _HALF + _QUARTER, _moved(fourth, inverse_unit, r, to_fourth, rest))

@@ -24,9 +24,10 @@ from aim_export.cuda.kernels.fold_fragments import (
     added,
     along,
     halves,
+    integers,
     load_bytes,
     numbers_of,
-    store_rounded_bytes,
+    store_integers,
     tiled,
 )
 from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
@@ -59,7 +60,7 @@ def _restored(words, factors, columns, decay, old):
     channel, column = along(P, 0, STATE), along(S, 1, STATE)
     channel = gl.load(factors + channel, mask=(channel >= 0) & old, other=0.0) * decay
     column = gl.load(columns + column, mask=(column >= 0) & old, other=0.0).to(gl.float32)
-    return numbers_of(words) * channel * column
+    return numbers_of(words, channel) * column
 
 
 @gluon.jit
@@ -69,17 +70,18 @@ def _hold_columns(squares, sums, shared, inverses, columns):
     column = gl.sqrt(gl.sum(sums.load(_COLUMN), axis=0) * (1.0 / P))
     column = gl.maximum(column, SMALLEST_COLUMN).to(gl.float16)
     gl.store(columns + gl.arange(0, S, gl.SliceLayout(0, _COLUMN)), column)
-    column = column.to(gl.float32)
     shared.store(column)
+    column = column.to(gl.float32)
     inverses.store(gl.rsqrt(column * column))
 
 
 @gluon.jit
 def _normed(state):
-    """A state (P, S), each channel over the root of its squares' sum, and that root (P, 1)."""
-    square = gl.expand_dims(gl.sum(state * state, axis=1), 1)
-    inverse = gl.rsqrt(gl.where(square > LEAST_SQUARE, square, 1.0))
-    return state * inverse, 1.0 / inverse
+    """A state (P, S), each channel over the root of its squares' sum, and that root (P,)."""
+    square = gl.sum(state * state, axis=1)
+    square = gl.where(square > LEAST_SQUARE, square, 1.0)
+    inverse = gl.rsqrt(square)
+    return state * gl.expand_dims(inverse, 1), square * inverse
 
 
 @gluon.jit
@@ -107,7 +109,7 @@ def fold_of_bytes(
         old = at >= CHUNK
         keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S))
         sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
-        shared = gl.allocate_shared_memory(gl.float32, [S], _LINE)
+        shared = gl.allocate_shared_memory(gl.float16, [S], _LINE)
         inverses = gl.allocate_shared_memory(gl.float32, [S], _LINE)
         if QUERIES > 0:
             room = room_for_feedback(QUERIES)
@@ -130,13 +132,14 @@ def fold_of_bytes(
             kept, root = _normed(kept)
             _hold_columns(kept * kept, sums, shared, inverses, columns)
             kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
-            unit = int8_unit(gl.expand_dims(gl.max(gl.abs(kept), axis=1), 1))
-            gl.store(factors + along(P, 0, STATE), unit * root)
-            kept *= 1.0 / unit
+            unit = int8_unit(gl.max(gl.abs(kept), axis=1))
+            gl.store(factors + gl.arange(0, P, gl.SliceLayout(1, STATE)), unit * root)
+            inverse_unit = 1.0 / unit
             target = state + cell * (P * S)
             if QUERIES > 0:
                 left, right = halves(kept)
                 third, fourth = halves(right)
-                store_parts(target, left, third, fourth, shared, inverses, room, QUERIES)
+                parts = left, third, fourth
+                store_parts(target, parts, inverse_unit, shared, inverses, room, QUERIES)
             else:
-                store_rounded_bytes(target, kept)
+                store_integers(target, integers(kept * gl.expand_dims(inverse_unit, 1)))
