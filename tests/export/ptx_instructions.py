@@ -254,6 +254,8 @@ def _multiply(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
             result = result + lanes.get(
                 item.operands[3], kind if kind == "f4" else result.dtype.str
             )
+        if "sat" in words:
+            result = np.fmin(np.fmax(result, 0), 1)
         lanes.set(item.operands[0], result.astype("f4") if kind == "f4" else result, mask)
 
 

@@ -14,7 +14,7 @@ from aim_runtime.engines.cuda.plan import Argument, Tensor, flat
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import convert, scan
+from aim_export.cuda.kernels import convert, scan, warp_fold
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
@@ -82,12 +82,21 @@ def test_a_layers_tensors_advance_and_what_a_format_lacks_is_absent(precision: s
     assert {"state_scale", "column_scale"}.issubset(bucket.buffers) == quantised
 
 
-@pytest.mark.parametrize(("precision", "rows", "chunk"), [("fp32", 2, 32), ("fp16", 16, 16)])
-def test_only_folding_is_not_due_in_each_step(precision: str, rows: int, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "rows", "chunk", "fold"),
+    [
+        ("fp32", 2, 32, scan.fold),
+        ("fp16", 16, 16, scan.fold),
+        ("fp16-state8", 16, 32, warp_fold.fold_of_bytes),
+    ],
+)
+def test_only_folding_is_not_due_in_each_step(
+    precision: str, rows: int, chunk: int, fold: object
+) -> None:
     g = Geometry(D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1)
     bucket = step_bucket(g, FORMATS[precision], rows, TUNING[rows])
     found = {item.kernel.function: item.every for item in flat(bucket.step)}
-    assert found.pop(scan.fold) == chunk
+    assert found.pop(fold) == chunk
     assert set(found.values()) == {1}
 
 

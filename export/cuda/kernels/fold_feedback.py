@@ -17,6 +17,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     TILES,
     along,
     as_left,
+    bounded_integers,
     columns_of,
     from_result,
     integers,
@@ -37,14 +38,15 @@ def lines_of(W):
 
 
 @gluon.constexpr_function
-def _matrices(Q):
-    """(Q, Q, 2), the same in all warps, a row in a lane or two."""
+def _matrices(Q, apart):
+    """(Q, Q, 2), a row in a lane or two; a warp has one of both matrices, or not `apart` each."""
     columns = bits(Q)
     split = 5 - len(columns)  # bits of columns that lanes have
-    registers = [[0, 0, 1], *([0, bit, 0] for bit in columns[split:])]
+    registers = [[0, bit, 0] for bit in columns[split:]]
     lanes = [[bit, 0, 0] for bit in columns] + [[0, bit, 0] for bit in columns[:split]]
     warps = [[0, 0, 0] for _ in bits(WARPS.value)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [Q, Q, 2])
+    (warps if apart else registers).insert(0, [0, 0, 1])
+    return gl.DistributedLinearLayout(registers, lanes, warps[:2], [], [Q, Q, 2])
 
 
 @gluon.jit
@@ -79,7 +81,7 @@ def _inverses(matrices):
         column = gl.expand_dims(gl.sum(gl.where(in_column, matrices, 0.0), axis=1), 1)
         value = gl.expand_dims(gl.sum(gl.where(in_column, row, 0.0), axis=1), 1)
         left = gl.where(in_row, 1.0, -column)
-        right = gl.where(in_column, 1.0, row) / value
+        right = gl.where(in_column, 1.0, row) * (1.0 / value)
         rest = gl.where(in_row | in_column, 0.0, matrices)
         matrices = rest + left * right
     return matrices
@@ -115,11 +117,10 @@ def hold_feedback(room, source, Q: gl.constexpr):
     zero = gl.zeros([Q, Q], gl.float32, TILES)
     near = _product(fourth.load(LEFT), fourth, zero)
     wide = _product(third.load(LEFT), third, near)
-    both: gl.constexpr = _matrices(Q)
-    one = along(Q, 0, TILES) == along(Q, 1, TILES)
-    one = gl.where(one, 1.0, 0.0)
+    one = gl.where(along(Q, 0, TILES) == along(Q, 1, TILES), 1.0, 0.0)
     wide, near = wide * (1.0 / (DAMPING * Q)) + one, near * (1.0 / (DAMPING * Q)) + one
-    wide, near = gl.split(_inverses(gl.convert_layout(gl.join(wide, near), both)))
+    both = _inverses(gl.convert_layout(gl.join(wide, near), _matrices(Q, True)))
+    wide, near = gl.split(gl.convert_layout(both, _matrices(Q, False)))
     _hold_moves(to_third, wide, third)
     _hold_moves(to_fourth, near, fourth)
 
@@ -131,10 +132,10 @@ def _row_of(shared, W: gl.constexpr):
 
 
 @gluon.jit
-def _times_channels(values, channels):
-    """Columns (P, W) times a number for each channel, (P,)."""
-    layout: gl.constexpr = gl.SliceLayout(1, columns_of(values.shape[1]))
-    return values * gl.expand_dims(gl.convert_layout(channels, layout, assert_trivial=True), 1)
+def _column_of(channels, W: gl.constexpr):
+    """A number for each channel (P,) beside W columns, (P, 1)."""
+    layout: gl.constexpr = gl.SliceLayout(1, columns_of(W))
+    return gl.expand_dims(gl.convert_layout(channels, layout, assert_trivial=True), 1)
 
 
 @gluon.jit
@@ -142,15 +143,16 @@ def _moved(values, inverse_unit, r, moves, inverses):
     """`integers` of `values` (P, S/4) times `inverse_unit` and of what r (P, Q) moves them by."""
     r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
     by = mma_v2(r, moves.load(RIGHT), gl.zeros([P, _QUARTER], gl.float32, TILES))
-    values = _times_channels(values, inverse_unit) + from_result(by) * _row_of(inverses, _QUARTER)
-    return integers(gl.minimum(gl.maximum(values, -127.0), 127.0))
+    factors = _column_of(inverse_unit, _QUARTER), _row_of(inverses, _QUARTER)
+    return bounded_integers((values, from_result(by)), factors)
 
 
 @gluon.jit
-def _errors(values, inverse_unit, digits, columns):
-    """What rounding leaves, as the left operand of a product."""
-    errors = (_times_channels(values, inverse_unit) - digits).to(gl.float16)
-    return as_left(errors * _row_of(columns, values.shape[1]))
+def _errors(values, inverse_unit, minus, columns):
+    """What rounding to integers leaves, given minus these, as the left operand of a product."""
+    W: gl.constexpr = values.shape[1]
+    errors = gl.fma(values, _column_of(inverse_unit, W), minus).to(gl.float16)
+    return as_left(errors * _row_of(columns, W))
 
 
 @gluon.jit
@@ -162,12 +164,12 @@ def store_parts(target, parts, inverse_unit, columns, inverses, room, Q: gl.cons
     """
     left, third, fourth = parts
     first, third_queries, _fourth_queries, to_third, to_fourth = room
-    digits = store_integers(target, integers(_times_channels(left, inverse_unit)))
-    errors = _errors(left, inverse_unit, digits, columns.slice(0, _HALF))
+    minus = store_integers(target, integers(left, _column_of(inverse_unit, _HALF)))
+    errors = _errors(left, inverse_unit, minus, columns.slice(0, _HALF))
     r = _product(errors, first, gl.zeros([P, Q], gl.float32, TILES))
     moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER))
-    digits = store_integers(target + _HALF, moved)
-    errors = _errors(third, inverse_unit, digits, columns.slice(_HALF, _QUARTER))
+    minus = store_integers(target + _HALF, moved)
+    errors = _errors(third, inverse_unit, minus, columns.slice(_HALF, _QUARTER))
     r = _product(errors, third_queries, r)
     rest = inverses.slice(_HALF + _QUARTER, _QUARTER)
     store_integers(target + _HALF + _QUARTER, _moved(fourth, inverse_unit, r, to_fourth, rest))

@@ -140,14 +140,30 @@ def numbers_of(words, channel):
 
 
 @gluon.jit
-def integers(values):
-    """The integers nearest to float32 `values`, in the low bits of what is returned."""
-    return values + _INTEGERS
+def integers(values, factors):
+    """The integers nearest to float32 `values` times `factors`, in the low bits of the result."""
+    return gl.fma(values, factors, _INTEGERS)
+
+
+@gluon.jit
+def bounded_integers(values, factors):
+    """`integers`, none beyond 127, of `values` (two whose sum it is) times `factors`."""
+    first, second = values
+    # Between 0 and 1 the GPU bounds results for nothing.
+    share = gl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, $3;",
+        "=f,f,f,f",
+        [second, factors[1] * (1.0 / 254.0), gl.fma(first, factors[0] * (1.0 / 254.0), 0.5)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return gl.fma(share, 254.0, _INTEGERS - 127.0)
 
 
 @gluon.jit
 def store_integers(target, sums):
-    """Store columns (P, W) of `integers`, of which each is an int8; returns these as float32."""
+    """Store columns (P, W) of `integers`, of which each is an int8; returns minus these as float32."""
     W: gl.constexpr = sums.shape[1]
     pairs = gl.reshape(sums.to(gl.int32, bitcast=True), [P, W // 4, 2, 2])
     even, odd = gl.split(pairs)
@@ -164,7 +180,7 @@ def store_integers(target, sums):
     )
     words = gl.convert_layout(words, words_of(W), assert_trivial=True)
     gl.store(_words(target, W), words)
-    return sums - _INTEGERS
+    return _INTEGERS - sums
 
 
 @gluon.jit

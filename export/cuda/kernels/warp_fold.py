@@ -142,4 +142,4 @@ def fold_of_bytes(
                 parts = left, third, fourth
                 store_parts(target, parts, inverse_unit, shared, inverses, room, QUERIES)
             else:
-                store_integers(target, integers(kept * gl.expand_dims(inverse_unit, 1)))
+                store_integers(target, integers(kept, gl.expand_dims(inverse_unit, 1)))
