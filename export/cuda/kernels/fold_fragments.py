@@ -163,7 +163,7 @@ def bounded_integers(values, factors):
 
 @gluon.jit
 def store_integers(target, sums):
-    """Store columns (P, W) of `integers`, of which each is an int8; returns minus these as float32."""
+    """Store columns (P, W) of `integers` as int8; returns minus the integers as float32."""
     W: gl.constexpr = sums.shape[1]
     pairs = gl.reshape(sums.to(gl.int32, bitcast=True), [P, W // 4, 2, 2])
     even, odd = gl.split(pairs)
