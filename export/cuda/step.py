@@ -86,7 +86,7 @@ class StepBuilder:
         return tile
 
     def _scans_by_warps(self) -> bool:
-        """Whether `warp_scan` suits model, format and rows."""
+        """Whether `warp_scan` and `warp_fold` suit model, format and rows."""
         g, cut = self.g, warp_fragments
         sizes = g.P, g.S, g.H % cut.WARPS.value, self.chunk
         suits = sizes == (cut.P.value, cut.S.value, 0, cut.CHUNK.value)
