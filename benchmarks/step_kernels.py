@@ -209,9 +209,10 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                         tile = Tile(
                             rows=m, outputs=n, depth=depth, num_warps=warps, num_stages=stages
                         )
-                        yield "in_proj", replace(base, in_proj=tile, held_in_proj=None)
+                        bare = replace(base, held=None, held_narrow=None)
+                        yield "in_proj", replace(bare, in_proj=tile)
                         if n <= 32:
-                            yield "out_proj", replace(base, out_proj=tile, held_out_proj=None)
+                            yield "out_proj", replace(bare, out_proj=tile)
         for n in (64, 128):
             for warps in (4, 8):
                 for stages in (3, 4):

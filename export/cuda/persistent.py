@@ -27,7 +27,7 @@ from aim_export.cuda.kernels.persistent_common import (
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
-from aim_export.cuda.tuning import Tuning
+from aim_export.cuda.tuning import NARROW, Tuning
 from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Tensor
 
 # Rows by the type of the states, and whose tuning serves what is around the layers: products for
@@ -45,7 +45,6 @@ _PROGRAMS = 114
 # Cycles a layer over which a program spreads its loads, by rows: with 8-bit weights, and else for
 # models up to a width and for wider ones. Of two rows all are measured on an H100 with AiM-B and
 # AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
-_NARROW = 768
 _PACES = {
     2: (6200, 8500, 10000),
     8: (7500, 9700, 13600),
@@ -74,7 +73,7 @@ def _pace(g: Geometry, precision: Format, rows: int) -> int:
     of_bytes, narrow, broad = _PACES[rows]
     if precision.quantised:
         return of_bytes
-    return narrow if g.D <= _NARROW else broad
+    return narrow if g.D <= NARROW else broad
 
 
 def tuning_of(rows: int, tunings: Mapping[int, Tuning]) -> Tuning | None:
@@ -123,7 +122,7 @@ def pays(g: Geometry, precision: Format, rows: int) -> bool:
     On an H100 it is faster than three launches a layer, but with 32 rows of a narrow model and of
     8-bit weights.
     """
-    return rows < 32 or (g.D > _NARROW and not precision.quantised)
+    return rows < 32 or (g.D > NARROW and not precision.quantised)
 
 
 class _PersistentBuilder(StepBuilder):

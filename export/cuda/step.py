@@ -57,12 +57,14 @@ class StepBuilder:
         self.chunk = tuning.chunk_of(precision.state)
         self.queries = tuning.queries_of(precision.state, geometry.T)
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
-        self.held_in_proj = self._suiting(tuning.held_in_proj, geometry.D)
-        self.held_out_proj = self._suiting(tuning.held_out_proj, geometry.inner)
+        held = tuning.held_of(geometry.D)
+        self.held_in_proj = self._suiting(held and held.in_proj, geometry.D)
+        self.held_out_proj = self._suiting(held and held.out_proj, geometry.inner)
         of_bytes = tuning.held_head if precision.quantised else None
         self.held_head = self._suiting(of_bytes, geometry.D)
         # Sums of squares a row: one from each program of out_proj, and of scan.
-        outputs = _HELD_OUTPUTS if self.held_out_proj else tuning.out_proj.outputs
+        held_out = self.held_out_proj
+        outputs = _HELD_OUTPUTS * held_out.tiles if held_out else tuning.out_proj.outputs
         self.norm_parts = geometry.D // outputs
         self.scans_by_warps = self._scans_by_warps()
         self.square_parts = geometry.H // (1 if self.scans_by_warps else self.heads)
@@ -315,6 +317,7 @@ class StepBuilder:
                 self._held_grid(tile, g.D),
                 num_warps=tile.num_warps,
                 **shared,
+                TILES=tile.tiles,
                 GROUPS=tile.groups,
             )
         cut = self.tuning.out_proj

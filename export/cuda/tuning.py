@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# Channels up to which a model's projections make too few programs of the larger tiles.
+NARROW = 768
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -31,6 +34,14 @@ class HeldTile:
     tiles: int
     groups: int
     num_warps: int = 8
+
+
+@dataclass(frozen=True)
+class HeldCuts:
+    """Cuts of a layer's two projections where `kernels.held` suits model and format."""
+
+    in_proj: HeldTile
+    out_proj: HeldTile
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,9 @@ class Tuning:
         head: cut of the head, and of the projections of the conditioning.
         chunk: C, tokens between two rewritings of the state; a power of two from 16.
         scan: cut of the scan for each type of the state, which may have chunks of its own.
-        held_in_proj: cut of the first projection where `kernels.held` suits model and format.
-        held_out_proj: that of the second, of one tile.
-        held_head: that of a head of 8-bit weights.
+        held: cuts of the projections where `kernels.held` suits model and format.
+        held_narrow: those for models of at most `NARROW` channels.
+        held_head: cut of a head of 8-bit weights.
     """
 
     in_proj: Tile
@@ -70,14 +81,18 @@ class Tuning:
     head: Tile
     chunk: int
     scan: Mapping[str, ScanCut]
-    held_in_proj: HeldTile | None = None
-    held_out_proj: HeldTile | None = None
+    held: HeldCuts | None = None
+    held_narrow: HeldCuts | None = None
     held_head: HeldTile | None = None
 
     @property
     def dot(self) -> bool:
         """Whether products go to the tensor cores, which take no fewer than 16 rows."""
         return self.in_proj.rows >= 16
+
+    def held_of(self, width: int) -> HeldCuts | None:
+        """Cuts for a model of so many channels."""
+        return self.held_narrow if width <= NARROW else self.held
 
     def chunk_of(self, state: str) -> int:
         """C of states of the type `state`."""
@@ -141,8 +156,8 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
-        held_in_proj=HeldTile(tiles=2, groups=2),
-        held_out_proj=HeldTile(tiles=1, groups=1),
+        held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2)),
+        held_narrow=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=1, groups=1)),
         held_head=HeldTile(tiles=4, groups=2),
     ),
     32: Tuning(
@@ -155,8 +170,8 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
-        held_in_proj=HeldTile(tiles=2, groups=4),
-        held_out_proj=HeldTile(tiles=1, groups=2),
+        held=HeldCuts(HeldTile(tiles=4, groups=4), HeldTile(tiles=2, groups=2)),
+        held_narrow=HeldCuts(HeldTile(tiles=2, groups=4), HeldTile(tiles=1, groups=2)),
         held_head=HeldTile(tiles=4, groups=4, num_warps=4),
     ),
     64: Tuning(

@@ -117,6 +117,22 @@ def test_a_head_a_warp_where_it_suits(
     assert not suits or bucket.buffers["squares"].shape[1] == geometry.H
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "in_proj", "out_proj"),
+    [
+        *(("B", 16, (105, 1), (48, 2)), ("L", 16, (137, 1), (32, 1))),
+        *(("B", 32, (105, 1), (48, 2)), ("L", 32, (69, 1), (32, 2)), ("XL", 32, (101, 1), (48, 2))),
+    ],
+)
+def test_wider_models_have_larger_tiles(
+    size: str, rows: int, in_proj: tuple[int, int], out_proj: tuple[int, int]
+) -> None:
+    """So that their few programs read rows less often; narrow ones would have too few."""
+    bucket = step_bucket(PUBLISHED[size], FORMATS["int8-state8"], rows, TUNING[rows])
+    grids = {item.kernel.function: item.grid[:2] for item in flat(bucket.step)}
+    assert (grids[held.held_in_proj], grids[held.held_out_proj]) == (in_proj, out_proj)
+
+
 def test_a_kernel_may_be_bound_to_some_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     head = product(1, BM=16, BN=32, BK=64)
     bound = replace(head, registers=96)

@@ -65,7 +65,7 @@ def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.n
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize(("tiles", "groups"), [(2, 4), (2, 2), (4, 2), (1, 1)])
+@pytest.mark.parametrize(("tiles", "groups"), [(2, 4), (2, 2), (4, 2), (4, 4), (1, 1)])
 def test_in_proj(bits: int, tiles: int, groups: int) -> None:
     weight, scales = weights(E, D, bits)
     memory = {
@@ -88,8 +88,8 @@ def test_in_proj(bits: int, tiles: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_out_proj(bits: int, groups: int) -> None:
+@pytest.mark.parametrize(("tiles", "groups"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)])
+def test_out_proj(bits: int, tiles: int, groups: int) -> None:
     weight, scales = weights(D, INNER, bits)
     memory = {
         "weight": weight,
@@ -100,16 +100,16 @@ def test_out_proj(bits: int, groups: int) -> None:
         "scale": normal(R, D),
         "residual": normal(R, D),
         "scaled": np.full((R, D), np.nan, "f2"),
-        "partials": np.full((R, D // 16), np.nan, "f4"),
+        "partials": np.full((R, D // (16 * tiles)), np.nan, "f4"),
     }
     found = launch(
-        *("held_out_proj", memory, (D // 16, R // (8 * groups))),
+        *("held_out_proj", memory, (D // (16 * tiles), R // (8 * groups))),
         **{"D": D, "INNER": INNER, "PARTS": 8, "EPS": EPS, "HAS_SCALES": bits == 8},
-        **{"GROUPS": groups, "OVERLAPS": True},
+        **{"TILES": tiles, "GROUPS": groups, "OVERLAPS": True},
     )
     total = product(memory["gated"], weight, scales, memory["squares"])
     wanted = memory["residual"] + memory["gate"].astype("f8") * total
-    squares = (wanted.reshape(R, -1, 16) ** 2).sum(2)
+    squares = (wanted.reshape(R, -1, 16 * tiles) ** 2).sum(2)
     assert error(found.pop("residual"), wanted) < FULL
     assert error(found.pop("scaled"), wanted * memory["scale"]) < HALF
     assert error(found.pop("partials"), squares) < FULL

@@ -31,6 +31,18 @@ def begin_dependents(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
+def begin_dependents_at_once(OVERLAPS: tl.constexpr):
+    """Let the next launch start, then wait for the launch before this one.
+
+    The next one may start while the last but one still runs: before its wait it may read nothing
+    that this one or that wrote.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def prefetch(addresses):
     """Ask for the cache lines at `addresses` to be brought into the L2 cache."""
     tl.inline_asm_elementwise(

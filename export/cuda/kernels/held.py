@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.common import begin_dependents, begin_dependents_at_once
 from aim_export.cuda.kernels.persistent_common import bits, none, store_rounded
 from aim_export.cuda.kernels.persistent_products import multiply, widen
 
@@ -39,11 +39,11 @@ def _spread(W, TILES, GROUPS):
     """The bits of a result's group, tile, row and output that registers, lanes and warps count.
 
     Lanes have outputs and fours of rows, so that what they read of a partial product lies side by
-    side.
+    side. Warps have rows first: where these suffice, a row's outputs are one warp's.
     """
     lanes = [("row", 4), *(("output", bit) for bit in bits(16))]
-    rest = [("group", bit) for bit in bits(GROUPS)] + [("tile", bit) for bit in bits(TILES)]
-    rest += [("row", 2), ("row", 1)]
+    rest = [("group", bit) for bit in bits(GROUPS)] + [("row", 2), ("row", 1)]
+    rest += [("tile", bit) for bit in bits(TILES)]
     count = len(bits(W))
     warps = rest[:count]
     return rest[count:][::-1], lanes, warps + [("none", 0)] * (count - len(warps))
@@ -289,7 +289,8 @@ def held_in_proj(
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at).to(gl.float32)
     factor = gl.load(scales + output) if HAS_SCALES else 1.0
-    begin_dependents(OVERLAPS)
+    # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
+    begin_dependents_at_once(OVERLAPS)
     rows = _load_rows(scaled, first_row, D, GROUPS, W)
     sums = _load_partials(partials, first_row, 8 * GROUPS, PARTS, W)
     total = _products(held, rows, D, TILES, GROUPS, W)
@@ -309,22 +310,25 @@ def held_out_proj(
     scale,  # (R, D) float32, of the layer that follows
     residual,  # (R, D) float32, updated
     scaled,  # (R, D) float16
-    partials,  # (R, D / 16) float32
+    partials,  # (R, D / (16 * TILES)) float32
     D: gl.constexpr,
     INNER: gl.constexpr,  # a multiple of 32 W
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
     HAS_SCALES: gl.constexpr,
+    TILES: gl.constexpr,
     GROUPS: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
-    """`step.out_proj`, 8 * GROUPS rows and 16 outputs a program."""
+    """`step.out_proj`, 8 * GROUPS rows and 16 * TILES outputs a program."""
     W: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = _results_layout(W, 1, GROUPS)
-    first, first_row = gl.program_id(0) * 16, gl.program_id(1) * (8 * GROUPS)
-    held = _hold(weight, first, D, INNER, 1, W)
+    # Sums over a row's outputs must not cross warps.
+    gl.static_assert(TILES == 1 or 4 * GROUPS >= W)
+    layout: gl.constexpr = _results_layout(W, TILES, GROUPS)
+    first, first_row = gl.program_id(0) * (16 * TILES), gl.program_id(1) * (8 * GROUPS)
+    held = _hold(weight, first, D, INNER, TILES, W)
     row = first_row + gl.arange(0, 8 * GROUPS, gl.SliceLayout(1, layout))
-    output = first + gl.arange(0, 16, gl.SliceLayout(0, layout))
+    output = first + gl.arange(0, 16 * TILES, gl.SliceLayout(0, layout))
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
     gate_value = gl.load(gate + at)
     scale_value = gl.load(scale + at)
@@ -333,13 +337,14 @@ def held_out_proj(
     begin_dependents(OVERLAPS)
     rows = _load_rows(gated, first_row, INNER, GROUPS, W)
     sums = _load_partials(squares, first_row, 8 * GROUPS, PARTS, W)
-    total = _products(held, rows, INNER, 1, GROUPS, W)
+    total = _products(held, rows, INNER, TILES, GROUPS, W)
     if HAS_SCALES:
         total *= gl.expand_dims(factor, 0)
     value += gate_value * total * _inverse_rms(sums, INNER, EPS, layout)
     gl.store(residual + at, value)
     store_rounded(scaled + at, value * scale_value, True)
-    gl.store(partials + row * (D // 16) + gl.program_id(0), gl.sum(value * value, axis=1))
+    parts = partials + row * (D // (16 * TILES)) + gl.program_id(0)
+    gl.store(parts, gl.sum(value * value, axis=1))
 
 
 @gluon.jit
