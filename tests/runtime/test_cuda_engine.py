@@ -17,7 +17,7 @@ from aim_runtime.bundle import add_engine
 from aim_runtime.engines.backends import load_engine
 from aim_runtime.engines.base import Engine
 from aim_runtime.engines.cuda import CudaEngine, program, step, weights
-from aim_runtime.engines.cuda.plan import Launch
+from aim_runtime.engines.cuda.plan import Argument, Launch
 from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.device import DeviceLaunch
 from aim_runtime.noise import uniforms
@@ -146,14 +146,87 @@ class TestSlices:
         assert device_of(engine).allocations == made
 
 
+class TestTheFirstStep:
+    """Its noise is made while the device computes its scores."""
+
+    @pytest.mark.parametrize(
+        ("made", "wanted"),
+        [
+            ("bundle", ["begin", "cell", "head"]),
+            ("older", ["begin_batch", "cell", "head"]),
+            ("rare", ["begin", "halve", "cell", "head"]),
+        ],
+    )
+    def test_all_of_it_but_the_draw_is_queued_before_there_is_noise(
+        self, request: pytest.FixtureRequest, cpu: Engine, made: str, wanted: list[str]
+    ) -> None:
+        engine = toy_engine(request.getfixturevalue(made))
+        device = device_of(engine)
+        options = SamplingOptions(2.0)
+        with engine._step_lease(engine._bucket(1, 2), 2) as workspace:
+
+            def noise() -> np.ndarray:
+                workspace.stream.synchronize()
+                assert [item.function.__name__ for item in device.launches] == wanted
+                workspace.host["noise"][:] = np.nan  # of a request before it
+                return uniforms([3], TOKENS)
+
+            blocks = step.draw(device, workspace, np.array([1]), noise, options, CLASSES)
+            found = np.concatenate(list(blocks), axis=1)
+        assert np.array_equal(found, drawn(cpu, [1], options, seed=3))
+
+    def test_noise_that_cannot_be_made_leaves_the_engine_as_it_was(self, bundle: Path) -> None:
+        engine = toy_engine(bundle)
+        expected = drawn(engine, [1], SamplingOptions(2.0))
+
+        def noise() -> np.ndarray:
+            raise RuntimeError("no noise")
+
+        with pytest.raises(RuntimeError, match="no noise"):
+            next(engine.draw(np.array([1]), noise, SamplingOptions(2.0)))
+        assert np.array_equal(drawn(engine, [1], SamplingOptions(2.0)), expected)
+
+    def test_where_it_is_cut(self) -> None:
+        def item(kernel: str, *names: str, every: int = 1) -> Launch[str]:
+            return Launch(kernel, (1, 1, 1), tuple(Argument(name) for name in names), every)
+
+        cell, fold = item("cell", "position", "ssm"), item("fold", "ssm", every=32)
+        draw, count = item("draw", "logits", "noise"), item("count", "position")
+        assert step._first([cell, fold, draw, count], 2) == {
+            "ahead": (cell,),
+            "first": (draw, count, cell, draw, count),
+        }
+        assert step._first([cell, item("draw", "settings")], 1)["ahead"] == (cell,)
+        assert step._first([draw, cell], 1) == {"ahead": (), "first": (draw, cell)}
+        assert step._first([cell], 2) == {"ahead": (cell,), "first": (cell,)}
+
+    @pytest.mark.parametrize(
+        ("longest", "periods", "tokens", "expected"),
+        [
+            (16, {32}, 256, 16),
+            (4, {32}, 256, 4),
+            (16, {4, 32}, 256, 3),
+            (16, set(), 9, 9),
+            (1, set(), 256, 1),
+        ],
+    )
+    def test_how_many_steps_are_queued_with_its_draw(
+        self, longest: int, periods: set[int], tokens: int, expected: int
+    ) -> None:
+        assert step._first_steps(longest, periods, tokens) == expected
+
+
 class TestLaunchesThatNotEveryStepWants:
     """`double` is due before positions that are multiples of 4, of which 9 steps have two."""
 
-    @pytest.mark.parametrize(("steps", "ran"), [(16, 9), (8, 9), (4, 3), (3, 6)])
+    @pytest.mark.parametrize(("steps", "ran"), [(16, 6), (8, 6), (4, 3), (3, 5)])
     def test_they_run_where_they_are_due(
         self, rare: Path, cpu: Engine, monkeypatch: pytest.MonkeyPatch, steps: int, ran: int
     ) -> None:
-        """Once in a graph that ends with a period, in each step of others with one, and alone."""
+        """Once in a graph that ends with a period, in each step of others with one, and alone.
+
+        Never in the graph that ends the first steps, which are as many as do not want it.
+        """
         monkeypatch.setattr(step, "SLICE", steps)
         engine = toy_engine(rare)
         tokens = drawn(engine, [2, 0, 1], OPTIONS["guided"])
@@ -227,13 +300,14 @@ class TestWorkspaces:
         assert (device.captures, device.replays) == (0, 0)
         for _ in range(3):
             drawn(engine, [0, 1, 2], SamplingOptions(2.0))  # 6 rows
-        # The rows' beginning; a step, eight and sixteen of them: 9 steps are two graphs.
-        assert (device.captures, device.replays) == (4, 3 * (1 + 2))
+        # The rows' beginning, the first steps in two; a step, eight and sixteen of them. All 9
+        # steps are first ones.
+        assert (device.captures, device.replays) == (6, 3 * (1 + 2))
         drawn(engine, [0], SamplingOptions(1.0))  # 1 row
-        assert device.captures == 8
+        assert device.captures == 12
         engine.decode(np.zeros((1, TOKENS), np.int64))
         engine.decode(np.zeros((1, TOKENS), np.int64))
-        assert device.captures == 9
+        assert device.captures == 13
 
     def test_launches_say_what_the_plan_says(self, bundle: Path) -> None:
         engine = toy_engine(bundle)

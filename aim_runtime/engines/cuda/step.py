@@ -2,7 +2,9 @@
 
 A drawn batch runs in slices of a few steps. While the host waits for one slice, the next is queued
 already, so that the device never waits; what the host sees of it, tokens and status, is copied
-beside the steps that follow, and out of pinned memory that two slices use in turn.
+beside the steps that follow, and out of pinned memory that two slices use in turn. The first step
+is queued before there is any noise, which the host makes while the device computes what to draw
+from.
 
 Letters: R rows of the bucket, n images, T tokens.
 """
@@ -19,13 +21,13 @@ from numpy.typing import NDArray
 
 from aim_runtime.bundle.manifest import Manifest
 from aim_runtime.engines.base import Noise
-from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket, Launch, unrolled
+from aim_runtime.engines.cuda.plan import ALONE, NOT_DRAWN, Bucket, Launch, Program, unrolled
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import ONCE, ProgramWorkspace, Runs
 from aim_runtime.engines.gpu.device import Device, Event
 from aim_runtime.engines.gpu.rows import LeasedRows
 from aim_runtime.errors import BackendError
-from aim_runtime.sampling import SamplingOptions, row_classes
+from aim_runtime.sampling import SamplingOptions
 
 SLICE = 16
 """Steps that are queued, and end, together."""
@@ -46,6 +48,8 @@ _FROM_HOST = ("class_id", "token", "position", "settings", "noise")
 # Which rows are drawn from, in plans of the newest format and of those before.
 _ROLES, _ROLES_OF_BATCHES = ("second",), ("pairs", "forced")
 _TO_HOST = ("tokens", "status")
+# What a drawing fills last: only the draw of its first token waits for it.
+_LATE = ("settings", "noise")
 
 
 def make_workspace(
@@ -55,9 +59,14 @@ def make_workspace(
     roles = _ROLES if "second" in bucket.buffers else _ROLES_OF_BATCHES
     staged = {name + turn: name for turn in TURNS for name in (*_FROM_HOST, *roles, *_TO_HOST)}
     staged["logits"] = "logits"
-    programs = {"begin": bucket.begin, "step": bucket.step}
-    graphs = {"step": _graphs(list(unrolled(bucket.step)))}
-    return ProgramWorkspace(device, kernels, bucket.buffers, shared, programs, staged, graphs)
+    launches = list(unrolled(bucket.step))
+    graphs = _graphs(launches)
+    periods = {launch.every for launch in launches} - {1}
+    steps = _first_steps(len(graphs[0]), periods, bucket.buffers["noise"].shape[1])
+    programs = {"begin": bucket.begin, "step": bucket.step} | _first(launches, steps)
+    return ProgramWorkspace(
+        device, kernels, bucket.buffers, shared, programs, staged, {"step": graphs}
+    )
 
 
 def _graphs(launches: Sequence[Launch[str]]) -> list[Runs]:
@@ -76,6 +85,23 @@ def _graphs(launches: Sequence[Launch[str]]) -> list[Runs]:
         if not some_are_rare or steps == min(lengths):
             found.append(ONCE * steps)
     return list(dict.fromkeys([*found, ONCE]))
+
+
+def _first(launches: Sequence[Launch[str]], steps: int) -> dict[str, Program[str]]:
+    """The first so many steps of images that begin together, cut in two.
+
+    "ahead" is what comes before the first launch that wants a buffer of `_LATE`: all of a step but
+    the draw. The device does it while the host fills these. "first" is the rest.
+    """
+    often = [launch for launch in launches if launch.every == 1]
+    wants = [any(name in _LATE for name, _ in launch.arguments) for launch in often]
+    cut = wants.index(True) if True in wants else len(often)
+    return {"ahead": tuple(often[:cut]), "first": (*often[cut:], *often * (steps - 1))}
+
+
+def _first_steps(longest: int, periods: Iterable[int], tokens: int) -> int:
+    """How many steps "first" ends: those of a graph, before a launch is due that is rare."""
+    return min(SLICE, longest, tokens, *(period - 1 for period in periods))
 
 
 def advance(workspace: ProgramWorkspace, positions: Iterable[int], steps: int) -> None:
@@ -115,7 +141,11 @@ def draw(
     for start in range(0, steps, SLICE):
         with device.current():
             while queued < steps and len(waiting) < len(TURNS):
-                advance(workspace, [queued], min(SLICE, steps - queued))
+                size = min(SLICE, steps - queued)
+                if queued:
+                    advance(workspace, [queued], size)
+                else:
+                    _advance_first(workspace, size)
                 turn = queued // SLICE % len(TURNS)
                 last, end = workspace.read_behind(*(name + TURNS[turn] for name in _TO_HOST))
                 waiting.append((queued, turn, end))
@@ -136,20 +166,31 @@ def _begin(
     options: SamplingOptions,
     no_class: int,
 ) -> None:
+    """Queue what does not want the noise, make it meanwhile, and upload it."""
     host = workspace.host
-    n, rows = len(class_ids), len(host["class_id"])
+    rows = len(host["class_id"])
     pairs = rows // 2 if options.rows_per_image == 2 else 0
     images = pairs or rows
-    _pad(host["class_id"][:images], row_classes(class_ids, options.cfg_scale, no_class)[:n])
-    host["class_id"][images:] = no_class
-    # It wants the classes alone: the rest is made ready while it runs.
+    host["class_id"][:] = no_class
+    if options.cfg_scale:
+        _pad(host["class_id"][:images], class_ids)
+    # "begin" wants the classes alone, "ahead" what each row is as well.
     workspace.upload("class_id")
     workspace.run("begin")
-    host["settings"][:] = settings(options, host["logits"].shape[1])
-    _pad(host["noise"], noise())
     seconds = [row + pairs if pairs else ALONE for row in range(images)]
     _give_roles(workspace, seconds + [NOT_DRAWN] * (rows - images))
-    workspace.upload("settings", "noise")
+    workspace.run("ahead")
+    host["settings"][:] = settings(options, host["logits"].shape[1])
+    _pad(host["noise"], noise())
+    workspace.upload(*_LATE)
+
+
+def _advance_first(workspace: ProgramWorkspace, steps: int) -> None:
+    """Queue the first steps of all rows; `_begin` has queued the beginning of the first."""
+    longest, periods = workspace.longest["step"], workspace.periods["step"]
+    first = _first_steps(longest, periods, workspace.host["noise"].shape[1])
+    workspace.run("first")
+    advance(workspace, [first], steps - first)
 
 
 def _give_roles(workspace: ProgramWorkspace, seconds: Sequence[int]) -> None:

@@ -32,6 +32,7 @@ class ProgramWorkspace(Workspace):
 
     Attributes:
         periods: Of each program, how often launches are wanted that are not wanted each time.
+        longest: Of each program, how many runs in a row its preferred graph has.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ProgramWorkspace(Workspace):
         self._reading = device.stream()
         addresses = {**shared, **self.addresses}
         self.periods: dict[str, set[int]] = {}
+        self.longest: dict[str, int] = {}
         self._graphs: dict[str, list[tuple[Runs, Any]]] = {}
         for name, program in programs.items():
             items = tuple(unrolled(program))
@@ -62,9 +64,11 @@ class ProgramWorkspace(Workspace):
             whole = kernels.program(items, addresses)
             often = [launch for item, launch in zip(items, whole, strict=True) if item.every == 1]
             launches = {True: whole, False: often}
+            wanted = graphs.get(name, [ONCE])
+            self.longest[name] = len(wanted[0])
             self._graphs[name] = [
                 (runs, self._captured([launch for full in runs for launch in launches[full]]))
-                for runs in graphs.get(name, [ONCE])
+                for runs in wanted
             ]
 
     def run(self, program: str, due: Runs = ONCE) -> None:
