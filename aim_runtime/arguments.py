@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from aim_runtime.quoting import shown
 
 _Value = TypeVar("_Value")
+_PLAIN = (int, float)
 
 
 def whole_number(name: str, value: Any, low: int, high: int, also: str = "") -> int:
@@ -38,13 +39,7 @@ def number(name: str, value: Any, low: float, high: float, allowed: str) -> floa
 
     Numbers of other libraries count, arrays of one dimension or more, texts and True do not.
     """
-    found = _integer(value)
-    plain: float = math.nan if found is None else found
-    if found is None and not _is_no_number(value) and hasattr(type(value), "__float__"):
-        try:
-            plain = float(value)
-        except Exception:  # whatever a stranger's __float__ raises
-            plain = math.nan
+    plain = value if type(value) in _PLAIN else _plain(value)
     if not low <= plain <= high:  # a NaN is neither
         raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
     return plain
@@ -103,7 +98,20 @@ def room_for(name: str, value: Sized, shape: tuple[int, ...], dtype: DTypeLike) 
         ) from None
 
 
+def _plain(value: Any) -> float:
+    """`value` as a plain number, a NaN if it is none."""
+    found = _integer(value)
+    if found is None and not _is_no_number(value) and hasattr(type(value), "__float__"):
+        try:
+            return float(value)
+        except Exception:  # whatever a stranger's __float__ raises
+            return math.nan
+    return math.nan if found is None else found
+
+
 def _integer(value: Any) -> int | None:
+    if type(value) is int:  # most are: a request has a dozen
+        return value
     if _is_no_number(value):
         return None
     try:
