@@ -15,30 +15,38 @@ from numpy.typing import NDArray
 # Of the pairs of words c0, c2 and c1, c3, which have an axis of their own: of few numbers it is the
 # calls that take time.
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
-_KEY_STEPS = np.outer(np.arange(10), [0x9E3779B9, 0xBB67AE85]).astype(np.uint64)  # a round's
-_WORD = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
+_KEY_STEPS = np.outer(np.arange(10), [0x9E3779B9, 0xBB67AE85]).astype(np.uint32)  # a round's
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Ten rounds of Philox: `counter` (..., 4) and `key` (..., 2) give words (..., 4)."""
-    words = np.empty((4, *np.broadcast_shapes(counter.shape[:-1], key.shape[:-1])), np.uint64)
+    words = np.empty((4, *np.broadcast_shapes(counter.shape[:-1], key.shape[:-1])), np.uint32)
     words[:] = np.moveaxis(counter, -1, 0)
-    _rounds(words[::2], words[1::2], np.moveaxis(key, -1, 0).astype(np.uint64))
-    return np.moveaxis(words, 0, -1).astype(np.uint32)
+    words[::2], words[1::2] = _rounds(words[::2], words[1::2], np.moveaxis(key, -1, 0))
+    return np.moveaxis(words, 0, -1)
 
 
-def _rounds(even: NDArray[np.uint64], odd: NDArray[np.uint64], keys: NDArray[np.uint64]) -> None:
-    """`philox4x32` in place of words c0 and c2, and c1 and c3, (2, ...), with both `keys`."""
+def _rounds(
+    even: NDArray[np.uint32], odd: NDArray[np.uint32], keys: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """What ten rounds make of words c0 and c2, `even`, and c1 and c3, `odd`: each is (2, ...).
+
+    `keys` (2, ...) are the first round's; it and `odd` may have axes of length 1 in places.
+    """
     others = (1,) * (even.ndim - 1)
     multipliers = _MULTIPLIERS.reshape(2, *others)
-    products = np.empty_like(even)  # 32 x 32 -> 64 bits, each for the other pair
-    for key in (_KEY_STEPS.reshape(-1, 2, *others) + keys) & _WORD:
-        np.multiply(even, multipliers, out=products)
-        np.right_shift(products[::-1], _HALF, out=even)
-        even ^= odd
+    # 32 x 32 -> 64 bits, of two rounds by turns. A product's halves are each for the other pair.
+    products = np.empty((2, *even.shape), "<u8")
+    halves = products.view("<u4").reshape(*products.shape, 2)[:, ::-1]
+    low, high = halves[..., 0], halves[..., 1]
+    even = even.copy()
+    for index, key in enumerate(_KEY_STEPS.reshape(-1, 2, *others) + keys):
+        turn = index % 2
+        np.multiply(even, multipliers, out=products[turn])
+        np.bitwise_xor(high[turn], odd, out=even)
         even ^= key
-        np.bitwise_and(products[::-1], _WORD, out=odd)
+        odd = low[turn]
+    return even, odd
 
 
 def check_noise(noise: NDArray[np.float64], shape: tuple[int, ...]) -> None:
@@ -57,8 +65,8 @@ def uniforms(seeds: Sequence[int], steps: int) -> NDArray[np.float64]:
     Key: the 64-bit seed (low word, high word). Counter: (step, 0, 0, 0). Of the four words the
     first is used: u = (word + 0.5) / 2^32. Returns (len(seeds), steps).
     """
-    seed = np.asarray(seeds, np.uint64)[:, None]  # (N, 1)
-    even, odd = np.zeros((2, 2, len(seed), steps), np.uint64)
+    keys = np.array(seeds, "<u8").view("<u4").reshape(-1, 2).T[:, :, None]  # (2, N, 1)
+    even, odd = np.zeros((2, len(seeds), steps), np.uint32), np.zeros((2, 1, 1), np.uint32)
     even[0] = np.arange(steps)
-    _rounds(even, odd, np.stack([seed & _WORD, seed >> _HALF]))
-    return (even[0].astype(np.float64) + 0.5) / 2.0**32  # the first word
+    (first, _), _ = _rounds(even, odd, keys)  # words c0, (N, steps)
+    return (first + 0.5) / 2.0**32

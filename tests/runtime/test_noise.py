@@ -47,3 +47,14 @@ def test_uniforms_take_the_largest_seed_and_stay_inside() -> None:
     assert ((found > 0) & (found < 1)).all()
     assert len(np.unique(found)) == found.size
     assert abs(found.mean() - 0.5) < 0.02
+
+
+def test_uniforms_of_many_seeds_and_steps_are_those_of_each() -> None:
+    seeds = [0, 5, 2**32 - 1, 2**32, 2**63 + 1, 2**64 - 1]
+    counters = np.zeros((300, 4), np.uint32)
+    counters[:, 0] = np.arange(300)
+    keys = np.array([[seed % 2**32, seed >> 32] for seed in seeds], np.uint32)
+    words = philox4x32(counters[None], keys[:, None])[..., 0]  # (N, 300)
+    assert np.array_equal(uniforms(seeds, 300), (words + 0.5) / 2**32)
+    for seed, row in zip(seeds, uniforms(seeds, 300), strict=True):
+        assert np.array_equal(uniforms([seed], 300)[0], row)
