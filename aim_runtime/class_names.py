@@ -119,15 +119,16 @@ def listed(classes: Any, most: int) -> list[Any]:
 
     Raises ValueError for what has no items or too many, or none that stand in an order.
     """
-    if isinstance(classes, np.ndarray) and not classes.ndim:  # one number or text
-        return [classes.item()]
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
-        return [classes]
-    if isinstance(classes, (bytes, bytearray, memoryview, Mapping, Set)):
-        raise ValueError(
-            f"classes is {shown(classes)}; it must be one class or several in an order, "
-            "each a number or a name"
-        )
+    if not isinstance(classes, (list, tuple)):
+        if isinstance(classes, np.ndarray) and not classes.ndim:  # one number or text
+            return [classes.item()]
+        if isinstance(classes, str) or not isinstance(classes, Iterable):
+            return [classes]
+        if isinstance(classes, (bytes, bytearray, memoryview, Mapping, Set)):
+            raise ValueError(
+                f"classes is {shown(classes)}; it must be one class or several in an order, "
+                "each a number or a name"
+            )
     found = list(itertools.islice(classes, most + 1))  # what never ends must
     if not found:
         raise ValueError("classes is empty; it must name at least one class")

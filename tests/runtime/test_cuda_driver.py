@@ -125,6 +125,13 @@ def test_without_a_driver_it_says_so() -> None:
     assert "NVIDIA driver" in reason
 
 
+def test_where_arrays_are() -> None:
+    memory = np.zeros(4096, np.uint8)
+    rows = memory[256:416].view(np.float32).reshape(5, 8)
+    for array in (memory, rows, rows[2:3]):
+        assert module._address(array) == array.ctypes.data
+
+
 def test_every_name_of_the_bindings_exists() -> None:
     """Without a driver nothing can be called, but a misspelt name would show here."""
     names = {

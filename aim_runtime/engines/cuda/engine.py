@@ -56,6 +56,7 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         size_of = workspace.allocated_size
         self._step_sizes = {bucket.rows: size_of(bucket.buffers) for bucket in self._buckets}
         self._decoder_size = size_of(self._decoder[0].buffers)
+        self._sizes = {rows: self._capacities(rows) for rows in (1, 2)}  # by rows of an image
 
     def start(self, rows: int, conditioning: Conditioning) -> step.CudaRows:
         """Rows of their own; `conditioning` is what `prologue` returned."""
@@ -198,10 +199,14 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         return self._too_little(f"a batch of {size} images", self._step_sizes[bucket.rows], hint)
 
     def _batch_sizes(self, rows_per_image: int) -> Sequence[int]:
-        sizes = {step.capacity(bucket.rows, rows_per_image) for bucket in self._buckets} - {0}
+        sizes = self._sizes[rows_per_image]
         if not sizes:
             raise BackendError("the bundle's CUDA plan has no batch for images with guidance")
-        return sorted(sizes)
+        return sizes
+
+    def _capacities(self, rows_per_image: int) -> Sequence[int]:
+        found = {step.capacity(bucket.rows, rows_per_image) for bucket in self._buckets}
+        return sorted(found - {0})
 
     def _step_bytes(self, images: int, rows_per_image: int) -> int:
         return self._step_sizes[self._bucket(images, rows_per_image).rows]

@@ -207,6 +207,11 @@ class _CudaPinned:
         self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
 
+def _address(array: NDArray[Any]) -> int:
+    """Where a contiguous, writable array is, in half the time that `array.ctypes.data` takes."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+
+
 class _CudaFunction:
     def __init__(
         self, context: _Context, code: bytes, symbol: str, shared: int, pointers: int
@@ -276,10 +281,10 @@ class _CudaStream:
         _call(driver.cuMemsetD8Async, address, 0, size, self._handle)
 
     def upload(self, address: int, source: NDArray[Any]) -> None:
-        _call(driver.cuMemcpyHtoDAsync, address, source.ctypes.data, source.nbytes, self._handle)
+        _call(driver.cuMemcpyHtoDAsync, address, _address(source), source.nbytes, self._handle)
 
     def download(self, target: NDArray[Any], address: int) -> None:
-        _call(driver.cuMemcpyDtoHAsync, target.ctypes.data, address, target.nbytes, self._handle)
+        _call(driver.cuMemcpyDtoHAsync, _address(target), address, target.nbytes, self._handle)
 
     def copy(self, pieces: int, size: int, source: Spaced, target: Spaced) -> None:
         memory = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE

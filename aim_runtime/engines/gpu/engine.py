@@ -61,7 +61,8 @@ class GpuEngine(Engine, Generic[AnyWorkspace]):
             raise self._too_little("one image", least)
         largest = next(size for size in reversed(sizes) if needed(size) <= min(limit, free))
         batch = -(-n // -(-n // largest)) if self._even_batches else min(n, largest)
-        return BatchPlan(batch, -(-n // batch), (needed(batch) - decoder) // batch, needed(batch))
+        total = needed(batch)
+        return BatchPlan(batch, -(-n // batch), (total - decoder) // batch, total)
 
     @abstractmethod
     def _batch_sizes(self, rows_per_image: int) -> Sequence[int]:
