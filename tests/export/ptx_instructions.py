@@ -27,6 +27,8 @@ class Lanes:
     threads: int
     program: Program
     registers: dict[str, np.ndarray] = field(default_factory=dict)
+    # Of wgmma: groups of products to come, the last one still open.
+    products: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])
 
     def __post_init__(self) -> None:
         self.number = np.arange(self.first, self.first + self.threads, dtype=np.uint32)
@@ -563,32 +565,41 @@ def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) 
         lanes.program.shared.store(to + np.uint64(offset), words, 4)
 
 
+# Bytes of an element, by what tensor maps call its type: s32 and f16.
+_ELEMENTS = {3: 4, 6: 2}
+
+
 @handles("cp.async.bulk.tensor.2d")
 def _copy(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """A box of 128-byte lines, whose 16-byte parts are exchanged by the line's number."""
-    program = lanes.program
-    to = _first(lanes, lanes.address(item.operands[0]), mask)
     source, coordinates = item.operands[1][1:-1].split(",", 1)
-    map_ = program.machine.maps[_first(lanes, lanes.get(source, "u8"), mask)]
-    column, row = (
-        _first(lanes, lanes.get(name, "i4"), mask) for name in coordinates[1:-1].split(",")
-    )
+    found = [lanes.address(item.operands[0]), lanes.get(source, "u8")]
+    found += [lanes.get(name, "i4") for name in coordinates[1:-1].split(",")]
+    found += [lanes.address(item.operands[2])]
+    for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
+        _copy_box(lanes.program, *(int(value[thread]) for value in found))
+
+
+def _copy_box(program: Program, to: int, source: int, column: int, row: int, bar: int) -> None:
+    map_ = program.machine.maps[source]
+    size = _ELEMENTS[map_["elemtype"]]
     assert map_["swizzle_mode"] == 3
-    assert map_["box_dim 0"] == 32
+    assert map_["box_dim 0"] * size == 128
     assert to % 1024 == 0
-    assert column % 32 == 0
+    width, first = map_["global_dim 0"] * size, column * size
+    assert first % 128 == 0
     for line in range(map_["box_dim 1"]):
         values = np.zeros(32, np.uint32)
         if 0 <= row + line < map_["global_dim 1"]:
-            start = map_["global_address"] + (row + line) * map_["global_stride 0"] + 4 * column
+            start = map_["global_address"] + (row + line) * map_["global_stride 0"] + first
             address = np.arange(start, start + 128, 4, dtype=np.uint64)
-            inside = column + np.arange(32) < map_["global_dim 0"]
+            inside = first + 4 * np.arange(32) < width
             values[inside] = program.machine.memory.load(address[inside], 4)
         at = to + 128 * line
         parts = np.arange(8) ^ (at - program.shared.base) // 128 % 8
         address = at + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
         program.shared.store(address.astype(np.uint64), values, 4)
-    barrier = program.barriers[_first(lanes, lanes.address(item.operands[2]), mask)]
+    barrier = program.barriers[bar]
     barrier.bytes -= 128 * map_["box_dim 1"]
     barrier.settle()
 
@@ -627,3 +638,59 @@ def _mma(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
         for index, name in enumerate(item.operands[0][1:-1].split(",")):
             found = product[:, q + 8 * (index // 2), 2 * j + index % 2] + total[:, :, index]
             lanes.set(name, found.astype(result).reshape(-1), None)
+
+
+@handles("wgmma.fence")
+def _no_fence(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Nothing: registers are read and written when a product is done."""
+
+
+@handles("wgmma.mma_async.sync.aligned")
+def _product_to_come(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """It reads its operands and writes its result as late as may be: where it is waited for."""
+    assert mask is None
+    assert item.operands[4:] == ["1", "1", "0", "0"], "signs, and matrices that lie along the sum"
+    a, b = (_first(lanes, lanes.get(name, "u8"), None) for name in item.operands[1:3])
+    adds = item.operands[3] not in ("0", "false") and bool(lanes.predicate(item.operands[3]).all())
+    columns = int(item.opcode.split(".m64n")[1].split("k")[0])
+    names = item.operands[0][1:-1].split(",")
+    lanes.products[-1].append(lambda: _warpgroup_product(lanes, names, columns, a, b, adds))
+
+
+@handles("wgmma.commit_group")
+def _close_group(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    lanes.products.append([])
+
+
+@handles("wgmma.wait_group")
+def _do_products(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """All groups but the last few."""
+    while len(lanes.products) - 1 > int(item.operands[0]):
+        for product in lanes.products.pop(0):
+            product()
+
+
+def _lines_of(lanes: Lanes, descriptor: int, lines: int) -> np.ndarray:
+    """A matrix (lines, 16) of halves in shared memory, as a descriptor says that it lies."""
+    assert descriptor >> 62 == 1, "lines of 128 bytes, their 16-byte parts exchanged"
+    start, eight = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    line = np.arange(lines)[:, None]
+    address = start + line // 8 * eight + line % 8 * 128 + 2 * np.arange(16)
+    address ^= (address >> 7 & 7) << 4
+    return lanes.program.shared.load(address.astype(np.uint64), 2).view("f2").astype("f8")
+
+
+def _warpgroup_product(
+    lanes: Lanes, names: list[str], columns: int, a: int, b: int, adds: bool
+) -> None:
+    """64 lines by `columns`: of four warps each has sixteen lines."""
+    assert lanes.threads == 128
+    with np.errstate(all="ignore"):
+        product = _lines_of(lanes, a, 64) @ _lines_of(lanes, b, columns).T
+    thread = np.arange(128)
+    q, j = thread // 32 * 16 + thread % 32 // 4, thread % 4
+    for index, name in enumerate(names):
+        value = product[q + index // 2 % 2 * 8, index // 4 * 8 + 2 * j + index % 2]
+        if adds:
+            value = value + lanes.get(name, "f4")
+        lanes.set(name, value.astype("f4"), None)

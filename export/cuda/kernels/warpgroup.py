@@ -1,0 +1,313 @@
+"""The layers' projections for 64 and 128 rows, by the tensor cores of compute capability 9.0.
+
+A program copies all of its weights to shared memory while the launch ahead still runs, those of 8
+bits as halves; behind the wait the copy engine brings its rows, some stages ahead of the products.
+wgmma multiplies what lies in shared memory: nothing of it goes through registers. Its first operand
+has 64 lines for each four warps: weights where a program has so many outputs, else rows.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.persistent_common import none, store_rounded
+from aim_export.cuda.kernels.persistent_products import widen
+
+_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+_PAIRS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
+# Tiles of 8-bit weights that are on their way to registers at a time.
+_MOST_AT_ONCE = gl.constexpr(4)
+
+
+@gluon.constexpr_function
+def _weights_first(OUTPUTS, W):
+    """Whether weights are the first operand."""
+    return OUTPUTS == 16 * W
+
+
+@gluon.constexpr_function
+def _results_layout(OUTPUTS, W):
+    """A result (rows, OUTPUTS) as it is stored: four outputs a thread side by side."""
+    lanes = OUTPUTS // 4
+    return gl.BlockedLayout([1, 4], [32 // lanes, lanes], [W, 1], [1, 0])
+
+
+@gluon.jit
+def _places(first_row, first, ROWS: gl.constexpr, OUTPUTS: gl.constexpr):
+    """The numbers of a program's rows and outputs, in `_results_layout`."""
+    layout: gl.constexpr = _results_layout(OUTPUTS, gl.num_warps())
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    output = first + gl.arange(0, OUTPUTS, gl.SliceLayout(0, layout))
+    return row, output
+
+
+@gluon.jit
+def _tiles(COUNT: gl.constexpr, LINES: gl.constexpr, DEPTH: gl.constexpr):
+    """COUNT tiles of shared memory.
+
+    Each of its own: where they are parts of one, threads wait for each other between two copies.
+    """
+    tiles = none()
+    for _ in gl.static_range(COUNT):
+        tiles += (gl.allocate_shared_memory(gl.float16, [LINES, DEPTH], _TILE),)
+    return tiles
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr):
+    """COUNT barriers, of one arrival each; of their own as `_tiles` are."""
+    bars = none()
+    for _ in gl.static_range(COUNT):
+        bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(bar, count=1)
+        bars += (bar,)
+    return bars
+
+
+@gluon.jit
+def _widen(
+    weight,
+    first,
+    held,
+    N: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STEPS: gl.constexpr,
+):
+    """Put 8-bit weights of the outputs from `first` on into `held`, as halves."""
+    W: gl.constexpr = gl.num_warps()
+    WORDS: gl.constexpr = DEPTH // 4  # of a line
+    AT_ONCE: gl.constexpr = min(_MOST_AT_ONCE, STEPS & -STEPS)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [W, 1], [1, 0])
+    output = gl.minimum(first + gl.arange(0, OUTPUTS, gl.SliceLayout(1, layout)), N - 1)
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, layout))
+    words = weight.to(gl.pointer_type(gl.int32))
+    words += gl.expand_dims(output, 1) * (STEPS * WORDS) + gl.expand_dims(word, 0)
+    for step in gl.static_range(0, STEPS, AT_ONCE):
+        loaded = none()
+        for part in gl.static_range(AT_ONCE):
+            loaded += (gl.load(words + (step + part) * WORDS),)
+        for part in gl.static_range(AT_ONCE):
+            # Of each four words the halves of two, and of two.
+            halves = gl.reshape(gl.join(*widen(loaded[part])), [OUTPUTS, WORDS // 4, 4, 2])
+            halves = gl.reshape(gl.permute(halves, [0, 1, 3, 2]), [OUTPUTS, 2 * WORDS])
+            held[step + part]._reinterpret(gl.int32, [OUTPUTS, 2 * WORDS], _PAIRS).store(halves)
+
+
+@gluon.jit
+def _hold(
+    weight,  # (N, WIDTH) float16 or int8
+    first,
+    held,
+    arrived,
+    N: gl.constexpr,
+    WIDTH: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+):
+    """Bring the weights of the outputs from `first` on to `held`, DEPTH of each to a tile.
+
+    Those of 16 bits are there when the barrier `arrived` says so.
+    """
+    STEPS: gl.constexpr = WIDTH // DEPTH
+    if weight.dtype.element_ty == gl.int8:
+        _widen(weight, first, held, N, OUTPUTS, DEPTH, STEPS)
+        fence_async_shared()
+    else:
+        matrix = tma.make_tensor_descriptor(weight, [N, WIDTH], [WIDTH, 1], [OUTPUTS, DEPTH], _TILE)
+        mbarrier.expect(arrived, 2 * OUTPUTS * WIDTH)
+        for step in gl.static_range(STEPS):
+            tma.async_copy_global_to_shared(matrix, [first, step * DEPTH], arrived, held[step])
+
+
+@gluon.jit
+def _expect(bars, STAGES: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """Tell the barriers of the stages what is to come."""
+    for stage in gl.static_range(STAGES):
+        mbarrier.expect(bars[stage], 2 * ROWS * DEPTH)
+
+
+@gluon.jit
+def _ask(source, first_row, stages, bars, STAGES: gl.constexpr, DEPTH: gl.constexpr):
+    """Set the rows of the first steps on their way to their stages."""
+    for stage in gl.static_range(STAGES):
+        column = stage * DEPTH
+        tma.async_copy_global_to_shared(source, [first_row, column], bars[stage], stages[stage])
+    # Else the assembler puts arithmetic ahead of the copies that waits for other loads.
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _products(
+    source,
+    first_row,
+    stages,
+    held,
+    bars,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    OF_BYTES: gl.constexpr,
+):
+    """Rows, the first of which are asked for, times what `_hold` holds, in `_results_layout`."""
+    W: gl.constexpr = gl.num_warps()
+    lines: gl.constexpr = OUTPUTS if _weights_first(OUTPUTS, W) else ROWS
+    columns: gl.constexpr = ROWS if _weights_first(OUTPUTS, W) else OUTPUTS
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, columns, 16])
+    total = gl.zeros([lines, columns], gl.float32, layout)
+    if not OF_BYTES:
+        mbarrier.wait(bars[STAGES], 0)
+    for step in gl.static_range(STEPS):
+        rows, weights = stages[step % STAGES], held[step]
+        mbarrier.wait(bars[step % STAGES], step // STAGES & 1)
+        if _weights_first(OUTPUTS, W):
+            total = warpgroup_mma(weights, rows.permute((1, 0)), total, is_async=True)
+        else:
+            total = warpgroup_mma(rows, weights.permute((1, 0)), total, is_async=True)
+        if step > 0 and step - 1 + STAGES < STEPS:
+            total = warpgroup_mma_wait(1, deps=[total])
+            free, bar = stages[(step - 1) % STAGES], bars[(step - 1) % STAGES]
+            mbarrier.expect(bar, 2 * ROWS * DEPTH)
+            column = (step - 1 + STAGES) * DEPTH
+            tma.async_copy_global_to_shared(source, [first_row, column], bar, free)
+    total = warpgroup_mma_wait(0, deps=[total])
+    # What follows may be put where other warps' products still read.
+    gl.thread_barrier()
+    if _weights_first(OUTPUTS, W):
+        total = gl.permute(total, [1, 0])
+    return gl.convert_layout(total, _results_layout(OUTPUTS, W))
+
+
+@gluon.constexpr_function
+def _padded(count):
+    return max(8, 1 << (count - 1).bit_length())
+
+
+@gluon.jit
+def _load_partials(partials, first_row, ROWS: gl.constexpr, PARTS: gl.constexpr):
+    """Sums of squares of ROWS rows from `partials` (R, PARTS), padded with zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [gl.num_warps(), 1], [1, 0])
+    row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
+    part = gl.expand_dims(gl.arange(0, _padded(PARTS), gl.SliceLayout(0, layout)), 0)
+    return gl.load(partials + row * PARTS + part, mask=part < PARTS, other=0.0)
+
+
+@gluon.jit
+def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, layout: gl.constexpr):
+    """1 / rms of rows of WIDTH numbers, for results in `layout`: (rows, 1)."""
+    total = gl.convert_layout(gl.sum(partials, axis=1), gl.SliceLayout(1, layout))
+    return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
+
+
+@gluon.jit
+def warpgroup_in_proj(
+    weight,  # (E, D)
+    scales,  # (E,) float32, of int8 weights
+    scaled,  # (R, D) float16
+    partials,  # (R, PARTS) float32, sums of squares of the residual
+    shifted,  # (R, E), the product with the shift
+    projected,  # (R, E) float32: z | x B C | dt
+    R: gl.constexpr,
+    D: gl.constexpr,  # a multiple of DEPTH
+    E: gl.constexpr,
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.in_proj` without the convolution, of ROWS rows and OUTPUTS outputs a program."""
+    layout: gl.constexpr = _results_layout(OUTPUTS, gl.num_warps())
+    first, first_row = gl.program_id(0) * OUTPUTS, gl.program_id(1) * ROWS
+    STEPS: gl.constexpr = D // DEPTH
+    held, stages = _tiles(STEPS, OUTPUTS, DEPTH), _tiles(STAGES, ROWS, DEPTH)
+    bars = _barriers(STAGES + 1)
+    _expect(bars, STAGES, ROWS, DEPTH)
+    _hold(weight, first, held, bars[STAGES], E, D, OUTPUTS, DEPTH)
+    source = tma.make_tensor_descriptor(scaled, [R, D], [D, 1], [ROWS, DEPTH], _TILE)
+    row, output = _places(first_row, first, ROWS, OUTPUTS)
+    inside = gl.expand_dims(output < E, 0)
+    at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
+    shift = gl.load(shifted + at, mask=inside, other=0.0)
+    factor = gl.load(scales + output, mask=output < E, other=0.0) if HAS_SCALES else 1.0
+    begin_dependents(OVERLAPS)
+    _ask(source, first_row, stages, bars, STAGES, DEPTH)
+    sums = _load_partials(partials, first_row, ROWS, PARTS)
+    norm = _inverse_rms(sums, D, EPS, layout)
+    total = _products(
+        *(source, first_row, stages, held, bars),
+        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH, HAS_SCALES),
+    )
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    gl.store(projected + at, total * norm + shift.to(gl.float32), mask=inside)
+
+
+@gluon.jit
+def warpgroup_out_proj(
+    weight,  # (D, I), the gated norm's weight inside
+    scales,  # (D,) float32, of int8 weights
+    gated,  # (R, I) float16
+    squares,  # (R, PARTS) float32
+    gate,  # (R, D) float32
+    scale,  # (R, D) float32, of the layer that follows
+    residual,  # (R, D) float32, updated
+    scaled,  # (R, D) float16
+    partials,  # (R, D / OUTPUTS) float32
+    R: gl.constexpr,
+    D: gl.constexpr,  # a multiple of OUTPUTS
+    INNER: gl.constexpr,  # a multiple of DEPTH
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.out_proj`, of ROWS rows and OUTPUTS outputs a program."""
+    layout: gl.constexpr = _results_layout(OUTPUTS, gl.num_warps())
+    first, first_row = gl.program_id(0) * OUTPUTS, gl.program_id(1) * ROWS
+    STEPS: gl.constexpr = INNER // DEPTH
+    held, stages = _tiles(STEPS, OUTPUTS, DEPTH), _tiles(STAGES, ROWS, DEPTH)
+    bars = _barriers(STAGES + 1)
+    _expect(bars, STAGES, ROWS, DEPTH)
+    _hold(weight, first, held, bars[STAGES], D, INNER, OUTPUTS, DEPTH)
+    source = tma.make_tensor_descriptor(gated, [R, INNER], [INNER, 1], [ROWS, DEPTH], _TILE)
+    row, output = _places(first_row, first, ROWS, OUTPUTS)
+    at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
+    gate_value = gl.load(gate + at)
+    scale_value = gl.load(scale + at)
+    value = gl.load(residual + at)  # as the layer before left it
+    factor = gl.load(scales + output) if HAS_SCALES else 1.0
+    begin_dependents(OVERLAPS)
+    _ask(source, first_row, stages, bars, STAGES, DEPTH)
+    sums = _load_partials(squares, first_row, ROWS, PARTS)
+    norm = _inverse_rms(sums, INNER, EPS, layout)
+    total = _products(
+        *(source, first_row, stages, held, bars),
+        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH, HAS_SCALES),
+    )
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    value += gate_value * total * norm
+    gl.store(residual + at, value)
+    store_rounded(scaled + at, value * scale_value, True)
+    shares = gl.sum(value * value, axis=1)
+    gl.store(partials + row * (D // OUTPUTS) + gl.program_id(0), shares)
