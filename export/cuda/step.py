@@ -63,9 +63,7 @@ class StepBuilder:
         of_bytes = tuning.held_head if precision.quantised else None
         self.held_head = self._suiting(of_bytes, geometry.D)
         # Sums of squares a row: one from each program of out_proj, and of scan.
-        held_out = self.held_out_proj
-        outputs = _HELD_OUTPUTS * held_out.tiles if held_out else tuning.out_proj.outputs
-        self.norm_parts = geometry.D // outputs
+        self.norm_parts = geometry.D // self._outputs_of_out_proj()
         self.scans_by_warps = self._scans_by_warps()
         self.square_parts = geometry.H // (1 if self.scans_by_warps else self.heads)
         weights = weight_table(geometry, precision)
@@ -86,6 +84,11 @@ class StepBuilder:
         if tile is None or self.precision.activation != "float16" or width % (32 * tile.num_warps):
             return None
         return tile
+
+    def _outputs_of_out_proj(self) -> int:
+        """Of a program."""
+        held_out = self.held_out_proj
+        return _HELD_OUTPUTS * held_out.tiles if held_out else self.tuning.out_proj.outputs
 
     def _scans_by_warps(self) -> bool:
         """Whether `warp_scan` and `warp_fold` suit model, format and rows."""
@@ -219,21 +222,24 @@ class StepBuilder:
             OVERLAPS=self.overlaps,
         )
 
-    def _in_proj(self) -> SpecLaunch:
-        g = self.g
-        shared: dict[str, Any] = {
-            "weight": "in_proj",
-            "scales": self._scales("in_proj"),
-            "scaled": "scaled",
-            "partials": "partials",
-            "shifted": "shifted",
-            "projected": "projected",
-            "D": g.D,
-            "PARTS": self.norm_parts,
-            "EPS": g.norm_eps,
+    def _into(self, matrix: str, parts: int, *same: str) -> dict[str, Any]:
+        """What every form of a projection is given; buffers `same` have their parameters' names."""
+        return {name: name for name in same} | {
+            "weight": matrix,
+            "scales": self._scales(matrix),
+            "D": self.g.D,
+            "PARTS": parts,
+            "EPS": self.g.norm_eps,
             "HAS_SCALES": self.precision.quantised,
             "OVERLAPS": self.overlaps,
         }
+
+    def _into_in_proj(self) -> dict[str, Any]:
+        same = ("scaled", "partials", "shifted", "projected")
+        return self._into("in_proj", self.norm_parts, *same)
+
+    def _in_proj(self) -> SpecLaunch:
+        g, shared = self.g, self._into_in_proj()
         if self.held_in_proj:
             tile = self.held_in_proj
             return self.launch(
@@ -291,25 +297,14 @@ class StepBuilder:
     def _if_there(self, buffer: str) -> str | Argument:
         return buffer if buffer in self.buffers else ABSENT
 
+    def _into_out_proj(self) -> dict[str, Any]:
+        same = ("gated", "squares", "gate", "residual", "scaled", "partials")
+        of_next = Argument("scale", self.strides["scale"])  # of the layer that follows
+        found = self._into("out_proj", self.square_parts, *same)
+        return found | {"scale": of_next, "INNER": self.g.inner}
+
     def _out_proj(self) -> SpecLaunch:
-        g = self.g
-        shared: dict[str, Any] = {
-            "weight": "out_proj",
-            "scales": self._scales("out_proj"),
-            "gated": "gated",
-            "squares": "squares",
-            "gate": "gate",
-            "scale": Argument("scale", self.strides["scale"]),  # of the layer that follows
-            "residual": "residual",
-            "scaled": "scaled",
-            "partials": "partials",
-            "D": g.D,
-            "INNER": g.inner,
-            "PARTS": self.square_parts,
-            "EPS": g.norm_eps,
-            "HAS_SCALES": self.precision.quantised,
-            "OVERLAPS": self.overlaps,
-        }
+        g, shared = self.g, self._into_out_proj()
         if self.held_out_proj:
             tile = self.held_out_proj
             return self.launch(
