@@ -30,6 +30,7 @@ from aim_export.cuda.step import step_bucket
 from aim_export.cuda.stored import stored_tensors
 from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
 from aim_export.cuda.tuning import TUNING
+from aim_export.cuda.warpgroup import warpgroup_bucket
 from aim_export.cuda.weights import CONSTANTS_FILE, Constants, converted, step_weights
 from aim_export.errors import ExportError
 from aim_export.wide import check_wide
@@ -184,10 +185,12 @@ def _buckets(
 ) -> tuple[Bucket[KernelSpec], ...]:
     """Buckets in the order in which a runtime takes them: it passes over those of fewer rows."""
     in_one_launch = persistent_buckets(geometry, formats, TUNING, capabilities)
-    return (
-        *(bucket for bucket in in_one_launch if pays(geometry, formats, bucket.rows)),
-        *(step_bucket(geometry, formats, rows, tuning) for rows, tuning in TUNING.items()),
-    )
+    found = [bucket for bucket in in_one_launch if pays(geometry, formats, bucket.rows)]
+    for rows, tuning in TUNING.items():
+        if bucket := warpgroup_bucket(geometry, formats, rows, tuning, capabilities):
+            found.append(bucket)
+        found.append(step_bucket(geometry, formats, rows, tuning))
+    return tuple(found)
 
 
 def write_engines(

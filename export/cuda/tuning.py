@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Channels up to which a model's projections make too few programs of the larger tiles.
 NARROW = 768
@@ -45,6 +45,36 @@ class HeldCuts:
 
 
 @dataclass(frozen=True)
+class WarpgroupTile:
+    """How a projection of many rows is cut whose weights are there ahead, for `kernels.warpgroup`.
+
+    Attributes:
+        rows: rows a program, 64 or 128.
+        outputs: outputs a program, 64 or, of 64 rows, fewer.
+        depth: the step along the sum, a multiple of 64.
+        stages: steps whose rows are on their way at a time, where there is room for as many.
+    """
+
+    rows: int
+    outputs: int
+    depth: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class WarpgroupCuts:
+    """Cuts of a layer's two projections where `kernels.warpgroup` suits model and GPU.
+
+    Attributes:
+        in_proj: that of the first.
+        out_proj: that of the second, if it is one of these; its outputs divide D.
+    """
+
+    in_proj: WarpgroupTile
+    out_proj: WarpgroupTile | None = None
+
+
+@dataclass(frozen=True)
 class ScanCut:
     """How the scan is cut.
 
@@ -74,6 +104,8 @@ class Tuning:
         held: cuts of the projections where `kernels.held` suits model and format.
         held_narrow: those for models of at most `NARROW` channels.
         held_head: cut of a head of 8-bit weights.
+        warpgroup: by the type of the weights, cuts of the projections where `cuda.warpgroup` suits
+            model and GPU.
     """
 
     in_proj: Tile
@@ -84,6 +116,7 @@ class Tuning:
     held: HeldCuts | None = None
     held_narrow: HeldCuts | None = None
     held_head: HeldTile | None = None
+    warpgroup: Mapping[str, WarpgroupCuts] = field(default_factory=dict)
 
     @property
     def dot(self) -> bool:
@@ -118,6 +151,19 @@ _SINGLE_HEADS = {
     "float16": ScanCut(),
     "int8": ScanCut(chunk=_CHUNK_OF_INT8),
 }
+
+# With 64 rows and 16-bit weights the second projection gains nothing.
+_WARPGROUP_64 = {
+    "float16": WarpgroupCuts(in_proj=WarpgroupTile(rows=64, outputs=64, depth=64, stages=8)),
+    "int8": WarpgroupCuts(
+        in_proj=WarpgroupTile(rows=64, outputs=64, depth=64, stages=8),
+        out_proj=WarpgroupTile(rows=64, outputs=16, depth=128, stages=4),
+    ),
+}
+_WARPGROUP_128 = WarpgroupCuts(
+    in_proj=WarpgroupTile(rows=128, outputs=64, depth=64, stages=6),
+    out_proj=WarpgroupTile(rows=64, outputs=32, depth=128, stages=4),
+)
 
 # By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
 # the tensor cores are faster with 16.
@@ -184,6 +230,7 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
             "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
+        warpgroup=_WARPGROUP_64,
     ),
     128: Tuning(
         in_proj=Tile(rows=128, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -195,5 +242,6 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
             "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
+        warpgroup={"float16": _WARPGROUP_128, "int8": _WARPGROUP_128},
     ),
 }

@@ -32,12 +32,22 @@ from aim_export.cuda import bundle as engines
 from aim_export.cuda import compile as compiler
 from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
 from aim_export.cuda.geometry import Geometry
-from aim_export.cuda.kernels import held, persistent, products, scan, step, warp_fold, warp_scan
+from aim_export.cuda.kernels import (
+    held,
+    persistent,
+    products,
+    scan,
+    step,
+    warp_fold,
+    warp_scan,
+    warpgroup,
+)
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
+from aim_export.cuda.warpgroup import warpgroup_bucket
 
 GOLDEN = Geometry(
     D=128, L=3, S=128, P=64, K=4, V=256, T=64, groups=3, position_offset=1, num_classes=10
@@ -209,6 +219,8 @@ def buckets() -> Iterator[tuple[str, Bucket[KernelSpec]]]:
             for rows, tuning in TUNING.items():
                 name = f"{size}, {precision}, {rows} rows"
                 yield name, step_bucket(geometry, number, rows, tuning)
+                if found := warpgroup_bucket(geometry, number, rows, tuning, CAPABILITIES):
+                    yield f"{name}, by warpgroups", found
             for bucket in persistent_buckets(geometry, number, TUNING, CAPABILITIES):
                 yield f"{size}, {precision}, {bucket.rows} rows in one launch", bucket
 
@@ -237,6 +249,102 @@ def test_published_sizes() -> None:
             assert argument.stride % POINTER_ALIGNMENT == 0, where
         ids |= {item.kernel.id for item in (*flat(bucket.begin), *flat(bucket.step))}
     assert len(ids) > 200
+
+
+class TestProjectionsByWarpgroups:
+    @pytest.mark.parametrize("precision", ["fp16", "int8"])
+    @pytest.mark.parametrize("rows", [64, 128])
+    def test_machine_code(self, precision: str, rows: int) -> None:
+        """For 9.0 alone; launches of different kernels have descriptors of their own."""
+        bucket = warpgroup_bucket(
+            PUBLISHED["L"], FORMATS[precision], rows, TUNING[rows], CAPABILITIES
+        )
+        assert bucket is not None
+        launches = [item for item in flat(bucket.step) if item.kernel.capabilities]
+        found = compile_kernels([item.kernel for item in launches], CAPABILITIES, workers=2)
+        assert set(found) == {(item.kernel.id, 90) for item in launches}
+        for launch in launches:
+            binary = found[launch.kernel.id, 90]
+            assert binary.shared <= SHARED_MEMORY[90]
+            # Scratch memory is the first of Triton's own two parameters.
+            assert len(launch.arguments) == len(launch.kernel.types) + 1 == binary.pointers - 1
+            scratch = bucket.buffers[launch.arguments[-1].name]
+            assert scratch.size == launch.kernel.scratch * launch.grid[0] * launch.grid[1]
+        assert len({item.arguments[-1].name for item in launches}) == len(launches)
+
+    @pytest.mark.parametrize(
+        ("size", "precision", "rows", "in_proj", "out_proj"),
+        [
+            ("B", "fp16", 64, (53, 1, 8), None),
+            ("B", "int8-state8", 64, (53, 1, 8), (48, 1, 4)),
+            ("B", "fp16-state8", 128, (53, 1, 6), (24, 2, 4)),
+            ("L", "fp16-state8", 64, (69, 1, 8), None),
+            ("L", "int8-state8", 64, (69, 1, 8), (64, 1, 4)),
+            ("L", "fp16-state8", 128, (69, 1, 6), (32, 2, 4)),
+            ("L", "int8", 128, (69, 1, 6), (32, 2, 4)),
+            ("XL", "fp16-state16", 64, (101, 1, 4), None),  # there is no room for more stages
+            ("XL", "int8-state8", 64, (101, 1, 4), (96, 1, 4)),
+        ],
+    )
+    def test_how_they_are_cut(
+        self,
+        size: str,
+        precision: str,
+        rows: int,
+        in_proj: tuple[int, int, int],
+        out_proj: tuple[int, int, int] | None,
+    ) -> None:
+        """Programs of outputs and of rows, and stages; a projection without a cut stays."""
+        bucket = warpgroup_bucket(
+            PUBLISHED[size], FORMATS[precision], rows, TUNING[rows], CAPABILITIES
+        )
+        assert bucket is not None
+        launches = {item.kernel.function: item for item in flat(bucket.step)}
+        for function, cut in (
+            (warpgroup.warpgroup_in_proj, in_proj),
+            (warpgroup.warpgroup_out_proj, out_proj),
+        ):
+            launch = launches.get(function)
+            stages = dict(launch.kernel.constants)["STAGES"] if launch else None
+            assert (*launch.grid[:2], stages) == cut if launch else cut is None
+        last = launches[warpgroup.warpgroup_out_proj if out_proj else step.out_proj]
+        assert bucket.buffers["partials"].shape == (rows, last.grid[0])
+
+    @pytest.mark.parametrize(
+        ("sizes", "precision", "rows", "capabilities", "suits"),
+        [
+            ({}, "fp16", 128, (80, 90), True),
+            ({}, "int8-state8", 64, (90,), True),
+            ({}, "fp16", 128, (80, 120), False),
+            ({}, "fp16", 32, (90,), False),
+            ({}, "fp32", 128, (90,), False),
+            ({"D": 512}, "fp16", 128, (90,), False),
+            ({"D": 1056}, "fp16", 128, (90,), False),
+            ({"D": 1536}, "fp16", 128, (90,), False),  # weights leave no room for three stages
+            ({"D": 2048}, "int8", 64, (90,), False),  # weights of a program fill shared memory
+        ],
+    )
+    def test_where_they_suit(
+        self,
+        sizes: dict[str, int],
+        precision: str,
+        rows: int,
+        capabilities: tuple[int, ...],
+        suits: bool,
+    ) -> None:
+        geometry = replace(PUBLISHED["L"], **sizes)
+        found = warpgroup_bucket(geometry, FORMATS[precision], rows, TUNING[rows], capabilities)
+        assert (found is not None) == suits
+
+    def test_they_come_before_what_every_gpu_runs(self) -> None:
+        """A runtime takes the first bucket of as many rows that its GPU can run."""
+        found = engines._buckets(PUBLISHED["L"], FORMATS["fp16-state8"], CAPABILITIES)
+        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 32, 64, 64, 128, 128]
+        for first, second in (found[5:7], found[7:9]):
+            kernels = {item.kernel for item in flat(first.step)}
+            assert {90} == {c for kernel in kernels for c in kernel.capabilities or ()}
+            assert all(item.kernel.capabilities is None for item in flat(second.step))
+            assert movable(first, second)
 
 
 class TestAllLayersInOneLaunch:

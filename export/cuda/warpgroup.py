@@ -1,0 +1,112 @@
+"""The step of many rows with projections by wgmma, for what models, formats and GPUs it suits.
+
+In a plan such a bucket comes before the one of as many rows that every GPU can run: a runtime
+passes over that where its GPU can run this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from triton.runtime.jit import JITFunction
+
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels import warpgroup
+from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.precision import Format
+from aim_export.cuda.step import SpecLaunch, StepBuilder
+from aim_export.cuda.targets import SHARED_MEMORY
+from aim_export.cuda.tuning import Tuning, WarpgroupTile
+from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Tensor
+
+# Compute capabilities that have wgmma.
+CAPABILITIES = (90,)
+_WARPS = 4
+# The least width: of narrower models weights are few, and little is gained by having them ahead.
+_NARROWEST = 768
+# Fewer stages would leave products waiting for rows.
+_STAGES = 3
+# Bytes of shared memory for barriers and sums.
+_SPARE = 1024
+# Bytes of the copy engine's descriptors of a program: of rows and, where it copies them, weights.
+_DESCRIPTORS = 256
+
+
+def fitting(tile: WarpgroupTile | None, outputs: int, width: int) -> WarpgroupTile | None:
+    """`tile` with as many stages as there is room for, None if it does not suit a projection."""
+    if tile is None or width % tile.depth or outputs % 4:
+        return None
+    room = min(SHARED_MEMORY[target] for target in CAPABILITIES) - _SPARE
+    stages = (room - 2 * tile.outputs * width) // (2 * tile.rows * tile.depth)
+    stages = min(stages, tile.stages, width // tile.depth)
+    return None if stages < _STAGES else replace(tile, stages=stages)
+
+
+def warpgroup_bucket(
+    geometry: Geometry,
+    precision: Format,
+    rows: int,
+    tuning: Tuning,
+    capabilities: Sequence[int],
+) -> Bucket[KernelSpec] | None:
+    """The bucket of `rows` rows, if it suits model and format and some GPU of `capabilities`."""
+    cuts = tuning.warpgroup.get(precision.matrix)
+    if cuts is None or geometry.D < _NARROWEST or not set(CAPABILITIES) & set(capabilities):
+        return None
+    in_proj = fitting(cuts.in_proj, geometry.E, geometry.D)
+    if in_proj is None:
+        return None
+    out_proj = fitting(cuts.out_proj, geometry.D, geometry.inner)
+    return _WarpgroupBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
+
+
+class _WarpgroupBuilder(StepBuilder):
+    def __init__(
+        self,
+        geometry: Geometry,
+        precision: Format,
+        rows: int,
+        tuning: Tuning,
+        in_proj: WarpgroupTile,
+        out_proj: WarpgroupTile | None,
+    ) -> None:
+        self._cut_of_in_proj, self._cut_of_out_proj = in_proj, out_proj
+        super().__init__(geometry, precision, rows, tuning, overlaps=True)
+
+    def _outputs_of_out_proj(self) -> int:
+        cut = self._cut_of_out_proj
+        return cut.outputs if cut else super()._outputs_of_out_proj()
+
+    def _in_proj(self) -> SpecLaunch:
+        given, cut = self._into_in_proj() | {"E": self.g.E}, self._cut_of_in_proj
+        return self._by_warpgroups(warpgroup.warpgroup_in_proj, cut, self.g.E, given)
+
+    def _out_proj(self) -> SpecLaunch:
+        given, cut = self._into_out_proj(), self._cut_of_out_proj
+        if cut is None:
+            return super()._out_proj()
+        return self._by_warpgroups(warpgroup.warpgroup_out_proj, cut, self.g.D, given)
+
+    def _by_warpgroups(
+        self, function: JITFunction, tile: WarpgroupTile, outputs: int, given: dict[str, Any]
+    ) -> SpecLaunch:
+        """A projection to so many `outputs`, with a buffer of its own for the descriptors."""
+        grid = -(-outputs // tile.outputs), self.rows // tile.rows
+        launch = self.launch(
+            function,
+            grid,
+            num_warps=_WARPS,
+            **given,
+            R=self.rows,
+            ROWS=tile.rows,
+            OUTPUTS=tile.outputs,
+            DEPTH=tile.depth,
+            STAGES=tile.stages,
+        )
+        name = f"descriptors_of_{function.__name__}"
+        self.buffers[name] = Tensor("uint8", (_DESCRIPTORS * math.prod(grid),))
+        kernel = replace(launch.kernel, scratch=_DESCRIPTORS, capabilities=CAPABILITIES)
+        return Launch(kernel, launch.grid, (*launch.arguments, Argument(name)))
