@@ -57,9 +57,9 @@ class StepBuilder:
         self.chunk = tuning.chunk_of(precision.state)
         self.queries = tuning.queries_of(precision.state, geometry.T)
         self.heads = math.gcd(self.scan_cut.heads, geometry.H)
-        held = tuning.held_of(geometry.D)
-        self.held_in_proj = self._suiting(held and held.in_proj, geometry.D)
-        self.held_out_proj = self._suiting(held and held.out_proj, geometry.inner)
+        cuts = tuning.held_of(geometry.D)
+        self.held_in_proj = self._suiting(cuts.in_proj if cuts else None, geometry.D)
+        self.held_out_proj = self._suiting(cuts.out_proj if cuts else None, geometry.inner)
         of_bytes = tuning.held_head if precision.quantised else None
         self.held_head = self._suiting(of_bytes, geometry.D)
         # Sums of squares a row: one from each program of out_proj, and of scan.
