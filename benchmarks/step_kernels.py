@@ -222,7 +222,7 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                         tile = Tile(
                             rows=m, outputs=n, depth=depth, num_warps=warps, num_stages=stages
                         )
-                        bare = replace(base, held=None, held_narrow=None, warpgroup={})
+                        bare = replace(base, held=None, held_narrow=None, warpgroup=None)
                         yield "in_proj", replace(bare, in_proj=tile)
                         if n <= 32:
                             yield "out_proj", replace(bare, out_proj=tile)

@@ -226,20 +226,22 @@ class StepBuilder:
         """What every form of a projection is given; buffers `same` have their parameters' names."""
         return {name: name for name in same} | {
             "weight": matrix,
-            "scales": self._scales(matrix),
             "D": self.g.D,
             "PARTS": parts,
             "EPS": self.g.norm_eps,
-            "HAS_SCALES": self.precision.quantised,
             "OVERLAPS": self.overlaps,
         }
+
+    def _scaled(self, matrix: str) -> dict[str, Any]:
+        """And those that take 8-bit weights too."""
+        return {"scales": self._scales(matrix), "HAS_SCALES": self.precision.quantised}
 
     def _into_in_proj(self) -> dict[str, Any]:
         same = ("scaled", "partials", "shifted", "projected")
         return self._into("in_proj", self.norm_parts, *same)
 
     def _in_proj(self) -> SpecLaunch:
-        g, shared = self.g, self._into_in_proj()
+        g, shared = self.g, self._into_in_proj() | self._scaled("in_proj")
         if self.held_in_proj:
             tile = self.held_in_proj
             return self.launch(
@@ -304,7 +306,7 @@ class StepBuilder:
         return found | {"scale": of_next, "INNER": self.g.inner}
 
     def _out_proj(self) -> SpecLaunch:
-        g, shared = self.g, self._into_out_proj()
+        g, shared = self.g, self._into_out_proj() | self._scaled("out_proj")
         if self.held_out_proj:
             tile = self.held_out_proj
             return self.launch(

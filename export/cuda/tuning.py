@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # Channels up to which a model's projections make too few programs of the larger tiles.
 NARROW = 768
@@ -63,15 +63,13 @@ class WarpgroupTile:
 
 @dataclass(frozen=True)
 class WarpgroupCuts:
-    """Cuts of a layer's two projections where `kernels.warpgroup` suits model and GPU.
+    """Cuts of a layer's two projections where `kernels.warpgroup` suits model, format and GPU.
 
-    Attributes:
-        in_proj: that of the first.
-        out_proj: that of the second, if it is one of these; its outputs divide D.
+    Outputs of a program of `out_proj` divide D.
     """
 
     in_proj: WarpgroupTile
-    out_proj: WarpgroupTile | None = None
+    out_proj: WarpgroupTile
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ class Tuning:
         held: cuts of the projections where `kernels.held` suits model and format.
         held_narrow: those for models of at most `NARROW` channels.
         held_head: cut of a head of 8-bit weights.
-        warpgroup: by the type of the weights, cuts of the projections where `cuda.warpgroup` suits
-            model and GPU.
+        warpgroup: cuts of the projections where `cuda.warpgroup` suits model, format and GPU.
     """
 
     in_proj: Tile
@@ -116,7 +113,7 @@ class Tuning:
     held: HeldCuts | None = None
     held_narrow: HeldCuts | None = None
     held_head: HeldTile | None = None
-    warpgroup: Mapping[str, WarpgroupCuts] = field(default_factory=dict)
+    warpgroup: WarpgroupCuts | None = None
 
     @property
     def dot(self) -> bool:
@@ -151,19 +148,6 @@ _SINGLE_HEADS = {
     "float16": ScanCut(),
     "int8": ScanCut(chunk=_CHUNK_OF_INT8),
 }
-
-# With 64 rows and 16-bit weights the second projection gains nothing.
-_WARPGROUP_64 = {
-    "float16": WarpgroupCuts(in_proj=WarpgroupTile(rows=64, outputs=64, depth=64, stages=8)),
-    "int8": WarpgroupCuts(
-        in_proj=WarpgroupTile(rows=64, outputs=64, depth=64, stages=8),
-        out_proj=WarpgroupTile(rows=64, outputs=16, depth=128, stages=4),
-    ),
-}
-_WARPGROUP_128 = WarpgroupCuts(
-    in_proj=WarpgroupTile(rows=128, outputs=64, depth=64, stages=6),
-    out_proj=WarpgroupTile(rows=64, outputs=32, depth=128, stages=4),
-)
 
 # By rows; measured on an H100 with AiM-L (benchmarks/RESULTS.md). There is none of 8 rows: there
 # the tensor cores are faster with 16.
@@ -230,7 +214,6 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
             "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
-        warpgroup=_WARPGROUP_64,
     ),
     128: Tuning(
         in_proj=Tile(rows=128, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -242,6 +225,9 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
             "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
         },
-        warpgroup={"float16": _WARPGROUP_128, "int8": _WARPGROUP_128},
+        warpgroup=WarpgroupCuts(
+            in_proj=WarpgroupTile(rows=128, outputs=64, depth=64, stages=6),
+            out_proj=WarpgroupTile(rows=64, outputs=32, depth=128, stages=4),
+        ),
     ),
 }

@@ -31,7 +31,7 @@ _NARROWEST = 768
 _STAGES = 3
 # Bytes of shared memory for barriers and sums.
 _SPARE = 1024
-# Bytes of the copy engine's descriptors of a program: of rows and, where it copies them, weights.
+# Bytes of the copy engine's descriptors of a program: of rows and of weights.
 _DESCRIPTORS = 256
 
 
@@ -53,13 +53,13 @@ def warpgroup_bucket(
     capabilities: Sequence[int],
 ) -> Bucket[KernelSpec] | None:
     """The bucket of `rows` rows, if it suits model and format and some GPU of `capabilities`."""
-    cuts = tuning.warpgroup.get(precision.matrix)
-    if cuts is None or geometry.D < _NARROWEST or not set(CAPABILITIES) & set(capabilities):
+    cuts = tuning.warpgroup
+    if cuts is None or precision.matrix != "float16" or geometry.D < _NARROWEST:
         return None
     in_proj = fitting(cuts.in_proj, geometry.E, geometry.D)
-    if in_proj is None:
-        return None
     out_proj = fitting(cuts.out_proj, geometry.D, geometry.inner)
+    if in_proj is None or out_proj is None or not set(CAPABILITIES) & set(capabilities):
+        return None
     return _WarpgroupBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
 
 
@@ -71,14 +71,13 @@ class _WarpgroupBuilder(StepBuilder):
         rows: int,
         tuning: Tuning,
         in_proj: WarpgroupTile,
-        out_proj: WarpgroupTile | None,
+        out_proj: WarpgroupTile,
     ) -> None:
         self._cut_of_in_proj, self._cut_of_out_proj = in_proj, out_proj
         super().__init__(geometry, precision, rows, tuning, overlaps=True)
 
     def _outputs_of_out_proj(self) -> int:
-        cut = self._cut_of_out_proj
-        return cut.outputs if cut else super()._outputs_of_out_proj()
+        return self._cut_of_out_proj.outputs
 
     def _in_proj(self) -> SpecLaunch:
         given, cut = self._into_in_proj() | {"E": self.g.E}, self._cut_of_in_proj
@@ -86,8 +85,6 @@ class _WarpgroupBuilder(StepBuilder):
 
     def _out_proj(self) -> SpecLaunch:
         given, cut = self._into_out_proj(), self._cut_of_out_proj
-        if cut is None:
-            return super()._out_proj()
         return self._by_warpgroups(warpgroup.warpgroup_out_proj, cut, self.g.D, given)
 
     def _by_warpgroups(

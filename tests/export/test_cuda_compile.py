@@ -251,15 +251,17 @@ def test_published_sizes() -> None:
     assert len(ids) > 200
 
 
+def by_warpgroups(size: str, precision: str) -> Bucket[KernelSpec]:
+    tuning = TUNING[128]
+    found = warpgroup_bucket(PUBLISHED[size], FORMATS[precision], 128, tuning, CAPABILITIES)
+    assert found is not None
+    return found
+
+
 class TestProjectionsByWarpgroups:
-    @pytest.mark.parametrize("precision", ["fp16", "int8"])
-    @pytest.mark.parametrize("rows", [64, 128])
-    def test_machine_code(self, precision: str, rows: int) -> None:
+    def test_machine_code(self) -> None:
         """For 9.0 alone; launches of different kernels have descriptors of their own."""
-        bucket = warpgroup_bucket(
-            PUBLISHED["L"], FORMATS[precision], rows, TUNING[rows], CAPABILITIES
-        )
-        assert bucket is not None
+        bucket = by_warpgroups("L", "fp16")
         launches = [item for item in flat(bucket.step) if item.kernel.capabilities]
         found = compile_kernels([item.kernel for item in launches], CAPABILITIES, workers=2)
         assert set(found) == {(item.kernel.id, 90) for item in launches}
@@ -270,58 +272,40 @@ class TestProjectionsByWarpgroups:
             assert len(launch.arguments) == len(launch.kernel.types) + 1 == binary.pointers - 1
             scratch = bucket.buffers[launch.arguments[-1].name]
             assert scratch.size == launch.kernel.scratch * launch.grid[0] * launch.grid[1]
-        assert len({item.arguments[-1].name for item in launches}) == len(launches)
+        assert len({item.arguments[-1].name for item in launches}) == len(launches) == 2
 
     @pytest.mark.parametrize(
-        ("size", "precision", "rows", "in_proj", "out_proj"),
-        [
-            ("B", "fp16", 64, (53, 1, 8), None),
-            ("B", "int8-state8", 64, (53, 1, 8), (48, 1, 4)),
-            ("B", "fp16-state8", 128, (53, 1, 6), (24, 2, 4)),
-            ("L", "fp16-state8", 64, (69, 1, 8), None),
-            ("L", "int8-state8", 64, (69, 1, 8), (64, 1, 4)),
-            ("L", "fp16-state8", 128, (69, 1, 6), (32, 2, 4)),
-            ("L", "int8", 128, (69, 1, 6), (32, 2, 4)),
-            ("XL", "fp16-state16", 64, (101, 1, 4), None),  # there is no room for more stages
-            ("XL", "int8-state8", 64, (101, 1, 4), (96, 1, 4)),
-        ],
+        ("size", "in_proj", "out_proj"),
+        [("B", (53, 1, 6), (24, 2, 4)), ("L", (69, 1, 6), (32, 2, 4))],
     )
     def test_how_they_are_cut(
-        self,
-        size: str,
-        precision: str,
-        rows: int,
-        in_proj: tuple[int, int, int],
-        out_proj: tuple[int, int, int] | None,
+        self, size: str, in_proj: tuple[int, int, int], out_proj: tuple[int, int, int]
     ) -> None:
-        """Programs of outputs and of rows, and stages; a projection without a cut stays."""
-        bucket = warpgroup_bucket(
-            PUBLISHED[size], FORMATS[precision], rows, TUNING[rows], CAPABILITIES
-        )
-        assert bucket is not None
+        """Programs of outputs and of rows, and stages."""
+        bucket = by_warpgroups(size, "fp16-state8")
         launches = {item.kernel.function: item for item in flat(bucket.step)}
         for function, cut in (
             (warpgroup.warpgroup_in_proj, in_proj),
             (warpgroup.warpgroup_out_proj, out_proj),
         ):
-            launch = launches.get(function)
-            stages = dict(launch.kernel.constants)["STAGES"] if launch else None
-            assert (*launch.grid[:2], stages) == cut if launch else cut is None
-        last = launches[warpgroup.warpgroup_out_proj if out_proj else step.out_proj]
-        assert bucket.buffers["partials"].shape == (rows, last.grid[0])
+            launch = launches[function]
+            assert (*launch.grid[:2], dict(launch.kernel.constants)["STAGES"]) == cut
+        assert bucket.buffers["partials"].shape == (128, out_proj[0])
 
     @pytest.mark.parametrize(
         ("sizes", "precision", "rows", "capabilities", "suits"),
         [
             ({}, "fp16", 128, (80, 90), True),
-            ({}, "int8-state8", 64, (90,), True),
+            ({}, "fp16-state8", 128, (90,), True),
+            ({}, "int8-state8", 128, (90,), False),
             ({}, "fp16", 128, (80, 120), False),
+            ({}, "fp16", 64, (90,), False),
             ({}, "fp16", 32, (90,), False),
             ({}, "fp32", 128, (90,), False),
             ({"D": 512}, "fp16", 128, (90,), False),
             ({"D": 1056}, "fp16", 128, (90,), False),
             ({"D": 1536}, "fp16", 128, (90,), False),  # weights leave no room for three stages
-            ({"D": 2048}, "int8", 64, (90,), False),  # weights of a program fill shared memory
+            ({"D": 2048}, "fp16", 128, (90,), False),  # weights of a program fill shared memory
         ],
     )
     def test_where_they_suit(
@@ -339,8 +323,8 @@ class TestProjectionsByWarpgroups:
     def test_they_come_before_what_every_gpu_runs(self) -> None:
         """A runtime takes the first bucket of as many rows that its GPU can run."""
         found = engines._buckets(PUBLISHED["L"], FORMATS["fp16-state8"], CAPABILITIES)
-        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 32, 64, 64, 128, 128]
-        for first, second in (found[5:7], found[7:9]):
+        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 32, 64, 128, 128]
+        for first, second in (found[6:8],):
             kernels = {item.kernel for item in flat(first.step)}
             assert {90} == {c for kernel in kernels for c in kernel.capabilities or ()}
             assert all(item.kernel.capabilities is None for item in flat(second.step))

@@ -1,4 +1,4 @@
-"""Projections of 64 and 128 rows by wgmma, as compiled, on `ptx_machine`."""
+"""Projections of many rows by wgmma, as compiled, on `ptx_machine`."""
 
 from __future__ import annotations
 
@@ -38,29 +38,19 @@ def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
     return random.normal(size=shape).astype(dtype)
 
 
-def weights(outputs: int, width: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """And the factors of 8-bit ones."""
-    if bits == 16:
-        return normal(outputs, width, dtype="f2"), np.ones(outputs, "f4")
-    values = random.integers(-127, 128, (outputs, width)).astype("i1")
-    return values, np.abs(normal(outputs)) / np.float32(100)
-
-
-def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.ndarray) -> Any:
+def product(rows: np.ndarray, weight: np.ndarray, sums: np.ndarray) -> Any:
     """Of rows over the root mean square whose sums of squares there are, in float64."""
-    total = rows.astype("f8") @ weight.astype("f8").T * scales
+    total = rows.astype("f8") @ weight.astype("f8").T
     return total / np.sqrt(sums.astype("f8").sum(1, keepdims=True) / rows.shape[1] + EPS)
 
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "depth", "stages"), [(128, 64, 64, 3), (64, 64, 64, 4), (64, 32, 128, 2)]
 )
-@pytest.mark.parametrize("bits", [16, 8])
-def test_in_proj(bits: int, rows: int, outputs: int, depth: int, stages: int) -> None:
-    weight, scales = weights(E, D, bits)
+def test_in_proj(rows: int, outputs: int, depth: int, stages: int) -> None:
+    weight = normal(E, D, dtype="f2")
     memory = {
         "weight": weight,
-        "scales": scales,
         "scaled": normal(128, D, dtype="f2"),
         "partials": normal(128, 12) ** 2,
         "shifted": normal(128, E, dtype="f2"),
@@ -68,11 +58,11 @@ def test_in_proj(bits: int, rows: int, outputs: int, depth: int, stages: int) ->
     }
     found = launch(
         *("warpgroup_in_proj", memory, (-(-E // outputs), 128 // rows)),
-        **{"R": 128, "D": D, "E": E, "PARTS": 12, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"R": 128, "D": D, "E": E, "PARTS": 12, "EPS": EPS},
         **{"ROWS": rows, "OUTPUTS": outputs, "DEPTH": depth, "STAGES": stages},
         **{"OVERLAPS": True},
     )
-    wanted = product(memory["scaled"], weight, scales, memory["partials"]) + memory["shifted"]
+    wanted = product(memory["scaled"], weight, memory["partials"]) + memory["shifted"]
     assert error(found.pop("projected"), wanted) < FULL
     assert all((value == memory[name]).all() for name, value in found.items())
 
@@ -80,12 +70,10 @@ def test_in_proj(bits: int, rows: int, outputs: int, depth: int, stages: int) ->
 @pytest.mark.parametrize(
     ("rows", "outputs", "depth", "stages"), [(64, 32, 128, 2), (64, 16, 64, 5), (128, 64, 64, 2)]
 )
-@pytest.mark.parametrize("bits", [16, 8])
-def test_out_proj(bits: int, rows: int, outputs: int, depth: int, stages: int) -> None:
-    weight, scales = weights(D, INNER, bits)
+def test_out_proj(rows: int, outputs: int, depth: int, stages: int) -> None:
+    weight = normal(D, INNER, dtype="f2")
     memory = {
         "weight": weight,
-        "scales": scales,
         "gated": normal(128, INNER, dtype="f2"),
         "squares": normal(128, 8) ** 2,
         "gate": normal(128, D),
@@ -96,11 +84,11 @@ def test_out_proj(bits: int, rows: int, outputs: int, depth: int, stages: int) -
     }
     found = launch(
         *("warpgroup_out_proj", memory, (D // outputs, 128 // rows)),
-        **{"R": 128, "D": D, "INNER": INNER, "PARTS": 8, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"R": 128, "D": D, "INNER": INNER, "PARTS": 8, "EPS": EPS},
         **{"ROWS": rows, "OUTPUTS": outputs, "DEPTH": depth, "STAGES": stages},
         **{"OVERLAPS": True},
     )
-    total = product(memory["gated"], weight, scales, memory["squares"])
+    total = product(memory["gated"], weight, memory["squares"])
     wanted = memory["residual"] + memory["gate"].astype("f8") * total
     squares = (wanted.reshape(128, -1, outputs) ** 2).sum(2)
     assert error(found.pop("residual"), wanted) < FULL

@@ -1,9 +1,9 @@
-"""The layers' projections for 64 and 128 rows, by the tensor cores of compute capability 9.0.
+"""The layers' projections for 128 rows, by the tensor cores of compute capability 9.0.
 
-A program copies all of its weights to shared memory while the launch ahead still runs, those of 8
-bits as halves; behind the wait the copy engine brings its rows, some stages ahead of the products.
-wgmma multiplies what lies in shared memory: nothing of it goes through registers. Its first operand
-has 64 lines for each four warps: weights where a program has so many outputs, else rows.
+A program copies all of its weights to shared memory while the launch ahead still runs; behind the
+wait the copy engine brings its rows, some stages ahead of the products. wgmma multiplies what lies
+in shared memory: nothing of it goes through registers. Its first operand has 64 lines for each four
+warps: weights where a program has so many outputs, else rows.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -12,7 +12,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -21,12 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
-from aim_export.cuda.kernels.persistent_products import widen
 
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_PAIRS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
-# Tiles of 8-bit weights that are on their way to registers at a time.
-_MOST_AT_ONCE = gl.constexpr(4)
 
 
 @gluon.constexpr_function
@@ -75,38 +70,8 @@ def _barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _widen(
-    weight,
-    first,
-    held,
-    N: gl.constexpr,
-    OUTPUTS: gl.constexpr,
-    DEPTH: gl.constexpr,
-    STEPS: gl.constexpr,
-):
-    """Put 8-bit weights of the outputs from `first` on into `held`, as halves."""
-    W: gl.constexpr = gl.num_warps()
-    WORDS: gl.constexpr = DEPTH // 4  # of a line
-    AT_ONCE: gl.constexpr = min(_MOST_AT_ONCE, STEPS & -STEPS)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [W, 1], [1, 0])
-    output = gl.minimum(first + gl.arange(0, OUTPUTS, gl.SliceLayout(1, layout)), N - 1)
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, layout))
-    words = weight.to(gl.pointer_type(gl.int32))
-    words += gl.expand_dims(output, 1) * (STEPS * WORDS) + gl.expand_dims(word, 0)
-    for step in gl.static_range(0, STEPS, AT_ONCE):
-        loaded = none()
-        for part in gl.static_range(AT_ONCE):
-            loaded += (gl.load(words + (step + part) * WORDS),)
-        for part in gl.static_range(AT_ONCE):
-            # Of each four words the halves of two, and of two.
-            halves = gl.reshape(gl.join(*widen(loaded[part])), [OUTPUTS, WORDS // 4, 4, 2])
-            halves = gl.reshape(gl.permute(halves, [0, 1, 3, 2]), [OUTPUTS, 2 * WORDS])
-            held[step + part]._reinterpret(gl.int32, [OUTPUTS, 2 * WORDS], _PAIRS).store(halves)
-
-
-@gluon.jit
 def _hold(
-    weight,  # (N, WIDTH) float16 or int8
+    weight,  # (N, WIDTH) float16
     first,
     held,
     arrived,
@@ -117,17 +82,12 @@ def _hold(
 ):
     """Bring the weights of the outputs from `first` on to `held`, DEPTH of each to a tile.
 
-    Those of 16 bits are there when the barrier `arrived` says so.
+    They are there when the barrier `arrived` says so.
     """
-    STEPS: gl.constexpr = WIDTH // DEPTH
-    if weight.dtype.element_ty == gl.int8:
-        _widen(weight, first, held, N, OUTPUTS, DEPTH, STEPS)
-        fence_async_shared()
-    else:
-        matrix = tma.make_tensor_descriptor(weight, [N, WIDTH], [WIDTH, 1], [OUTPUTS, DEPTH], _TILE)
-        mbarrier.expect(arrived, 2 * OUTPUTS * WIDTH)
-        for step in gl.static_range(STEPS):
-            tma.async_copy_global_to_shared(matrix, [first, step * DEPTH], arrived, held[step])
+    matrix = tma.make_tensor_descriptor(weight, [N, WIDTH], [WIDTH, 1], [OUTPUTS, DEPTH], _TILE)
+    mbarrier.expect(arrived, 2 * OUTPUTS * WIDTH)
+    for step in gl.static_range(WIDTH // DEPTH):
+        tma.async_copy_global_to_shared(matrix, [first, step * DEPTH], arrived, held[step])
 
 
 @gluon.jit
@@ -159,7 +119,6 @@ def _products(
     ROWS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     DEPTH: gl.constexpr,
-    OF_BYTES: gl.constexpr,
 ):
     """Rows, the first of which are asked for, times what `_hold` holds, in `_results_layout`."""
     W: gl.constexpr = gl.num_warps()
@@ -167,8 +126,7 @@ def _products(
     columns: gl.constexpr = ROWS if _weights_first(OUTPUTS, W) else OUTPUTS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, columns, 16])
     total = gl.zeros([lines, columns], gl.float32, layout)
-    if not OF_BYTES:
-        mbarrier.wait(bars[STAGES], 0)
+    mbarrier.wait(bars[STAGES], 0)
     for step in gl.static_range(STEPS):
         rows, weights = stages[step % STAGES], held[step]
         mbarrier.wait(bars[step % STAGES], step // STAGES & 1)
@@ -213,8 +171,7 @@ def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, layout: gl.co
 
 @gluon.jit
 def warpgroup_in_proj(
-    weight,  # (E, D)
-    scales,  # (E,) float32, of int8 weights
+    weight,  # (E, D) float16
     scaled,  # (R, D) float16
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
@@ -224,7 +181,6 @@ def warpgroup_in_proj(
     E: gl.constexpr,
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
-    HAS_SCALES: gl.constexpr,
     ROWS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -244,24 +200,20 @@ def warpgroup_in_proj(
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0)
-    factor = gl.load(scales + output, mask=output < E, other=0.0) if HAS_SCALES else 1.0
     begin_dependents(OVERLAPS)
     _ask(source, first_row, stages, bars, STAGES, DEPTH)
     sums = _load_partials(partials, first_row, ROWS, PARTS)
     norm = _inverse_rms(sums, D, EPS, layout)
     total = _products(
         *(source, first_row, stages, held, bars),
-        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH, HAS_SCALES),
+        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH),
     )
-    if HAS_SCALES:
-        total *= gl.expand_dims(factor, 0)
     gl.store(projected + at, total * norm + shift.to(gl.float32), mask=inside)
 
 
 @gluon.jit
 def warpgroup_out_proj(
-    weight,  # (D, I), the gated norm's weight inside
-    scales,  # (D,) float32, of int8 weights
+    weight,  # (D, I) float16, the gated norm's weight inside
     gated,  # (R, I) float16
     squares,  # (R, PARTS) float32
     gate,  # (R, D) float32
@@ -274,7 +226,6 @@ def warpgroup_out_proj(
     INNER: gl.constexpr,  # a multiple of DEPTH
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
-    HAS_SCALES: gl.constexpr,
     ROWS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -295,17 +246,14 @@ def warpgroup_out_proj(
     gate_value = gl.load(gate + at)
     scale_value = gl.load(scale + at)
     value = gl.load(residual + at)  # as the layer before left it
-    factor = gl.load(scales + output) if HAS_SCALES else 1.0
     begin_dependents(OVERLAPS)
     _ask(source, first_row, stages, bars, STAGES, DEPTH)
     sums = _load_partials(squares, first_row, ROWS, PARTS)
     norm = _inverse_rms(sums, INNER, EPS, layout)
     total = _products(
         *(source, first_row, stages, held, bars),
-        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH, HAS_SCALES),
+        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH),
     )
-    if HAS_SCALES:
-        total *= gl.expand_dims(factor, 0)
     value += gate_value * total * norm
     gl.store(residual + at, value)
     store_rounded(scaled + at, value * scale_value, True)
