@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from aim_export.cuda.compile import (
@@ -29,7 +30,7 @@ from aim_export.cuda.precision import FORMATS, Format
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.stored import stored_tensors
 from aim_export.cuda.targets import CAPABILITIES, PRECISIONS
-from aim_export.cuda.tuning import TUNING
+from aim_export.cuda.tuning import TUNING, Tuning
 from aim_export.cuda.warpgroup import warpgroup_bucket
 from aim_export.cuda.weights import CONSTANTS_FILE, Constants, converted, step_weights
 from aim_export.errors import ExportError
@@ -37,7 +38,7 @@ from aim_export.wide import check_wide
 from aim_runtime import Bundle
 from aim_runtime.bundle import add_engine
 from aim_runtime.bundle.manifest import ModelCard
-from aim_runtime.engines.cuda.plan import Bucket, Code, kernels_file, plan_file
+from aim_runtime.engines.cuda.plan import Bucket, Code, flat, kernels_file, plan_file
 from aim_runtime.quoting import shortened
 
 Report = Callable[[str], None]
@@ -189,8 +190,26 @@ def _buckets(
     for rows, tuning in TUNING.items():
         if bucket := warpgroup_bucket(geometry, formats, rows, tuning, capabilities):
             found.append(bucket)
-        found.append(step_bucket(geometry, formats, rows, tuning))
+        found += _launches_a_layer(geometry, formats, rows, tuning, capabilities)
     return tuple(found)
+
+
+def _launches_a_layer(
+    geometry: Geometry, formats: Format, rows: int, tuning: Tuning, capabilities: Sequence[int]
+) -> list[Bucket[KernelSpec]]:
+    """Buckets of `rows` rows, with the largest held tiles that each GPU has room for."""
+    found, left = [], set(capabilities)
+    for cuts in (tuning.held_of(geometry.D), tuning.held_narrow, None):
+        cut = replace(tuning, held=cuts, held_narrow=cuts)
+        bucket = step_bucket(geometry, formats, rows, cut)
+        bound = [kernel for item in flat(bucket.step) if (kernel := item.kernel).capabilities]
+        served = {c for c in left if all(c in (kernel.capabilities or ()) for kernel in bound)}
+        if served:
+            found.append(bucket)
+            left -= served
+        if not left:
+            break
+    return found
 
 
 def write_engines(

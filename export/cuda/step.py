@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import triton
+from triton.runtime.jit import JITFunction
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import held, products, sample, scan, step, warp_fragments, warp_scan
@@ -14,8 +15,9 @@ from aim_export.cuda.kernels.warp_fold import fold_of_bytes
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
+from aim_export.cuda.targets import CAPABILITIES, SHARED_MEMORY
 from aim_export.cuda.tuning import HeldTile, Tile, Tuning
-from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Repeat
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Repeat
 
 # Outputs of a tile of `held`.
 _HELD_OUTPUTS = 16
@@ -243,16 +245,7 @@ class StepBuilder:
     def _in_proj(self) -> SpecLaunch:
         g, shared = self.g, self._into_in_proj() | self._scaled("in_proj")
         if self.held_in_proj:
-            tile = self.held_in_proj
-            return self.launch(
-                held.held_in_proj,
-                self._held_grid(tile, g.E),
-                num_warps=tile.num_warps,
-                **shared,
-                E=g.E,
-                TILES=tile.tiles,
-                GROUPS=tile.groups,
-            )
+            return self._held(held.held_in_proj, self.held_in_proj, g.E, g.D, shared | {"E": g.E})
         cut = self.tuning.in_proj
         return self.launch(
             step.in_proj,
@@ -308,15 +301,7 @@ class StepBuilder:
     def _out_proj(self) -> SpecLaunch:
         g, shared = self.g, self._into_out_proj() | self._scaled("out_proj")
         if self.held_out_proj:
-            tile = self.held_out_proj
-            return self.launch(
-                held.held_out_proj,
-                self._held_grid(tile, g.D),
-                num_warps=tile.num_warps,
-                **shared,
-                TILES=tile.tiles,
-                GROUPS=tile.groups,
-            )
+            return self._held(held.held_out_proj, self.held_out_proj, g.D, g.inner, shared)
         cut = self.tuning.out_proj
         return self.launch(
             step.out_proj,
@@ -429,8 +414,24 @@ class StepBuilder:
             depth //= 2
         return {"BM": tile.rows, "BN": tile.outputs, "BK": depth, "DOT": dot}
 
-    def _held_grid(self, tile: HeldTile, outputs: int) -> tuple[int, int]:
-        return -(-outputs // (_HELD_OUTPUTS * tile.tiles)), self.rows // (8 * tile.groups)
+    def _held(
+        self, function: JITFunction, tile: HeldTile, outputs: int, width: int, given: dict[str, Any]
+    ) -> SpecLaunch:
+        """A projection of `kernels.held`, compiled for GPUs that have room for its weights."""
+        programs = -(-outputs // (_HELD_OUTPUTS * tile.tiles)), self.rows // (8 * tile.groups)
+        launch = self.launch(
+            function,
+            programs,
+            num_warps=tile.num_warps,
+            **given,
+            TILES=tile.tiles,
+            GROUPS=tile.groups,
+        )
+        weights = _HELD_OUTPUTS * tile.tiles * width * DTYPE_BYTES[self.precision.matrix]
+        roomy = tuple(target for target, room in SHARED_MEMORY.items() if weights <= room)
+        if roomy == CAPABILITIES:
+            return launch
+        return replace(launch, kernel=replace(launch.kernel, capabilities=roomy))
 
     def _grid(self, tile: Tile, outputs: int) -> tuple[int, int]:
         return -(-outputs // tile.outputs), -(-self.rows // tile.rows)

@@ -100,7 +100,8 @@ class Tuning:
         chunk: C, tokens between two rewritings of the state; a power of two from 16.
         scan: cut of the scan for each type of the state, which may have chunks of its own.
         held: cuts of the projections where `kernels.held` suits model and format.
-        held_narrow: those for models of at most `NARROW` channels.
+        held_narrow: those for models of at most `NARROW` channels, and for GPUs that have no room
+            for those of others.
         held_head: cut of a head of 8-bit weights.
         warpgroup: cuts of the projections where `cuda.warpgroup` suits model, format and GPU.
     """

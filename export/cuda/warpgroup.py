@@ -58,7 +58,9 @@ def warpgroup_bucket(
         return None
     in_proj = fitting(cuts.in_proj, geometry.E, geometry.D)
     out_proj = fitting(cuts.out_proj, geometry.D, geometry.inner)
-    if in_proj is None or out_proj is None or not set(CAPABILITIES) & set(capabilities):
+    if in_proj is None or out_proj is None or geometry.D % out_proj.outputs:
+        return None
+    if not set(CAPABILITIES) & set(capabilities):
         return None
     return _WarpgroupBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
 

@@ -14,6 +14,7 @@ import pytest
 
 from aim_runtime import Bundle, models_dir
 from aim_runtime.engines.cuda.plan import (
+    DTYPE_BYTES,
     POINTER_ALIGNMENT,
     Bucket,
     Program,
@@ -141,6 +142,32 @@ def test_wider_models_have_larger_tiles(
     bucket = step_bucket(PUBLISHED[size], FORMATS["int8-state8"], rows, TUNING[rows])
     grids = {item.kernel.function: item.grid[:2] for item in flat(bucket.step)}
     assert (grids[held.held_in_proj], grids[held.held_out_proj]) == (in_proj, out_proj)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16-state8", "int8-state8"])
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
+def test_every_gpu_has_buckets_whose_held_weights_it_has_room_for(
+    size: str, precision: str
+) -> None:
+    """Of 16 and 32 rows; one that has room for larger tiles takes them."""
+    found = engines._buckets(PUBLISHED[size], FORMATS[precision], CAPABILITIES)
+    for target, room in SHARED_MEMORY.items():
+        taken: dict[int, int] = {}
+        for bucket in found:
+            kernels = {item.kernel for item in flat(bucket.step)}
+            if any(target not in (kernel.capabilities or (target,)) for kernel in kernels):
+                continue
+            for kernel in kernels:
+                if kernel.function in (held.held_in_proj, held.held_out_proj):
+                    sizes = dict(kernel.constants)
+                    width = sizes.get("INNER", sizes["D"])
+                    weights = 16 * sizes["TILES"] * width * DTYPE_BYTES[kernel.types[0]]
+                    assert weights <= room
+                    if kernel.function == held.held_out_proj:
+                        taken.setdefault(bucket.rows, sizes["TILES"])
+        roomy = target in (90, 100) or precision.startswith("int8") or (target, size) == (80, "L")
+        assert set(taken) == {16, 32}
+        assert set(taken.values()) == {2 if size != "B" and roomy else 1}
 
 
 def test_a_kernel_may_be_bound_to_some_registers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +350,8 @@ class TestProjectionsByWarpgroups:
     def test_they_come_before_what_every_gpu_runs(self) -> None:
         """A runtime takes the first bucket of as many rows that its GPU can run."""
         found = engines._buckets(PUBLISHED["L"], FORMATS["fp16-state8"], CAPABILITIES)
-        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 32, 64, 128, 128]
-        for first, second in (found[6:8],):
+        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 16, 32, 32, 64, 128, 128]
+        for first, second in (found[8:],):
             kernels = {item.kernel for item in flat(first.step)}
             assert {90} == {c for kernel in kernels for c in kernel.capabilities or ()}
             assert all(item.kernel.capabilities is None for item in flat(second.step))

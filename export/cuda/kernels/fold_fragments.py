@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from aim_export.cuda.kernels.common import INTEGERS
 from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
 
 TILES = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [WARPS.value, 1], [16, 8]))
@@ -20,8 +21,6 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, TILES.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, TILES.value, 2))
 _CHANNELS = gl.constexpr([[2, 0], [4, 0], [8, 0]])  # of lanes
 _WARPS = gl.constexpr([[16, 0], [32, 0]])
-# 1.5 * 2**23, as in `common.rounded`.
-_INTEGERS = gl.constexpr(12582912.0)
 
 
 @gluon.constexpr_function
@@ -142,7 +141,7 @@ def numbers_of(words, channel):
 @gluon.jit
 def integers(values, factors):
     """The integers nearest to float32 `values` times `factors`, in the low bits of the result."""
-    return gl.fma(values, factors, _INTEGERS)
+    return gl.fma(values, factors, INTEGERS)
 
 
 @gluon.jit
@@ -158,7 +157,7 @@ def bounded_integers(values, factors):
         is_pure=True,
         pack=1,
     )
-    return gl.fma(share, 254.0, _INTEGERS - 127.0)
+    return gl.fma(share, 254.0, INTEGERS - 127.0)
 
 
 @gluon.jit
@@ -180,7 +179,7 @@ def store_integers(target, sums):
     )
     words = gl.convert_layout(words, words_of(W), assert_trivial=True)
     gl.store(_words(target, W), words)
-    return _INTEGERS - sums
+    return INTEGERS - sums
 
 
 @gluon.jit

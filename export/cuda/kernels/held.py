@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents, begin_dependents_at_once
-from aim_export.cuda.kernels.persistent_common import bits, none, store_rounded
+from aim_export.cuda.kernels.persistent_common import bits, none, padded, store_rounded
 from aim_export.cuda.kernels.persistent_products import multiply, widen
 
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -214,14 +214,9 @@ def _products(
 
 
 @gluon.constexpr_function
-def _padded(count):
-    return max(8, 1 << (count - 1).bit_length())
-
-
-@gluon.constexpr_function
 def _partials_layout(PARTS, W):
     """How sums (rows, PARTS) are loaded: where there are many, a warp has all of a row."""
-    if _padded(PARTS) < 256:
+    if padded(PARTS) < 256:
         return gl.BlockedLayout([1, 1], [4, 8], [W, 1], [1, 0])
     return gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
 
@@ -241,7 +236,7 @@ def _load_partials(
     """
     layout: gl.constexpr = _partials_layout(PARTS, W)
     row = gl.arange(0, COUNT, gl.SliceLayout(1, layout))
-    part = gl.arange(0, _padded(PARTS), gl.SliceLayout(0, layout))
+    part = gl.arange(0, padded(PARTS), gl.SliceLayout(0, layout))
     row = first + (row if ROWS == 8 else row % ROWS)
     at = gl.expand_dims(row * PARTS, 1) + gl.expand_dims(part, 0)
     return gl.load(partials + at, mask=gl.expand_dims(part < PARTS, 0), other=0.0)

@@ -111,6 +111,12 @@ def bits(count):
     return [1 << bit for bit in range(count.bit_length() - 1)]
 
 
+@gluon.constexpr_function
+def padded(count):
+    """The power of two from eight on that holds so many."""
+    return max(8, 1 << (count - 1).bit_length())
+
+
 @gluon.jit
 def none():
     """No values, to which some are added."""

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from aim_export.cuda.kernels.common import begin_dependents
-from aim_export.cuda.kernels.persistent_common import none, store_rounded
+from aim_export.cuda.kernels.persistent_common import none, padded, store_rounded
 
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
@@ -148,17 +148,12 @@ def _products(
     return gl.convert_layout(total, _results_layout(OUTPUTS, W))
 
 
-@gluon.constexpr_function
-def _padded(count):
-    return max(8, 1 << (count - 1).bit_length())
-
-
 @gluon.jit
 def _load_partials(partials, first_row, ROWS: gl.constexpr, PARTS: gl.constexpr):
     """Sums of squares of ROWS rows from `partials` (R, PARTS), padded with zeros."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [gl.num_warps(), 1], [1, 0])
     row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
-    part = gl.expand_dims(gl.arange(0, _padded(PARTS), gl.SliceLayout(0, layout)), 0)
+    part = gl.expand_dims(gl.arange(0, padded(PARTS), gl.SliceLayout(0, layout)), 0)
     return gl.load(partials + row * PARTS + part, mask=part < PARTS, other=0.0)
 
 
