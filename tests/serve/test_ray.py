@@ -157,6 +157,8 @@ def test_a_replica_killed_while_it_draws_loses_and_repeats_nothing(
         drawing = [clients.submit(draw, number) for number in range(REQUESTS)]
         for _ in range(10):
             assert answered.acquire(timeout=LONG)
+        os.kill(min(before), signal.SIGSTOP)  # what it has begun it cannot end any more
+        time.sleep(1)
         os.kill(min(before), signal.SIGKILL)
         answers = [future.result(LONG) for future in drawing]
     assert len({seed for seed, _, _ in answers}) == REQUESTS
