@@ -165,6 +165,53 @@ def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, layout: gl.co
 
 
 @gluon.jit
+def _prepare(
+    weight,
+    rows,
+    first,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Set a program's weights on their way; what `_multiply` wants of `rows` (R, WIDTH) besides."""
+    held, stages = _tiles(WIDTH // DEPTH, OUTPUTS, DEPTH), _tiles(STAGES, ROWS, DEPTH)
+    bars = _barriers(STAGES + 1)
+    _expect(bars, STAGES, ROWS, DEPTH)
+    _hold(weight, first, held, bars[STAGES], N, WIDTH, OUTPUTS, DEPTH)
+    source = tma.make_tensor_descriptor(rows, [R, WIDTH], [WIDTH, 1], [ROWS, DEPTH], _TILE)
+    return source, stages, held, bars
+
+
+@gluon.jit
+def _multiply(
+    prepared,
+    first_row,
+    partials,
+    WIDTH: gl.constexpr,
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The product of a program's rows and weights, and its rows' norms, in `_results_layout`."""
+    source, stages, held, bars = prepared
+    _ask(source, first_row, stages, bars, STAGES, DEPTH)
+    sums = _load_partials(partials, first_row, ROWS, PARTS)
+    norm = _inverse_rms(sums, WIDTH, EPS, _results_layout(OUTPUTS, gl.num_warps()))
+    total = _products(
+        *(source, first_row, stages, held, bars),
+        *(WIDTH // DEPTH, STAGES, ROWS, OUTPUTS, DEPTH),
+    )
+    return total, norm
+
+
+@gluon.jit
 def warpgroup_in_proj(
     weight,  # (E, D) float16
     scaled,  # (R, D) float16
@@ -183,25 +230,15 @@ def warpgroup_in_proj(
     OVERLAPS: gl.constexpr,
 ):
     """`step.in_proj` without the convolution, of ROWS rows and OUTPUTS outputs a program."""
-    layout: gl.constexpr = _results_layout(OUTPUTS, gl.num_warps())
     first, first_row = gl.program_id(0) * OUTPUTS, gl.program_id(1) * ROWS
-    STEPS: gl.constexpr = D // DEPTH
-    held, stages = _tiles(STEPS, OUTPUTS, DEPTH), _tiles(STAGES, ROWS, DEPTH)
-    bars = _barriers(STAGES + 1)
-    _expect(bars, STAGES, ROWS, DEPTH)
-    _hold(weight, first, held, bars[STAGES], E, D, OUTPUTS, DEPTH)
-    source = tma.make_tensor_descriptor(scaled, [R, D], [D, 1], [ROWS, DEPTH], _TILE)
+    prepared = _prepare(*(weight, scaled, first), *(R, E, D), *(ROWS, OUTPUTS, DEPTH, STAGES))
     row, output = _places(first_row, first, ROWS, OUTPUTS)
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0)
     begin_dependents(OVERLAPS)
-    _ask(source, first_row, stages, bars, STAGES, DEPTH)
-    sums = _load_partials(partials, first_row, ROWS, PARTS)
-    norm = _inverse_rms(sums, D, EPS, layout)
-    total = _products(
-        *(source, first_row, stages, held, bars),
-        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH),
+    total, norm = _multiply(
+        *(prepared, first_row, partials), *(D, PARTS, EPS), *(ROWS, OUTPUTS, DEPTH, STAGES)
     )
     gl.store(projected + at, total * norm + shift.to(gl.float32), mask=inside)
 
@@ -228,26 +265,16 @@ def warpgroup_out_proj(
     OVERLAPS: gl.constexpr,
 ):
     """`step.out_proj`, of ROWS rows and OUTPUTS outputs a program."""
-    layout: gl.constexpr = _results_layout(OUTPUTS, gl.num_warps())
     first, first_row = gl.program_id(0) * OUTPUTS, gl.program_id(1) * ROWS
-    STEPS: gl.constexpr = INNER // DEPTH
-    held, stages = _tiles(STEPS, OUTPUTS, DEPTH), _tiles(STAGES, ROWS, DEPTH)
-    bars = _barriers(STAGES + 1)
-    _expect(bars, STAGES, ROWS, DEPTH)
-    _hold(weight, first, held, bars[STAGES], D, INNER, OUTPUTS, DEPTH)
-    source = tma.make_tensor_descriptor(gated, [R, INNER], [INNER, 1], [ROWS, DEPTH], _TILE)
+    prepared = _prepare(*(weight, gated, first), *(R, D, INNER), *(ROWS, OUTPUTS, DEPTH, STAGES))
     row, output = _places(first_row, first, ROWS, OUTPUTS)
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
     gate_value = gl.load(gate + at)
     scale_value = gl.load(scale + at)
     value = gl.load(residual + at)  # as the layer before left it
     begin_dependents(OVERLAPS)
-    _ask(source, first_row, stages, bars, STAGES, DEPTH)
-    sums = _load_partials(squares, first_row, ROWS, PARTS)
-    norm = _inverse_rms(sums, INNER, EPS, layout)
-    total = _products(
-        *(source, first_row, stages, held, bars),
-        *(STEPS, STAGES, ROWS, OUTPUTS, DEPTH),
+    total, norm = _multiply(
+        *(prepared, first_row, squares), *(INNER, PARTS, EPS), *(ROWS, OUTPUTS, DEPTH, STAGES)
     )
     value += gate_value * total * norm
     gl.store(residual + at, value)
