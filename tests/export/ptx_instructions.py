@@ -569,29 +569,37 @@ def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) 
 _ELEMENTS = {3: 4, 6: 2}
 
 
-@handles("cp.async.bulk.tensor.2d")
+@handles("cp.async.bulk.tensor.2d", "cp.async.bulk.tensor.3d")
 def _copy(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    """A box of 128-byte lines, whose 16-byte parts are exchanged by the line's number."""
+    """A box of 128-byte lines, whose 16-byte parts are exchanged by the line's number.
+
+    Of three dimensions the lines of one plane lie behind those of another.
+    """
     source, coordinates = item.operands[1][1:-1].split(",", 1)
     found = [lanes.address(item.operands[0]), lanes.get(source, "u8")]
-    found += [lanes.get(name, "i4") for name in coordinates[1:-1].split(",")]
     found += [lanes.address(item.operands[2])]
+    found += [lanes.get(name, "i4") for name in coordinates[1:-1].split(",")]
     for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
         _copy_box(lanes.program, *(int(value[thread]) for value in found))
 
 
-def _copy_box(program: Program, to: int, source: int, column: int, row: int, bar: int) -> None:
+def _copy_box(
+    program: Program, to: int, source: int, bar: int, column: int, row: int, plane: int = 0
+) -> None:
     map_ = program.machine.maps[source]
     size = _ELEMENTS[map_["elemtype"]]
+    lines, planes = map_["box_dim 1"], map_.get("box_dim 2", 1)
     assert map_["swizzle_mode"] == 3
     assert map_["box_dim 0"] * size == 128
     assert to % 1024 == 0
     width, first = map_["global_dim 0"] * size, column * size
     assert first % 128 == 0
-    for line in range(map_["box_dim 1"]):
-        values = np.zeros(32, np.uint32)
-        if 0 <= row + line < map_["global_dim 1"]:
-            start = map_["global_address"] + (row + line) * map_["global_stride 0"] + first
+    for line in range(lines * planes):
+        values, of_plane, of_row = np.zeros(32, np.uint32), plane + line // lines, row + line % lines
+        there = 0 <= of_row < map_["global_dim 1"] and 0 <= of_plane < map_.get("global_dim 2", 1)
+        if there:
+            start = map_["global_address"] + of_row * map_["global_stride 0"] + first
+            start += of_plane * map_.get("global_stride 1", 0)
             address = np.arange(start, start + 128, 4, dtype=np.uint64)
             inside = first + 4 * np.arange(32) < width
             values[inside] = program.machine.memory.load(address[inside], 4)
@@ -600,7 +608,7 @@ def _copy_box(program: Program, to: int, source: int, column: int, row: int, bar
         address = at + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
         program.shared.store(address.astype(np.uint64), values, 4)
     barrier = program.barriers[bar]
-    barrier.bytes -= 128 * map_["box_dim 1"]
+    barrier.bytes -= 128 * lines * planes
     barrier.settle()
 
 
@@ -649,12 +657,22 @@ def _no_fence(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 def _product_to_come(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """It reads its operands and writes its result as late as may be: where it is waited for."""
     assert mask is None
-    assert item.operands[4:] == ["1", "1", "0", "0"], "signs, and matrices that lie along the sum"
-    a, b = (_first(lanes, lanes.get(name, "u8"), None) for name in item.operands[1:3])
+    of_registers = item.operands[1].startswith("{")
+    signs = ["1", "1", "0"] if of_registers else ["1", "1", "0", "0"]
+    assert item.operands[4:] == signs, "signs, and matrices that lie along the sum"
+    a, b = (
+        None if name.startswith("{") else _first(lanes, lanes.get(name, "u8"), None)
+        for name in item.operands[1:3]
+    )
     adds = item.operands[3] not in ("0", "false") and bool(lanes.predicate(item.operands[3]).all())
     columns = int(item.opcode.split(".m64n")[1].split("k")[0])
     names = item.operands[0][1:-1].split(",")
-    lanes.products[-1].append(lambda: _warpgroup_product(lanes, names, columns, a, b, adds))
+
+    def multiply() -> None:
+        left = _lines_of_registers(lanes, item.operands[1]) if a is None else _lines_of(lanes, a, 64)
+        _warpgroup_product(lanes, names, left, _lines_of(lanes, b, columns), adds)
+
+    lanes.products[-1].append(multiply)
 
 
 @handles("wgmma.commit_group")
@@ -680,13 +698,23 @@ def _lines_of(lanes: Lanes, descriptor: int, lines: int) -> np.ndarray:
     return lanes.program.shared.load(address.astype(np.uint64), 2).view("f2").astype("f8")
 
 
+def _lines_of_registers(lanes: Lanes, text: str) -> np.ndarray:
+    """A matrix (64, 16) of halves of which every warp has sixteen lines in its registers."""
+    found, q, j = np.zeros((4, 16, 16)), np.arange(32) // 4, np.arange(32) % 4
+    fragment = _fragment(lanes, text, "f2")
+    for register, part in np.ndindex(4, 2):
+        at = 2 * j + part + 8 * (register // 2)
+        found[:, q + 8 * (register % 2), at] = fragment[:, :, register, part]
+    return found.reshape(64, 16)
+
+
 def _warpgroup_product(
-    lanes: Lanes, names: list[str], columns: int, a: int, b: int, adds: bool
+    lanes: Lanes, names: list[str], a: np.ndarray, b: np.ndarray, adds: bool
 ) -> None:
-    """64 lines by `columns`: of four warps each has sixteen lines."""
+    """64 lines by those of `b`: of four warps each has sixteen lines."""
     assert lanes.threads == 128
     with np.errstate(all="ignore"):
-        product = _lines_of(lanes, a, 64) @ _lines_of(lanes, b, columns).T
+        product = a @ b.T
     thread = np.arange(128)
     q, j = thread // 32 * 16 + thread % 32 // 4, thread % 4
     for index, name in enumerate(names):

@@ -43,6 +43,20 @@ def begin_dependents_at_once(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
+def begin_next(OVERLAPS: tl.constexpr):
+    """The first half of `begin_dependents_at_once`."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(OVERLAPS: tl.constexpr):
+    """The second half of `begin_dependents_at_once`."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def prefetch(addresses):
     """Ask for the cache lines at `addresses` to be brought into the L2 cache."""
     tl.inline_asm_elementwise(

@@ -1,0 +1,331 @@
+"""`in_proj` of 16 and 32 rows by wgmma, with weights that are in registers before their input.
+
+For compute capability 9.0. While the launch ahead still runs a program copies the weights of its
+64 outputs to registers, as halves and as wgmma's first operand has them; behind the wait the copy
+engine brings its rows, all of them asked for at once, and wgmma reads these from shared memory.
+
+The sum is cut in two, for two times four warps. To the compiler there is one product of 64 outputs
+with twice the rows: those of the first half of the sum and those of the second. It gives the columns
+of the second to the other four warps, and takes all warps to have the same weights; in fact these
+have those of their own half (`_part_of_sum`). So weights may be loaded, and moved within a warp, but
+never between warps.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from aim_export.cuda.kernels.common import begin_next, wait_for_last
+from aim_export.cuda.kernels.persistent_common import none, padded
+
+# The sum's step: numbers of a line of a swizzled tile.
+DEPTH = gl.constexpr(64)
+OUTPUTS = gl.constexpr(64)
+# Groups of four warps, each with its part of the sum.
+PARTS_OF_SUM = gl.constexpr(2)
+WARPS = gl.constexpr(8)
+_ROWS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
+_LINES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+# Eight outputs of four pairs of rows, which a warp stores at a time, lie in banks of their own.
+_SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
+
+
+@gluon.constexpr_function
+def _product_layout(ROWS):
+    """Outputs by rows of both parts of the sum."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, ROWS, 16])
+
+
+@gluon.constexpr_function
+def _operand_layout(ROWS):
+    return gl.DotOperandLayout(0, _product_layout(ROWS), 2)
+
+
+@gluon.constexpr_function
+def _loaded_layout():
+    """16 words of 64 rows as they are loaded: 16 bytes of rows q and q + 8 a thread.
+
+    Four lanes have neighbours of a row, as in the tensor cores' layout.
+    """
+    registers, lanes = [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    warps = [[16, 0], [32, 0], [0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, 16])
+
+
+@gluon.constexpr_function
+def _results_layout():
+    """A result (rows, OUTPUTS) as it is stored: four outputs a thread side by side."""
+    return gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
+
+
+@gluon.jit
+def _part_of_sum(column):
+    """The calling thread's part of the sum, as many times as there are columns.
+
+    It differs between warps that are said to hold the same: see the module's docstring.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 7; }",
+        "=r,r",
+        [column],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.constexpr_function
+def _exchanged(words):
+    """PTX: of four registers the i-th becomes what lane i of the four has for this one."""
+    text = ""
+    for mask, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
+        for low, high in pairs:
+            a, b = words[low], words[high]
+            text += f"selp.b32 t, {a}, {b}, p{mask};"
+            text += f"shfl.sync.bfly.b32 t, t, {mask}, 0x1f, 0xffffffff;"
+            text += f"selp.b32 {a}, t, {a}, p{mask}; selp.b32 {b}, {b}, t, p{mask};"
+    return text
+
+
+@gluon.constexpr_function
+def _begun():
+    """PTX: the registers of what follows, and which lane this is."""
+    text = "{ .reg .b32 w<4>; .reg .b32 t, c, k; .reg .pred p1, p2; mov.u32 t, %laneid;"
+    text += "and.b32 c, t, 1; setp.ne.u32 p1, c, 0; and.b32 c, t, 2; setp.ne.u32 p2, c, 0;"
+    return text + "mov.b32 c, 0x64646464; mov.b32 k, 0x64806480;"
+
+
+@gluon.constexpr_function
+def _fragments_of_bytes():
+    """PTX: 16 weights each of two rows, to four tensor cores' fragments of four registers."""
+    text = _begun()
+    for row in range(2):
+        for lane in range(4):  # bytes 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 are lane j's
+            first, sides = 16 + 4 * row + lane // 2, ("0x5410", "0x7632")
+            text += f"prmt.b32 w{lane}, ${first}, ${first + 2}, {sides[lane % 2]};"
+        text += _exchanged(["w0", "w1", "w2", "w3"])
+        for step in range(4):  # a byte plus 128 is the lower byte of the half 1024 + 128 + byte
+            low, high = f"${4 * step + 2 * row}", f"${4 * step + 2 * row + 1}"
+            text += f"xor.b32 t, w{step}, 0x80808080; prmt.b32 {low}, t, c, 0x4140;"
+            text += f"prmt.b32 {high}, t, c, 0x4342; sub.rn.f16x2 {low}, {low}, k;"
+            text += f"sub.rn.f16x2 {high}, {high}, k;"
+    return text + " }"
+
+
+@gluon.constexpr_function
+def _fragments_of_halves():
+    """PTX: 8 weights each of two rows, to two fragments of four registers."""
+    text = _begun()
+    for row in range(2):
+        for word in range(4):
+            text += f"mov.b32 w{word}, ${8 + 4 * row + word};"
+        text += _exchanged(["w0", "w1", "w2", "w3"])
+        for word in range(4):
+            text += f"mov.b32 ${word // 2 * 4 + 2 * row + word % 2}, w{word};"
+    return text + " }"
+
+
+@gluon.constexpr_function
+def _registers(outputs):
+    return ",".join(["=&r"] * outputs + ["r"] * 8)
+
+
+@gluon.jit
+def _fragments(first, second):
+    """A step's words as they are loaded, to (OUTPUTS, DEPTH) halves in four tensors.
+
+    Those are of 16 numbers of the sum each. 8-bit weights have no `second` words.
+    """
+    if second is None:
+        TEXT: gl.constexpr = _fragments_of_bytes()
+        a, b, c, d = gl.inline_asm_elementwise(
+            TEXT,
+            _registers(16),
+            [first],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+            is_pure=False,
+            pack=8,
+        )
+    else:
+        OF_HALVES: gl.constexpr = _fragments_of_halves()
+        both: gl.constexpr = (gl.float16, gl.float16)
+        a, b = gl.inline_asm_elementwise(
+            OF_HALVES, _registers(8), [first], dtype=both, is_pure=False, pack=8
+        )
+        c, d = gl.inline_asm_elementwise(
+            OF_HALVES, _registers(8), [second], dtype=both, is_pure=False, pack=8
+        )
+    return gl.join(gl.join(a, b), gl.join(c, d))
+
+
+@gluon.jit
+def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr):
+    """The weights of a thread's part of the sum as words, 64 bytes of each output at a time."""
+    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
+    LINE: gl.constexpr = WIDTH * BITS // 32
+    layout: gl.constexpr = _loaded_layout()
+    output = gl.minimum(first + gl.arange(0, OUTPUTS, gl.SliceLayout(1, layout)), N - 1)
+    column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, layout)), 0)
+    start = output * LINE + _part_of_sum(output) * (LINE // PARTS_OF_SUM)
+    words = weight.to(gl.pointer_type(gl.int32)) + gl.expand_dims(start, 1) + column
+    loaded = none()
+    for load in gl.static_range(LINE // PARTS_OF_SUM // 16):
+        loaded += (gl.load(words + load * 16),)
+    return loaded
+
+
+@gluon.jit
+def _halves(loaded, BITS: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr):
+    """What `_load_weights` has loaded, as wgmma's first operand for each step."""
+    LOADS: gl.constexpr = BITS // 8
+    halves = none()
+    for step in gl.static_range(STEPS):
+        second = loaded[2 * step + 1] if LOADS == 2 else None
+        value = _fragments(loaded[LOADS * step], second)
+        # row; of the sum's bits 2, 1, 3, 0, then 4 and 5
+        value = gl.reshape(value, [OUTPUTS, 2, 2, 2, 2, 2, 2])
+        value = gl.reshape(gl.permute(value, [0, 6, 5, 3, 1, 2, 4]), [OUTPUTS, DEPTH])
+        halves += (gl.convert_layout(value, _operand_layout(ROWS), assert_trivial=True),)
+    return halves
+
+
+@gluon.jit
+def _prepare(
+    rows, R: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, WARMS: gl.constexpr
+):
+    """Where `rows` (R, WIDTH) are to come, and the barriers that tell when."""
+    STEPS: gl.constexpr = WIDTH // (PARTS_OF_SUM * DEPTH)
+    HALF: gl.constexpr = WIDTH // PARTS_OF_SUM
+    stages, bars = none(), none()
+    for _ in gl.static_range(STEPS):
+        stages += (gl.allocate_shared_memory(gl.float16, [2, ROWS, DEPTH], _ROWS_TILE),)
+    for _ in gl.static_range(STEPS + 1 if WARMS else STEPS):
+        bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(bar, count=1)
+        bars += (bar,)
+    for step in gl.static_range(STEPS):
+        mbarrier.expect(bars[step], 2 * PARTS_OF_SUM * ROWS * DEPTH)
+    source = tma.make_tensor_descriptor(
+        rows, [2, R, HALF], [HALF, WIDTH, 1], [2, ROWS, DEPTH], _ROWS_TILE
+    )
+    return source, stages, bars
+
+
+@gluon.jit
+def _warm(
+    source, stages, bars, R: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr
+):
+    """Let the copy engine fetch its descriptor: it copies rows that there are not, which are 0."""
+    mbarrier.expect(bars[STEPS], 2 * PARTS_OF_SUM * ROWS * DEPTH)
+    tma.async_copy_global_to_shared(source, [0, R, 0], bars[STEPS], stages[0])
+
+
+@gluon.jit
+def _ask(source, first_row, stages, bars, STEPS: gl.constexpr):
+    """Set all rows on their way."""
+    for step in gl.static_range(STEPS):
+        place = [0, first_row, step * DEPTH]
+        tma.async_copy_global_to_shared(source, place, bars[step], stages[step])
+    # Else the assembler puts arithmetic ahead of the copies that waits for other loads.
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _load_partials(partials, first_row, ROWS: gl.constexpr, PARTS: gl.constexpr):
+    """Sums of squares of ROWS rows from `partials` (R, PARTS), padded with zeros.
+
+    Lanes and warps have the rows that they have in `_results_layout`.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
+    row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
+    part = gl.expand_dims(gl.arange(0, padded(PARTS), gl.SliceLayout(0, layout)), 0)
+    return gl.load(partials + row * PARTS + part, mask=part < PARTS, other=0.0)
+
+
+@gluon.jit
+def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr):
+    """1 / rms of rows of WIDTH numbers, for results in `_results_layout`: (rows, 1)."""
+    layout: gl.constexpr = gl.SliceLayout(1, _results_layout())
+    total = gl.convert_layout(gl.sum(partials, axis=1), layout, assert_trivial=True)
+    return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
+
+
+@gluon.jit
+def _normed_products(
+    halves,
+    stages,
+    bars,
+    partials,  # from `_load_partials`
+    WIDTH: gl.constexpr,
+    EPS: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """Rows over their rms, times weights: float32 (ROWS, OUTPUTS) in `_results_layout`."""
+    total = gl.zeros([OUTPUTS, 2 * ROWS], gl.float32, _product_layout(ROWS))
+    for step in gl.static_range(WIDTH // (PARTS_OF_SUM * DEPTH)):
+        lines = stages[step]._reinterpret(gl.float16, [2 * ROWS, DEPTH], _LINES_TILE)
+        mbarrier.wait(bars[step], 0)
+        total = warpgroup_mma(halves[step], lines.permute((1, 0)), total, is_async=True)
+    norm = _inverse_rms(partials, WIDTH, EPS)
+    total = warpgroup_mma_wait(0, deps=[total])
+    # What follows may be put where the other warps' products still read.
+    gl.thread_barrier()
+    sums = gl.allocate_shared_memory(gl.float32, [2 * ROWS, OUTPUTS], _SUMS)
+    sums.store(gl.permute(total, [1, 0]))
+    first = sums.slice(0, ROWS).load(_results_layout())
+    return (first + sums.slice(ROWS, ROWS).load(_results_layout())) * norm
+
+
+@gluon.jit
+def register_in_proj(
+    weight,  # (E, D) float16 or int8
+    scales,  # (E,) float32, of int8 weights
+    scaled,  # (R, D) float16
+    partials,  # (R, PARTS) float32, sums of squares of the residual
+    shifted,  # (R, E), the product with the shift
+    projected,  # (R, E) float32: z | x B C | dt
+    R: gl.constexpr,
+    D: gl.constexpr,  # a multiple of 128, at most 1024
+    E: gl.constexpr,  # a multiple of 4
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARMS: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.in_proj` without the convolution, of ROWS rows and 64 outputs a program."""
+    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
+    STEPS: gl.constexpr = D // (PARTS_OF_SUM * DEPTH)
+    layout: gl.constexpr = _results_layout()
+    first, first_row = gl.program_id(0) * OUTPUTS, gl.program_id(1) * ROWS
+    loaded = _load_weights(weight, first, E, D)
+    # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
+    begin_next(OVERLAPS)
+    source, stages, bars = _prepare(scaled, R, D, ROWS, WARMS)
+    if WARMS:
+        _warm(source, stages, bars, R, STEPS, ROWS)
+    halves = _halves(loaded, BITS, STEPS, ROWS)
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    output = first + gl.arange(0, OUTPUTS, gl.SliceLayout(0, layout))
+    inside = gl.expand_dims(output < E, 0)
+    at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
+    shift = gl.load(shifted + at, mask=inside, other=0.0).to(gl.float32)
+    factor = gl.load(scales + output, mask=output < E, other=0.0) if HAS_SCALES else 1.0
+    if WARMS:
+        mbarrier.wait(bars[STEPS], 0)
+    wait_for_last(OVERLAPS)
+    _ask(source, first_row, stages, bars, STEPS)
+    sums = _load_partials(partials, first_row, ROWS, PARTS)
+    total = _normed_products(halves, stages, bars, sums, D, EPS, ROWS)
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    gl.store(projected + at, total + shift, mask=inside)
