@@ -183,7 +183,7 @@ def _barrier(lanes: Lanes, item: Instruction) -> Iterator[str]:
         yield "waiting"
 
 
-@handles("bra", "brx", "ret", "bar", "barrier", "nanosleep", "setmaxnreg", "fence")
+@handles("bra", "brx", "ret", "bar", "barrier", "nanosleep", "pmevent", "setmaxnreg", "fence")
 @handles("cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "griddepcontrol")
 @handles("cp.async.commit_group", "cp.async.wait_group")
 def _nothing(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:

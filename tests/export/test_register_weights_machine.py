@@ -1,4 +1,4 @@
-"""The first projection with weights in registers ahead of its input, as compiled, on `ptx_machine`."""
+"""Projections with weights in registers ahead of their input, as compiled, on `ptx_machine`."""
 
 from __future__ import annotations
 
@@ -14,46 +14,56 @@ from aim_export.cuda.launch import KernelSpec
 
 from .ptx_compiled import compiled, error
 
-# Outputs are no multiple of a program's.
+# Outputs of the first projection are no multiple of a program's.
 R, E, EPS = 32, 200, 1e-5
-# Relative to the norm: results are float32, their sums in another order.
-FULL = 1e-6
+# Relative to the norm: results are float32, their sums in another order; or halves.
+FULL, HALF = 1e-6, 1e-3
 
 random = np.random.default_rng(0)
 
 
 def launch(
-    memory: dict[str, np.ndarray], grid: tuple[int, int], seed: int, **constants: Any
+    name: str, memory: dict[str, np.ndarray], grid: tuple[int, int], **constants: Any
 ) -> dict[str, np.ndarray]:
-    """The memory after a launch."""
-    found = {key: value.copy() for key, value in memory.items()}
+    """The memory after a launch, which is the same in whatever order warps come."""
     types = tuple(str(value.dtype) for value in memory.values())
-    function = register_weights.register_in_proj
+    function = getattr(register_weights, name)
     spec = KernelSpec(function, types, tuple(constants.items()), 8, scratch=128)
     scratch = np.zeros(128 * grid[0] * grid[1], "u1")
-    # Of wgmma four warps run in step, and no more.
-    compiled(spec, (128, 128)).run([*found.values(), scratch], grid, seed)
-    return found
+    machine = compiled(spec, (128, 128))  # of wgmma four warps run in step, and no more
+    found = []
+    for seed in (0, 1):
+        found.append({key: value.copy() for key, value in memory.items()})
+        machine.run([*found[-1].values(), scratch.copy()], grid, seed)
+    assert all((value == found[1][key]).all() for key, value in found[0].items())
+    return found[0]
 
 
 def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
     return random.normal(size=shape).astype(dtype)
 
 
-def weights(width: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def weights(outputs: int, width: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """And the factors of 8-bit ones."""
     if bits == 16:
-        return normal(E, width, dtype="f2"), np.ones(E, "f4")
-    return random.integers(-128, 128, (E, width)).astype("i1"), np.abs(normal(E)) / np.float32(100)
+        return normal(outputs, width, dtype="f2"), np.ones(outputs, "f4")
+    values = random.integers(-128, 128, (outputs, width)).astype("i1")
+    return values, np.abs(normal(outputs)) / np.float32(100)
+
+
+def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.ndarray) -> Any:
+    """Of rows over the root mean square whose sums of squares there are, in float64."""
+    total = rows.astype("f8") @ weight.astype("f8").T * scales
+    return total / np.sqrt(sums.astype("f8").sum(1, keepdims=True) / rows.shape[1] + EPS)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
-    ("rows", "width", "parts", "warms"),
-    [(32, 256, 12, True), (16, 256, 12, False), (32, 768, 48, True), (16, 1024, 32, True)],
+    ("rows", "shares", "width", "parts"),
+    [(32, 1, 256, 12), (16, 1, 1024, 32), (32, 2, 768, 48), (16, 2, 256, 32)],
 )
-def test_in_proj(bits: int, rows: int, width: int, parts: int, warms: bool) -> None:
-    weight, scales = weights(width, bits)
+def test_in_proj(bits: int, rows: int, shares: int, width: int, parts: int) -> None:
+    weight, scales = weights(E, width, bits)
     memory = {
         "weight": weight,
         "scales": scales,
@@ -62,12 +72,43 @@ def test_in_proj(bits: int, rows: int, width: int, parts: int, warms: bool) -> N
         "shifted": normal(R, E, dtype="f2"),
         "projected": np.full((R, E), np.nan, "f4"),
     }
-    constants = {"R": R, "D": width, "E": E, "PARTS": parts, "EPS": EPS, "HAS_SCALES": bits == 8}
-    constants |= {"ROWS": rows, "WARMS": warms, "OVERLAPS": True}
-    found = [launch(memory, (-(-E // 64), R // rows), seed, **constants) for seed in (0, 1)]
-    total = memory["scaled"].astype("f8") @ weight.astype("f8").T * scales
-    mean = memory["partials"].astype("f8").sum(1, keepdims=True) / width
-    wanted = total / np.sqrt(mean + EPS) + memory["shifted"]
-    assert (found[0]["projected"] == found[1]["projected"]).all()
-    assert error(found[0].pop("projected"), wanted) < FULL
-    assert all((value == memory[name]).all() for name, value in found[0].items())
+    found = launch(
+        *("register_in_proj", memory, (-(-E * shares // 64), R // rows)),
+        **{"R": R, "D": width, "E": E, "PARTS": parts, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"ROWS": rows, "SHARES": shares, "OVERLAPS": True},
+    )
+    wanted = product(memory["scaled"], weight, scales, memory["partials"]) + memory["shifted"]
+    assert error(found.pop("projected"), wanted) < FULL
+    assert all((value == memory[name]).all() for name, value in found.items())
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(
+    ("rows", "shares", "inner"), [(16, 2, 256), (16, 2, 2048), (16, 4, 1536), (32, 2, 512)]
+)
+def test_out_proj(bits: int, rows: int, shares: int, inner: int) -> None:
+    width, outputs = 128, 64 // shares
+    weight, scales = weights(width, inner, bits)
+    memory = {
+        "weight": weight,
+        "scales": scales,
+        "gated": normal(R, inner, dtype="f2"),
+        "squares": normal(R, 24) ** 2,
+        "gate": normal(R, width),
+        "scale": normal(R, width),
+        "residual": normal(R, width),
+        "scaled": np.full((R, width), np.nan, "f2"),
+        "partials": np.full((R, width // outputs), np.nan, "f4"),
+    }
+    found = launch(
+        *("register_out_proj", memory, (width // outputs, R // rows)),
+        **{"R": R, "D": width, "INNER": inner, "PARTS": 24, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"ROWS": rows, "SHARES": shares, "OVERLAPS": True},
+    )
+    total = product(memory["gated"], weight, scales, memory["squares"])
+    wanted = memory["residual"] + memory["gate"].astype("f8") * total
+    squares = (wanted.reshape(R, -1, outputs) ** 2).sum(2)
+    assert error(found.pop("residual"), wanted) < FULL
+    assert error(found.pop("scaled"), wanted * memory["scale"]) < HALF
+    assert error(found.pop("partials"), squares) < FULL
+    assert all((value == memory[name]).all() for name, value in found.items())

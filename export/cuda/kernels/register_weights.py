@@ -1,14 +1,18 @@
-"""`in_proj` of 16 and 32 rows by wgmma, with weights that are in registers before their input.
+"""Projections of 16 and 32 rows by wgmma, with weights that are in registers before their input.
 
-For compute capability 9.0. While the launch ahead still runs a program copies the weights of its
-64 outputs to registers, as halves and as wgmma's first operand has them; behind the wait the copy
-engine brings its rows, all of them asked for at once, and wgmma reads these from shared memory.
+For compute capability 9.0. While the launch ahead still runs a program copies its weights to
+registers, as halves and as wgmma's first operand has them; behind the wait the copy engine brings
+its rows, all of them asked for at once, and wgmma reads these from shared memory.
 
-The sum is cut in two, for two times four warps. To the compiler there is one product of 64 outputs
-with twice the rows: those of the first half of the sum and those of the second. It gives the columns
-of the second to the other four warps, and takes all warps to have the same weights; in fact these
-have those of their own half (`_part_of_sum`). So weights may be loaded, and moved within a warp, but
-never between warps.
+The sum is cut in two, for two times four warps. To the compiler there is one product of 64 lines of
+weights with twice the rows: those of the first half of the sum and those of the second. It gives
+the columns of the second to the other four warps, and takes all warps to have the same weights; in
+fact these have those of their own half (`_half_of_sum`). So weights may be loaded, and moved within
+a warp, but never between warps.
+
+Where a program has fewer outputs than the 64 lines that wgmma takes, lines are SHARES of each half
+one below another, and rows stand beside each other as often: a SHARES-th of what comes out is of
+the same share on both sides, and is what is wanted.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -23,14 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from aim_export.cuda.kernels.common import begin_next, wait_for_last
-from aim_export.cuda.kernels.persistent_common import none, padded
+from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
+from aim_export.cuda.kernels.persistent_common import none, padded, store_rounded
 
 # The sum's step: numbers of a line of a swizzled tile.
 DEPTH = gl.constexpr(64)
-OUTPUTS = gl.constexpr(64)
-# Groups of four warps, each with its part of the sum.
-PARTS_OF_SUM = gl.constexpr(2)
+# Lines of wgmma's first operand.
+LINES = gl.constexpr(64)
 WARPS = gl.constexpr(8)
 _ROWS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
 _LINES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
@@ -39,14 +42,14 @@ _SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 
 
 @gluon.constexpr_function
-def _product_layout(ROWS):
-    """Outputs by rows of both parts of the sum."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, ROWS, 16])
+def _product_layout(COLUMNS):
+    """Lines by the columns of both halves of the sum, so many each."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, COLUMNS, 16])
 
 
 @gluon.constexpr_function
-def _operand_layout(ROWS):
-    return gl.DotOperandLayout(0, _product_layout(ROWS), 2)
+def _operand_layout(COLUMNS):
+    return gl.DotOperandLayout(0, _product_layout(COLUMNS), 2)
 
 
 @gluon.constexpr_function
@@ -61,21 +64,21 @@ def _loaded_layout():
 
 
 @gluon.constexpr_function
-def _results_layout():
-    """A result (rows, OUTPUTS) as it is stored: four outputs a thread side by side."""
-    return gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
+def _results_layout(SHARES):
+    """A result (rows, LINES / SHARES) as it is stored: a row's outputs are one warp's."""
+    return gl.BlockedLayout([1, max(1, 4 // SHARES)], [2, 16], [8, 1], [1, 0])
 
 
 @gluon.jit
-def _part_of_sum(column):
-    """The calling thread's part of the sum, as many times as there are columns.
+def _half_of_sum(lines):
+    """The calling thread's half of the sum, 0 or 1, for every line.
 
     It differs between warps that are said to hold the same: see the module's docstring.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 7; }",
         "=r,r",
-        [column],
+        [lines],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -104,6 +107,15 @@ def _begun():
 
 
 @gluon.constexpr_function
+def _looked_at(registers):
+    """PTX that looks at results, which the assembler then cannot leave until they are wanted."""
+    text = "mov.b32 t, $0;"
+    for register in range(1, registers):
+        text += f"xor.b32 t, t, ${register};"
+    return text + "setp.eq.u32 p1, t, 0x2545f491; @p1 pmevent 0; }"
+
+
+@gluon.constexpr_function
 def _fragments_of_bytes():
     """PTX: 16 weights each of two rows, to four tensor cores' fragments of four registers."""
     text = _begun()
@@ -117,7 +129,7 @@ def _fragments_of_bytes():
             text += f"xor.b32 t, w{step}, 0x80808080; prmt.b32 {low}, t, c, 0x4140;"
             text += f"prmt.b32 {high}, t, c, 0x4342; sub.rn.f16x2 {low}, {low}, k;"
             text += f"sub.rn.f16x2 {high}, {high}, k;"
-    return text + " }"
+    return text + _looked_at(16)
 
 
 @gluon.constexpr_function
@@ -130,7 +142,7 @@ def _fragments_of_halves():
         text += _exchanged(["w0", "w1", "w2", "w3"])
         for word in range(4):
             text += f"mov.b32 ${word // 2 * 4 + 2 * row + word % 2}, w{word};"
-    return text + " }"
+    return text + _looked_at(8)
 
 
 @gluon.constexpr_function
@@ -140,7 +152,7 @@ def _registers(outputs):
 
 @gluon.jit
 def _fragments(first, second):
-    """A step's words as they are loaded, to (OUTPUTS, DEPTH) halves in four tensors.
+    """A step's words as they are loaded, to (LINES, DEPTH) halves in four tensors.
 
     Those are of 16 numbers of the sum each. 8-bit weights have no `second` words.
     """
@@ -167,70 +179,74 @@ def _fragments(first, second):
 
 
 @gluon.jit
-def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr):
-    """The weights of a thread's part of the sum as words, 64 bytes of each output at a time."""
+def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr, SHARES: gl.constexpr):
+    """A thread's weights as words, 64 bytes of each line at a time."""
     BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
-    LINE: gl.constexpr = WIDTH * BITS // 32
+    WORDS: gl.constexpr = WIDTH * BITS // 32
+    SHARE: gl.constexpr = WORDS // (2 * SHARES)
+    OUTPUTS: gl.constexpr = LINES // SHARES
     layout: gl.constexpr = _loaded_layout()
-    output = gl.minimum(first + gl.arange(0, OUTPUTS, gl.SliceLayout(1, layout)), N - 1)
+    line = gl.arange(0, LINES, gl.SliceLayout(1, layout))
+    output = gl.minimum(first + line % OUTPUTS, N - 1)
+    start = output * WORDS + (_half_of_sum(line) * SHARES + line // OUTPUTS) * SHARE
     column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, layout)), 0)
-    start = output * LINE + _part_of_sum(output) * (LINE // PARTS_OF_SUM)
     words = weight.to(gl.pointer_type(gl.int32)) + gl.expand_dims(start, 1) + column
     loaded = none()
-    for load in gl.static_range(LINE // PARTS_OF_SUM // 16):
+    for load in gl.static_range(SHARE // 16):
         loaded += (gl.load(words + load * 16),)
     return loaded
 
 
 @gluon.jit
-def _halves(loaded, BITS: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr):
+def _halves(loaded, BITS: gl.constexpr, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
     """What `_load_weights` has loaded, as wgmma's first operand for each step."""
     LOADS: gl.constexpr = BITS // 8
     halves = none()
     for step in gl.static_range(STEPS):
         second = loaded[2 * step + 1] if LOADS == 2 else None
         value = _fragments(loaded[LOADS * step], second)
-        # row; of the sum's bits 2, 1, 3, 0, then 4 and 5
-        value = gl.reshape(value, [OUTPUTS, 2, 2, 2, 2, 2, 2])
-        value = gl.reshape(gl.permute(value, [0, 6, 5, 3, 1, 2, 4]), [OUTPUTS, DEPTH])
-        halves += (gl.convert_layout(value, _operand_layout(ROWS), assert_trivial=True),)
+        # line; of the sum's bits 2, 1, 3, 0, then 4 and 5
+        value = gl.reshape(value, [LINES, 2, 2, 2, 2, 2, 2])
+        value = gl.reshape(gl.permute(value, [0, 6, 5, 3, 1, 2, 4]), [LINES, DEPTH])
+        halves += (gl.convert_layout(value, _operand_layout(COLUMNS), assert_trivial=True),)
     return halves
 
 
 @gluon.jit
 def _prepare(
-    rows, R: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, WARMS: gl.constexpr
+    rows,  # (R, WIDTH) float16
+    R: gl.constexpr,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    SHARES: gl.constexpr,
 ):
-    """Where `rows` (R, WIDTH) are to come, and the barriers that tell when."""
-    STEPS: gl.constexpr = WIDTH // (PARTS_OF_SUM * DEPTH)
-    HALF: gl.constexpr = WIDTH // PARTS_OF_SUM
+    """The rows' descriptor, where they are to come, and barriers: one more than there are steps.
+
+    The last is for rows that there are not, which are 0: the copy engine is asked for those so
+    that it fetches the descriptor before it is wanted.
+    """
+    PARTS: gl.constexpr = 2 * SHARES
+    PART: gl.constexpr = WIDTH // PARTS
     stages, bars = none(), none()
-    for _ in gl.static_range(STEPS):
-        stages += (gl.allocate_shared_memory(gl.float16, [2, ROWS, DEPTH], _ROWS_TILE),)
-    for _ in gl.static_range(STEPS + 1 if WARMS else STEPS):
+    for _ in gl.static_range(PART // DEPTH):
+        stages += (gl.allocate_shared_memory(gl.float16, [PARTS, ROWS, DEPTH], _ROWS_TILE),)
+    for _ in gl.static_range(PART // DEPTH + 1):
         bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(bar, count=1)
         bars += (bar,)
-    for step in gl.static_range(STEPS):
-        mbarrier.expect(bars[step], 2 * PARTS_OF_SUM * ROWS * DEPTH)
+    for step in gl.static_range(PART // DEPTH + 1):
+        mbarrier.expect(bars[step], 2 * PARTS * ROWS * DEPTH)
     source = tma.make_tensor_descriptor(
-        rows, [2, R, HALF], [HALF, WIDTH, 1], [2, ROWS, DEPTH], _ROWS_TILE
+        rows, [PARTS, R, PART], [PART, WIDTH, 1], [PARTS, ROWS, DEPTH], _ROWS_TILE
     )
+    tma.async_copy_global_to_shared(source, [0, R, 0], bars[PART // DEPTH], stages[0])
     return source, stages, bars
 
 
 @gluon.jit
-def _warm(
-    source, stages, bars, R: gl.constexpr, STEPS: gl.constexpr, ROWS: gl.constexpr
-):
-    """Let the copy engine fetch its descriptor: it copies rows that there are not, which are 0."""
-    mbarrier.expect(bars[STEPS], 2 * PARTS_OF_SUM * ROWS * DEPTH)
-    tma.async_copy_global_to_shared(source, [0, R, 0], bars[STEPS], stages[0])
-
-
-@gluon.jit
-def _ask(source, first_row, stages, bars, STEPS: gl.constexpr):
+def _ask(prepared, first_row, STEPS: gl.constexpr):
     """Set all rows on their way."""
+    source, stages, bars = prepared
     for step in gl.static_range(STEPS):
         place = [0, first_row, step * DEPTH]
         tma.async_copy_global_to_shared(source, place, bars[step], stages[step])
@@ -251,37 +267,63 @@ def _load_partials(partials, first_row, ROWS: gl.constexpr, PARTS: gl.constexpr)
 
 
 @gluon.jit
-def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr):
+def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, SHARES: gl.constexpr):
     """1 / rms of rows of WIDTH numbers, for results in `_results_layout`: (rows, 1)."""
-    layout: gl.constexpr = gl.SliceLayout(1, _results_layout())
+    layout: gl.constexpr = gl.SliceLayout(1, _results_layout(SHARES))
     total = gl.convert_layout(gl.sum(partials, axis=1), layout, assert_trivial=True)
     return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
 
 
 @gluon.jit
-def _normed_products(
+def _sum(total, ROWS: gl.constexpr, SHARES: gl.constexpr):
+    """What is wanted of a product, added up: (ROWS, LINES / SHARES) in `_results_layout`."""
+    OUTPUTS: gl.constexpr = LINES // SHARES
+    layout: gl.constexpr = _results_layout(SHARES)
+    # These may be put where other warps' products still read.
+    gl.thread_barrier()
+    sums = gl.allocate_shared_memory(gl.float32, [2 * SHARES * ROWS, LINES], _SUMS)
+    sums.store(gl.permute(total, [1, 0]))
+    result = gl.zeros([ROWS, OUTPUTS], gl.float32, layout)
+    for part in gl.static_range(2 * SHARES):
+        place = sums.slice(part * ROWS, ROWS).slice(part % SHARES * OUTPUTS, OUTPUTS, dim=1)
+        result += place.load(layout)
+    return result
+
+
+@gluon.jit
+def _multiply(
+    prepared,
     halves,
-    stages,
-    bars,
-    partials,  # from `_load_partials`
+    first_row,
+    partials,
     WIDTH: gl.constexpr,
+    PARTS: gl.constexpr,
     EPS: gl.constexpr,
     ROWS: gl.constexpr,
+    SHARES: gl.constexpr,
 ):
-    """Rows over their rms, times weights: float32 (ROWS, OUTPUTS) in `_results_layout`."""
-    total = gl.zeros([OUTPUTS, 2 * ROWS], gl.float32, _product_layout(ROWS))
-    for step in gl.static_range(WIDTH // (PARTS_OF_SUM * DEPTH)):
-        lines = stages[step]._reinterpret(gl.float16, [2 * ROWS, DEPTH], _LINES_TILE)
+    """Rows over their rms, times weights: float32 in `_results_layout`."""
+    source, stages, bars = prepared
+    STEPS: gl.constexpr = WIDTH // (2 * SHARES * DEPTH)
+    COLUMNS: gl.constexpr = SHARES * ROWS
+    _ask(prepared, first_row, STEPS)
+    sums = _load_partials(partials, first_row, ROWS, PARTS)
+    total = gl.zeros([LINES, 2 * COLUMNS], gl.float32, _product_layout(COLUMNS))
+    for step in gl.static_range(STEPS):
+        lines = stages[step]._reinterpret(gl.float16, [2 * COLUMNS, DEPTH], _LINES_TILE)
         mbarrier.wait(bars[step], 0)
         total = warpgroup_mma(halves[step], lines.permute((1, 0)), total, is_async=True)
-    norm = _inverse_rms(partials, WIDTH, EPS)
+    norm = _inverse_rms(sums, WIDTH, EPS, SHARES)
     total = warpgroup_mma_wait(0, deps=[total])
-    # What follows may be put where the other warps' products still read.
-    gl.thread_barrier()
-    sums = gl.allocate_shared_memory(gl.float32, [2 * ROWS, OUTPUTS], _SUMS)
-    sums.store(gl.permute(total, [1, 0]))
-    first = sums.slice(0, ROWS).load(_results_layout())
-    return (first + sums.slice(ROWS, ROWS).load(_results_layout())) * norm
+    return _sum(total, ROWS, SHARES) * norm
+
+
+@gluon.jit
+def _places(first_row, first, ROWS: gl.constexpr, SHARES: gl.constexpr):
+    """The numbers of a program's rows and outputs, in `_results_layout`."""
+    layout: gl.constexpr = _results_layout(SHARES)
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    return row, first + gl.arange(0, LINES // SHARES, gl.SliceLayout(0, layout))
 
 
 @gluon.jit
@@ -293,39 +335,78 @@ def register_in_proj(
     shifted,  # (R, E), the product with the shift
     projected,  # (R, E) float32: z | x B C | dt
     R: gl.constexpr,
-    D: gl.constexpr,  # a multiple of 128, at most 1024
+    D: gl.constexpr,  # a multiple of 128 * SHARES, at most 1024 * SHARES
     E: gl.constexpr,  # a multiple of 4
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
     HAS_SCALES: gl.constexpr,
     ROWS: gl.constexpr,
-    WARMS: gl.constexpr,
+    SHARES: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
-    """`step.in_proj` without the convolution, of ROWS rows and 64 outputs a program."""
+    """`step.in_proj` without the convolution, of ROWS rows and 64 / SHARES outputs a program."""
     BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
-    STEPS: gl.constexpr = D // (PARTS_OF_SUM * DEPTH)
-    layout: gl.constexpr = _results_layout()
-    first, first_row = gl.program_id(0) * OUTPUTS, gl.program_id(1) * ROWS
-    loaded = _load_weights(weight, first, E, D)
+    STEPS: gl.constexpr = D // (2 * SHARES * DEPTH)
+    first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
+    loaded = _load_weights(weight, first, E, D, SHARES)
     # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
     begin_next(OVERLAPS)
-    source, stages, bars = _prepare(scaled, R, D, ROWS, WARMS)
-    if WARMS:
-        _warm(source, stages, bars, R, STEPS, ROWS)
-    halves = _halves(loaded, BITS, STEPS, ROWS)
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    output = first + gl.arange(0, OUTPUTS, gl.SliceLayout(0, layout))
+    prepared = _prepare(scaled, R, D, ROWS, SHARES)
+    halves = _halves(loaded, BITS, STEPS, SHARES * ROWS)
+    row, output = _places(first_row, first, ROWS, SHARES)
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0).to(gl.float32)
     factor = gl.load(scales + output, mask=output < E, other=0.0) if HAS_SCALES else 1.0
-    if WARMS:
-        mbarrier.wait(bars[STEPS], 0)
+    mbarrier.wait(prepared[2][STEPS], 0)
     wait_for_last(OVERLAPS)
-    _ask(source, first_row, stages, bars, STEPS)
-    sums = _load_partials(partials, first_row, ROWS, PARTS)
-    total = _normed_products(halves, stages, bars, sums, D, EPS, ROWS)
+    total = _multiply(*(prepared, halves, first_row, partials), *(D, PARTS, EPS, ROWS, SHARES))
     if HAS_SCALES:
         total *= gl.expand_dims(factor, 0)
     gl.store(projected + at, total + shift, mask=inside)
+
+
+@gluon.jit
+def register_out_proj(
+    weight,  # (D, I) float16 or int8, the gated norm's weight inside
+    scales,  # (D,) float32, of int8 weights
+    gated,  # (R, I) float16
+    squares,  # (R, PARTS) float32
+    gate,  # (R, D) float32
+    scale,  # (R, D) float32, of the layer that follows
+    residual,  # (R, D) float32, updated
+    scaled,  # (R, D) float16
+    partials,  # (R, D * SHARES / 64) float32
+    R: gl.constexpr,
+    D: gl.constexpr,  # a multiple of 64 / SHARES
+    INNER: gl.constexpr,  # a multiple of 128 * SHARES, at most 1024 * SHARES
+    PARTS: gl.constexpr,
+    EPS: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
+    ROWS: gl.constexpr,
+    SHARES: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`step.out_proj`, of ROWS rows and 64 / SHARES outputs a program."""
+    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
+    STEPS: gl.constexpr = INNER // (2 * SHARES * DEPTH)
+    first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
+    loaded = _load_weights(weight, first, D, INNER, SHARES)
+    prepared = _prepare(gated, R, INNER, ROWS, SHARES)
+    halves = _halves(loaded, BITS, STEPS, SHARES * ROWS)
+    row, output = _places(first_row, first, ROWS, SHARES)
+    at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
+    gate_value = gl.load(gate + at)
+    scale_value = gl.load(scale + at)
+    value = gl.load(residual + at)  # as the layer before left it
+    factor = gl.load(scales + output) if HAS_SCALES else 1.0
+    mbarrier.wait(prepared[2][STEPS], 0)
+    begin_dependents(OVERLAPS)
+    total = _multiply(*(prepared, halves, first_row, squares), *(INNER, PARTS, EPS, ROWS, SHARES))
+    if HAS_SCALES:
+        total *= gl.expand_dims(factor, 0)
+    value += gate_value * total
+    gl.store(residual + at, value)
+    store_rounded(scaled + at, value * scale_value, True)
+    shares = gl.sum(value * value, axis=1)
+    gl.store(partials + row * (D * SHARES // LINES) + gl.program_id(0), shares)
