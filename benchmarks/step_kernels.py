@@ -18,6 +18,7 @@ import triton
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
 from aim_export.cuda.tuning import TUNING, Tile, Tuning
@@ -42,8 +43,10 @@ Memory = dict[str, torch.Tensor]
 def bucket_of(g: Geometry, precision: str, rows: int, tuning: Tuning) -> Bucket[KernelSpec]:
     """The bucket of three launches a layer that a runtime would take on this GPU."""
     major, minor = torch.cuda.get_device_capability()
-    found = warpgroup_bucket(g, FORMATS[precision], rows, tuning, (10 * major + minor,))
-    return found or step_bucket(g, FORMATS[precision], rows, tuning)
+    for of_one_kind in (warpgroup_bucket, register_bucket):
+        if found := of_one_kind(g, FORMATS[precision], rows, tuning, (10 * major + minor,)):
+            return found
+    return step_bucket(g, FORMATS[precision], rows, tuning)
 
 
 def random_weights(g: Geometry, precision: str) -> Memory:
@@ -222,7 +225,9 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                         tile = Tile(
                             rows=m, outputs=n, depth=depth, num_warps=warps, num_stages=stages
                         )
-                        bare = replace(base, held=None, held_narrow=None, warpgroup=None)
+                        bare = replace(
+                            base, held=None, held_narrow=None, warpgroup=None, registers=None
+                        )
                         yield "in_proj", replace(bare, in_proj=tile)
                         if n <= 32:
                             yield "out_proj", replace(bare, out_proj=tile)

@@ -73,6 +73,30 @@ class WarpgroupCuts:
 
 
 @dataclass(frozen=True)
+class RegisterTile:
+    """How a projection is cut whose weights are in registers, for `kernels.register_weights`.
+
+    Attributes:
+        rows: rows a program, 16 or 32.
+        shares: of each half of the sum, below one another; a program has 64 / shares outputs.
+    """
+
+    rows: int
+    shares: int
+
+
+@dataclass(frozen=True)
+class RegisterCuts:
+    """Cuts of a layer's two projections where `kernels.register_weights` suits model, format, GPU.
+
+    None for a projection that is cut as on other GPUs.
+    """
+
+    in_proj: RegisterTile | None
+    out_proj: RegisterTile | None
+
+
+@dataclass(frozen=True)
 class ScanCut:
     """How the scan is cut.
 
@@ -104,6 +128,8 @@ class Tuning:
             for those of others.
         held_head: cut of a head of 8-bit weights.
         warpgroup: cuts of the projections where `cuda.warpgroup` suits model, format and GPU.
+        registers: those where `cuda.register_weights` does.
+        registers_narrow: those for models of at most `NARROW` channels.
     """
 
     in_proj: Tile
@@ -115,6 +141,8 @@ class Tuning:
     held_narrow: HeldCuts | None = None
     held_head: HeldTile | None = None
     warpgroup: WarpgroupCuts | None = None
+    registers: RegisterCuts | None = None
+    registers_narrow: RegisterCuts | None = None
 
     @property
     def dot(self) -> bool:
@@ -124,6 +152,10 @@ class Tuning:
     def held_of(self, width: int) -> HeldCuts | None:
         """Cuts for a model of so many channels."""
         return self.held_narrow if width <= NARROW else self.held
+
+    def registers_of(self, width: int) -> RegisterCuts | None:
+        """Cuts for a model of so many channels."""
+        return self.registers_narrow if width <= NARROW else self.registers
 
     def chunk_of(self, state: str) -> int:
         """C of states of the type `state`."""
@@ -190,6 +222,7 @@ TUNING: Mapping[int, Tuning] = {
         held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=1, groups=1)),
         held_head=HeldTile(tiles=4, groups=2),
+        registers=RegisterCuts(RegisterTile(rows=16, shares=1), RegisterTile(rows=16, shares=2)),
     ),
     32: Tuning(
         in_proj=Tile(rows=32, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -204,6 +237,7 @@ TUNING: Mapping[int, Tuning] = {
         held=HeldCuts(HeldTile(tiles=4, groups=4), HeldTile(tiles=2, groups=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=4), HeldTile(tiles=1, groups=2)),
         held_head=HeldTile(tiles=4, groups=4, num_warps=4),
+        registers=RegisterCuts(RegisterTile(rows=32, shares=1), RegisterTile(rows=16, shares=2)),
     ),
     64: Tuning(
         in_proj=Tile(rows=64, outputs=64, depth=128, num_warps=8, num_stages=4),

@@ -595,7 +595,11 @@ def _copy_box(
     width, first = map_["global_dim 0"] * size, column * size
     assert first % 128 == 0
     for line in range(lines * planes):
-        values, of_plane, of_row = np.zeros(32, np.uint32), plane + line // lines, row + line % lines
+        values, of_plane, of_row = (
+            np.zeros(32, np.uint32),
+            plane + line // lines,
+            row + line % lines,
+        )
         there = 0 <= of_row < map_["global_dim 1"] and 0 <= of_plane < map_.get("global_dim 2", 1)
         if there:
             start = map_["global_address"] + of_row * map_["global_stride 0"] + first
@@ -669,7 +673,9 @@ def _product_to_come(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -
     names = item.operands[0][1:-1].split(",")
 
     def multiply() -> None:
-        left = _lines_of_registers(lanes, item.operands[1]) if a is None else _lines_of(lanes, a, 64)
+        left = (
+            _lines_of_registers(lanes, item.operands[1]) if a is None else _lines_of(lanes, a, 64)
+        )
         _warpgroup_product(lanes, names, left, _lines_of(lanes, b, columns), adds)
 
     lanes.products[-1].append(multiply)

@@ -37,6 +37,7 @@ from aim_export.cuda.kernels import (
     held,
     persistent,
     products,
+    register_weights,
     scan,
     step,
     warp_fold,
@@ -46,6 +47,7 @@ from aim_export.cuda.kernels import (
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
 from aim_export.cuda.warpgroup import warpgroup_bucket
@@ -248,6 +250,8 @@ def buckets() -> Iterator[tuple[str, Bucket[KernelSpec]]]:
                 yield name, step_bucket(geometry, number, rows, tuning)
                 if found := warpgroup_bucket(geometry, number, rows, tuning, CAPABILITIES):
                     yield f"{name}, by warpgroups", found
+                if found := register_bucket(geometry, number, rows, tuning, CAPABILITIES):
+                    yield f"{name}, of registers", found
             for bucket in persistent_buckets(geometry, number, TUNING, CAPABILITIES):
                 yield f"{size}, {precision}, {bucket.rows} rows in one launch", bucket
 
@@ -350,12 +354,83 @@ class TestProjectionsByWarpgroups:
     def test_they_come_before_what_every_gpu_runs(self) -> None:
         """A runtime takes the first bucket of as many rows that its GPU can run."""
         found = engines._buckets(PUBLISHED["L"], FORMATS["fp16-state8"], CAPABILITIES)
-        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 16, 32, 32, 64, 128, 128]
-        for first, second in (found[8:],):
+        assert [bucket.rows for bucket in found] == [1, 2, 4, *3 * [16], *3 * [32], 64, 128, 128]
+        for first, second in (found[10:],):
             kernels = {item.kernel for item in flat(first.step)}
             assert {90} == {c for kernel in kernels for c in kernel.capabilities or ()}
             assert all(item.kernel.capabilities is None for item in flat(second.step))
             assert movable(first, second)
+
+
+def of_registers(size: str, precision: str, rows: int) -> Bucket[KernelSpec]:
+    tuning = TUNING[rows]
+    found = register_bucket(PUBLISHED[size], FORMATS[precision], rows, tuning, CAPABILITIES)
+    assert found is not None
+    return found
+
+
+class TestProjectionsOfRegisters:
+    @pytest.mark.parametrize(("precision", "rows"), [("int8-state8", 32), ("fp16", 16)])
+    def test_machine_code(self, precision: str, rows: int) -> None:
+        """For 9.0 alone; launches of different kernels have descriptors of their own."""
+        bucket = of_registers("L", precision, rows)
+        launches = [item for item in flat(bucket.step) if item.kernel.capabilities]
+        found = compile_kernels([item.kernel for item in launches], CAPABILITIES, workers=2)
+        assert set(found) == {(item.kernel.id, 90) for item in launches}
+        for launch in launches:
+            binary = found[launch.kernel.id, 90]
+            assert binary.shared <= SHARED_MEMORY[90]
+            assert len(launch.arguments) == len(launch.kernel.types) + 1 == binary.pointers - 1
+            scratch = bucket.buffers[launch.arguments[-1].name]
+            assert scratch.size == launch.kernel.scratch * launch.grid[0] * launch.grid[1]
+        assert len({item.arguments[-1].name for item in launches}) == len(launches) == 2
+
+    @pytest.mark.parametrize(
+        ("rows", "in_proj", "out_proj"), [(16, (69, 1), (32, 1)), (32, (69, 1), (32, 2))]
+    )
+    def test_how_they_are_cut(
+        self, rows: int, in_proj: tuple[int, int], out_proj: tuple[int, int]
+    ) -> None:
+        """Programs of outputs and of rows."""
+        bucket = of_registers("L", "int8-state8", rows)
+        grids = {item.kernel.function: item.grid[:2] for item in flat(bucket.step)}
+        assert grids[register_weights.register_in_proj] == in_proj
+        assert grids[register_weights.register_out_proj] == out_proj
+        assert bucket.buffers["partials"].shape == (rows, out_proj[0])
+
+    @pytest.mark.parametrize(
+        ("sizes", "precision", "rows", "capabilities", "suits"),
+        [
+            ({}, "fp16", 32, (80, 90), True),
+            ({}, "int8", 16, (90,), True),
+            ({}, "int8-state8", 32, (80, 120), False),
+            ({}, "int8-state8", 64, (90,), False),
+            ({}, "fp32", 32, (90,), False),
+            ({"D": 896}, "int8-state8", 32, (90,), True),
+            ({"D": 832}, "int8-state8", 32, (90,), False),  # halves of the sum are no steps
+            ({"D": 1536}, "int8-state8", 32, (90,), False),  # more than registers can hold
+        ],
+    )
+    def test_where_they_suit(
+        self,
+        sizes: dict[str, int],
+        precision: str,
+        rows: int,
+        capabilities: tuple[int, ...],
+        suits: bool,
+    ) -> None:
+        geometry = replace(PUBLISHED["L"], **sizes)
+        found = register_bucket(geometry, FORMATS[precision], rows, TUNING[rows], capabilities)
+        assert (found is not None) == suits
+
+    @pytest.mark.parametrize("rows", [16, 32])
+    def test_they_come_before_what_every_gpu_runs(self, rows: int) -> None:
+        found = engines._buckets(PUBLISHED["L"], FORMATS["int8-state8"], CAPABILITIES)
+        first, *others = [bucket for bucket in found if bucket.rows == rows]
+        used = {item.kernel.function for item in flat(first.step)}
+        assert register_weights.register_in_proj in used
+        assert others
+        assert all(movable(first, other) for other in others)
 
 
 class TestAllLayersInOneLaunch:

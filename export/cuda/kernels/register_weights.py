@@ -303,7 +303,7 @@ def _multiply(
     SHARES: gl.constexpr,
 ):
     """Rows over their rms, times weights: float32 in `_results_layout`."""
-    source, stages, bars = prepared
+    _, stages, bars = prepared
     STEPS: gl.constexpr = WIDTH // (2 * SHARES * DEPTH)
     COLUMNS: gl.constexpr = SHARES * ROWS
     _ask(prepared, first_row, STEPS)

@@ -1,0 +1,111 @@
+"""The step of 16 and 32 rows with weights in registers ahead of their input, where that suits.
+
+In a plan such a bucket comes before the one of as many rows that every GPU can run: a runtime
+passes over that where its GPU can run this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from triton.runtime.jit import JITFunction
+
+from aim_export.cuda.geometry import Geometry
+from aim_export.cuda.kernels import register_weights
+from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.precision import Format
+from aim_export.cuda.step import SpecLaunch, StepBuilder
+from aim_export.cuda.targets import SHARED_MEMORY
+from aim_export.cuda.tuning import RegisterTile, Tuning
+from aim_export.cuda.warpgroup import CAPABILITIES
+from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Tensor
+
+_LINES, _DEPTH = register_weights.LINES.value, register_weights.DEPTH.value
+# Numbers of a share of the sum that a thread's registers hold besides all else.
+_LONGEST = 512
+# Bytes of shared memory for barriers, and of the copy engine's descriptor of a program's rows.
+_SPARE, _DESCRIPTOR = 1024, 128
+
+
+def fits(tile: RegisterTile, width: int, rows: int) -> bool:
+    """Whether `tile` suits a projection of so many rows with sums of `width` numbers."""
+    share, left = divmod(width, 2 * tile.shares)
+    room = min(SHARED_MEMORY[target] for target in CAPABILITIES) - _SPARE
+    rows_fit = rows % tile.rows == 0 and 2 * tile.rows * width <= room
+    return rows_fit and left == 0 and share % _DEPTH == 0 and share <= _LONGEST
+
+
+def register_bucket(
+    geometry: Geometry,
+    precision: Format,
+    rows: int,
+    tuning: Tuning,
+    capabilities: Sequence[int],
+) -> Bucket[KernelSpec] | None:
+    """The bucket of `rows` rows, if it suits model and format and some GPU of `capabilities`."""
+    cuts = tuning.registers_of(geometry.D)
+    if cuts is None or precision.activation != "float16":
+        return None
+    in_proj, out_proj = cuts.in_proj, cuts.out_proj
+    if in_proj and not fits(in_proj, geometry.D, rows):
+        return None
+    whole = out_proj is None or geometry.D % (_LINES // out_proj.shares) == 0
+    if out_proj and not (whole and fits(out_proj, geometry.inner, rows)):
+        return None
+    if not set(CAPABILITIES) & set(capabilities):
+        return None
+    return _RegisterBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
+
+
+class _RegisterBuilder(StepBuilder):
+    def __init__(
+        self,
+        geometry: Geometry,
+        precision: Format,
+        rows: int,
+        tuning: Tuning,
+        in_proj: RegisterTile | None,
+        out_proj: RegisterTile | None,
+    ) -> None:
+        self._cut_of_in_proj, self._cut_of_out_proj = in_proj, out_proj
+        super().__init__(geometry, precision, rows, tuning, overlaps=True)
+
+    def _outputs_of_out_proj(self) -> int:
+        cut = self._cut_of_out_proj
+        return _LINES // cut.shares if cut else super()._outputs_of_out_proj()
+
+    def _in_proj(self) -> SpecLaunch:
+        g, cut = self.g, self._cut_of_in_proj
+        if cut is None:
+            return super()._in_proj()
+        given = self._into_in_proj() | self._scaled("in_proj") | {"E": g.E}
+        return self._by_registers(register_weights.register_in_proj, cut, g.E, given)
+
+    def _out_proj(self) -> SpecLaunch:
+        g, cut = self.g, self._cut_of_out_proj
+        if cut is None:
+            return super()._out_proj()
+        given = self._into_out_proj() | self._scaled("out_proj")
+        return self._by_registers(register_weights.register_out_proj, cut, g.D, given)
+
+    def _by_registers(
+        self, function: JITFunction, tile: RegisterTile, outputs: int, given: dict[str, Any]
+    ) -> SpecLaunch:
+        """A projection to so many `outputs`, with a buffer of its own for the descriptors."""
+        grid = -(-outputs * tile.shares // _LINES), self.rows // tile.rows
+        launch = self.launch(
+            function,
+            grid,
+            num_warps=register_weights.WARPS.value,
+            **given,
+            R=self.rows,
+            ROWS=tile.rows,
+            SHARES=tile.shares,
+        )
+        name = f"descriptors_of_{function.__name__}"
+        self.buffers[name] = Tensor("uint8", (_DESCRIPTOR * math.prod(grid),))
+        kernel = replace(launch.kernel, scratch=_DESCRIPTOR, capabilities=CAPABILITIES)
+        return Launch(kernel, launch.grid, (*launch.arguments, Argument(name)))
