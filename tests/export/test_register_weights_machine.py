@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
+import triton
+
+from aim_export.cuda import compile as compiler
 from aim_export.cuda.kernels import register_weights
 from aim_export.cuda.launch import KernelSpec
 
@@ -112,3 +118,27 @@ def test_out_proj(bits: int, rows: int, shares: int, inner: int) -> None:
     assert error(found.pop("scaled"), wanted * memory["scale"]) < HALF
     assert error(found.pop("partials"), squares) < FULL
     assert all((value == memory[name]).all() for name, value in found.items())
+
+
+@pytest.mark.parametrize("name", ["register_in_proj", "register_out_proj"])
+def test_bytes_are_halves_before_the_wait(name: str, tmp_path: Path) -> None:
+    """The assembler would rather convert them where they are wanted, which is behind it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not tool.exists():
+        pytest.skip("this Triton has no disassembler")
+    of_out = name == "register_out_proj"
+    floats = ["float32"] * 3
+    types = ["int8", "float32", "float16", *floats, *["float32", "float16", "float32"] * of_out]
+    constants: dict[str, Any] = {"R": 32, "D": 1024, "PARTS": 32, "EPS": EPS, "HAS_SCALES": True}
+    constants |= {"INNER": 2048, "ROWS": 16, "SHARES": 2} if of_out else {"E": 4384, "ROWS": 32}
+    constants = {"SHARES": 1} | constants | {"OVERLAPS": True}
+    function = getattr(register_weights, name)
+    spec = KernelSpec(function, tuple(types), tuple(constants.items()), 8, scratch=128)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(zlib.decompress(compiler._compile(spec, 90).code))
+    text = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    before, after = text.split("ACQBULK")
+    assert before.count("-1152, -1152") == 128
+    assert "-1152, -1152" not in after
+    assert after.count("HGMMA") == 32
+    assert "LDL" not in text
