@@ -28,7 +28,7 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.tuning import NARROW, Tuning
-from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Program, Tensor
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Tensor
 
 # Rows by the type of the states, and whose tuning serves what is around the layers: products for
 # the tensor cores want no fewer than 16 rows, of which eight are left out.
@@ -215,6 +215,15 @@ class _PersistentBuilder(StepBuilder):
             OVERLAPS=self.overlaps,
         )
 
+    def _head_bytes(self) -> int:
+        """Of the head's weights, to be asked for ahead.
+
+        Those of 16 bits are twice as many, beside more loads, and eight rows have less time to
+        spare.
+        """
+        size = self.g.V * self.g.D * DTYPE_BYTES[self.precision.matrix]
+        return size if self.precision.quantised and self.rows == 2 else 0
+
     def _layers(self) -> SpecLaunch:
         g = self.g
         same = (
@@ -250,6 +259,7 @@ class _PersistentBuilder(StepBuilder):
             POSITION_OFFSET=g.position_offset,
             EPS=g.norm_eps,
             PACE=_pace(g, self.precision, self.rows),
+            HEAD=self._head_bytes(),
             OVERLAPS=self.overlaps,
         )
         kernel = replace(

@@ -452,6 +452,18 @@ def _prefetch(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     lanes.program.machine.memory.load(address if mask is None else address[mask], 1)
 
 
+@handles("cp.async.bulk.prefetch.L2.global")
+def _prefetch_many(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Nothing, but what it asks for must be there; the machine counts it."""
+    address, size = lanes.address(item.operands[0]), lanes.get(item.operands[1], "u4")
+    for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
+        first, count = int(address[thread]), int(size[thread])
+        assert (first | count) % 16 == 0, f"not aligned: {item}"
+        ends = np.array([first, first + count - 1], np.uint64)
+        lanes.program.machine.memory.load(ends, 1)
+        lanes.program.machine.prefetched.append((first, count))
+
+
 @handles("ld", "st")
 def _transfer(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     words = item.opcode.split(".")

@@ -95,12 +95,13 @@ class Machine:
         self.shared, self.groups = -(-shared // 1024) * 1024, groups
         self.maps: dict[int, dict[str, int]] = {}
         self.clock, self.tick = 0, 1 << 12
+        self.prefetched: list[tuple[int, int]] = []  # address and bytes, in the last launch
 
     def run(
         self, arguments: list[np.ndarray], programs: int | tuple[int, int], seed: int = 0
     ) -> None:
         """Run a grid of programs; in the order that ``seed`` says when several could go on."""
-        size, addresses = 0, []
+        size, addresses, self.prefetched = 0, [], []
         for array in arguments:
             addresses.append(GLOBAL + size)
             size += -(-array.nbytes // 1024) * 1024 + 1024

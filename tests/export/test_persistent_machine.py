@@ -144,6 +144,24 @@ def test_scores(precision: str, rows: int, geometry: Geometry) -> None:
     assert error(found, scores(geometry, played.arrays, wanted["residual"])) < TOLERANCE
 
 
+def test_the_heads_weights_are_asked_for_ahead() -> None:
+    """All of them and their factors, each piece once."""
+    geometry = replace(GEOMETRY, V=4096)
+    played = Played("int8", 2, geometry)
+    wanted = step(geometry, played.arrays)
+    played.launch()
+    check(played.arrays, wanted)
+    machine, bucket = machine_of(geometry, "int8", 2, "persistent")
+    names = [argument.name for argument in launch_of(bucket, "persistent").arguments]
+    starts = dict(zip(names, machine.parameters.values(), strict=False))
+    pieces = [
+        (at, 4096)
+        for name in ("word_table", "word_table_scales")
+        for at in range(starts[name], starts[name] + played.arrays[name].nbytes, 4096)
+    ]
+    assert sorted(machine.prefetched) == sorted(pieces)
+
+
 def test_no_states_are_read_in_first_chunks() -> None:
     played = Played("fp16-state16")
     played.arrays["state"].view(np.uint16)[:] = 0x7E00  # not a number

@@ -41,6 +41,7 @@ from aim_export.cuda.kernels.persistent_common import (
 )
 from aim_export.cuda.kernels.persistent_exchange import clock
 from aim_export.cuda.kernels.persistent_groups import bc_role_groups, out_role_groups
+from aim_export.cuda.kernels.persistent_prefetch import prefetch_head
 from aim_export.cuda.kernels.persistent_producer import producer
 from aim_export.cuda.kernels.persistent_products import stored_parts
 from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
@@ -213,11 +214,22 @@ def consumer(
 
 
 @gluon.jit
-def fetcher(memory, filled, pointers, pid, layers, sizes: gl.constexpr, PACE: gl.constexpr):
+def fetcher(
+    memory,
+    filled,
+    pointers,
+    pid,
+    layers,
+    sizes: gl.constexpr,
+    PACE: gl.constexpr,
+    HEAD: gl.constexpr,
+):
     if wide(sizes.D):
         producer_wide(memory, filled, pointers, pid, layers, sizes, PACE)
     else:
         producer(memory, filled, pointers, pid, layers, sizes, PACE)
+    if HEAD > 0:
+        prefetch_head(pointers, pid, sizes, HEAD)
 
 
 @gluon.jit
@@ -268,6 +280,7 @@ def persistent(
     POSITION_OFFSET: gl.constexpr,
     EPS: gl.constexpr,
     PACE: gl.constexpr,  # cycles a layer over which a program's loads are spread, 0 for none
+    HEAD: gl.constexpr,  # bytes of the head's weights to have in the L2 cache at the end, or 0
     OVERLAPS: gl.constexpr,
 ):
     BITS: gl.constexpr = in_proj.dtype.element_ty.primitive_bitwidth
@@ -286,7 +299,7 @@ def persistent(
     gl.warp_specialize(
         [
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes)),
-            (fetcher, (memory, filled, pointers, pid, layers, sizes, PACE)),
+            (fetcher, (memory, filled, pointers, pid, layers, sizes, PACE, HEAD)),
         ],
         [1],
         [24],

@@ -80,6 +80,12 @@ def bc_outputs(D):
 
 
 @gluon.constexpr_function
+def programs_of(INNER, D, S, H):
+    """Programs of the launch."""
+    return INNER // 32 + out_programs(D) - -(2 * S + H) // bc_outputs(D)
+
+
+@gluon.constexpr_function
 def units_of_scan(BITS, D):
     """Units of a layer of a program of role `scan`: weights of so many bits, and one of states."""
     if wide(D):
@@ -121,6 +127,21 @@ def padded(count):
 def none():
     """No values, to which some are added."""
     return ()
+
+
+@gluon.jit
+def paced(last, T):
+    """Wait until T cycles after what was due last; far behind, begin again from now."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 c, d, e; L: mov.u32 c, %clock; sub.u32 d, c, $1;"
+        "setp.lt.u32 p, d, $2; @p nanosleep.u32 20; @p bra L; shl.b32 e, $2, 1;"
+        "setp.lt.u32 p, d, e; add.u32 e, $1, $2; selp.b32 $0, e, c, p; }",
+        "=r,r,r",
+        [last, T],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit

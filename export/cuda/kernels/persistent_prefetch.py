@@ -1,6 +1,9 @@
-"""What groups of rows read besides weights and states, brought into the L2 cache a layer ahead.
+"""What is brought into the L2 cache ahead of time.
 
-Two or eight rows read it while they wait; groups of rows wait for nothing else after the first one.
+Groups of rows have all that they read besides weights and states brought there a layer ahead, since
+they wait for nothing else after the first one. Two or eight rows read most of it while they wait,
+but the chunk's tokens, for which they wait otherwise. And behind the last layer's loads come the
+weights of the head.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -9,6 +12,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from aim_export.cuda.kernels.persistent_common import paced, programs_of
+
+# Bytes of the head's weights that are asked for at a time, and the cycles over which a program
+# spreads its requests.
+HEAD_PIECE = gl.constexpr(4096)
+_HEAD_PACE = gl.constexpr(8000)
 
 # The rows, one a lane of the warp that fetches.
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
@@ -95,3 +105,76 @@ def prefetch_bc(pointers, layer, p, at, sizes: gl.constexpr):
     _prefetch(shifted + layer * (sizes.R * E) + row * E + 2 * INNER + p * 16, row >= 0)
     if p * 16 < 2 * sizes.S:
         _prefetch_convolution(conv, layer, row, INNER + p * 16, at, sizes)
+
+
+@gluon.jit
+def prefetch_chunk(pointers, layer, p, sizes: gl.constexpr):
+    """The chunk's tokens that program `p` of role `scan` reads in a layer; of B a share."""
+    past_x, past_b, past_decay, _state_scale = pointers[4]
+    position = pointers[0][1]
+    CHUNK: gl.constexpr = sizes.CHUNK
+    TOKENS: gl.constexpr = sizes.R * CHUNK
+    EACH: gl.constexpr = sizes.S * sizes.STATE_BITS // 1024  # lines of 128 bytes of a token's B
+    SCAN: gl.constexpr = sizes.INNER // 32
+    lane = gl.arange(0, 32, LANES)
+    value = past_x + layer * (TOKENS * sizes.INNER) + p * 32
+    for part in gl.static_range(_share(TOKENS, 32)):
+        token = part * 32 + lane
+        there = token % CHUNK < gl.load(position + token // CHUNK).to(gl.int32) % CHUNK
+        _prefetch(value + token * sizes.INNER, there)
+    line = gl.minimum(lane * SCAN + p, TOKENS * EACH - 1)
+    there = line // EACH % CHUNK < gl.load(position + line // (EACH * CHUNK)).to(gl.int32) % CHUNK
+    key = past_b + layer * (TOKENS * sizes.S) + line * (sizes.S // EACH)
+    _prefetch(key, there & (lane < _share(TOKENS * EACH, SCAN)))
+    sums = past_decay + layer * (TOKENS * sizes.H) + p * 32 // sizes.P * CHUNK
+    _prefetch(sums + lane % sizes.R * (sizes.H * CHUNK), lane < sizes.R)
+
+
+@gluon.constexpr_function
+def _share(PIECES, PARTS):
+    """Pieces of each part."""
+    return -(-PIECES // PARTS)
+
+
+@gluon.constexpr_function
+def _pieces_of_factors(HEAD, D, BITS):
+    """Pieces of the factors of outputs that HEAD bytes of weights of so many bits have."""
+    return HEAD // D * 4 // HEAD_PIECE.value if BITS == 8 else 0
+
+
+@gluon.jit
+def prefetch_head(pointers, pid, sizes: gl.constexpr, HEAD: gl.constexpr):
+    """A program's share of HEAD bytes, the head's weights, and of their factors.
+
+    Nothing else waits for memory then: the ring has what is left of the layers. The head's programs
+    want most of their weights at once, when the programs of this launch make room.
+    """
+    byte = gl.pointer_type(gl.int8)
+    words, factors = pointers[0][2][0].to(byte, bitcast=True), pointers[0][2][1]
+    PROGRAMS: gl.constexpr = programs_of(sizes.INNER, sizes.D, sizes.S, sizes.H)
+    PIECES: gl.constexpr = HEAD // HEAD_PIECE
+    OF_FACTORS: gl.constexpr = _pieces_of_factors(HEAD, sizes.D, sizes.BITS)
+    EACH: gl.constexpr = _share(PIECES + OF_FACTORS, PROGRAMS)
+    last = pid * 0
+    for turn in range(EACH):
+        last = paced(last, _HEAD_PACE // EACH)
+        piece = turn * PROGRAMS + pid
+        place = words + piece * HEAD_PIECE
+        if OF_FACTORS > 0:
+            factor = factors.to(byte, bitcast=True) + (piece - PIECES) * HEAD_PIECE
+            place = gl.where(piece < PIECES, place, factor)
+        _prefetch_piece(place, piece < PIECES + OF_FACTORS)
+
+
+@gluon.jit
+def _prefetch_piece(pointer, wanted):
+    """HEAD_PIECE bytes, as one thread's request to the copy engine."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.ne.and.s32 q, $2, 0, p;"
+        "@q cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [pointer.to(gl.int64), wanted.to(gl.int32), HEAD_PIECE],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )

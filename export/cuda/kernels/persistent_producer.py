@@ -13,28 +13,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from aim_export.cuda.kernels.persistent_common import UNITS
+from aim_export.cuda.kernels.persistent_common import UNITS, paced
 from aim_export.cuda.kernels.persistent_prefetch import (
     positions_of_lanes,
     prefetch_bc,
+    prefetch_chunk,
     prefetch_out,
     prefetch_scan,
 )
-
-
-@gluon.jit
-def paced(last, T):
-    """Wait until T cycles after what was due last; far behind, begin again from now."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 c, d, e; L: mov.u32 c, %clock; sub.u32 d, c, $1;"
-        "setp.lt.u32 p, d, $2; @p nanosleep.u32 20; @p bra L; shl.b32 e, $2, 1;"
-        "setp.lt.u32 p, d, e; add.u32 e, $1, $2; selp.b32 $0, e, c, p; }",
-        "=r,r,r",
-        [last, T],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -371,6 +357,7 @@ def producer(
                 sizes,
                 PACE,
             )
+            prefetch_chunk(pointers, layer, pid, sizes)
     elif pid < SCAN + OUT:
         for layer in range(layers):
             row = layer * D + (pid - SCAN) * 32

@@ -11,8 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from aim_export.cuda.kernels.persistent_common import UNITS, units_of_scan
-from aim_export.cuda.kernels.persistent_producer import begun_before, fill_states, paced
+from aim_export.cuda.kernels.persistent_common import UNITS, paced, units_of_scan
+from aim_export.cuda.kernels.persistent_producer import begun_before, fill_states
 from aim_export.cuda.kernels.persistent_wide import HELD, OTHERS, OUTS, STATES
 
 
