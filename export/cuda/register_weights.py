@@ -1,4 +1,4 @@
-"""The step of 16 and 32 rows with weights in registers ahead of their input, where that suits.
+"""The step of 16 and 32 rows with 8-bit weights in registers ahead, where that suits.
 
 In a plan such a bucket comes before the one of as many rows that every GPU can run: a runtime
 passes over that where its GPU can run this one.
@@ -47,10 +47,11 @@ def register_bucket(
 ) -> Bucket[KernelSpec] | None:
     """The bucket of `rows` rows, if it suits model and format and some GPU of `capabilities`."""
     cuts = tuning.registers_of(geometry.D)
-    if cuts is None or precision.activation != "float16":
+    # Of 16-bit weights a program would load twice as much, and was slower.
+    if cuts is None or not precision.quantised:
         return None
     in_proj, out_proj = cuts.in_proj, cuts.out_proj
-    if in_proj and not fits(in_proj, geometry.D, rows):
+    if not fits(in_proj, geometry.D, rows):
         return None
     whole = out_proj is None or geometry.D % (_LINES // out_proj.shares) == 0
     if out_proj and not (whole and fits(out_proj, geometry.inner, rows)):
@@ -67,7 +68,7 @@ class _RegisterBuilder(StepBuilder):
         precision: Format,
         rows: int,
         tuning: Tuning,
-        in_proj: RegisterTile | None,
+        in_proj: RegisterTile,
         out_proj: RegisterTile | None,
     ) -> None:
         self._cut_of_in_proj, self._cut_of_out_proj = in_proj, out_proj
@@ -79,16 +80,14 @@ class _RegisterBuilder(StepBuilder):
 
     def _in_proj(self) -> SpecLaunch:
         g, cut = self.g, self._cut_of_in_proj
-        if cut is None:
-            return super()._in_proj()
-        given = self._into_in_proj() | self._scaled("in_proj") | {"E": g.E}
+        given = self._into_in_proj() | {"scales": self._scales("in_proj"), "E": g.E}
         return self._by_registers(register_weights.register_in_proj, cut, g.E, given)
 
     def _out_proj(self) -> SpecLaunch:
         g, cut = self.g, self._cut_of_out_proj
         if cut is None:
             return super()._out_proj()
-        given = self._into_out_proj() | self._scaled("out_proj")
+        given = self._into_out_proj() | {"scales": self._scales("out_proj")}
         return self._by_registers(register_weights.register_out_proj, cut, g.D, given)
 
     def _by_registers(

@@ -89,10 +89,10 @@ class RegisterTile:
 class RegisterCuts:
     """Cuts of a layer's two projections where `kernels.register_weights` suits model, format, GPU.
 
-    None for a projection that is cut as on other GPUs.
+    None for a second one that is cut as on other GPUs.
     """
 
-    in_proj: RegisterTile | None
+    in_proj: RegisterTile
     out_proj: RegisterTile | None
 
 
@@ -222,7 +222,10 @@ TUNING: Mapping[int, Tuning] = {
         held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=1, groups=1)),
         held_head=HeldTile(tiles=4, groups=2),
-        registers=RegisterCuts(RegisterTile(rows=16, shares=1), RegisterTile(rows=16, shares=2)),
+        registers=RegisterCuts(RegisterTile(rows=16, shares=1), None),
+        registers_narrow=RegisterCuts(
+            RegisterTile(rows=16, shares=2), RegisterTile(rows=16, shares=4)
+        ),
     ),
     32: Tuning(
         in_proj=Tile(rows=32, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -237,7 +240,10 @@ TUNING: Mapping[int, Tuning] = {
         held=HeldCuts(HeldTile(tiles=4, groups=4), HeldTile(tiles=2, groups=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=4), HeldTile(tiles=1, groups=2)),
         held_head=HeldTile(tiles=4, groups=4, num_warps=4),
-        registers=RegisterCuts(RegisterTile(rows=32, shares=1), RegisterTile(rows=16, shares=2)),
+        registers=RegisterCuts(RegisterTile(rows=32, shares=1), None),
+        registers_narrow=RegisterCuts(
+            RegisterTile(rows=32, shares=2), RegisterTile(rows=16, shares=4)
+        ),
     ),
     64: Tuning(
         in_proj=Tile(rows=64, outputs=64, depth=128, num_warps=8, num_stages=4),

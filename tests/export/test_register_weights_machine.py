@@ -49,10 +49,8 @@ def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
     return random.normal(size=shape).astype(dtype)
 
 
-def weights(outputs: int, width: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """And the factors of 8-bit ones."""
-    if bits == 16:
-        return normal(outputs, width, dtype="f2"), np.ones(outputs, "f4")
+def weights(outputs: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """And what their rows count."""
     values = random.integers(-128, 128, (outputs, width)).astype("i1")
     return values, np.abs(normal(outputs)) / np.float32(100)
 
@@ -63,13 +61,12 @@ def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.n
     return total / np.sqrt(sums.astype("f8").sum(1, keepdims=True) / rows.shape[1] + EPS)
 
 
-@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
     ("rows", "shares", "width", "parts"),
     [(32, 1, 256, 12), (16, 1, 1024, 32), (32, 2, 768, 48), (16, 2, 256, 32)],
 )
-def test_in_proj(bits: int, rows: int, shares: int, width: int, parts: int) -> None:
-    weight, scales = weights(E, width, bits)
+def test_in_proj(rows: int, shares: int, width: int, parts: int) -> None:
+    weight, scales = weights(E, width)
     memory = {
         "weight": weight,
         "scales": scales,
@@ -80,7 +77,7 @@ def test_in_proj(bits: int, rows: int, shares: int, width: int, parts: int) -> N
     }
     found = launch(
         *("register_in_proj", memory, (-(-E * shares // 64), R // rows)),
-        **{"R": R, "D": width, "E": E, "PARTS": parts, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"R": R, "D": width, "E": E, "PARTS": parts, "EPS": EPS},
         **{"ROWS": rows, "SHARES": shares, "OVERLAPS": True},
     )
     wanted = product(memory["scaled"], weight, scales, memory["partials"]) + memory["shifted"]
@@ -88,13 +85,12 @@ def test_in_proj(bits: int, rows: int, shares: int, width: int, parts: int) -> N
     assert all((value == memory[name]).all() for name, value in found.items())
 
 
-@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
     ("rows", "shares", "inner"), [(16, 2, 256), (16, 2, 2048), (16, 4, 1536), (32, 2, 512)]
 )
-def test_out_proj(bits: int, rows: int, shares: int, inner: int) -> None:
+def test_out_proj(rows: int, shares: int, inner: int) -> None:
     width, outputs = 128, 64 // shares
-    weight, scales = weights(width, inner, bits)
+    weight, scales = weights(width, inner)
     memory = {
         "weight": weight,
         "scales": scales,
@@ -108,7 +104,7 @@ def test_out_proj(bits: int, rows: int, shares: int, inner: int) -> None:
     }
     found = launch(
         *("register_out_proj", memory, (width // outputs, R // rows)),
-        **{"R": R, "D": width, "INNER": inner, "PARTS": 24, "EPS": EPS, "HAS_SCALES": bits == 8},
+        **{"R": R, "D": width, "INNER": inner, "PARTS": 24, "EPS": EPS},
         **{"ROWS": rows, "SHARES": shares, "OVERLAPS": True},
     )
     total = product(memory["gated"], weight, scales, memory["squares"])
@@ -129,7 +125,7 @@ def test_bytes_are_halves_before_the_wait(name: str, tmp_path: Path) -> None:
     of_out = name == "register_out_proj"
     floats = ["float32"] * 3
     types = ["int8", "float32", "float16", *floats, *["float32", "float16", "float32"] * of_out]
-    constants: dict[str, Any] = {"R": 32, "D": 1024, "PARTS": 32, "EPS": EPS, "HAS_SCALES": True}
+    constants: dict[str, Any] = {"R": 32, "D": 1024, "PARTS": 32, "EPS": EPS}
     constants |= {"INNER": 2048, "ROWS": 16, "SHARES": 2} if of_out else {"E": 4384, "ROWS": 32}
     constants = {"SHARES": 1} | constants | {"OVERLAPS": True}
     function = getattr(register_weights, name)

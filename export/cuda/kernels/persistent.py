@@ -301,8 +301,7 @@ def persistent(
             (consumer, (shared, pointers, exchanges, pid, layers, stalled, sizes)),
             (fetcher, (memory, filled, pointers, pid, layers, sizes, PACE, HEAD)),
         ],
-        [1],
-        [24],
+        *([1], [24]),
     )
 
 

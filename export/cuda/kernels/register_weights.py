@@ -1,4 +1,4 @@
-"""Projections of 16 and 32 rows by wgmma, with weights that are in registers before their input.
+"""Projections of 16 and 32 rows by wgmma, with 8-bit weights that are in registers ahead.
 
 For compute capability 9.0. While the launch ahead still runs a program copies its weights to
 registers, as halves and as wgmma's first operand has them; behind the wait the copy engine brings
@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import none, padded, store_rounded
+from aim_export.cuda.kernels.warp_fragments import constraints
 
 # The sum's step: numbers of a line of a swizzled tile.
 DEPTH = gl.constexpr(64)
@@ -132,57 +133,28 @@ def _fragments_of_bytes():
     return text + _looked_at(16)
 
 
-@gluon.constexpr_function
-def _fragments_of_halves():
-    """PTX: 8 weights each of two rows, to two fragments of four registers."""
-    text = _begun()
-    for row in range(2):
-        for word in range(4):
-            text += f"mov.b32 w{word}, ${8 + 4 * row + word};"
-        text += _exchanged(["w0", "w1", "w2", "w3"])
-        for word in range(4):
-            text += f"mov.b32 ${word // 2 * 4 + 2 * row + word % 2}, w{word};"
-    return text + _looked_at(8)
-
-
-@gluon.constexpr_function
-def _registers(outputs):
-    return ",".join(["=&r"] * outputs + ["r"] * 8)
-
-
 @gluon.jit
-def _fragments(first, second):
-    """A step's words as they are loaded, to (LINES, DEPTH) halves in four tensors.
+def _fragments(words):
+    """A step's weights as they are loaded, to (LINES, DEPTH) halves.
 
-    Those are of 16 numbers of the sum each. 8-bit weights have no `second` words.
+    In four tensors, joined in the end, of 16 numbers of the sum each.
     """
-    if second is None:
-        TEXT: gl.constexpr = _fragments_of_bytes()
-        a, b, c, d = gl.inline_asm_elementwise(
-            TEXT,
-            _registers(16),
-            [first],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=False,
-            pack=8,
-        )
-    else:
-        OF_HALVES: gl.constexpr = _fragments_of_halves()
-        both: gl.constexpr = (gl.float16, gl.float16)
-        a, b = gl.inline_asm_elementwise(
-            OF_HALVES, _registers(8), [first], dtype=both, is_pure=False, pack=8
-        )
-        c, d = gl.inline_asm_elementwise(
-            OF_HALVES, _registers(8), [second], dtype=both, is_pure=False, pack=8
-        )
+    TEXT: gl.constexpr = _fragments_of_bytes()
+    a, b, c, d = gl.inline_asm_elementwise(
+        TEXT,
+        constraints("r", 16, "r", 8),
+        [words],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=False,
+        pack=8,
+    )
     return gl.join(gl.join(a, b), gl.join(c, d))
 
 
 @gluon.jit
 def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr, SHARES: gl.constexpr):
-    """A thread's weights as words, 64 bytes of each line at a time."""
-    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
-    WORDS: gl.constexpr = WIDTH * BITS // 32
+    """A thread's weights as words, 64 of each line at a time."""
+    WORDS: gl.constexpr = WIDTH // 4
     SHARE: gl.constexpr = WORDS // (2 * SHARES)
     OUTPUTS: gl.constexpr = LINES // SHARES
     layout: gl.constexpr = _loaded_layout()
@@ -198,13 +170,11 @@ def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr, SHARES: g
 
 
 @gluon.jit
-def _halves(loaded, BITS: gl.constexpr, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
+def _halves(loaded, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
     """What `_load_weights` has loaded, as wgmma's first operand for each step."""
-    LOADS: gl.constexpr = BITS // 8
     halves = none()
     for step in gl.static_range(STEPS):
-        second = loaded[2 * step + 1] if LOADS == 2 else None
-        value = _fragments(loaded[LOADS * step], second)
+        value = _fragments(loaded[step])
         # line; of the sum's bits 2, 1, 3, 0, then 4 and 5
         value = gl.reshape(value, [LINES, 2, 2, 2, 2, 2, 2])
         value = gl.reshape(gl.permute(value, [0, 6, 5, 3, 1, 2, 4]), [LINES, DEPTH])
@@ -328,8 +298,8 @@ def _places(first_row, first, ROWS: gl.constexpr, SHARES: gl.constexpr):
 
 @gluon.jit
 def register_in_proj(
-    weight,  # (E, D) float16 or int8
-    scales,  # (E,) float32, of int8 weights
+    weight,  # (E, D) int8
+    scales,  # (E,) float32, what its rows count
     scaled,  # (R, D) float16
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
@@ -339,37 +309,34 @@ def register_in_proj(
     E: gl.constexpr,  # a multiple of 4
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
-    HAS_SCALES: gl.constexpr,
     ROWS: gl.constexpr,
     SHARES: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """`step.in_proj` without the convolution, of ROWS rows and 64 / SHARES outputs a program."""
-    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
     STEPS: gl.constexpr = D // (2 * SHARES * DEPTH)
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, E, D, SHARES)
     # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
     begin_next(OVERLAPS)
     prepared = _prepare(scaled, R, D, ROWS, SHARES)
-    halves = _halves(loaded, BITS, STEPS, SHARES * ROWS)
+    halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0).to(gl.float32)
-    factor = gl.load(scales + output, mask=output < E, other=0.0) if HAS_SCALES else 1.0
+    factor = gl.load(scales + output, mask=output < E, other=0.0)
     mbarrier.wait(prepared[2][STEPS], 0)
     wait_for_last(OVERLAPS)
     total = _multiply(*(prepared, halves, first_row, partials), *(D, PARTS, EPS, ROWS, SHARES))
-    if HAS_SCALES:
-        total *= gl.expand_dims(factor, 0)
-    gl.store(projected + at, total + shift, mask=inside)
+    total = total * gl.expand_dims(factor, 0) + shift
+    gl.store(projected + at, total, mask=inside)
 
 
 @gluon.jit
 def register_out_proj(
-    weight,  # (D, I) float16 or int8, the gated norm's weight inside
-    scales,  # (D,) float32, of int8 weights
+    weight,  # (D, I) int8, the gated norm's weight inside
+    scales,  # (D,) float32, what its rows count
     gated,  # (R, I) float16
     squares,  # (R, PARTS) float32
     gate,  # (R, D) float32
@@ -382,30 +349,26 @@ def register_out_proj(
     INNER: gl.constexpr,  # a multiple of 128 * SHARES, at most 1024 * SHARES
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
-    HAS_SCALES: gl.constexpr,
     ROWS: gl.constexpr,
     SHARES: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """`step.out_proj`, of ROWS rows and 64 / SHARES outputs a program."""
-    BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
     STEPS: gl.constexpr = INNER // (2 * SHARES * DEPTH)
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, D, INNER, SHARES)
     prepared = _prepare(gated, R, INNER, ROWS, SHARES)
-    halves = _halves(loaded, BITS, STEPS, SHARES * ROWS)
+    halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
     gate_value = gl.load(gate + at)
     scale_value = gl.load(scale + at)
     value = gl.load(residual + at)  # as the layer before left it
-    factor = gl.load(scales + output) if HAS_SCALES else 1.0
+    factor = gl.load(scales + output)
     mbarrier.wait(prepared[2][STEPS], 0)
     begin_dependents(OVERLAPS)
     total = _multiply(*(prepared, halves, first_row, squares), *(INNER, PARTS, EPS, ROWS, SHARES))
-    if HAS_SCALES:
-        total *= gl.expand_dims(factor, 0)
-    value += gate_value * total
+    value += gate_value * total * gl.expand_dims(factor, 0)
     gl.store(residual + at, value)
     store_rounded(scaled + at, value * scale_value, True)
     shares = gl.sum(value * value, axis=1)
