@@ -293,7 +293,10 @@ def test_errors_are_sentences(told: ToldDriver) -> None:
 
 
 class TestKernels:
-    def test_large_shared_memory_is_asked_for(self, told: ToldDriver) -> None:
+    def test_large_shared_memory_is_asked_for(
+        self, told: ToldDriver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(libcuda, "capability", lambda gpu: (8, 9))
         device = module.CudaDevice(0)
         device.load(b"cubin", "cell", 48 << 10, 2)
         assert not told.named("cuFuncSetAttribute")
@@ -302,6 +305,13 @@ class TestKernels:
         assert name.name == "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
         assert value == 100 << 10
         assert told.named("cuModuleGetFunction")[0] == ("module", b"cell")
+
+    def test_where_launches_overlap_all_divide_the_cache_in_one_way(self, told: ToldDriver) -> None:
+        device = module.CudaDevice(0)
+        for shared in (0, 100 << 10):
+            device.load(b"cubin", "cell", shared, 2)
+        asked = [(name.name, value) for _, name, value in told.named("cuFuncSetAttribute")]
+        assert asked.count(("CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT", 100)) == 2
 
     @pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (8, 4), ()])
     def test_other_parameters_than_the_plan_says(

@@ -138,7 +138,9 @@ def test_buckets_follow_the_load(engine: CudaEngine, monkeypatch: pytest.MonkeyP
                     visitors.leave(slot)
         while visitors.step():
             pass
-    assert [bucket for bucket, _ in itertools.groupby(rows)] == [4, 16, 32, 128, 4]
+    # A bucket of one row has chunks of its own length, but where states have 8 bits.
+    least = 1 if engine.precision == "fp16-state8" else 4
+    assert [bucket for bucket, _ in itertools.groupby(rows)] == [least, 16, 32, 128, 4]
     for seed in (0, 100, 101):
         tokens = np.array([visitors.tokens[seed]])  # (1, T)
         options, classes = visitors.options(seed), np.array([visitors.class_id(seed)])

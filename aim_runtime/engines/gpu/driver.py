@@ -27,6 +27,8 @@ from aim_runtime.errors import BackendError, BundleError
 
 # More dynamic shared memory a block than this has to be asked for.
 _SHARED_WITHOUT_ASKING = 48 << 10
+# Of the memory that shared memory and L1 cache share, per cent: as much as there can be.
+_ALL_SHARED = 100
 # After these nothing works on the GPU any more until the process ends.
 _FATAL = frozenset(
     getattr(driver.CUresult, f"CUDA_ERROR_{name}")
@@ -134,6 +136,7 @@ class CudaDevice:
         self.name = libcuda.gpu_name(gpu)
         self.label = f"cuda:{gpu}"
         self.capability = libcuda.capability(gpu)
+        self._overlaps = self.capability >= (9, 0)
         try:
             self._context = _Context(_call(driver.cuDeviceGet, gpu))
         except OutOfDeviceMemory:
@@ -169,11 +172,11 @@ class CudaDevice:
 
     def stream(self) -> _CudaStream:
         """See `Device`."""
-        return _CudaStream(self._context, overlaps=self.capability >= (9, 0))
+        return _CudaStream(self._context, overlaps=self._overlaps)
 
     def load(self, code: bytes, symbol: str, shared: int, pointers: int) -> _CudaFunction:
         """See `Device`."""
-        return _CudaFunction(self._context, code, symbol, shared, pointers)
+        return _CudaFunction(self._context, code, symbol, shared, pointers, overlaps=self._overlaps)
 
     def resident_programs(self, function: _CudaFunction, threads: int, shared: int) -> int:
         """See `Device`."""
@@ -214,16 +217,29 @@ def _address(array: NDArray[Any]) -> int:
 
 class _CudaFunction:
     def __init__(
-        self, context: _Context, code: bytes, symbol: str, shared: int, pointers: int
+        self,
+        context: _Context,
+        code: bytes,
+        symbol: str,
+        shared: int,
+        pointers: int,
+        *,
+        overlaps: bool,
     ) -> None:
+        attributes = driver.CUfunction_attribute
         try:
             module = _call(driver.cuModuleLoadData, code)
             context.free_with(self, driver.cuModuleUnload, module)
             self.handle = _call(driver.cuModuleGetFunction, module, symbol.encode())
             _check_parameters(self.handle, symbol, pointers)
             if shared > _SHARED_WITHOUT_ASKING:
-                limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _call(driver.cuFuncSetAttribute, self.handle, limit, shared)
+            if overlaps:
+                # Shared memory and L1 cache share a memory. A launch begins beside another only on
+                # multiprocessors that divide it as the launch would: so all divide it in one way.
+                share = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                _call(driver.cuFuncSetAttribute, self.handle, share, _ALL_SHARED)
             # Now, because a lazy load would fall into the capture of a graph.
             _call(driver.cuFuncLoad, self.handle)
         except _DriverError as error:
