@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,22 @@ from triton.runtime.jit import JITFunction
 from aim_export.cuda.decoder_network import USUAL_NORMS, GroupNorms, blocks
 from aim_export.cuda.decoder_tiles import (
     LARGE_MAP,
+    WARPGROUP_PART,
     Storage,
+    WarpgroupTile,
     picture_tile,
     power_of_two_in,
     product_tile,
     statistics_part,
+    warpgroup_tile,
 )
 from aim_export.cuda.decoder_weights import DecoderWeights
 from aim_export.cuda.kernels import convolution
 from aim_export.cuda.kernels import decoder as kernels
+from aim_export.cuda.kernels.convolution_warpgroup import convolution_warpgroup
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
 from aim_export.cuda.stored import StoredTensor
+from aim_export.cuda.targets import CAPABILITIES
 from aim_runtime.engines.cuda.plan import (
     Argument,
     DecoderBucket,
@@ -42,12 +47,17 @@ from aim_runtime.engines.cuda.plan import (
     Tensor,
     Weight,
     decoder_interface,
+    flat,
 )
 
 # Images at once. A batch of any other size is made of these.
 IMAGES = (1, 4, 16)
 # What half-precision maps are stored times.
 HALF_SCALE = 1 / 16
+# Compute capabilities that have `convolution_warpgroup`, bytes of the copy engine's descriptors of
+# its programs, and its warps besides the first four, with those that only fill up.
+WARPGROUP_CAPABILITIES = (90,)
+_DESCRIPTORS, _WORKERS = 512, 12
 # Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
@@ -75,6 +85,7 @@ def lower_decoder(
     storage: Storage,
     norms: GroupNorms = USUAL_NORMS,
     images: Sequence[int] = IMAGES,
+    capabilities: Sequence[int] = CAPABILITIES,
 ) -> DecoderPart:
     """The decoder of `tensors` (from `decoder_tensors`) for square grids of codes.
 
@@ -84,6 +95,8 @@ def lower_decoder(
         storage: type of maps and weights on the device; sums are float32 either way.
         norms: what all of its norms have in common.
         images: capacities of the buckets, ascending.
+        capabilities: compute capabilities to compile for. Where some have `convolution_warpgroup`,
+            there is a bucket with it ahead of each that every GPU can run.
 
     Raises:
         ValueError: the tokens of an image fill no square.
@@ -92,8 +105,15 @@ def lower_decoder(
     if side**2 != num_tokens:
         raise ValueError(f"{num_tokens} tokens an image fill no square")
     weights = DecoderWeights(tensors, storage)
-    buckets = tuple(_BucketLowering(weights, side, count, norms).bucket() for count in images)
-    return DecoderPart(weights.weights, weights.constants(), weights.setup(), buckets)
+    buckets = []
+    for count in images:
+        lowering = _BucketLowering(weights, side, count, norms)
+        if set(WARPGROUP_CAPABILITIES) & set(capabilities):
+            special = _BucketLowering(weights, side, count, norms, warpgroups=True).bucket()
+            if any(launch.kernel.capabilities for launch in flat(special.launches)):
+                buckets.append(special)
+        buckets.append(lowering.bucket())
+    return DecoderPart(weights.weights, weights.constants(), weights.setup(), tuple(buckets))
 
 
 @dataclass(frozen=True)
@@ -142,8 +162,17 @@ class _Moments:
 class _BucketLowering:
     """The launches for one number of images."""
 
-    def __init__(self, weights: DecoderWeights, side: int, images: int, norms: GroupNorms) -> None:
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        side: int,
+        images: int,
+        norms: GroupNorms,
+        *,
+        warpgroups: bool = False,
+    ) -> None:
         self.weights, self.side, self.images, self.norms = weights, side, images, norms
+        self.warpgroups = warpgroups
         self.storage = weights.storage
         self.scale = HALF_SCALE if self.storage == "float16" else 1.0
         self.blocks = list(blocks(weights.tensors))
@@ -319,44 +348,76 @@ class _BucketLowering:
         upsample: bool = False,
     ) -> None:
         places = 4 if upsample else 1
-        tile = product_tile(
-            self.storage, self.images, x.cells, x.channels, y.channels, taps, places
-        )
-        part = statistics_part(self.storage, x.cells)
+        special = self._warpgroup_tile(x, y, places)
+        part = WARPGROUP_PART if special else statistics_part(self.storage, x.cells)
         if moments:
             self.moments = _Moments(places, part)
             parts = places * -(-x.cells // part)
             self._reserve("moments", "float32", self.images * parts * 2 * y.channels)
+        given: dict[str, Any] = {
+            **{"x": x.buffer, "weight": weight, "bias": bias, "y": y.buffer},
+            **{"moments": "moments" if moments else ABSENT},
+            **{"PIXELS": x.cells, "WIDTH": x.width, "INPUTS": x.channels, "OUTPUTS": y.channels},
+            **{"TAPS": taps, "UPSAMPLE": upsample, "RESIDUAL": residual is not None},
+            **{"MOMENTS": moments, "SCALE": scale, "OVERLAPS": True},
+            **x.as_constants("X", first=None if taps == 1 else 0),
+            **y.as_constants("Y"),
+        }
+        if special:
+            assert residual in (None, y)
+            self._by_warpgroups(special, given)
+            return
+        tile = product_tile(
+            self.storage, self.images, x.cells, x.channels, y.channels, taps, places
+        )
         self._launch(
             convolution.convolution,
             (y.channels // tile.n * places, -(-x.cells // tile.m), self.images),
-            x=x.buffer,
-            weight=weight,
-            bias=bias,
             residual=residual.buffer if residual else ABSENT,
-            y=y.buffer,
-            moments="moments" if moments else ABSENT,
+            **given,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            PIXELS=x.cells,
-            WIDTH=x.width,
-            INPUTS=x.channels,
-            OUTPUTS=y.channels,
-            TAPS=taps,
-            UPSAMPLE=upsample,
-            RESIDUAL=residual is not None,
-            MOMENTS=moments,
-            SCALE=scale,
-            **x.as_constants("X", first=None if taps == 1 else 0),
-            **y.as_constants("Y"),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
             PART=part,
             # Large maps have the same tile in every bucket.
             PAIRS=x.cells < LARGE_MAP,
-            OVERLAPS=True,
         )
+
+    def _warpgroup_tile(self, x: _Map, y: _Map, places: int) -> WarpgroupTile | None:
+        if not self.warpgroups:
+            return None
+        size = x.height, x.width
+        return warpgroup_tile(self.storage, self.images, size, x.channels, y.channels, places)
+
+    def _by_warpgroups(self, tile: WarpgroupTile, given: dict[str, Any]) -> None:
+        """A convolution by `convolution_warpgroup`, with memory for the copy engine's descriptors.
+
+        A launch starts when the last but one has ended, so two take turns with it.
+        """
+        self._launch(
+            convolution_warpgroup,
+            tile.programs,
+            **given,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            IMAGES=self.images,
+            PROGRAMS=tile.programs,
+            STAGES=tile.stages,
+            WEIGHT_STAGES=tile.weight_stages,
+            HALO=True,
+        )
+        launch = self.launches.pop()
+        name = f"descriptors/{len(self.launches) % 2}"
+        self._reserve(name, "uint8", _DESCRIPTORS * tile.programs)
+        kernel = replace(
+            launch.kernel,
+            workers=_WORKERS,
+            scratch=_DESCRIPTORS,
+            capabilities=WARPGROUP_CAPABILITIES,
+        )
+        self.launches.append(Launch(kernel, launch.grid, (*launch.arguments, Argument(name))))
 
     def _normalised(self, x: _Map, name: str) -> _Map:
         """What the next 3x3 convolution reads: norm and swish of `x`, with a border."""

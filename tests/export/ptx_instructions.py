@@ -572,36 +572,44 @@ _ELEMENTS = {3: 4, 6: 2}
 @handles("cp.async.bulk.tensor.2d")
 def _copy(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """A box of 128-byte lines, whose 16-byte parts are exchanged by the line's number."""
-    source, coordinates = item.operands[1][1:-1].split(",", 1)
-    found = [lanes.address(item.operands[0]), lanes.get(source, "u8")]
+    to_memory = item.opcode.split(".")[5] == "global"
+    source, coordinates = item.operands[not to_memory][1:-1].split(",", 1)
+    found = [lanes.address(item.operands[to_memory]), lanes.get(source, "u8")]
     found += [lanes.get(name, "i4") for name in coordinates[1:-1].split(",")]
-    found += [lanes.address(item.operands[2])]
+    found += [] if to_memory else [lanes.address(item.operands[2])]
     for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
         _copy_box(lanes.program, *(int(value[thread]) for value in found))
 
 
-def _copy_box(program: Program, to: int, source: int, column: int, row: int, bar: int) -> None:
+def _copy_box(
+    program: Program, at: int, source: int, column: int, row: int, bar: int | None = None
+) -> None:
+    """To shared memory, or from there if there is no barrier."""
     map_ = program.machine.maps[source]
     size = _ELEMENTS[map_["elemtype"]]
     assert map_["swizzle_mode"] == 3
     assert map_["box_dim 0"] * size == 128
-    assert to % 1024 == 0
+    assert at % 1024 == 0
     width, first = map_["global_dim 0"] * size, column * size
     assert first % 128 == 0
+    inside = first + 4 * np.arange(32) < width
     for line in range(map_["box_dim 1"]):
-        values = np.zeros(32, np.uint32)
-        if 0 <= row + line < map_["global_dim 1"]:
-            start = map_["global_address"] + (row + line) * map_["global_stride 0"] + first
-            address = np.arange(start, start + 128, 4, dtype=np.uint64)
-            inside = first + 4 * np.arange(32) < width
-            values[inside] = program.machine.memory.load(address[inside], 4)
-        at = to + 128 * line
-        parts = np.arange(8) ^ (at - program.shared.base) // 128 % 8
-        address = at + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
-        program.shared.store(address.astype(np.uint64), values, 4)
-    barrier = program.barriers[bar]
-    barrier.bytes -= 128 * map_["box_dim 1"]
-    barrier.settle()
+        there = inside & (0 <= row + line < map_["global_dim 1"])
+        start = map_["global_address"] + (row + line) * map_["global_stride 0"] + first
+        address = start + np.arange(0, 128, 4)[there]
+        parts = np.arange(8) ^ (at + 128 * line - program.shared.base) // 128 % 8
+        places = at + 128 * line + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
+        if bar is None:
+            words = program.shared.load(places[there], 4)
+            program.machine.memory.store(address, words, 4)
+        else:
+            values = np.zeros(32, np.uint32)
+            values[there] = program.machine.memory.load(address, 4)
+            program.shared.store(places, values, 4)
+    if bar is not None:
+        barrier = program.barriers[bar]
+        barrier.bytes -= 128 * map_["box_dim 1"]
+        barrier.settle()
 
 
 # Tensor cores

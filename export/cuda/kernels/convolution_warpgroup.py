@@ -1,0 +1,447 @@
+"""The decoder's convolutions of large maps, by the tensor cores of compute capability 9.0.
+
+A program has four parts. One warp has the copy engine bring pixels and weights to shared memory,
+some stages ahead. Two groups of four warps each multiply half of the tile's pixels (wgmma, which
+reads shared memory itself) and leave results in shared memory as they are stored. Four more warps
+give these to the copy engine and take the statistics of `convolution` from them, while the next
+tile is being multiplied: a program goes from tile to tile.
+
+Pixels are brought once for all taps of a row: a run of pixels is one of memory, too, and a tap to
+the right begins a line of 128 bytes later. Sums run over rows of taps, inputs by 64, taps of the
+row, and inputs: in any tile the same.
+
+A map is a matrix (pixels of all images in memory, channels).
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+# ruff: noqa: D103
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.persistent_common import none
+
+# Inputs at a time: a line of 128 bytes.
+_DEPTH = gl.constexpr(64)
+# Pixels whose statistics are taken together.
+_PART = gl.constexpr(128)
+_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+class Sizes(NamedTuple):
+    """Constants of the kernel, as `convolution` has them, and what follows from them."""
+
+    PIXELS: Any
+    WIDTH: Any
+    INPUTS: Any
+    OUTPUTS: Any
+    TAPS: Any
+    UPSAMPLE: Any
+    RESIDUAL: Any
+    MOMENTS: Any
+    SCALE: Any
+    X_PIXELS: Any
+    X_PITCH: Any
+    X_FIRST: Any
+    Y_PIXELS: Any
+    Y_PITCH: Any
+    Y_FIRST: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    IMAGES: Any
+    PROGRAMS: Any
+    STAGES: Any
+    WEIGHT_STAGES: Any
+    HALO: Any
+    RUN: Any  # pixels of a tile that lie in one line of the map
+    PLACES: Any
+    TILES: Any  # in all
+    SHIFTS: Any  # taps of a row that one stage of pixels serves
+    ROUNDS: Any  # stages of pixels of a tile
+    LINES: Any  # of a stage of pixels
+
+
+@gluon.constexpr_function
+def _run(WIDTH):
+    return min(WIDTH, 128)
+
+
+@gluon.constexpr_function
+def _tiles(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES):
+    return PIXELS // BLOCK_M * (OUTPUTS // BLOCK_N) * (4 if UPSAMPLE else 1) * IMAGES
+
+
+@gluon.constexpr_function
+def _lines(WIDTH, TAPS, BLOCK_M, HALO):
+    run = min(WIDTH, 128)
+    return BLOCK_M // run * (run + (8 if HALO and TAPS > 1 else 0))
+
+
+@gluon.jit
+def _tile(index, s: gl.constexpr):
+    """First output, place, first pixel and image of a tile."""
+    COLUMNS: gl.constexpr = s.OUTPUTS // s.BLOCK_N
+    ALONG: gl.constexpr = s.PIXELS // s.BLOCK_M
+    first = index % COLUMNS * s.BLOCK_N
+    place = index // COLUMNS % s.PLACES
+    pixel = index // (COLUMNS * s.PLACES) % ALONG * s.BLOCK_M
+    return first, place, pixel, index // (COLUMNS * s.PLACES * ALONG)
+
+
+@gluon.jit
+def _next(stage, phase, COUNT: gl.constexpr):
+    """The stage that follows, and its phase."""
+    stage += 1
+    over = stage == COUNT
+    return gl.where(over, 0, stage), gl.where(over, phase ^ 1, phase)
+
+
+@gluon.jit
+def _y_line(place, pixel, image, s: gl.constexpr):
+    """Where a run of pixels begins in y: the line of its descriptor, and the first column."""
+    row, column = pixel // s.WIDTH, pixel % s.WIDTH
+    if s.UPSAMPLE:
+        at = (row * 2 + place // 2) * s.Y_PITCH + column * 2 + place % 2 + s.Y_FIRST
+        at += image * s.Y_PIXELS
+        return at // 2, at % 2 * s.OUTPUTS
+    return image * s.Y_PIXELS + row * s.Y_PITCH + column + s.Y_FIRST, 0
+
+
+@gluon.jit
+def _blocks_of_results(results, s: gl.constexpr):
+    """The results in shared memory as blocks of (RUN, 64) for the copy engine."""
+    COUNT: gl.constexpr = s.BLOCK_M // s.RUN * (s.BLOCK_N // _DEPTH)
+    return results._reinterpret(gl.float16, [COUNT, s.RUN, _DEPTH], _TILE)
+
+
+@gluon.constexpr_function
+def _block(run, half, RUN, BLOCK_N):
+    """The number of such a block: parts of 128 pixels have their first 64 outputs first."""
+    each = 128 // RUN
+    return (run // each * (BLOCK_N // 64) + half) * each + run % each
+
+
+@gluon.jit
+def _bring_pixels(maps, lines, bar, stage, at, column, s: gl.constexpr):
+    """A stage: for each run of the tile its pixels and, for taps to the right, eight more."""
+    runs, ends = maps
+    EACH: gl.constexpr = s.LINES // (s.BLOCK_M // s.RUN)
+    mbarrier.expect(bar, 2 * s.LINES * _DEPTH)
+    for run in gl.static_range(s.BLOCK_M // s.RUN):
+        first = at + run * s.RUN // s.WIDTH * s.X_PITCH + run * s.RUN % s.WIDTH
+        block = (stage * s.LINES + run * EACH) // 8
+        whole = lines.index(block)._reinterpret(gl.float16, [s.RUN, _DEPTH], _TILE)
+        tma.async_copy_global_to_shared(runs, [first, column], bar, whole)
+        if EACH > s.RUN:
+            end = lines.index(block + s.RUN // 8)
+            tma.async_copy_global_to_shared(ends, [first + s.RUN, column], bar, end)
+
+
+@gluon.jit
+def _bring_residual(map_, results, bar, place, pixel, image, first, s: gl.constexpr):
+    blocks = _blocks_of_results(results, s)
+    mbarrier.expect(bar, 2 * s.BLOCK_M * s.BLOCK_N)
+    for run in gl.static_range(s.BLOCK_M // s.RUN):
+        line, column = _y_line(place, pixel + run * s.RUN, image, s)
+        for half in gl.static_range(s.BLOCK_N // _DEPTH):
+            block = blocks.index(_block(run, half, s.RUN, s.BLOCK_N))
+            tma.async_copy_global_to_shared(
+                map_, [line, column + first + half * _DEPTH], bar, block
+            )
+
+
+@gluon.jit
+def _fetch(maps, memory, bars, s: gl.constexpr):
+    """The warp that brings everything."""
+    runs, ends, weights, target = maps
+    lines, panels, results = memory
+    pixels_full, pixels_free, weights_full, weights_free, _, results_free, residual = bars
+    CHUNKS: gl.constexpr = s.INPUTS // _DEPTH
+    LENGTH: gl.constexpr = s.TAPS * s.TAPS * s.INPUTS
+    stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
+    for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
+        first, place, pixel, image = _tile(index, s)
+        at = image * s.X_PIXELS + pixel // s.WIDTH * s.X_PITCH + pixel % s.WIDTH + s.X_FIRST
+        if s.UPSAMPLE:
+            at += place // 2 * s.X_PITCH + place % 2
+        for step in range(s.ROUNDS):
+            tap = step // CHUNKS * s.SHIFTS
+            chunk = step % CHUNKS * _DEPTH
+            mbarrier.wait(pixels_free.index(stage), phase ^ 1)
+            source = at + tap // s.TAPS * s.X_PITCH + tap % s.TAPS
+            _bring_pixels((runs, ends), lines, pixels_full.index(stage), stage, source, chunk, s)
+            stage, phase = _next(stage, phase, s.STAGES)
+            for shift in gl.static_range(s.SHIFTS):
+                bar = weights_full.index(weight_stage)
+                mbarrier.wait(weights_free.index(weight_stage), weight_phase ^ 1)
+                mbarrier.expect(bar, 2 * s.BLOCK_N * _DEPTH)
+                column = (tap + shift) * s.INPUTS + chunk
+                tma.async_copy_global_to_shared(
+                    *(weights, [place * s.OUTPUTS + first, column]),
+                    *(bar, panels.index(weight_stage)),
+                )
+                weight_stage, weight_phase = _next(weight_stage, weight_phase, s.WEIGHT_STAGES)
+            if s.RESIDUAL:
+                if step == s.ROUNDS // 2:
+                    mbarrier.wait(results_free, turn ^ 1)
+                    _bring_residual(target, results, residual, place, pixel, image, first, s)
+        turn ^= 1
+
+
+@gluon.jit
+def _free(bar):
+    """Say that all of a group's threads are done with what the barrier stands for."""
+    gl.thread_barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.constexpr_function
+def _first_line(block, shift, RUN, EACH):
+    """Where in a stage the pixels begin that 64 pixels of a tile meet under a tap."""
+    return block * 64 // RUN * EACH + block * 64 % RUN + shift
+
+
+@gluon.jit
+def _products(totals, lines, stage, shift: gl.constexpr, panel, GROUP: gl.constexpr, s: gl.constexpr):
+    """Add what one tap and 64 inputs give, 64 pixels at a time."""
+    BLOCKS: gl.constexpr = s.BLOCK_M // 128
+    EACH: gl.constexpr = s.LINES // (s.BLOCK_M // s.RUN)
+    found = none()
+    for block in gl.static_range(BLOCKS):
+        line = _first_line(GROUP * BLOCKS + block, shift, s.RUN, EACH)
+        pixels = lines.index(stage * s.LINES + line)._reinterpret(gl.float16, [64, _DEPTH], _TILE)
+        found += (warpgroup_mma(pixels, panel.permute((1, 0)), totals[block], is_async=True),)
+    return found
+
+
+@gluon.jit
+def _wait(totals, COUNT: gl.constexpr, s: gl.constexpr):
+    """Until all products are done but those of the last COUNT steps."""
+    if s.BLOCK_M == 256:
+        one, two = warpgroup_mma_wait(2 * COUNT, deps=[totals[0], totals[1]])
+        return (one, two)
+    else:
+        one = warpgroup_mma_wait(COUNT, deps=[totals[0]])
+        return (one,)
+
+
+@gluon.jit
+def _put(totals, bias, results, GROUP: gl.constexpr, s: gl.constexpr):
+    """Leave results in shared memory, with the residual that is there added."""
+    BLOCKS: gl.constexpr = s.BLOCK_M // 128
+    for block in gl.static_range(BLOCKS):
+        part = results.index((GROUP * BLOCKS + block) // 2)
+        target = part.slice((GROUP * BLOCKS + block) % 2 * 64, 64, dim=0)
+        value = totals[block] * s.SCALE + gl.expand_dims(bias, 0)
+        if s.RESIDUAL:
+            value += target.load(value.type.layout).to(gl.float32)
+        target.store(value.to(gl.float16))
+
+
+@gluon.jit
+def _multiply(bias, memory, bars, GROUP: gl.constexpr, s: gl.constexpr):
+    """A group of warps that multiplies half of each tile's pixels."""
+    lines, panels, results = memory
+    pixels_full, pixels_free, weights_full, weights_free, full, results_free, residual = bars
+    rows = lines._reinterpret(gl.float16, [s.STAGES * s.LINES, _DEPTH], _LINE)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, s.BLOCK_N, 16])
+    stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
+    last, last_weight = 0, 0
+    for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
+        first, place, pixel, image = _tile(index, s)
+        some_bias = gl.load(bias + first + gl.arange(0, s.BLOCK_N, gl.SliceLayout(0, layout)))
+        totals = none()
+        for block in gl.static_range(s.BLOCK_M // 128):
+            totals += (gl.zeros([64, s.BLOCK_N], gl.float32, layout),)
+        for step in range(s.ROUNDS):
+            mbarrier.wait(pixels_full.index(stage), phase)
+            for shift in gl.static_range(s.SHIFTS):
+                mbarrier.wait(weights_full.index(weight_stage), weight_phase)
+                totals = _products(
+                    totals, rows, stage, shift, panels.index(weight_stage), GROUP, s
+                )
+                totals = _wait(totals, 1, s)
+                if shift > 0:
+                    _free(weights_free.index(last_weight))
+                elif step > 0:
+                    _free(weights_free.index(last_weight))
+                    mbarrier.arrive(pixels_free.index(last), count=1)
+                last_weight = weight_stage
+                weight_stage, weight_phase = _next(weight_stage, weight_phase, s.WEIGHT_STAGES)
+            last = stage
+            stage, phase = _next(stage, phase, s.STAGES)
+        totals = _wait(totals, 0, s)
+        _free(weights_free.index(last_weight))
+        mbarrier.arrive(pixels_free.index(last), count=1)
+        if s.RESIDUAL:
+            mbarrier.wait(residual, turn)
+        else:
+            mbarrier.wait(results_free, turn ^ 1)
+        _put(totals, some_bias, results, GROUP, s)
+        fence_async_shared()
+        _free(full)
+        turn ^= 1
+
+
+@gluon.jit
+def _column_sums(part, mean, SQUARES: gl.constexpr, s: gl.constexpr):
+    """Sums over 128 pixels, in any tile in one order: of values, or of squared deviations."""
+    layout: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0])
+    total = gl.zeros([s.BLOCK_N], gl.float32, gl.SliceLayout(0, layout))
+    for block in gl.static_range(_PART // 16):
+        value = part.slice(block * 16, 16, dim=0).load(layout).to(gl.float32)
+        if SQUARES:
+            value = value - gl.expand_dims(mean, 0)
+            value = value * value
+        total += gl.sum(value, axis=0)
+        # Else all of them are loaded first, into more registers than there are.
+        gl.thread_barrier()
+    return total
+
+
+@gluon.jit
+def _finish(target, moments, results, bars, s: gl.constexpr):
+    """The warps that have results stored and take their statistics."""
+    full, results_free = bars[4], bars[5]
+    PARTS: gl.constexpr = s.PIXELS // _PART
+    blocks = _blocks_of_results(results, s)
+    layout: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0]))
+    turn = 0
+    for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
+        first, place, pixel, image = _tile(index, s)
+        mbarrier.wait(full, turn)
+        for run in gl.static_range(s.BLOCK_M // s.RUN):
+            line, column = _y_line(place, pixel + run * s.RUN, image, s)
+            for half in gl.static_range(s.BLOCK_N // _DEPTH):
+                block = blocks.index(_block(run, half, s.RUN, s.BLOCK_N))
+                tma.async_copy_shared_to_global(
+                    target, [line, column + first + half * _DEPTH], block
+                )
+        if s.MOMENTS:
+            columns = first + gl.arange(0, s.BLOCK_N, layout)
+            for part in gl.static_range(s.BLOCK_M // _PART):
+                number = (image * s.PLACES + place) * PARTS + pixel // _PART + part
+                values = results.index(part)
+                mean = _column_sums(values, 0, False, s) * (1.0 / _PART)
+                squares = _column_sums(values, mean, True, s)
+                at = moments + number * (2 * s.OUTPUTS) + columns
+                gl.store(at, mean)
+                gl.store(at + s.OUTPUTS, squares)
+        tma.store_wait(0)
+        _free(results_free)
+        turn ^= 1
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(COUNT):
+        mbarrier.init(bars.index(index), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def _barrier(ARRIVALS: gl.constexpr):
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=ARRIVALS)
+    return bar
+
+
+@gluon.jit
+def _maps(x, weight, y, s: gl.constexpr):
+    """The copy engine's descriptors: of pixels, of eight of them, of weights and of results."""
+    LENGTH: gl.constexpr = s.TAPS * s.TAPS * s.INPUTS
+    runs = tma.make_tensor_descriptor(
+        x, [s.IMAGES * s.X_PIXELS, s.INPUTS], [s.INPUTS, 1], [s.RUN, _DEPTH], _TILE
+    )
+    ends = tma.make_tensor_descriptor(
+        x, [s.IMAGES * s.X_PIXELS, s.INPUTS], [s.INPUTS, 1], [8, _DEPTH], _TILE
+    )
+    weights = tma.make_tensor_descriptor(
+        weight, [s.PLACES * s.OUTPUTS, LENGTH], [LENGTH, 1], [s.BLOCK_N, _DEPTH], _TILE
+    )
+    WIDE: gl.constexpr = 2 if s.UPSAMPLE else 1
+    target = tma.make_tensor_descriptor(
+        y,
+        [s.IMAGES * s.Y_PIXELS // WIDE, WIDE * s.OUTPUTS],
+        [WIDE * s.OUTPUTS, 1],
+        [s.RUN, _DEPTH],
+        _TILE,
+    )
+    return runs, ends, weights, target
+
+
+@gluon.jit
+def convolution_warpgroup(
+    x,
+    weight,
+    bias,
+    y,  # holds the residual, with RESIDUAL
+    moments,
+    PIXELS: gl.constexpr,  # a multiple of BLOCK_M
+    WIDTH: gl.constexpr,  # 64, or a multiple of 128
+    INPUTS: gl.constexpr,  # a multiple of 64
+    OUTPUTS: gl.constexpr,
+    TAPS: gl.constexpr,
+    UPSAMPLE: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    MOMENTS: gl.constexpr,
+    SCALE: gl.constexpr,
+    X_PIXELS: gl.constexpr,
+    X_PITCH: gl.constexpr,
+    X_FIRST: gl.constexpr,
+    Y_PIXELS: gl.constexpr,
+    Y_PITCH: gl.constexpr,
+    Y_FIRST: gl.constexpr,
+    BLOCK_M: gl.constexpr,  # 128 or 256
+    BLOCK_N: gl.constexpr,  # 64 or 128, divides OUTPUTS
+    IMAGES: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WEIGHT_STAGES: gl.constexpr,
+    HALO: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """`convolution` of float16, of statistics over 128 pixels as stored. Grid: PROGRAMS."""
+    SHIFTS: gl.constexpr = TAPS if HALO else 1
+    s: gl.constexpr = Sizes(
+        *(PIXELS, WIDTH, INPUTS, OUTPUTS, TAPS, UPSAMPLE, RESIDUAL, MOMENTS, SCALE),
+        *(X_PIXELS, X_PITCH, X_FIRST, Y_PIXELS, Y_PITCH, Y_FIRST),
+        *(BLOCK_M, BLOCK_N, IMAGES, PROGRAMS, STAGES, WEIGHT_STAGES, HALO),
+        *(_run(WIDTH), 4 if UPSAMPLE else 1),
+        *(_tiles(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES), SHIFTS),
+        *(TAPS * TAPS // SHIFTS * (INPUTS // _DEPTH), _lines(WIDTH, TAPS, BLOCK_M, HALO)),
+    )
+    maps = _maps(x, weight, y, s)
+    lines = gl.allocate_shared_memory(gl.float16, [STAGES * s.LINES // 8, 8, _DEPTH], _TILE)
+    panels = gl.allocate_shared_memory(gl.float16, [WEIGHT_STAGES, BLOCK_N, _DEPTH], _TILE)
+    results = gl.allocate_shared_memory(gl.float16, [BLOCK_M // _PART, _PART, BLOCK_N], _TILE)
+    memory = lines, panels, results
+    pixels_full, pixels_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    weights_full, weights_free = _barriers(WEIGHT_STAGES, 1), _barriers(WEIGHT_STAGES, 2)
+    full, results_free, residual = _barrier(2), _barrier(1), _barrier(1)
+    of_results = full, results_free, residual
+    bars = (pixels_full, pixels_free, weights_full, weights_free) + of_results
+    begin_dependents(OVERLAPS)
+    gl.warp_specialize(
+        [
+            (_multiply, (bias, memory, bars, 0, s)),
+            (_multiply, (bias, memory, bars, 1, s)),
+            (_finish, (maps[3], moments, results, bars, s)),
+            (_fetch, (maps, memory, bars, s)),
+        ],
+        [4, 4, 1],
+        [208, 64, 24],
+    )
