@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import triton
 from triton.runtime.jit import JITFunction
 
+from aim_export.cuda.decoder_maps import Map, Moments
 from aim_export.cuda.decoder_network import USUAL_NORMS, GroupNorms, blocks
 from aim_export.cuda.decoder_tiles import (
     LARGE_MAP,
@@ -31,6 +32,11 @@ from aim_export.cuda.decoder_tiles import (
     product_tile,
     statistics_part,
     warpgroup_tile,
+)
+from aim_export.cuda.decoder_warpgroup import (
+    DESCRIPTORS,
+    WARPGROUP_CAPABILITIES,
+    with_descriptors,
 )
 from aim_export.cuda.decoder_weights import DecoderWeights
 from aim_export.cuda.kernels import convolution
@@ -54,10 +60,8 @@ from aim_runtime.engines.cuda.plan import (
 IMAGES = (1, 4, 16)
 # What half-precision maps are stored times.
 HALF_SCALE = 1 / 16
-# Compute capabilities that have `convolution_warpgroup`, bytes of the copy engine's descriptors of
-# its programs, and its warps besides the first four, with those that only fill up.
-WARPGROUP_CAPABILITIES = (90,)
-_DESCRIPTORS, _WORKERS = 512, 12
+# Lines and pixels of a line that a program of `normalised_picture` reads.
+PICTURE_BLOCK = (16, 16)
 # Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
@@ -116,49 +120,6 @@ def lower_decoder(
     return DecoderPart(weights.weights, weights.constants(), weights.setup(), tuple(buckets))
 
 
-@dataclass(frozen=True)
-class _Map:
-    """A feature map in memory, of one image: where its pixels lie (see the kernels' module)."""
-
-    buffer: str
-    height: int
-    width: int
-    channels: int
-    border: bool
-
-    @property
-    def cells(self) -> int:
-        return self.height * self.width
-
-    @property
-    def pitch(self) -> int:
-        return self.width + 2 * self.border
-
-    @property
-    def pixels(self) -> int:
-        return (self.height + 2 * self.border) * self.pitch
-
-    @property
-    def first(self) -> int:
-        return (self.pitch + 1) * self.border
-
-    def as_constants(self, side: str, first: int | None = None) -> dict[str, int]:
-        """The kernels' parameters `X_…` or `Y_…`."""
-        return {
-            f"{side}_PIXELS": self.pixels,
-            f"{side}_PITCH": self.pitch,
-            f"{side}_FIRST": self.first if first is None else first,
-        }
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """How the statistics of the map written last were cut up: see `norm_factors`."""
-
-    places: int
-    part: int
-
-
 class _BucketLowering:
     """The launches for one number of images."""
 
@@ -178,7 +139,7 @@ class _BucketLowering:
         self.blocks = list(blocks(weights.tensors))
         self.buffers: dict[str, Tensor] = {}
         self.launches: list[Launch[KernelSpec]] = []
-        self.moments = _Moments(1, 1)
+        self.moments = Moments(1, 1)
         self.launcher = Launcher(ChainMap(self.buffers, weights.known), num_stages=3)
 
     def bucket(self) -> DecoderBucket[KernelSpec]:
@@ -199,7 +160,7 @@ class _BucketLowering:
                 # Only a map that will be doubled is itself read by a 3x3 convolution.
                 again = self._upsamples(self.blocks[index + 1 :]) > 0
                 x = self._upsample(x, name, border=again)
-        self._picture(self._normalised(x, "decoder.norm_out"))
+        self._picture(x, "decoder.norm_out")
         return DecoderBucket(self.images, self.buffers, tuple(self.launches))
 
     @staticmethod
@@ -208,19 +169,19 @@ class _BucketLowering:
 
     # Maps
 
-    def _map(self, name: str, side: int, channels: int, *, border: bool) -> _Map:
+    def _map(self, name: str, side: int, channels: int, *, border: bool) -> Map:
         """A map with a buffer of its own, or that of the same name and geometry once more."""
         buffer = f"{name}/{side}/{channels}"
-        found = _Map(buffer, side, side, channels, border)
+        found = Map(buffer, side, side, channels, border)
         shape = (self.images, found.pixels, channels)
         self.buffers.setdefault(buffer, Tensor(self.storage, shape))
         assert self.buffers[buffer].shape == shape
         return found
 
-    def _scratch(self, side: int, channels: int) -> _Map:
+    def _scratch(self, side: int, channels: int) -> Map:
         """A map without border in the one buffer that all such maps share, one after another."""
         self._reserve("hidden", self.storage, self.images * side * side * channels)
-        return _Map("hidden", side, side, channels, border=False)
+        return Map("hidden", side, side, channels, border=False)
 
     def _reserve(self, name: str, dtype: str, elements: int) -> str:
         """Make the shared buffer `name` hold at least so much."""
@@ -230,7 +191,7 @@ class _BucketLowering:
 
     # Blocks
 
-    def _lookup(self) -> _Map:
+    def _lookup(self) -> Map:
         # Filled up with zeros to what tensor cores take at once.
         channels = -(-self.weights.shape("post_quant_conv")[0] // 32) * 32
         z = self._map("z", self.side, channels, border=True)
@@ -250,7 +211,7 @@ class _BucketLowering:
         )
         return z
 
-    def _residual(self, x: _Map, name: str) -> _Map:
+    def _residual(self, x: Map, name: str) -> Map:
         tensors = self.weights.tensors
         outputs = tensors[f"{name}.conv1.weight"].values.shape[0]
         normalised = self._normalised(x, f"{name}.norm1")
@@ -266,7 +227,7 @@ class _BucketLowering:
         self._scaled(normalised, f"{name}.conv2", x, residual=x)
         return x
 
-    def _attention(self, x: _Map, name: str) -> None:
+    def _attention(self, x: Map, name: str) -> None:
         normalised = self._scratch(x.height, x.channels)
         self._normalise(x, f"{name}.norm", normalised, swish=False)
         qkv = self._map("qkv", x.height, 3 * x.channels, border=False)
@@ -295,14 +256,37 @@ class _BucketLowering:
         )
         self._scaled(mixed, f"{name}.proj_out", x, taps=1, residual=x)
 
-    def _upsample(self, x: _Map, name: str, *, border: bool) -> _Map:
+    def _upsample(self, x: Map, name: str, *, border: bool) -> Map:
         y = self._map("x", 2 * x.height, self.weights.shape(name)[0], border=border)
         weight = self.weights.upsampling_matrix(name)
         bias = self.weights.vector(f"{name}.bias", self.scale)
         self._convolution(x, weight, bias, y, taps=2, upsample=True)
         return y
 
-    def _picture(self, x: _Map) -> None:
+    def _picture(self, x: Map, norm: str) -> None:
+        if self.storage == "float32":
+            self._picture_of_normalised(self._normalised(x, norm))
+            return
+        self._norm_factors(x, norm)
+        tile = picture_tile(self.storage, x.channels)
+        lines, columns = PICTURE_BLOCK
+        self._launch(
+            kernels.normalised_picture,
+            (-(-x.width // (columns - 2)), -(-x.height // (lines - 2)), self.images),
+            x=x.buffer,
+            factors="factors",
+            weight=self.weights.matrix("decoder.conv_out", x.channels, outputs=tile.n),
+            bias=self.weights.vector("decoder.conv_out.bias", length=tile.n),
+            image_bytes="image",
+            **{"num_warps": 8, "num_stages": 2},
+            **{"HEIGHT": x.height, "WIDTH": x.width, "INPUTS": x.channels},
+            **x.as_constants("X"),
+            **{"BLOCK_R": lines, "BLOCK_W": columns},
+            BLOCK_K=min(power_of_two_in(x.channels), 32),
+            OVERLAPS=True,
+        )
+
+    def _picture_of_normalised(self, x: Map) -> None:
         tile = picture_tile(self.storage, x.channels)
         self._launch(
             kernels.picture,
@@ -327,7 +311,7 @@ class _BucketLowering:
     # Convolutions and norms
 
     def _scaled(
-        self, x: _Map, name: str, y: _Map, *, taps: int = 3, residual: _Map | None = None
+        self, x: Map, name: str, y: Map, *, taps: int = 3, residual: Map | None = None
     ) -> None:
         """The convolution `name` from values as they are to stored ones, with statistics."""
         weight = self.weights.matrix(name, x.channels)
@@ -336,22 +320,25 @@ class _BucketLowering:
 
     def _convolution(
         self,
-        x: _Map,
+        x: Map,
         weight: str,
         bias: Argument,
-        y: _Map,
+        y: Map,
         *,
         taps: int,
         scale: float = 1.0,
-        residual: _Map | None = None,
+        residual: Map | None = None,
         moments: bool = True,
         upsample: bool = False,
     ) -> None:
         places = 4 if upsample else 1
-        special = self._warpgroup_tile(x, y, places)
+        sizes = x.channels, y.channels, places
+        special = None
+        if self.warpgroups:
+            special = warpgroup_tile(self.storage, self.images, (x.height, x.width), *sizes)
         part = WARPGROUP_PART if special else statistics_part(self.storage, x.cells)
         if moments:
-            self.moments = _Moments(places, part)
+            self.moments = Moments(places, part)
             parts = places * -(-x.cells // part)
             self._reserve("moments", "float32", self.images * parts * 2 * y.channels)
         given: dict[str, Any] = {
@@ -385,12 +372,6 @@ class _BucketLowering:
             PAIRS=x.cells < LARGE_MAP,
         )
 
-    def _warpgroup_tile(self, x: _Map, y: _Map, places: int) -> WarpgroupTile | None:
-        if not self.warpgroups:
-            return None
-        size = x.height, x.width
-        return warpgroup_tile(self.storage, self.images, size, x.channels, y.channels, places)
-
     def _by_warpgroups(self, tile: WarpgroupTile, given: dict[str, Any]) -> None:
         """A convolution by `convolution_warpgroup`, with memory for the copy engine's descriptors.
 
@@ -410,22 +391,17 @@ class _BucketLowering:
         )
         launch = self.launches.pop()
         name = f"descriptors/{len(self.launches) % 2}"
-        self._reserve(name, "uint8", _DESCRIPTORS * tile.programs)
-        kernel = replace(
-            launch.kernel,
-            workers=_WORKERS,
-            scratch=_DESCRIPTORS,
-            capabilities=WARPGROUP_CAPABILITIES,
-        )
-        self.launches.append(Launch(kernel, launch.grid, (*launch.arguments, Argument(name))))
+        self._reserve(name, "uint8", DESCRIPTORS * tile.programs)
+        self.launches.append(with_descriptors(launch, name))
 
-    def _normalised(self, x: _Map, name: str) -> _Map:
+    def _normalised(self, x: Map, name: str) -> Map:
         """What the next 3x3 convolution reads: norm and swish of `x`, with a border."""
         y = self._map("normalised", x.height, x.channels, border=True)
         self._normalise(x, name, y, swish=True)
         return y
 
-    def _normalise(self, x: _Map, name: str, y: _Map, *, swish: bool) -> None:
+    def _norm_factors(self, x: Map, name: str) -> None:
+        """The norm `name` as a factor and a summand a channel, from the moments of `x`."""
         places, part = self.moments.places, self.moments.part
         parts = places * -(-(x.cells // places) // part)
         groups = self.norms.groups
@@ -447,6 +423,9 @@ class _BucketLowering:
             BLOCK_C=triton.next_power_of_2(x.channels // groups),
             OVERLAPS=True,
         )
+
+    def _normalise(self, x: Map, name: str, y: Map, *, swish: bool) -> None:
+        self._norm_factors(x, name)
         block_c = min(power_of_two_in(x.channels), 128)
         block_m = 4096 // block_c
         self._launch(

@@ -14,7 +14,6 @@ A map is a matrix (pixels of all images in memory, channels).
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
-# ruff: noqa: D103
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -169,7 +168,6 @@ def _fetch(maps, memory, bars, s: gl.constexpr):
     lines, panels, results = memory
     pixels_full, pixels_free, weights_full, weights_free, _, results_free, residual = bars
     CHUNKS: gl.constexpr = s.INPUTS // _DEPTH
-    LENGTH: gl.constexpr = s.TAPS * s.TAPS * s.INPUTS
     stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
     for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
         first, place, pixel, image = _tile(index, s)
@@ -193,7 +191,7 @@ def _fetch(maps, memory, bars, s: gl.constexpr):
                     *(bar, panels.index(weight_stage)),
                 )
                 weight_stage, weight_phase = _next(weight_stage, weight_phase, s.WEIGHT_STAGES)
-            if s.RESIDUAL:
+            if s.RESIDUAL:  # noqa: SIM102  # known to the compiler
                 if step == s.ROUNDS // 2:
                     mbarrier.wait(results_free, turn ^ 1)
                     _bring_residual(target, results, residual, place, pixel, image, first, s)
@@ -214,7 +212,9 @@ def _first_line(block, shift, RUN, EACH):
 
 
 @gluon.jit
-def _products(totals, lines, stage, shift: gl.constexpr, panel, GROUP: gl.constexpr, s: gl.constexpr):
+def _products(
+    totals, lines, stage, shift: gl.constexpr, panel, GROUP: gl.constexpr, s: gl.constexpr
+):
     """Add what one tap and 64 inputs give, 64 pixels at a time."""
     BLOCKS: gl.constexpr = s.BLOCK_M // 128
     EACH: gl.constexpr = s.LINES // (s.BLOCK_M // s.RUN)
@@ -260,18 +260,16 @@ def _multiply(bias, memory, bars, GROUP: gl.constexpr, s: gl.constexpr):
     stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
     last, last_weight = 0, 0
     for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
-        first, place, pixel, image = _tile(index, s)
+        first = _tile(index, s)[0]
         some_bias = gl.load(bias + first + gl.arange(0, s.BLOCK_N, gl.SliceLayout(0, layout)))
         totals = none()
-        for block in gl.static_range(s.BLOCK_M // 128):
+        for _ in gl.static_range(s.BLOCK_M // 128):
             totals += (gl.zeros([64, s.BLOCK_N], gl.float32, layout),)
         for step in range(s.ROUNDS):
             mbarrier.wait(pixels_full.index(stage), phase)
             for shift in gl.static_range(s.SHIFTS):
                 mbarrier.wait(weights_full.index(weight_stage), weight_phase)
-                totals = _products(
-                    totals, rows, stage, shift, panels.index(weight_stage), GROUP, s
-                )
+                totals = _products(totals, rows, stage, shift, panels.index(weight_stage), GROUP, s)
                 totals = _wait(totals, 1, s)
                 if shift > 0:
                     _free(weights_free.index(last_weight))
@@ -431,9 +429,8 @@ def convolution_warpgroup(
     memory = lines, panels, results
     pixels_full, pixels_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
     weights_full, weights_free = _barriers(WEIGHT_STAGES, 1), _barriers(WEIGHT_STAGES, 2)
-    full, results_free, residual = _barrier(2), _barrier(1), _barrier(1)
-    of_results = full, results_free, residual
-    bars = (pixels_full, pixels_free, weights_full, weights_free) + of_results
+    of_inputs = pixels_full, pixels_free, weights_full, weights_free
+    bars = of_inputs + (_barrier(2), _barrier(1), _barrier(1))  # noqa: RUF005
     begin_dependents(OVERLAPS)
     gl.warp_specialize(
         [

@@ -270,3 +270,69 @@ def picture(
     level = rounded(tl.minimum(tl.maximum(level, 0.0), 255.0))
     at = image_bytes + (image * PIXELS + pixels)[:, None] * 3 + columns[None, :]
     tl.store(at, level.to(tl.uint8), mask=(pixels < PIXELS)[:, None] & (columns < 3)[None, :])
+
+
+@triton.jit
+def normalised_picture(
+    x,
+    factors,
+    weight,
+    bias,
+    image_bytes,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    X_PIXELS: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_FIRST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """`normalise` with SWISH and then `picture`, without the map between them.
+
+    A program reads BLOCK_R lines of BLOCK_W pixels once, multiplies each by all taps of all three
+    outputs, and adds what belongs to the pixels that lie inside of them.
+
+    x: map of INPUTS channels; factors (N, 2, INPUTS) from `norm_factors`; weight (16, 9, INPUTS)
+    and bias float32, of which the first three outputs count; image_bytes (N, pixels, 3) uint8.
+    Grid: (blocks along a line, lines of blocks, N) of (BLOCK_W - 2) by (BLOCK_R - 2) pixels.
+    """
+    PRECISION: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
+    BLOCK: tl.constexpr = BLOCK_R * BLOCK_W
+    cells = tl.arange(0, BLOCK)
+    row = tl.program_id(1) * (BLOCK_R - 2) + cells // BLOCK_W
+    column = tl.program_id(0) * (BLOCK_W - 2) + cells % BLOCK_W
+    image = tl.program_id(2).to(tl.int64)
+    # Of pixels one up and one to the left.
+    inside = ((row > 0) & (row <= HEIGHT) & (column > 0) & (column <= WIDTH))[:, None]
+    source = image * X_PIXELS + (row - 1) * X_PITCH + column - 1 + X_FIRST
+    inputs = tl.arange(0, BLOCK_K)
+    x_at = x + source[:, None] * INPUTS + inputs[None, :]
+    # Three outputs of nine taps.
+    products = tl.arange(0, 32)
+    tap = products // 3
+    line = tl.where(products < 27, products % 3 * 9 + tap, 0)
+    weight_at = weight + line[None, :] * INPUTS + inputs[:, None]
+    factors += image * (2 * INPUTS) + inputs
+    begin_dependents(OVERLAPS)
+    total = tl.zeros((BLOCK, 32), tl.float32)
+    for start in range(0, INPUTS, BLOCK_K):
+        value = tl.load(x_at + start, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(factors + start)[None, :]
+        summand = tl.load(factors + INPUTS + start)[None, :]
+        value = tl.where(inside, silu(value * factor + summand), 0.0).to(x.dtype.element_ty)
+        total = tl.dot(value, tl.load(weight_at + start), total, input_precision=PRECISION)
+    # What the taps of the pixel in the middle gave lies beside each other then.
+    place = cells[:, None] + (tap // 3 * BLOCK_W + tap % 3)[None, :]
+    total = tl.gather(total, tl.minimum(place, BLOCK - 1), 0)
+    there = (row < HEIGHT) & (column < WIDTH)
+    there = there & (cells // BLOCK_W < BLOCK_R - 2) & (cells % BLOCK_W < BLOCK_W - 2)
+    at = image_bytes + ((image * HEIGHT + row) * WIDTH + column) * 3
+    for output in tl.static_range(3):
+        ours = (products % 3 == output) & (products < 27)
+        level = tl.sum(tl.where(ours[None, :], total, 0.0), 1)
+        level = (level + tl.load(bias + output) + 1.0) * 127.5
+        level = rounded(tl.minimum(tl.maximum(level, 0.0), 255.0))
+        tl.store(at + output, level.to(tl.uint8), mask=there)
