@@ -62,6 +62,8 @@ IMAGES = (1, 4, 16)
 HALF_SCALE = 1 / 16
 # Lines and pixels of a line that a program of `normalised_picture` reads.
 PICTURE_BLOCK = (16, 16)
+# Pixels up to which a norm is one launch.
+SMALL_NORM = 32 * 32
 # Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
@@ -400,50 +402,49 @@ class _BucketLowering:
         self._normalise(x, name, y, swish=True)
         return y
 
-    def _norm_factors(self, x: Map, name: str) -> None:
-        """The norm `name` as a factor and a summand a channel, from the moments of `x`."""
+    def _norm_of(self, x: Map, name: str) -> dict[str, Any]:
+        """What kernels want for the factors of the norm `name` from the moments of `x`."""
         places, part = self.moments.places, self.moments.part
         parts = places * -(-(x.cells // places) // part)
+        return {
+            **{"moments": "moments", "CHANNELS": x.channels, "GROUPS": self.norms.groups},
+            "gain": self.weights.vector(f"{name}.weight"),
+            "offset": self.weights.vector(f"{name}.bias"),
+            "EPS": self.norms.eps * self.scale**2,
+            **{"PLACES": places, "PART": part, "OVERLAPS": True},
+            "BLOCK_T": min(triton.next_power_of_2(parts), 128),
+        }
+
+    def _norm_factors(self, x: Map, name: str) -> None:
         groups = self.norms.groups
         self._launch(
             kernels.norm_factors,
             (groups // GROUPS_A_PROGRAM, self.images),
-            moments="moments",
-            gain=self.weights.vector(f"{name}.weight"),
-            offset=self.weights.vector(f"{name}.bias"),
+            **self._norm_of(x, name),
             factors=self._reserve("factors", "float32", self.images * 2 * x.channels),
-            PIXELS=x.cells // places,
-            CHANNELS=x.channels,
-            GROUPS=groups,
-            EPS=self.norms.eps * self.scale**2,
-            PLACES=places,
-            PART=part,
-            BLOCK_T=min(triton.next_power_of_2(parts), 128),
+            PIXELS=x.cells // self.moments.places,
             BLOCK_G=GROUPS_A_PROGRAM,
             BLOCK_C=triton.next_power_of_2(x.channels // groups),
-            OVERLAPS=True,
         )
 
     def _normalise(self, x: Map, name: str, y: Map, *, swish: bool) -> None:
-        self._norm_factors(x, name)
         block_c = min(power_of_two_in(x.channels), 128)
         block_m = 4096 // block_c
-        self._launch(
-            kernels.normalise,
-            (x.channels // block_c, -(-x.cells // block_m), self.images),
-            x=x.buffer,
-            factors="factors",
-            y=y.buffer,
-            PIXELS=x.cells,
-            WIDTH=x.width,
-            CHANNELS=x.channels,
-            SWISH=swish,
+        members = x.channels // self.norms.groups
+        grid = x.channels // block_c, -(-x.cells // block_m), self.images
+        given: dict[str, Any] = {
+            **{"x": x.buffer, "y": y.buffer, "PIXELS": x.cells, "WIDTH": x.width},
+            **{"SWISH": swish, "BLOCK_M": block_m, "BLOCK_C": block_c},
             **x.as_constants("X"),
             **y.as_constants("Y"),
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            OVERLAPS=True,
-        )
+        }
+        if x.cells <= SMALL_NORM and block_c % members == 0 and x.cells % block_m == 0:
+            norm = self._norm_of(x, name)
+            self._launch(kernels.normalise_at_once, grid, **given, **norm)
+            return
+        self._norm_factors(x, name)
+        given |= {"factors": "factors", "CHANNELS": x.channels, "OVERLAPS": True}
+        self._launch(kernels.normalise, grid, **given)
 
     def _launch(self, function: JITFunction, grid: tuple[int, ...], **given: Any) -> None:
         self.launches.append(self.launcher(function, grid, **given))
