@@ -60,10 +60,9 @@ from aim_runtime.engines.cuda.plan import (
 IMAGES = (1, 4, 16)
 # What half-precision maps are stored times.
 HALF_SCALE = 1 / 16
-# Lines and pixels of a line that a program of `normalised_picture` reads.
-PICTURE_BLOCK = (16, 16)
-# Pixels up to which a norm is one launch.
-SMALL_NORM = 32 * 32
+# Pixels up to which a norm is one launch: larger maps have so many statistics that reading them in
+# every program takes more than a launch.
+SMALL_NORM = 16 * 16
 # Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
@@ -162,7 +161,7 @@ class _BucketLowering:
                 # Only a map that will be doubled is itself read by a 3x3 convolution.
                 again = self._upsamples(self.blocks[index + 1 :]) > 0
                 x = self._upsample(x, name, border=again)
-        self._picture(x, "decoder.norm_out")
+        self._picture(self._normalised(x, "decoder.norm_out"))
         return DecoderBucket(self.images, self.buffers, tuple(self.launches))
 
     @staticmethod
@@ -265,30 +264,7 @@ class _BucketLowering:
         self._convolution(x, weight, bias, y, taps=2, upsample=True)
         return y
 
-    def _picture(self, x: Map, norm: str) -> None:
-        if self.storage == "float32":
-            self._picture_of_normalised(self._normalised(x, norm))
-            return
-        self._norm_factors(x, norm)
-        tile = picture_tile(self.storage, x.channels)
-        lines, columns = PICTURE_BLOCK
-        self._launch(
-            kernels.normalised_picture,
-            (-(-x.width // (columns - 2)), -(-x.height // (lines - 2)), self.images),
-            x=x.buffer,
-            factors="factors",
-            weight=self.weights.matrix("decoder.conv_out", x.channels, outputs=tile.n),
-            bias=self.weights.vector("decoder.conv_out.bias", length=tile.n),
-            image_bytes="image",
-            **{"num_warps": 8, "num_stages": 2},
-            **{"HEIGHT": x.height, "WIDTH": x.width, "INPUTS": x.channels},
-            **x.as_constants("X"),
-            **{"BLOCK_R": lines, "BLOCK_W": columns},
-            BLOCK_K=min(power_of_two_in(x.channels), 32),
-            OVERLAPS=True,
-        )
-
-    def _picture_of_normalised(self, x: Map) -> None:
+    def _picture(self, x: Map) -> None:
         tile = picture_tile(self.storage, x.channels)
         self._launch(
             kernels.picture,
