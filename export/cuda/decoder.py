@@ -310,7 +310,7 @@ class _BucketLowering:
         upsample: bool = False,
     ) -> None:
         places = 4 if upsample else 1
-        sizes = x.channels, y.channels, places
+        sizes = x.channels, y.channels, taps, places
         special = None
         if self.warpgroups:
             special = warpgroup_tile(self.storage, self.images, (x.height, x.width), *sizes)

@@ -109,14 +109,19 @@ def warpgroup_tile(
     size: tuple[int, int],
     inputs: int,
     outputs: int,
+    taps: int,
     places: int,
 ) -> WarpgroupTile | None:
     """The tile of a convolution by `convolution_warpgroup`, None if it does not suit the map.
 
     The choice is for a map of that `size`, height and width, in every bucket: its sums run in
-    another order than those of `convolution`, its statistics over other parts.
+    another order than those of `convolution`, its statistics over other parts. With one tap a
+    tile is written soon after it has been begun, and programs that are to start side by side with
+    others, and have little memory, do that better.
     """
     height, width = size
+    if taps == 1:
+        return None
     run = min(width, 128)
     if storage != "float16" or inputs % 64 or outputs % 64 or width % run or run not in (64, 128):
         return None

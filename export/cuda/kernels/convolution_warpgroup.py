@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.common import begin_dependents, prefetch
 from aim_export.cuda.kernels.persistent_common import none
 
 # Inputs at a time: a line of 128 bytes.
@@ -162,12 +162,59 @@ def _bring_residual(map_, results, bar, place, pixel, image, first, s: gl.conste
 
 
 @gluon.jit
-def _fetch(maps, memory, bars, s: gl.constexpr):
-    """The warp that brings everything."""
+def _bring_weights(map_, panels, full, stage, line, column, s: gl.constexpr):
+    bar = full.index(stage)
+    mbarrier.expect(bar, 2 * s.BLOCK_N * _DEPTH)
+    tma.async_copy_global_to_shared(map_, [line, column], bar, panels.index(stage))
+
+
+@gluon.constexpr_function
+def _stages_ahead(s):
+    """Stages of weights that a program's first tile fills before it waits for any input."""
+    return min(s.WEIGHT_STAGES, s.ROUNDS * s.SHIFTS)
+
+
+@gluon.jit
+def _bring_weights_ahead(map_, panels, full, s: gl.constexpr):
+    """The first tile's first weights, which nobody else writes."""
+    CHUNKS: gl.constexpr = s.INPUTS // _DEPTH
+    first, place, _, _ = _tile(gl.program_id(0), s)
+    for stage in gl.static_range(_stages_ahead(s)):
+        step = stage // s.SHIFTS
+        tap = step // CHUNKS * s.SHIFTS + stage % s.SHIFTS
+        column = tap * s.INPUTS + step % CHUNKS * _DEPTH
+        _bring_weights(map_, panels, full, stage, place * s.OUTPUTS + first, column, s)
+
+
+@gluon.jit
+def _prefetch_weights(weight, s: gl.constexpr):
+    """Ask for a share of all weights, an address for each 128 bytes.
+
+    All programs read them at the same time, and the launches since they were read last have
+    driven them out of the L2 cache.
+    """
+    LINES: gl.constexpr = s.PLACES * s.OUTPUTS * s.TAPS * s.TAPS * s.INPUTS // 64
+    SHARE: gl.constexpr = (LINES + s.PROGRAMS - 1) // s.PROGRAMS
+    threads = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    for start in gl.static_range(0, SHARE, 128):
+        line = gl.program_id(0) * SHARE + gl.minimum(start + threads, SHARE - 1)
+        prefetch(weight + gl.minimum(line, LINES - 1) * 64)
+
+
+@gluon.jit
+def _fetch(maps, memory, bars, s: gl.constexpr, OVERLAPS: gl.constexpr):
+    """The warp that brings everything.
+
+    It alone waits for the launch ahead: what the others write, or read of what others wrote, they
+    do behind what it has brought.
+    """
     runs, ends, weights, target = maps
     lines, panels, results = memory
     pixels_full, pixels_free, weights_full, weights_free, _, results_free, residual = bars
     CHUNKS: gl.constexpr = s.INPUTS // _DEPTH
+    _bring_weights_ahead(weights, panels, weights_full, s)
+    begin_dependents(OVERLAPS)
+    ahead = _stages_ahead(s) + 0
     stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
     for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
         first, place, pixel, image = _tile(index, s)
@@ -182,14 +229,13 @@ def _fetch(maps, memory, bars, s: gl.constexpr):
             _bring_pixels((runs, ends), lines, pixels_full.index(stage), stage, source, chunk, s)
             stage, phase = _next(stage, phase, s.STAGES)
             for shift in gl.static_range(s.SHIFTS):
-                bar = weights_full.index(weight_stage)
-                mbarrier.wait(weights_free.index(weight_stage), weight_phase ^ 1)
-                mbarrier.expect(bar, 2 * s.BLOCK_N * _DEPTH)
-                column = (tap + shift) * s.INPUTS + chunk
-                tma.async_copy_global_to_shared(
-                    *(weights, [place * s.OUTPUTS + first, column]),
-                    *(bar, panels.index(weight_stage)),
-                )
+                if ahead > 0:
+                    ahead -= 1
+                else:
+                    mbarrier.wait(weights_free.index(weight_stage), weight_phase ^ 1)
+                    column = (tap + shift) * s.INPUTS + chunk
+                    line = place * s.OUTPUTS + first
+                    _bring_weights(weights, panels, weights_full, weight_stage, line, column, s)
                 weight_stage, weight_phase = _next(weight_stage, weight_phase, s.WEIGHT_STAGES)
             if s.RESIDUAL:  # noqa: SIM102  # known to the compiler
                 if step == s.ROUNDS // 2:
@@ -422,6 +468,8 @@ def convolution_warpgroup(
         *(_tiles(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES), SHIFTS),
         *(TAPS * TAPS // SHIFTS * (INPUTS // _DEPTH), _lines(WIDTH, TAPS, BLOCK_M, HALO)),
     )
+    if OVERLAPS:
+        _prefetch_weights(weight, s)
     maps = _maps(x, weight, y, s)
     lines = gl.allocate_shared_memory(gl.float16, [STAGES * s.LINES // 8, 8, _DEPTH], _TILE)
     panels = gl.allocate_shared_memory(gl.float16, [WEIGHT_STAGES, BLOCK_N, _DEPTH], _TILE)
@@ -431,13 +479,12 @@ def convolution_warpgroup(
     weights_full, weights_free = _barriers(WEIGHT_STAGES, 1), _barriers(WEIGHT_STAGES, 2)
     of_inputs = pixels_full, pixels_free, weights_full, weights_free
     bars = of_inputs + (_barrier(2), _barrier(1), _barrier(1))  # noqa: RUF005
-    begin_dependents(OVERLAPS)
     gl.warp_specialize(
         [
             (_multiply, (bias, memory, bars, 0, s)),
             (_multiply, (bias, memory, bars, 1, s)),
             (_finish, (maps[3], moments, results, bars, s)),
-            (_fetch, (maps, memory, bars, s)),
+            (_fetch, (maps, memory, bars, s, OVERLAPS)),
         ],
         [4, 4, 1],
         [208, 64, 24],
