@@ -16,8 +16,6 @@ A map is a matrix (pixels of all images in memory, channels).
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,107 +27,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from aim_export.cuda.kernels.common import begin_dependents, prefetch
+from aim_export.cuda.kernels.convolution_places import (
+    DEPTH,
+    LINE,
+    PART,
+    TILE,
+    Sizes,
+    block_number,
+    blocks_of_results,
+    lines_of,
+    next_stage,
+    run_of,
+    tile_at,
+    tiles_of,
+    y_line,
+)
 from aim_export.cuda.kernels.persistent_common import none
-
-# Inputs at a time: a line of 128 bytes.
-_DEPTH = gl.constexpr(64)
-# Pixels whose statistics are taken together.
-_PART = gl.constexpr(128)
-_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-class Sizes(NamedTuple):
-    """Constants of the kernel, as `convolution` has them, and what follows from them."""
-
-    PIXELS: Any
-    WIDTH: Any
-    INPUTS: Any
-    OUTPUTS: Any
-    TAPS: Any
-    UPSAMPLE: Any
-    RESIDUAL: Any
-    MOMENTS: Any
-    SCALE: Any
-    X_PIXELS: Any
-    X_PITCH: Any
-    X_FIRST: Any
-    Y_PIXELS: Any
-    Y_PITCH: Any
-    Y_FIRST: Any
-    BLOCK_M: Any
-    BLOCK_N: Any
-    IMAGES: Any
-    PROGRAMS: Any
-    STAGES: Any
-    WEIGHT_STAGES: Any
-    HALO: Any
-    RUN: Any  # pixels of a tile that lie in one line of the map
-    PLACES: Any
-    TILES: Any  # in all
-    SHIFTS: Any  # taps of a row that one stage of pixels serves
-    ROUNDS: Any  # stages of pixels of a tile
-    LINES: Any  # of a stage of pixels
-
-
-@gluon.constexpr_function
-def _run(WIDTH):
-    return min(WIDTH, 128)
-
-
-@gluon.constexpr_function
-def _tiles(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES):
-    return PIXELS // BLOCK_M * (OUTPUTS // BLOCK_N) * (4 if UPSAMPLE else 1) * IMAGES
-
-
-@gluon.constexpr_function
-def _lines(WIDTH, TAPS, BLOCK_M, HALO):
-    run = min(WIDTH, 128)
-    return BLOCK_M // run * (run + (8 if HALO and TAPS > 1 else 0))
-
-
-@gluon.jit
-def _tile(index, s: gl.constexpr):
-    """First output, place, first pixel and image of a tile."""
-    COLUMNS: gl.constexpr = s.OUTPUTS // s.BLOCK_N
-    ALONG: gl.constexpr = s.PIXELS // s.BLOCK_M
-    first = index % COLUMNS * s.BLOCK_N
-    place = index // COLUMNS % s.PLACES
-    pixel = index // (COLUMNS * s.PLACES) % ALONG * s.BLOCK_M
-    return first, place, pixel, index // (COLUMNS * s.PLACES * ALONG)
-
-
-@gluon.jit
-def _next(stage, phase, COUNT: gl.constexpr):
-    """The stage that follows, and its phase."""
-    stage += 1
-    over = stage == COUNT
-    return gl.where(over, 0, stage), gl.where(over, phase ^ 1, phase)
-
-
-@gluon.jit
-def _y_line(place, pixel, image, s: gl.constexpr):
-    """Where a run of pixels begins in y: the line of its descriptor, and the first column."""
-    row, column = pixel // s.WIDTH, pixel % s.WIDTH
-    if s.UPSAMPLE:
-        at = (row * 2 + place // 2) * s.Y_PITCH + column * 2 + place % 2 + s.Y_FIRST
-        at += image * s.Y_PIXELS
-        return at // 2, at % 2 * s.OUTPUTS
-    return image * s.Y_PIXELS + row * s.Y_PITCH + column + s.Y_FIRST, 0
-
-
-@gluon.jit
-def _blocks_of_results(results, s: gl.constexpr):
-    """The results in shared memory as blocks of (RUN, 64) for the copy engine."""
-    COUNT: gl.constexpr = s.BLOCK_M // s.RUN * (s.BLOCK_N // _DEPTH)
-    return results._reinterpret(gl.float16, [COUNT, s.RUN, _DEPTH], _TILE)
-
-
-@gluon.constexpr_function
-def _block(run, half, RUN, BLOCK_N):
-    """The number of such a block: parts of 128 pixels have their first 64 outputs first."""
-    each = 128 // RUN
-    return (run // each * (BLOCK_N // 64) + half) * each + run % each
 
 
 @gluon.jit
@@ -137,11 +50,11 @@ def _bring_pixels(maps, lines, bar, stage, at, column, s: gl.constexpr):
     """A stage: for each run of the tile its pixels and, for taps to the right, eight more."""
     runs, ends = maps
     EACH: gl.constexpr = s.LINES // (s.BLOCK_M // s.RUN)
-    mbarrier.expect(bar, 2 * s.LINES * _DEPTH)
+    mbarrier.expect(bar, 2 * s.LINES * DEPTH)
     for run in gl.static_range(s.BLOCK_M // s.RUN):
         first = at + run * s.RUN // s.WIDTH * s.X_PITCH + run * s.RUN % s.WIDTH
         block = (stage * s.LINES + run * EACH) // 8
-        whole = lines.index(block)._reinterpret(gl.float16, [s.RUN, _DEPTH], _TILE)
+        whole = lines.index(block)._reinterpret(gl.float16, [s.RUN, DEPTH], TILE)
         tma.async_copy_global_to_shared(runs, [first, column], bar, whole)
         if EACH > s.RUN:
             end = lines.index(block + s.RUN // 8)
@@ -150,21 +63,19 @@ def _bring_pixels(maps, lines, bar, stage, at, column, s: gl.constexpr):
 
 @gluon.jit
 def _bring_residual(map_, results, bar, place, pixel, image, first, s: gl.constexpr):
-    blocks = _blocks_of_results(results, s)
+    blocks = blocks_of_results(results, s)
     mbarrier.expect(bar, 2 * s.BLOCK_M * s.BLOCK_N)
     for run in gl.static_range(s.BLOCK_M // s.RUN):
-        line, column = _y_line(place, pixel + run * s.RUN, image, s)
-        for half in gl.static_range(s.BLOCK_N // _DEPTH):
-            block = blocks.index(_block(run, half, s.RUN, s.BLOCK_N))
-            tma.async_copy_global_to_shared(
-                map_, [line, column + first + half * _DEPTH], bar, block
-            )
+        line, column = y_line(place, pixel + run * s.RUN, image, s)
+        for half in gl.static_range(s.BLOCK_N // DEPTH):
+            block = blocks.index(block_number(run, half, s.RUN, s.BLOCK_N))
+            tma.async_copy_global_to_shared(map_, [line, column + first + half * DEPTH], bar, block)
 
 
 @gluon.jit
 def _bring_weights(map_, panels, full, stage, line, column, s: gl.constexpr):
     bar = full.index(stage)
-    mbarrier.expect(bar, 2 * s.BLOCK_N * _DEPTH)
+    mbarrier.expect(bar, 2 * s.BLOCK_N * DEPTH)
     tma.async_copy_global_to_shared(map_, [line, column], bar, panels.index(stage))
 
 
@@ -177,12 +88,12 @@ def _stages_ahead(s):
 @gluon.jit
 def _bring_weights_ahead(map_, panels, full, s: gl.constexpr):
     """The first tile's first weights, which nobody else writes."""
-    CHUNKS: gl.constexpr = s.INPUTS // _DEPTH
-    first, place, _, _ = _tile(gl.program_id(0), s)
+    CHUNKS: gl.constexpr = s.INPUTS // DEPTH
+    first, place, _, _ = tile_at(gl.program_id(0), s)
     for stage in gl.static_range(_stages_ahead(s)):
         step = stage // s.SHIFTS
         tap = step // CHUNKS * s.SHIFTS + stage % s.SHIFTS
-        column = tap * s.INPUTS + step % CHUNKS * _DEPTH
+        column = tap * s.INPUTS + step % CHUNKS * DEPTH
         _bring_weights(map_, panels, full, stage, place * s.OUTPUTS + first, column, s)
 
 
@@ -211,23 +122,23 @@ def _fetch(maps, memory, bars, s: gl.constexpr, OVERLAPS: gl.constexpr):
     runs, ends, weights, target = maps
     lines, panels, results = memory
     pixels_full, pixels_free, weights_full, weights_free, _, results_free, residual = bars
-    CHUNKS: gl.constexpr = s.INPUTS // _DEPTH
+    CHUNKS: gl.constexpr = s.INPUTS // DEPTH
     _bring_weights_ahead(weights, panels, weights_full, s)
     begin_dependents(OVERLAPS)
     ahead = _stages_ahead(s) + 0
     stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
     for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
-        first, place, pixel, image = _tile(index, s)
+        first, place, pixel, image = tile_at(index, s)
         at = image * s.X_PIXELS + pixel // s.WIDTH * s.X_PITCH + pixel % s.WIDTH + s.X_FIRST
         if s.UPSAMPLE:
             at += place // 2 * s.X_PITCH + place % 2
         for step in range(s.ROUNDS):
             tap = step // CHUNKS * s.SHIFTS
-            chunk = step % CHUNKS * _DEPTH
+            chunk = step % CHUNKS * DEPTH
             mbarrier.wait(pixels_free.index(stage), phase ^ 1)
             source = at + tap // s.TAPS * s.X_PITCH + tap % s.TAPS
             _bring_pixels((runs, ends), lines, pixels_full.index(stage), stage, source, chunk, s)
-            stage, phase = _next(stage, phase, s.STAGES)
+            stage, phase = next_stage(stage, phase, s.STAGES)
             for shift in gl.static_range(s.SHIFTS):
                 if ahead > 0:
                     ahead -= 1
@@ -236,7 +147,7 @@ def _fetch(maps, memory, bars, s: gl.constexpr, OVERLAPS: gl.constexpr):
                     column = (tap + shift) * s.INPUTS + chunk
                     line = place * s.OUTPUTS + first
                     _bring_weights(weights, panels, weights_full, weight_stage, line, column, s)
-                weight_stage, weight_phase = _next(weight_stage, weight_phase, s.WEIGHT_STAGES)
+                weight_stage, weight_phase = next_stage(weight_stage, weight_phase, s.WEIGHT_STAGES)
             if s.RESIDUAL:  # noqa: SIM102  # known to the compiler
                 if step == s.ROUNDS // 2:
                     mbarrier.wait(results_free, turn ^ 1)
@@ -267,7 +178,7 @@ def _products(
     found = none()
     for block in gl.static_range(BLOCKS):
         line = _first_line(GROUP * BLOCKS + block, shift, s.RUN, EACH)
-        pixels = lines.index(stage * s.LINES + line)._reinterpret(gl.float16, [64, _DEPTH], _TILE)
+        pixels = lines.index(stage * s.LINES + line)._reinterpret(gl.float16, [64, DEPTH], TILE)
         found += (warpgroup_mma(pixels, panel.permute((1, 0)), totals[block], is_async=True),)
     return found
 
@@ -301,12 +212,12 @@ def _multiply(bias, memory, bars, GROUP: gl.constexpr, s: gl.constexpr):
     """A group of warps that multiplies half of each tile's pixels."""
     lines, panels, results = memory
     pixels_full, pixels_free, weights_full, weights_free, full, results_free, residual = bars
-    rows = lines._reinterpret(gl.float16, [s.STAGES * s.LINES, _DEPTH], _LINE)
+    rows = lines._reinterpret(gl.float16, [s.STAGES * s.LINES, DEPTH], LINE)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, s.BLOCK_N, 16])
     stage, phase, weight_stage, weight_phase, turn = 0, 0, 0, 0, 0
     last, last_weight = 0, 0
     for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
-        first = _tile(index, s)[0]
+        first = tile_at(index, s)[0]
         some_bias = gl.load(bias + first + gl.arange(0, s.BLOCK_N, gl.SliceLayout(0, layout)))
         totals = none()
         for _ in gl.static_range(s.BLOCK_M // 128):
@@ -323,9 +234,9 @@ def _multiply(bias, memory, bars, GROUP: gl.constexpr, s: gl.constexpr):
                     _free(weights_free.index(last_weight))
                     mbarrier.arrive(pixels_free.index(last), count=1)
                 last_weight = weight_stage
-                weight_stage, weight_phase = _next(weight_stage, weight_phase, s.WEIGHT_STAGES)
+                weight_stage, weight_phase = next_stage(weight_stage, weight_phase, s.WEIGHT_STAGES)
             last = stage
-            stage, phase = _next(stage, phase, s.STAGES)
+            stage, phase = next_stage(stage, phase, s.STAGES)
         totals = _wait(totals, 0, s)
         _free(weights_free.index(last_weight))
         mbarrier.arrive(pixels_free.index(last), count=1)
@@ -344,7 +255,7 @@ def _column_sums(part, mean, SQUARES: gl.constexpr, s: gl.constexpr):
     """Sums over 128 pixels, in any tile in one order: of values, or of squared deviations."""
     layout: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0])
     total = gl.zeros([s.BLOCK_N], gl.float32, gl.SliceLayout(0, layout))
-    for block in gl.static_range(_PART // 16):
+    for block in gl.static_range(PART // 16):
         value = part.slice(block * 16, 16, dim=0).load(layout).to(gl.float32)
         if SQUARES:
             value = value - gl.expand_dims(mean, 0)
@@ -359,26 +270,26 @@ def _column_sums(part, mean, SQUARES: gl.constexpr, s: gl.constexpr):
 def _finish(target, moments, results, bars, s: gl.constexpr):
     """The warps that have results stored and take their statistics."""
     full, results_free = bars[4], bars[5]
-    PARTS: gl.constexpr = s.PIXELS // _PART
-    blocks = _blocks_of_results(results, s)
+    PARTS: gl.constexpr = s.PIXELS // PART
+    blocks = blocks_of_results(results, s)
     layout: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([16, 1], [1, 32], [1, 4], [1, 0]))
     turn = 0
     for index in range(gl.program_id(0), s.TILES, s.PROGRAMS):
-        first, place, pixel, image = _tile(index, s)
+        first, place, pixel, image = tile_at(index, s)
         mbarrier.wait(full, turn)
         for run in gl.static_range(s.BLOCK_M // s.RUN):
-            line, column = _y_line(place, pixel + run * s.RUN, image, s)
-            for half in gl.static_range(s.BLOCK_N // _DEPTH):
-                block = blocks.index(_block(run, half, s.RUN, s.BLOCK_N))
+            line, column = y_line(place, pixel + run * s.RUN, image, s)
+            for half in gl.static_range(s.BLOCK_N // DEPTH):
+                block = blocks.index(block_number(run, half, s.RUN, s.BLOCK_N))
                 tma.async_copy_shared_to_global(
-                    target, [line, column + first + half * _DEPTH], block
+                    target, [line, column + first + half * DEPTH], block
                 )
         if s.MOMENTS:
             columns = first + gl.arange(0, s.BLOCK_N, layout)
-            for part in gl.static_range(s.BLOCK_M // _PART):
-                number = (image * s.PLACES + place) * PARTS + pixel // _PART + part
+            for part in gl.static_range(s.BLOCK_M // PART):
+                number = (image * s.PLACES + place) * PARTS + pixel // PART + part
                 values = results.index(part)
-                mean = _column_sums(values, 0, False, s) * (1.0 / _PART)
+                mean = _column_sums(values, 0, False, s) * (1.0 / PART)
                 squares = _column_sums(values, mean, True, s)
                 at = moments + number * (2 * s.OUTPUTS) + columns
                 gl.store(at, mean)
@@ -408,21 +319,21 @@ def _maps(x, weight, y, s: gl.constexpr):
     """The copy engine's descriptors: of pixels, of eight of them, of weights and of results."""
     LENGTH: gl.constexpr = s.TAPS * s.TAPS * s.INPUTS
     runs = tma.make_tensor_descriptor(
-        x, [s.IMAGES * s.X_PIXELS, s.INPUTS], [s.INPUTS, 1], [s.RUN, _DEPTH], _TILE
+        x, [s.IMAGES * s.X_PIXELS, s.INPUTS], [s.INPUTS, 1], [s.RUN, DEPTH], TILE
     )
     ends = tma.make_tensor_descriptor(
-        x, [s.IMAGES * s.X_PIXELS, s.INPUTS], [s.INPUTS, 1], [8, _DEPTH], _TILE
+        x, [s.IMAGES * s.X_PIXELS, s.INPUTS], [s.INPUTS, 1], [8, DEPTH], TILE
     )
     weights = tma.make_tensor_descriptor(
-        weight, [s.PLACES * s.OUTPUTS, LENGTH], [LENGTH, 1], [s.BLOCK_N, _DEPTH], _TILE
+        weight, [s.PLACES * s.OUTPUTS, LENGTH], [LENGTH, 1], [s.BLOCK_N, DEPTH], TILE
     )
     WIDE: gl.constexpr = 2 if s.UPSAMPLE else 1
     target = tma.make_tensor_descriptor(
         y,
         [s.IMAGES * s.Y_PIXELS // WIDE, WIDE * s.OUTPUTS],
         [WIDE * s.OUTPUTS, 1],
-        [s.RUN, _DEPTH],
-        _TILE,
+        [s.RUN, DEPTH],
+        TILE,
     )
     return runs, ends, weights, target
 
@@ -464,16 +375,16 @@ def convolution_warpgroup(
         *(PIXELS, WIDTH, INPUTS, OUTPUTS, TAPS, UPSAMPLE, RESIDUAL, MOMENTS, SCALE),
         *(X_PIXELS, X_PITCH, X_FIRST, Y_PIXELS, Y_PITCH, Y_FIRST),
         *(BLOCK_M, BLOCK_N, IMAGES, PROGRAMS, STAGES, WEIGHT_STAGES, HALO),
-        *(_run(WIDTH), 4 if UPSAMPLE else 1),
-        *(_tiles(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES), SHIFTS),
-        *(TAPS * TAPS // SHIFTS * (INPUTS // _DEPTH), _lines(WIDTH, TAPS, BLOCK_M, HALO)),
+        *(run_of(WIDTH), 4 if UPSAMPLE else 1),
+        *(tiles_of(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES), SHIFTS),
+        *(TAPS * TAPS // SHIFTS * (INPUTS // DEPTH), lines_of(WIDTH, TAPS, BLOCK_M, HALO)),
     )
     if OVERLAPS:
         _prefetch_weights(weight, s)
     maps = _maps(x, weight, y, s)
-    lines = gl.allocate_shared_memory(gl.float16, [STAGES * s.LINES // 8, 8, _DEPTH], _TILE)
-    panels = gl.allocate_shared_memory(gl.float16, [WEIGHT_STAGES, BLOCK_N, _DEPTH], _TILE)
-    results = gl.allocate_shared_memory(gl.float16, [BLOCK_M // _PART, _PART, BLOCK_N], _TILE)
+    lines = gl.allocate_shared_memory(gl.float16, [STAGES * s.LINES // 8, 8, DEPTH], TILE)
+    panels = gl.allocate_shared_memory(gl.float16, [WEIGHT_STAGES, BLOCK_N, DEPTH], TILE)
+    results = gl.allocate_shared_memory(gl.float16, [BLOCK_M // PART, PART, BLOCK_N], TILE)
     memory = lines, panels, results
     pixels_full, pixels_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
     weights_full, weights_free = _barriers(WEIGHT_STAGES, 1), _barriers(WEIGHT_STAGES, 2)
