@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -130,8 +131,12 @@ class Device:
 
     def launch(self, item: Launch, registers: int = 0) -> None:
         """One launch, through Triton's own launcher."""
+        arguments = [self.at(argument) for argument in item.arguments]
+        if item.kernel.scratch:
+            *arguments, scratch = arguments
+            triton.set_allocator(lambda *asked: scratch)
         item.kernel.function[item.grid](
-            *(self.at(argument) for argument in item.arguments),
+            *arguments,
             **dict(item.kernel.constants),
             **options(item.kernel, registers),
         )
@@ -182,6 +187,7 @@ def operations(item: Launch) -> float:
     """Floating-point operations of a launch: those of its products, as they are computed."""
     c = dict(item.kernel.constants)
     images = item.grid[2] if item.kernel.function.__name__ != "picture" else item.grid[1]
+    images = c.get("IMAGES", images)
     if "TAPS" in c:
         places = 4 if c["UPSAMPLE"] else 1
         return 2.0 * images * places * c["PIXELS"] * c["TAPS"] ** 2 * c["INPUTS"] * c["OUTPUTS"]

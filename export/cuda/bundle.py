@@ -168,7 +168,7 @@ def _draft_plan(
     weights = step_weights(geometry, stored, formats, constants)
     storage: Storage = "float32" if formats.activation == "float32" else "float16"
     tensors, norms = decoder_tensors(bundle), group_norms(bundle)
-    decoder = lower_decoder(tensors, model.num_tokens, storage, norms)
+    decoder = lower_decoder(tensors, model.num_tokens, storage, norms, capabilities=capabilities)
     weights |= decoder.weights
     weights |= {name: constants.add(values) for name, values in decoder.constants.items()}
     weights, conversions = converted(weights)

@@ -20,20 +20,31 @@ import numpy as np
 import triton
 from triton.runtime.jit import JITFunction
 
+from aim_export.cuda.decoder_maps import Map, Moments
 from aim_export.cuda.decoder_network import USUAL_NORMS, GroupNorms, blocks
 from aim_export.cuda.decoder_tiles import (
     LARGE_MAP,
+    WARPGROUP_PART,
     Storage,
+    WarpgroupTile,
     picture_tile,
     power_of_two_in,
     product_tile,
     statistics_part,
+    warpgroup_tile,
+)
+from aim_export.cuda.decoder_warpgroup import (
+    DESCRIPTORS,
+    WARPGROUP_CAPABILITIES,
+    with_descriptors,
 )
 from aim_export.cuda.decoder_weights import DecoderWeights
 from aim_export.cuda.kernels import convolution
 from aim_export.cuda.kernels import decoder as kernels
+from aim_export.cuda.kernels.convolution_warpgroup import convolution_warpgroup
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
 from aim_export.cuda.stored import StoredTensor
+from aim_export.cuda.targets import CAPABILITIES
 from aim_runtime.engines.cuda.plan import (
     Argument,
     DecoderBucket,
@@ -42,12 +53,16 @@ from aim_runtime.engines.cuda.plan import (
     Tensor,
     Weight,
     decoder_interface,
+    flat,
 )
 
 # Images at once. A batch of any other size is made of these.
 IMAGES = (1, 4, 16)
 # What half-precision maps are stored times.
 HALF_SCALE = 1 / 16
+# Pixels up to which a norm is one launch: larger maps have so many statistics that reading them in
+# every program takes more than a launch.
+SMALL_NORM = 16 * 16
 # Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
@@ -75,6 +90,7 @@ def lower_decoder(
     storage: Storage,
     norms: GroupNorms = USUAL_NORMS,
     images: Sequence[int] = IMAGES,
+    capabilities: Sequence[int] = CAPABILITIES,
 ) -> DecoderPart:
     """The decoder of `tensors` (from `decoder_tensors`) for square grids of codes.
 
@@ -84,6 +100,8 @@ def lower_decoder(
         storage: type of maps and weights on the device; sums are float32 either way.
         norms: what all of its norms have in common.
         images: capacities of the buckets, ascending.
+        capabilities: compute capabilities to compile for. Where some have `convolution_warpgroup`,
+            there is a bucket with it ahead of each that every GPU can run.
 
     Raises:
         ValueError: the tokens of an image fill no square.
@@ -92,64 +110,37 @@ def lower_decoder(
     if side**2 != num_tokens:
         raise ValueError(f"{num_tokens} tokens an image fill no square")
     weights = DecoderWeights(tensors, storage)
-    buckets = tuple(_BucketLowering(weights, side, count, norms).bucket() for count in images)
-    return DecoderPart(weights.weights, weights.constants(), weights.setup(), buckets)
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A feature map in memory, of one image: where its pixels lie (see the kernels' module)."""
-
-    buffer: str
-    height: int
-    width: int
-    channels: int
-    border: bool
-
-    @property
-    def cells(self) -> int:
-        return self.height * self.width
-
-    @property
-    def pitch(self) -> int:
-        return self.width + 2 * self.border
-
-    @property
-    def pixels(self) -> int:
-        return (self.height + 2 * self.border) * self.pitch
-
-    @property
-    def first(self) -> int:
-        return (self.pitch + 1) * self.border
-
-    def as_constants(self, side: str, first: int | None = None) -> dict[str, int]:
-        """The kernels' parameters `X_…` or `Y_…`."""
-        return {
-            f"{side}_PIXELS": self.pixels,
-            f"{side}_PITCH": self.pitch,
-            f"{side}_FIRST": self.first if first is None else first,
-        }
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """How the statistics of the map written last were cut up: see `norm_factors`."""
-
-    places: int
-    part: int
+    buckets = []
+    for count in images:
+        lowering = _BucketLowering(weights, side, count, norms)
+        if set(WARPGROUP_CAPABILITIES) & set(capabilities):
+            special = _BucketLowering(weights, side, count, norms, warpgroups=True).bucket()
+            if any(launch.kernel.capabilities for launch in flat(special.launches)):
+                buckets.append(special)
+        buckets.append(lowering.bucket())
+    return DecoderPart(weights.weights, weights.constants(), weights.setup(), tuple(buckets))
 
 
 class _BucketLowering:
     """The launches for one number of images."""
 
-    def __init__(self, weights: DecoderWeights, side: int, images: int, norms: GroupNorms) -> None:
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        side: int,
+        images: int,
+        norms: GroupNorms,
+        *,
+        warpgroups: bool = False,
+    ) -> None:
         self.weights, self.side, self.images, self.norms = weights, side, images, norms
+        self.warpgroups = warpgroups
         self.storage = weights.storage
         self.scale = HALF_SCALE if self.storage == "float16" else 1.0
         self.blocks = list(blocks(weights.tensors))
         self.buffers: dict[str, Tensor] = {}
         self.launches: list[Launch[KernelSpec]] = []
-        self.moments = _Moments(1, 1)
+        self.moments = Moments(1, 1)
         self.launcher = Launcher(ChainMap(self.buffers, weights.known), num_stages=3)
 
     def bucket(self) -> DecoderBucket[KernelSpec]:
@@ -179,19 +170,19 @@ class _BucketLowering:
 
     # Maps
 
-    def _map(self, name: str, side: int, channels: int, *, border: bool) -> _Map:
+    def _map(self, name: str, side: int, channels: int, *, border: bool) -> Map:
         """A map with a buffer of its own, or that of the same name and geometry once more."""
         buffer = f"{name}/{side}/{channels}"
-        found = _Map(buffer, side, side, channels, border)
+        found = Map(buffer, side, side, channels, border)
         shape = (self.images, found.pixels, channels)
         self.buffers.setdefault(buffer, Tensor(self.storage, shape))
         assert self.buffers[buffer].shape == shape
         return found
 
-    def _scratch(self, side: int, channels: int) -> _Map:
+    def _scratch(self, side: int, channels: int) -> Map:
         """A map without border in the one buffer that all such maps share, one after another."""
         self._reserve("hidden", self.storage, self.images * side * side * channels)
-        return _Map("hidden", side, side, channels, border=False)
+        return Map("hidden", side, side, channels, border=False)
 
     def _reserve(self, name: str, dtype: str, elements: int) -> str:
         """Make the shared buffer `name` hold at least so much."""
@@ -201,7 +192,7 @@ class _BucketLowering:
 
     # Blocks
 
-    def _lookup(self) -> _Map:
+    def _lookup(self) -> Map:
         # Filled up with zeros to what tensor cores take at once.
         channels = -(-self.weights.shape("post_quant_conv")[0] // 32) * 32
         z = self._map("z", self.side, channels, border=True)
@@ -221,7 +212,7 @@ class _BucketLowering:
         )
         return z
 
-    def _residual(self, x: _Map, name: str) -> _Map:
+    def _residual(self, x: Map, name: str) -> Map:
         tensors = self.weights.tensors
         outputs = tensors[f"{name}.conv1.weight"].values.shape[0]
         normalised = self._normalised(x, f"{name}.norm1")
@@ -237,7 +228,7 @@ class _BucketLowering:
         self._scaled(normalised, f"{name}.conv2", x, residual=x)
         return x
 
-    def _attention(self, x: _Map, name: str) -> None:
+    def _attention(self, x: Map, name: str) -> None:
         normalised = self._scratch(x.height, x.channels)
         self._normalise(x, f"{name}.norm", normalised, swish=False)
         qkv = self._map("qkv", x.height, 3 * x.channels, border=False)
@@ -266,14 +257,14 @@ class _BucketLowering:
         )
         self._scaled(mixed, f"{name}.proj_out", x, taps=1, residual=x)
 
-    def _upsample(self, x: _Map, name: str, *, border: bool) -> _Map:
+    def _upsample(self, x: Map, name: str, *, border: bool) -> Map:
         y = self._map("x", 2 * x.height, self.weights.shape(name)[0], border=border)
         weight = self.weights.upsampling_matrix(name)
         bias = self.weights.vector(f"{name}.bias", self.scale)
         self._convolution(x, weight, bias, y, taps=2, upsample=True)
         return y
 
-    def _picture(self, x: _Map) -> None:
+    def _picture(self, x: Map) -> None:
         tile = picture_tile(self.storage, x.channels)
         self._launch(
             kernels.picture,
@@ -298,7 +289,7 @@ class _BucketLowering:
     # Convolutions and norms
 
     def _scaled(
-        self, x: _Map, name: str, y: _Map, *, taps: int = 3, residual: _Map | None = None
+        self, x: Map, name: str, y: Map, *, taps: int = 3, residual: Map | None = None
     ) -> None:
         """The convolution `name` from values as they are to stored ones, with statistics."""
         weight = self.weights.matrix(name, x.channels)
@@ -307,103 +298,129 @@ class _BucketLowering:
 
     def _convolution(
         self,
-        x: _Map,
+        x: Map,
         weight: str,
         bias: Argument,
-        y: _Map,
+        y: Map,
         *,
         taps: int,
         scale: float = 1.0,
-        residual: _Map | None = None,
+        residual: Map | None = None,
         moments: bool = True,
         upsample: bool = False,
     ) -> None:
         places = 4 if upsample else 1
+        sizes = x.channels, y.channels, taps, places
+        special = None
+        if self.warpgroups:
+            special = warpgroup_tile(self.storage, self.images, (x.height, x.width), *sizes)
+        part = WARPGROUP_PART if special else statistics_part(self.storage, x.cells)
+        if moments:
+            self.moments = Moments(places, part)
+            parts = places * -(-x.cells // part)
+            self._reserve("moments", "float32", self.images * parts * 2 * y.channels)
+        given: dict[str, Any] = {
+            **{"x": x.buffer, "weight": weight, "bias": bias, "y": y.buffer},
+            **{"moments": "moments" if moments else ABSENT},
+            **{"PIXELS": x.cells, "WIDTH": x.width, "INPUTS": x.channels, "OUTPUTS": y.channels},
+            **{"TAPS": taps, "UPSAMPLE": upsample, "RESIDUAL": residual is not None},
+            **{"MOMENTS": moments, "SCALE": scale, "OVERLAPS": True},
+            **x.as_constants("X", first=None if taps == 1 else 0),
+            **y.as_constants("Y"),
+        }
+        if special:
+            assert residual in (None, y)
+            self._by_warpgroups(special, given)
+            return
         tile = product_tile(
             self.storage, self.images, x.cells, x.channels, y.channels, taps, places
         )
-        part = statistics_part(self.storage, x.cells)
-        if moments:
-            self.moments = _Moments(places, part)
-            parts = places * -(-x.cells // part)
-            self._reserve("moments", "float32", self.images * parts * 2 * y.channels)
         self._launch(
             convolution.convolution,
             (y.channels // tile.n * places, -(-x.cells // tile.m), self.images),
-            x=x.buffer,
-            weight=weight,
-            bias=bias,
             residual=residual.buffer if residual else ABSENT,
-            y=y.buffer,
-            moments="moments" if moments else ABSENT,
+            **given,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            PIXELS=x.cells,
-            WIDTH=x.width,
-            INPUTS=x.channels,
-            OUTPUTS=y.channels,
-            TAPS=taps,
-            UPSAMPLE=upsample,
-            RESIDUAL=residual is not None,
-            MOMENTS=moments,
-            SCALE=scale,
-            **x.as_constants("X", first=None if taps == 1 else 0),
-            **y.as_constants("Y"),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
             PART=part,
             # Large maps have the same tile in every bucket.
             PAIRS=x.cells < LARGE_MAP,
-            OVERLAPS=True,
         )
 
-    def _normalised(self, x: _Map, name: str) -> _Map:
+    def _by_warpgroups(self, tile: WarpgroupTile, given: dict[str, Any]) -> None:
+        """A convolution by `convolution_warpgroup`, with memory for the copy engine's descriptors.
+
+        A launch starts when the last but one has ended, so two take turns with it.
+        """
+        self._launch(
+            convolution_warpgroup,
+            tile.programs,
+            **given,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            IMAGES=self.images,
+            PROGRAMS=tile.programs,
+            STAGES=tile.stages,
+            WEIGHT_STAGES=tile.weight_stages,
+            HALO=True,
+        )
+        launch = self.launches.pop()
+        name = f"descriptors/{len(self.launches) % 2}"
+        self._reserve(name, "uint8", DESCRIPTORS * tile.programs)
+        self.launches.append(with_descriptors(launch, name))
+
+    def _normalised(self, x: Map, name: str) -> Map:
         """What the next 3x3 convolution reads: norm and swish of `x`, with a border."""
         y = self._map("normalised", x.height, x.channels, border=True)
         self._normalise(x, name, y, swish=True)
         return y
 
-    def _normalise(self, x: _Map, name: str, y: _Map, *, swish: bool) -> None:
+    def _norm_of(self, x: Map, name: str) -> dict[str, Any]:
+        """What kernels want for the factors of the norm `name` from the moments of `x`."""
         places, part = self.moments.places, self.moments.part
         parts = places * -(-(x.cells // places) // part)
+        return {
+            **{"moments": "moments", "CHANNELS": x.channels, "GROUPS": self.norms.groups},
+            "gain": self.weights.vector(f"{name}.weight"),
+            "offset": self.weights.vector(f"{name}.bias"),
+            "EPS": self.norms.eps * self.scale**2,
+            **{"PLACES": places, "PART": part, "OVERLAPS": True},
+            "BLOCK_T": min(triton.next_power_of_2(parts), 128),
+        }
+
+    def _norm_factors(self, x: Map, name: str) -> None:
         groups = self.norms.groups
         self._launch(
             kernels.norm_factors,
             (groups // GROUPS_A_PROGRAM, self.images),
-            moments="moments",
-            gain=self.weights.vector(f"{name}.weight"),
-            offset=self.weights.vector(f"{name}.bias"),
+            **self._norm_of(x, name),
             factors=self._reserve("factors", "float32", self.images * 2 * x.channels),
-            PIXELS=x.cells // places,
-            CHANNELS=x.channels,
-            GROUPS=groups,
-            EPS=self.norms.eps * self.scale**2,
-            PLACES=places,
-            PART=part,
-            BLOCK_T=min(triton.next_power_of_2(parts), 128),
+            PIXELS=x.cells // self.moments.places,
             BLOCK_G=GROUPS_A_PROGRAM,
             BLOCK_C=triton.next_power_of_2(x.channels // groups),
-            OVERLAPS=True,
         )
+
+    def _normalise(self, x: Map, name: str, y: Map, *, swish: bool) -> None:
         block_c = min(power_of_two_in(x.channels), 128)
         block_m = 4096 // block_c
-        self._launch(
-            kernels.normalise,
-            (x.channels // block_c, -(-x.cells // block_m), self.images),
-            x=x.buffer,
-            factors="factors",
-            y=y.buffer,
-            PIXELS=x.cells,
-            WIDTH=x.width,
-            CHANNELS=x.channels,
-            SWISH=swish,
+        members = x.channels // self.norms.groups
+        grid = x.channels // block_c, -(-x.cells // block_m), self.images
+        given: dict[str, Any] = {
+            **{"x": x.buffer, "y": y.buffer, "PIXELS": x.cells, "WIDTH": x.width},
+            **{"SWISH": swish, "BLOCK_M": block_m, "BLOCK_C": block_c},
             **x.as_constants("X"),
             **y.as_constants("Y"),
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            OVERLAPS=True,
-        )
+        }
+        if x.cells <= SMALL_NORM and block_c % members == 0 and x.cells % block_m == 0:
+            norm = self._norm_of(x, name)
+            self._launch(kernels.normalise_at_once, grid, **given, **norm)
+            return
+        self._norm_factors(x, name)
+        given |= {"factors": "factors", "CHANNELS": x.channels, "OVERLAPS": True}
+        self._launch(kernels.normalise, grid, **given)
 
     def _launch(self, function: JITFunction, grid: tuple[int, ...], **given: Any) -> None:
         self.launches.append(self.launcher(function, grid, **given))

@@ -18,6 +18,12 @@ Storage = Literal["float16", "float32"]
 PROGRAMS = 120
 # Pixels from which on a map of one image is enough for them in tiles of 128.
 LARGE_MAP = 128 * 128
+# Multiprocessors of the GPUs of compute capability 9.0 that were measured.
+MULTIPROCESSORS = 132
+# Pixels from which on a map's convolutions are those of `convolution_warpgroup`, and pixels whose
+# statistics that takes together.
+WARPGROUP_MAP = 64 * 64
+WARPGROUP_PART = 128
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,25 @@ class Tile:
     k: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class WarpgroupTile:
+    """How a convolution by `convolution_warpgroup` is cut up and launched.
+
+    Attributes:
+        m: pixels of a tile.
+        n: outputs of a tile.
+        stages: of pixels on their way at a time; each serves the taps of a row.
+        weight_stages: of weights.
+        programs: that go from tile to tile.
+    """
+
+    m: int
+    n: int
+    stages: int
+    weight_stages: int
+    programs: int
 
 
 def power_of_two_in(value: int) -> int:
@@ -76,6 +101,41 @@ def product_tile(
         if programs(64, width) >= PROGRAMS:
             return Tile(m=64, n=min(n, width), k=min(k, depth), warps=4, stages=4)
     return Tile(m=64, n=min(n, 16), k=min(k, 256), warps=4, stages=4)
+
+
+def warpgroup_tile(
+    storage: Storage,
+    images: int,
+    size: tuple[int, int],
+    inputs: int,
+    outputs: int,
+    taps: int,
+    places: int,
+) -> WarpgroupTile | None:
+    """The tile of a convolution by `convolution_warpgroup`, None if it does not suit the map.
+
+    The choice is for a map of that `size`, height and width, in every bucket: its sums run in
+    another order than those of `convolution`, its statistics over other parts. With one tap a
+    tile is written soon after it has been begun, and programs that are to start side by side with
+    others, and have little memory, do that better.
+    """
+    height, width = size
+    if taps == 1:
+        return None
+    run = min(width, 128)
+    if storage != "float16" or inputs % 64 or outputs % 64 or width % run or run not in (64, 128):
+        return None
+    if height * width % 256 or height * width < WARPGROUP_MAP:
+        return None
+
+    def tiles(m: int, n: int) -> int:
+        return images * places * (height * width // m) * (outputs // n)
+
+    wide = 128 if outputs % 128 == 0 else 64
+    for m, n, stages, weight_stages in ((256, wide, 2, 5), (128, wide, 4, 7), (128, 64, 4, 8)):
+        if tiles(m, n) >= PROGRAMS or (m, n) == (128, 64):
+            return WarpgroupTile(m, n, stages, weight_stages, min(tiles(m, n), MULTIPROCESSORS))
+    return None
 
 
 def picture_tile(storage: Storage, inputs: int) -> Tile:

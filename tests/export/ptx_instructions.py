@@ -587,45 +587,56 @@ def _copy(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 
     Of three dimensions the lines of one plane lie behind those of another.
     """
-    source, coordinates = item.operands[1][1:-1].split(",", 1)
-    found = [lanes.address(item.operands[0]), lanes.get(source, "u8")]
-    found += [lanes.address(item.operands[2])]
-    found += [lanes.get(name, "i4") for name in coordinates[1:-1].split(",")]
+    to_memory = item.opcode.split(".")[5] == "global"
+    source, coordinates = item.operands[not to_memory][1:-1].split(",", 1)
+    found = [lanes.address(item.operands[to_memory]), lanes.get(source, "u8")]
+    place = [lanes.get(name, "i4") for name in coordinates[1:-1].split(",")]
+    found += [place[0], place[1], place[2] if len(place) > 2 else 0 * place[0]]
+    found += [] if to_memory else [lanes.address(item.operands[2])]
     for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
         _copy_box(lanes.program, *(int(value[thread]) for value in found))
 
 
 def _copy_box(
-    program: Program, to: int, source: int, bar: int, column: int, row: int, plane: int = 0
+    program: Program,
+    at: int,
+    source: int,
+    column: int,
+    row: int,
+    plane: int,
+    bar: int | None = None,
 ) -> None:
+    """To shared memory, or from there if there is no barrier."""
     map_ = program.machine.maps[source]
     size = _ELEMENTS[map_["elemtype"]]
     lines, planes = map_["box_dim 1"], map_.get("box_dim 2", 1)
     assert map_["swizzle_mode"] == 3
     assert map_["box_dim 0"] * size == 128
-    assert to % 1024 == 0
+    assert at % 1024 == 0
     width, first = map_["global_dim 0"] * size, column * size
     assert first % 128 == 0
+    inside = first + 4 * np.arange(32) < width
     for line in range(lines * planes):
-        values, of_plane, of_row = (
-            np.zeros(32, np.uint32),
-            plane + line // lines,
-            row + line % lines,
-        )
-        there = 0 <= of_row < map_["global_dim 1"] and 0 <= of_plane < map_.get("global_dim 2", 1)
-        if there:
-            start = map_["global_address"] + of_row * map_["global_stride 0"] + first
-            start += of_plane * map_.get("global_stride 1", 0)
-            address = np.arange(start, start + 128, 4, dtype=np.uint64)
-            inside = first + 4 * np.arange(32) < width
-            values[inside] = program.machine.memory.load(address[inside], 4)
-        at = to + 128 * line
-        parts = np.arange(8) ^ (at - program.shared.base) // 128 % 8
-        address = at + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
-        program.shared.store(address.astype(np.uint64), values, 4)
-    barrier = program.barriers[bar]
-    barrier.bytes -= 128 * lines * planes
-    barrier.settle()
+        of_plane, of_row = plane + line // lines, row + line % lines
+        there = inside & (0 <= of_row < map_["global_dim 1"])
+        there &= 0 <= of_plane < map_.get("global_dim 2", 1)
+        start = map_["global_address"] + of_row * map_["global_stride 0"] + first
+        start += of_plane * map_.get("global_stride 1", 0)
+        address = (start + np.arange(0, 128, 4)[there]).astype(np.uint64)
+        parts = np.arange(8) ^ (at + 128 * line - program.shared.base) // 128 % 8
+        places = at + 128 * line + (parts[:, None] * 16 + np.arange(0, 16, 4)).reshape(-1)
+        places = places.astype(np.uint64)
+        if bar is None:
+            words = program.shared.load(places[there], 4)
+            program.machine.memory.store(address, words, 4)
+        else:
+            values = np.zeros(32, np.uint32)
+            values[there] = program.machine.memory.load(address, 4)
+            program.shared.store(places, values, 4)
+    if bar is not None:
+        barrier = program.barriers[bar]
+        barrier.bytes -= 128 * lines * planes
+        barrier.settle()
 
 
 # Tensor cores

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -21,7 +22,7 @@ from aim_export.onnx.decoder import Pictures
 from aim_export.onnx.decoder import lower_decoder as lower_graph
 from aim_export.onnx.graph import write_graph
 from aim_runtime import Bundle, models_dir
-from aim_runtime.engines.cuda.plan import Launch, flat
+from aim_runtime.engines.cuda.plan import DecoderBucket, Launch, flat
 from aim_training.config import TokenizerConfig
 from aim_training.tokenizer import Norm, VQTokenizer, tokenizer_config_from_state
 
@@ -32,7 +33,7 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from aim_export.cuda import decoder, decoder_tiles, decoder_weights
 from aim_export.cuda.decoder import HALF_SCALE, DecoderPart, lower_decoder
@@ -617,9 +618,49 @@ def published_size() -> DecoderPart:
     return lower_decoder(tensors, 256, "float16")
 
 
+def of_every_gpu(part: DecoderPart) -> list[DecoderBucket[KernelSpec]]:
+    """The buckets without kernels for some GPUs only."""
+    return [
+        bucket
+        for bucket in part.buckets
+        if not any(item.kernel.capabilities for item in flat(bucket.launches))
+    ]
+
+
+def test_of_each_size_the_bucket_for_some_gpus_comes_first(published_size: DecoderPart) -> None:
+    """Its large maps have one cut of statistics in all buckets, and launches side by side no
+    descriptors in common."""
+    buckets = published_size.buckets
+    assert [bucket.images for bucket in buckets] == [1, 1, 4, 4, 16, 16]
+    assert list(buckets[1::2]) == of_every_gpu(published_size)
+    for bucket in buckets[::2]:
+        launches = list(flat(bucket.launches))
+        special = [item for item in launches if item.kernel.capabilities]
+        assert len(special) == 20
+        for item in special:
+            sizes = dict(item.kernel.constants)
+            assert item.grid == (sizes["PROGRAMS"], 1, 1)
+            tiles = sizes["PIXELS"] // sizes["BLOCK_M"] * (sizes["OUTPUTS"] // sizes["BLOCK_N"])
+            assert tiles * sizes["IMAGES"] * (4 if sizes["UPSAMPLE"] else 1) >= 120
+            assert bucket.buffers[item.arguments[-1].name].size >= 512 * item.grid[0]
+        for one, two in pairwise(launches):
+            if one.kernel.capabilities and two.kernel.capabilities:
+                assert one.arguments[-1] != two.arguments[-1]
+
+
+def test_without_such_gpus_there_are_no_such_buckets() -> None:
+    part = lower_decoder(
+        tensors_of(random_tokenizer(TokenizerConfig(16, 4, 32, (1, 1), 32, 1, 1))),
+        4,
+        "float16",
+        images=(1, 2),
+    )
+    assert [bucket.images for bucket in part.buckets] == [1, 2]
+
+
 def test_tiles_fit_and_statistics_are_the_same_in_every_bucket(published_size: DecoderPart) -> None:
     parts = []
-    for bucket in published_size.buckets:
+    for bucket in of_every_gpu(published_size):
         convolutions = [
             (item.grid, dict(item.kernel.constants))
             for item in flat(bucket.launches)
@@ -635,17 +676,7 @@ def test_tiles_fit_and_statistics_are_the_same_in_every_bucket(published_size: D
     assert parts[0] == parts[1] == parts[2]
 
 
-def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores(
-    published_size: DecoderPart,
-) -> None:
-    found = [item.kernel for item in flat(published_size.buckets[0].launches)]
-    (kernel,) = {
-        kernel.id: kernel
-        for kernel in found
-        if kernel.function.__name__ == "convolution"
-        and dict(kernel.constants)["PIXELS"] == 256 * 256
-        and not dict(kernel.constants)["RESIDUAL"]
-    }.values()
+def compiled_for_hopper(kernel: KernelSpec) -> CompiledKernel:
     constants = dict(kernel.constants)
     types = iter(kernel.types)
     names = kernel.parameters
@@ -656,7 +687,45 @@ def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores(
         {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
     )
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def test_squares_are_rounded_apart_from_their_sums_in_every_tile(
+    published_size: DecoderPart,
+) -> None:
+    """Else compilers fold them into sums, and how depends on the tile."""
+    found = {
+        (dict(item.kernel.constants)["BLOCK_N"]): item.kernel
+        for bucket in of_every_gpu(published_size)
+        for item in flat(bucket.launches)
+        if item.kernel.function.__name__ == "convolution"
+        and dict(item.kernel.constants)["PIXELS"] == 16 * 16
+        and dict(item.kernel.constants)["RESIDUAL"]
+        and dict(item.kernel.constants)["TAPS"] == 1
+    }
+    assert len(found) == 3
+    for kernel in found.values():
+        text = compiled_for_hopper(kernel).asm["ptx"]
+        assert "wgmma.mma_async" in text
+        squares = re.findall(r"fma\.rn\.f32\s+%\w+, (%\w+), \1, (\S+);", text)
+        sizes = dict(kernel.constants)
+        assert len(squares) == sizes["BLOCK_M"] * sizes["BLOCK_N"] // 128
+        assert {summand for _, summand in squares} == {"0f00000000"}
+        assert not re.search(r"mul(\.rn)?\.f32\s+%\w+, (%\w+), \2;", text)
+
+
+def test_large_convolutions_copy_ahead_and_use_hopper_tensor_cores(
+    published_size: DecoderPart,
+) -> None:
+    found = [item.kernel for item in flat(published_size.buckets[1].launches)]
+    (kernel,) = {
+        kernel.id: kernel
+        for kernel in found
+        if kernel.function.__name__ == "convolution"
+        and dict(kernel.constants)["PIXELS"] == 256 * 256
+        and not dict(kernel.constants)["RESIDUAL"]
+    }.values()
+    compiled = compiled_for_hopper(kernel)
     assert re.search(
         r"wgmma\.mma_async\.sync\.aligned\.m64n(128|256)k16\.f32\.f16\.f16", compiled.asm["ptx"]
     )

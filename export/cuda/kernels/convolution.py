@@ -119,7 +119,9 @@ def store_moments(
     deviation = value - means
     if mask is not None:
         deviation = tl.where(mask, deviation, 0.0)
-    squares = sums_of_parts(deviation * deviation, PART, PAIRS)
+    # A product that is rounded by itself: else compilers fold it into the sum that follows, in some
+    # tiles and in others not.
+    squares = sums_of_parts(tl.fma(deviation, deviation, 0.0), PART, PAIRS)
     number = (image * PLACES + place) * PARTS + parts
     target = moments + number[:, None] * (2 * OUTPUTS) + columns[None, :]
     if mask is not None:

@@ -52,6 +52,60 @@ def lookup(
 
 
 @triton.jit
+def factors_of_groups(
+    moments,
+    gain,
+    offset,
+    groups,
+    image,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EPS: tl.constexpr,
+    PLACES: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """For `norm_factors`: factor and summand of each channel of `groups`, (groups, BLOCK_C).
+
+    Besides, the channels' numbers, and which of these there are.
+    """
+    MEMBERS: tl.constexpr = CHANNELS // GROUPS
+    PARTS: tl.constexpr = (PIXELS + PART - 1) // PART
+    ALL: tl.constexpr = PLACES * PARTS
+    BLOCK_G: tl.constexpr = groups.shape[0]
+    members = tl.arange(0, BLOCK_C)[None, :]
+    channels = groups[:, None] * MEMBERS + members
+    inside = (members < MEMBERS) & (groups[:, None] < GROUPS)
+    moments += image.to(tl.int64) * (ALL * 2 * CHANNELS)
+    # Combined as by Chan et al.: exact where a mean is large beside its deviation.
+    sums = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
+    for start in range(0, ALL, BLOCK_T):
+        parts = (start + tl.arange(0, BLOCK_T))[:, None, None]
+        counts = tl.minimum(PIXELS - (parts % PARTS) * PART, PART).to(tl.float32)
+        at = moments + parts * (2 * CHANNELS) + channels[None, :, :]
+        there = (parts < ALL) & inside[None, :, :]
+        sums += tl.load(at, mask=there, other=0.0) * counts
+    mean = tl.sum(tl.sum(sums, 0), 1) / (PLACES * PIXELS * MEMBERS)
+    squares = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
+    for start in range(0, ALL, BLOCK_T):
+        parts = (start + tl.arange(0, BLOCK_T))[:, None, None]
+        counts = tl.minimum(PIXELS - (parts % PARTS) * PART, PART).to(tl.float32)
+        at = moments + parts * (2 * CHANNELS) + channels[None, :, :]
+        there = (parts < ALL) & inside[None, :, :]
+        apart = tl.load(at, mask=there, other=0.0) - mean[None, :, None]
+        apart = tl.where(there, apart * apart * counts, 0.0)
+        squares += apart + tl.load(at + CHANNELS, mask=there, other=0.0)
+    variance = tl.sum(tl.sum(squares, 0), 1) / (PLACES * PIXELS * MEMBERS)
+
+    scale = 1.0 / tl.sqrt(variance + EPS)
+    factor = tl.load(gain + channels, mask=inside, other=0.0) * scale[:, None]
+    summand = tl.load(offset + channels, mask=inside, other=0.0) - mean[:, None] * factor
+    return factor, summand, channels, inside
+
+
+@triton.jit
 def norm_factors(
     moments,
     gain,
@@ -80,43 +134,68 @@ def norm_factors(
 
     Grid: (GROUPS / BLOCK_G, N).
     """
-    MEMBERS: tl.constexpr = CHANNELS // GROUPS
-    PARTS: tl.constexpr = (PIXELS + PART - 1) // PART
-    ALL: tl.constexpr = PLACES * PARTS
     image = tl.program_id(1)
     groups = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    members = tl.arange(0, BLOCK_C)[None, :]
-    channels = groups[:, None] * MEMBERS + members
-    inside = (members < MEMBERS) & (groups[:, None] < GROUPS)
-    moments += image.to(tl.int64) * (ALL * 2 * CHANNELS)
-
     begin_dependents(OVERLAPS)
-    # Combined as by Chan et al.: exact where a mean is large beside its deviation.
-    sums = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
-    for start in range(0, ALL, BLOCK_T):
-        parts = (start + tl.arange(0, BLOCK_T))[:, None, None]
-        counts = tl.minimum(PIXELS - (parts % PARTS) * PART, PART).to(tl.float32)
-        at = moments + parts * (2 * CHANNELS) + channels[None, :, :]
-        there = (parts < ALL) & inside[None, :, :]
-        sums += tl.load(at, mask=there, other=0.0) * counts
-    mean = tl.sum(tl.sum(sums, 0), 1) / (PLACES * PIXELS * MEMBERS)
-    squares = tl.zeros((BLOCK_T, BLOCK_G, BLOCK_C), tl.float32)
-    for start in range(0, ALL, BLOCK_T):
-        parts = (start + tl.arange(0, BLOCK_T))[:, None, None]
-        counts = tl.minimum(PIXELS - (parts % PARTS) * PART, PART).to(tl.float32)
-        at = moments + parts * (2 * CHANNELS) + channels[None, :, :]
-        there = (parts < ALL) & inside[None, :, :]
-        apart = tl.load(at, mask=there, other=0.0) - mean[None, :, None]
-        apart = tl.where(there, apart * apart * counts, 0.0)
-        squares += apart + tl.load(at + CHANNELS, mask=there, other=0.0)
-    variance = tl.sum(tl.sum(squares, 0), 1) / (PLACES * PIXELS * MEMBERS)
-
-    scale = 1.0 / tl.sqrt(variance + EPS)
-    factor = tl.load(gain + channels, mask=inside, other=0.0) * scale[:, None]
-    summand = tl.load(offset + channels, mask=inside, other=0.0) - mean[:, None] * factor
+    factor, summand, channels, inside = factors_of_groups(
+        *(moments, gain, offset, groups, image),
+        *(PIXELS, CHANNELS, GROUPS, EPS, PLACES, PART, BLOCK_T, BLOCK_C),
+    )
     factors += image * (2 * CHANNELS) + channels
     tl.store(factors, factor, mask=inside)
     tl.store(factors + CHANNELS, summand, mask=inside)
+
+
+@triton.jit
+def normalise_at_once(
+    x,
+    moments,
+    gain,
+    offset,
+    y,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SWISH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EPS: tl.constexpr,
+    PLACES: tl.constexpr,
+    PART: tl.constexpr,
+    X_PIXELS: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    X_FIRST: tl.constexpr,
+    Y_PIXELS: tl.constexpr,
+    Y_PITCH: tl.constexpr,
+    Y_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """`norm_factors` and `normalise`, for small maps: a program takes its own channels' factors.
+
+    A group's channels are a power of two; BLOCK_C, whole groups, divides CHANNELS, and BLOCK_M
+    PIXELS. The moments' parts are of PIXELS / PLACES pixels. Grid as of `normalise`.
+    """
+    MEMBERS: tl.constexpr = CHANNELS // GROUPS
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixels = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = tl.program_id(2)
+    groups = tl.program_id(0) * (BLOCK_C // MEMBERS) + tl.arange(0, BLOCK_C // MEMBERS)
+    rows, columns = pixels // WIDTH, pixels % WIDTH
+    source = image.to(tl.int64) * X_PIXELS + rows * X_PITCH + columns + X_FIRST
+    target = image.to(tl.int64) * Y_PIXELS + rows * Y_PITCH + columns + Y_FIRST
+    begin_dependents(OVERLAPS)
+    value = tl.load(x + source[:, None] * CHANNELS + channels[None, :]).to(tl.float32)
+    factor, summand, _, _ = factors_of_groups(
+        *(moments, gain, offset, groups, image),
+        *(PIXELS // PLACES, CHANNELS, GROUPS, EPS, PLACES, PART, BLOCK_T, MEMBERS),
+    )
+    factor, summand = tl.reshape(factor, (1, BLOCK_C)), tl.reshape(summand, (1, BLOCK_C))
+    value = value * factor + summand
+    if SWISH:
+        value = silu(value)
+    tl.store(y + target[:, None] * CHANNELS + channels[None, :], value.to(y.dtype.element_ty))
 
 
 @triton.jit
