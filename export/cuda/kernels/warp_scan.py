@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
-from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, THREADS, WARPS, P, S
+from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, FRAGMENT, LINES, THREADS, WARPS, P, S, of_lanes
 from aim_export.cuda.kernels.warp_states import COLUMNS, digits_of, from_states, hold_states
 from aim_export.cuda.kernels.warp_tokens import (
     SCORED,
@@ -80,9 +80,8 @@ def _remember_both(newest, past_b, past_c, new_bc, bc, slot, QUERIES: gl.constex
 
 
 @gluon.jit
-def _exchange(bc):
+def _exchange(shared, bc):
     """From B and C (2 S,) what all warps want: C for scores, C (1, S) for states, B times C."""
-    shared = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
     shared.store(bc)
     c = shared.slice(S, S)
     pairs = halves(gl.expand_dims(c.load(gl.SliceLayout(0, SCORED)), 0))
@@ -145,16 +144,21 @@ def scan_of_bytes(
     dt = gl.load(projected + INNER + X + heads)
     new_x, z = gl.load(projected + INNER + channels), gl.load(projected + channels)
     bc = silu(bc_before + new_bc * bc_tap)
+    # Both at a time: none takes the place of the other, so that no warp waits before it writes.
+    exchanged = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
+    shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
     dt = softplus(dt + bias)
     decay = dt * rate + last
-    pairs, c, own = _exchange(bc)
-    weights = weights_of(scores_of(keys, pairs), decays, decay, slot)
+    pairs, c, own = _exchange(exchanged, bc)
+    weights = weights_of(shared, scores_of(keys, pairs), decays, decay, slot)
     high, low, unit = digits_of(c * columns)
+    unit = of_lanes(gl.expand_dims(unit, 1) + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
+    factor = unit * gl.expand_dims(gl.exp(decay), 1) * scale
+    x, gate = silu(x_before + new_x * x_tap), silu(z)
     async_copy.wait_group(0)
-    y = from_states(states, high, low) * (gl.expand_dims(unit * gl.exp(decay), 1) * scale)
-    x = silu(x_before + new_x * x_tap)
+    y = from_states(states, high, low) * factor
     y += attended(values, weights, slot)
-    y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
+    y = (y + gl.expand_dims(own * dt + skip, 1) * x) * gate
     store_rounded(gated + row * INNER + channels, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))
     newest = ring + at % K * X

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import INTEGERS
-from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import (
     CHANNELS,
     FRAGMENT,
@@ -25,7 +24,6 @@ from aim_export.cuda.kernels.warp_fragments import (
     constraints,
     copy,
     fragment,
-    lanes,
     of_heads,
     of_lanes,
     places,
@@ -52,61 +50,110 @@ def hold_states(state, head, old):
 
 
 @gluon.jit
-def _word(digits):
-    """The lower bytes of a lane's four numbers (WARPS, S) int32, (threads,)."""
-    packed = gl.inline_asm_elementwise(
-        "{ .reg .b32 a, b; prmt.b32 a, $4, $5, 0x0040; prmt.b32 b, $6, $7, 0x0040;"
-        "prmt.b32 $0, a, b, 0x5410; mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0; }",
-        "=&r,=&r,=&r,=&r,r,r,r,r",
-        [digits],
+def _each(values):
+    """A lane's four numbers (WARPS, S), one by one: (WARPS, S / 4)."""
+    even, odd = gl.split(gl.reshape(values, [WARPS, S // 2, 2]))
+    first, third = gl.split(gl.reshape(even, [WARPS, S // 4, 2]))
+    second, fourth = gl.split(gl.reshape(odd, [WARPS, S // 4, 2]))
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _threads_of(values):
+    """(WARPS, S / 4), one a lane, as (THREADS,)."""
+    # Of half, j, word of a half.
+    values = gl.permute(gl.reshape(values, [WARPS, 2, 4, 4]), [0, 1, 3, 2])
+    return gl.convert_layout(gl.reshape(values, [THREADS]), THREAD, assert_trivial=True)
+
+
+@gluon.jit
+def _word(first, second, third, fourth):
+    """The lower bytes of four numbers."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040;"
+        "prmt.b32 $0, a, b, 0x5410; }",
+        "=r,r,r,r,r",
+        [first, second, third, fourth],
         dtype=gl.int32,
         is_pure=True,
-        pack=4,
+        pack=1,
     )
-    # Of half, j, word of a half, byte.
-    even, _odd = gl.split(gl.reshape(packed, [WARPS, S // 2, 2]))
-    word, _odd = gl.split(gl.reshape(even, [WARPS, S // 4, 2]))
-    word = gl.permute(gl.reshape(word, [WARPS, 2, 4, 4]), [0, 1, 3, 2])
-    return gl.convert_layout(gl.reshape(word, [THREADS]), THREAD, assert_trivial=True)
+
+
+@gluon.jit
+def _largest(value):
+    """The largest in a warp of numbers without signs, whose bits are in the numbers' order."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.u32 $0, $1, 0xffffffff;",
+        "=r,r",
+        [value.to(gl.int32, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    ).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _digits(value, factor):
+    """Two digits to the base 254 of value * factor, in the lower bytes."""
+    value = value * factor
+    first = value + INTEGERS
+    # To the base 254, for a digit leaves at most a half over.
+    second = (value - (first - INTEGERS)) * 254.0 + INTEGERS
+    return first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True)
 
 
 @gluon.jit
 def digits_of(query):
     """Each head's query (WARPS, S) as two words of int8 a lane, and what the second counts."""
-    largest = gl.max(gl.abs(query), axis=1)
+    a, b, c, d = _each(query)
+    largest = gl.maximum(gl.maximum(gl.abs(a), gl.abs(b)), gl.maximum(gl.abs(c), gl.abs(d)))
+    largest = _largest(largest)
     unit = gl.where(largest > 0.0, largest / 127.0, 1.0)
-    value = query * gl.expand_dims(1.0 / unit, 1)
-    first = value + INTEGERS
-    # To the base 254, for a digit leaves at most a half over.
-    second = (value - (first - INTEGERS)) * 254.0 + INTEGERS
-    first, second = first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True)
-    unit = gl.convert_layout(unit, gl.SliceLayout(1, CHANNELS), assert_trivial=True)
-    return _word(first), _word(second), unit * (1.0 / 254.0)
+    factor = 1.0 / unit
+    high_a, low_a = _digits(a, factor)
+    high_b, low_b = _digits(b, factor)
+    high_c, low_c = _digits(c, factor)
+    high_d, low_d = _digits(d, factor)
+    high = _threads_of(_word(high_a, high_b, high_c, high_d))
+    low = _threads_of(_word(low_a, low_b, low_c, low_d))
+    return high, low, _threads_of(unit) * (1.0 / 254.0)
+
+
+@gluon.constexpr_function
+def _words_text(high, low):
+    """PTX: what lanes multiply by in either half of a state, `l` the lane.
+
+    Columns 0 to 3 of B are for the first digit and 4 to 7 for the second, each for a word of the
+    half; lanes q < 4 have the words of the first half, the others those of the second.
+    """
+    text = "mov.u32 l, %laneid; and.b32 s, l, 16; setp.eq.u32 p, s, 0;"
+    text += f"selp.b32 s, {low}, {high}, p; shfl.sync.bfly.b32 r, s, 16, 0x1f, 0xffffffff;"
+    text += f"selp.b32 s, {high}, r, p; selp.b32 r, r, {low}, p; and.b32 t, l, 8;"
+    text += "setp.eq.u32 o, t, 0; selp.b32 e0, s, 0, o; selp.b32 e1, 0, s, o;"
+    return text + "selp.b32 f0, r, 0, o; selp.b32 f1, 0, r, o;"
 
 
 @gluon.constexpr_function
 def _state_text():
-    """PTX: eight channels times C, a lane's share of it."""
-    text = "{ .reg .b32 a, b, c, d, z; mov.b32 z, 0;"
-    product = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {a,b,c,d}, "
-    left, right = "{$4,$5,$6,$7}", "{$8,$9,$10,$11}"
-    text += (
-        f"{product}{left}, {{$12,$13}}, {{z,z,z,z}}; {product}{right}, {{$14,$15}}, {{a,b,c,d}};"
-    )
-    text += "mul.lo.s32 a, a, 254; mul.lo.s32 d, d, 254;"
-    text += (
-        f"{product}{left}, {{$16,$17}}, {{a,b,c,d}}; {product}{right}, {{$18,$19}}, {{a,b,c,d}};"
-    )
-    return text + "add.s32 $0, a, d; mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0; }"
+    """PTX: 64 channels times C, of which lane j keeps 2 j and the next.
 
-
-@gluon.constexpr_function
-def _sum_text():
-    """PTX: of eight channels, each a sum over j, lane j keeps the sums of 2 j and the next."""
-    text = "{ .reg .b32 l, s, r; .reg .pred p, o; mov.u32 l, %laneid; and.b32 s, l, 2;"
-    text += "setp.ne.u32 p, s, 0; and.b32 s, l, 1; setp.ne.u32 o, s, 0; .reg .b32 a<8>;"
+    Each product is a digit's in the lanes j < 2, the other's in the others: of these eight, which do
+    not wait for each other, the sums over j are the results.
+    """
+    text = "{ .reg .b32 l, s, r, t, z, e<2>, f<2>, a<8>, b<8>, c<8>, d<8>; .reg .pred p, o;"
+    text += "mov.b32 z, 0;" + _words_text("$68", "$72")
+    product = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+    for half, word in ((0, "e"), (1, "f")):
+        for i in range(8):
+            four = ",".join(f"${4 + 8 * i + 4 * half + k}" for k in range(4))
+            out = f"{{a{i},b{i},c{i},d{i}}}"
+            total = out if half else "{z,z,z,z}"
+            text += f"{product} {out}, {{{four}}}, {{{word}0,{word}1}}, {total};"
+    text += "and.b32 s, l, 2; setp.ne.u32 p, s, 0; selp.b32 t, 1, 254, p;"
+    text += "and.b32 s, l, 1; setp.ne.u32 o, s, 0;"
     for i in range(8):
-        text += f"mov.b32 a{i}, ${4 + 4 * i};"
+        text += f"add.s32 a{i}, a{i}, d{i}; mul.lo.s32 a{i}, a{i}, t;"
     for kept, other, lane, choice in (
         (0, 4, 2, "p"),
         (1, 5, 2, "p"),
@@ -122,35 +169,32 @@ def _sum_text():
 
 
 @gluon.jit
-def _columns_of(word, q):
-    """A lane's word where the products of both halves of a state look for it: (threads, 4)."""
-    four = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, FRAGMENT)), 0)
-    return gl.where(gl.expand_dims(q // 2, 1) == four, gl.expand_dims(word, 1), 0)
-
-
-@gluon.jit
 def from_states(held, high, low):
     """What `hold_states` holds times the digits of C, in units of the second: float32."""
-    q, _j = lanes()
-    high, low = _columns_of(high, q), _columns_of(low, q)
-    text: gl.constexpr = _state_text()
-    found = none()
-    for group in gl.static_range(8):
-        left, right = fragment(held, 2 * group), fragment(held, 2 * group + 1)
-        found += (
-            gl.inline_asm_elementwise(
-                text,
-                constraints("r", 4, "r", 16),
-                [left, right, high, low],
-                dtype=gl.int32,
-                is_pure=True,
-                pack=4,
-            ),
-        )
+    four = gl.full([THREADS, 4], 0, gl.int32, FRAGMENT)
     mine = gl.inline_asm_elementwise(
-        _sum_text(),
-        constraints("r", 4, "r", 32),
-        [found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]],
+        _state_text(),
+        constraints("r", 4, "r", 72),
+        [
+            fragment(held, 0),
+            fragment(held, 1),
+            fragment(held, 2),
+            fragment(held, 3),
+            fragment(held, 4),
+            fragment(held, 5),
+            fragment(held, 6),
+            fragment(held, 7),
+            fragment(held, 8),
+            fragment(held, 9),
+            fragment(held, 10),
+            fragment(held, 11),
+            fragment(held, 12),
+            fragment(held, 13),
+            fragment(held, 14),
+            fragment(held, 15),
+            gl.expand_dims(high, 1) + four,
+            gl.expand_dims(low, 1) + four,
+        ],
         dtype=gl.int32,
         is_pure=False,
         pack=4,

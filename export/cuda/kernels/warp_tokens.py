@@ -18,7 +18,6 @@ from aim_export.cuda.kernels.persistent_common import bits, none
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
-    LINES,
     THREAD,
     THREADS,
     WARPS,
@@ -165,12 +164,11 @@ def scores_of(keys, pairs):
 
 
 @gluon.jit
-def weights_of(scores, decays, decay, slot):
+def weights_of(shared, scores, decays, decay, slot):
     """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4).
 
-    `scores` of each warp's tokens go to all warps.
+    `scores` of each warp's tokens go to all warps, through `shared`.
     """
-    shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
     shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
     scores = shared.permute([1, 0]).load(gl.SliceLayout(0, gl.SliceLayout(0, _SLOTS)))
     scores = gl.expand_dims(gl.expand_dims(scores, 0), 0)
