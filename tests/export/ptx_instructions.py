@@ -556,13 +556,14 @@ def _try_wait(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 
 @handles("cp.async.cg.shared.global", "cp.async.ca.shared.global")
 def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    """Some words from memory to shared memory."""
+    """Some words from memory to shared memory, zeros behind those that there are."""
     to, source = (lanes.address(text) for text in item.operands[:2])
-    if mask is not None:
-        to, source = to[mask], source[mask]
+    size = lanes.get(item.operands[3 if len(item.operands) > 3 else 2], "u4")
+    active = np.ones(lanes.threads, bool) if mask is None else mask
     for offset in range(0, int(item.operands[2], 0), 4):
-        words = lanes.program.machine.memory.load(source + np.uint64(offset), 4)
-        lanes.program.shared.store(to + np.uint64(offset), words, 4)
+        words, there = np.zeros(lanes.threads, "u4"), active & (size > offset)
+        words[there] = lanes.program.machine.memory.load(source[there] + np.uint64(offset), 4)
+        lanes.program.shared.store(to[active] + np.uint64(offset), words[active], 4)
 
 
 # Bytes of an element, by what tensor maps call its type: s32 and f16.

@@ -150,14 +150,14 @@ def scan_of_bytes(
     dt = softplus(dt + bias)
     decay = dt * rate + last
     pairs, c, own = _exchange(exchanged, bc)
-    weights = weights_of(shared, scores_of(keys, pairs), decays, decay, slot)
+    shared.store(gl.reshape(scores_of(keys, pairs), [CHUNK // 4, 4]))
     high, low, unit = digits_of(c * columns)
     unit = of_lanes(gl.expand_dims(unit, 1) + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
     factor = unit * gl.expand_dims(gl.exp(decay), 1) * scale
     x, gate = silu(x_before + new_x * x_tap), silu(z)
     async_copy.wait_group(0)
     y = from_states(states, high, low) * factor
-    y += attended(values, weights, slot)
+    y += attended(values, weights_of(shared, decays, decay, slot), slot)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * gate
     store_rounded(gated + row * INNER + channels, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))

@@ -52,8 +52,8 @@ _SLOTS = gl.constexpr(
 def hold_values(past_x, slot, INNER: gl.constexpr):
     """Set the tokens' dt * x of WARPS heads on their way: of tokens 4 i + j eight channels each.
 
-    `past_x` points to the first of these tokens, and of them to the first head; those from `slot`
-    on are not there.
+    `past_x` points to the first of these tokens, and of them to the first head. In place of those
+    from `slot` on there will be zeros, with which the copies fill what their mask leaves out.
     """
     number, thread, word = places(VALUES)
     at = thread % 4 * (INNER // 2) + thread // 32 * (P // 2) + thread // 4 % 8 * 4 + word
@@ -164,12 +164,8 @@ def scores_of(keys, pairs):
 
 
 @gluon.jit
-def weights_of(shared, scores, decays, decay, slot):
-    """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4).
-
-    `scores` of each warp's tokens go to all warps, through `shared`.
-    """
-    shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
+def weights_of(shared, decays, decay, slot):
+    """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4), from the scores of all."""
     scores = shared.permute([1, 0]).load(gl.SliceLayout(0, gl.SliceLayout(0, _SLOTS)))
     scores = gl.expand_dims(gl.expand_dims(scores, 0), 0)
     left = gl.exp(_heads_of_slots(decay) - decays)
@@ -198,21 +194,27 @@ def _attend_text():
 
 
 @gluon.jit
-def _attend(held, group: gl.constexpr, weights, slot, tiles):
+def _attend(held, group: gl.constexpr, weights, tiles):
     """Tiles (threads, 4), to which 16 tokens are added, times `weights` (threads, 4)."""
-    q, j = lanes()
+    q, _j = lanes()
     kept = (weights.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
     digits = gl.where(gl.expand_dims(q % 2 != 0, 1), weights - kept, kept)
     digits = digits.to(gl.int32, bitcast=True)
-    found = none()
-    for i in gl.static_range(4):
-        there = gl.expand_dims(16 * group + 4 * i + j < slot, 1)
-        found += (gl.where(there, fragment(held, 4 * group + i), 0),)
     text: gl.constexpr = _attend_text()
     return gl.inline_asm_elementwise(
         text,
         constraints("f", 16, "r", 20, "f", 16),
-        [found[0], found[1], found[2], found[3], digits, tiles[0], tiles[1], tiles[2], tiles[3]],
+        [
+            fragment(held, 4 * group),
+            fragment(held, 4 * group + 1),
+            fragment(held, 4 * group + 2),
+            fragment(held, 4 * group + 3),
+            digits,
+            tiles[0],
+            tiles[1],
+            tiles[2],
+            tiles[3],
+        ],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
         is_pure=True,
         pack=4,
@@ -241,9 +243,9 @@ def attended(held, weights, slot):
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
     first = gl.convert_layout(first, FRAGMENT, assert_trivial=True)
     second = gl.convert_layout(second, FRAGMENT, assert_trivial=True)
-    tiles = _attend(held, 0, first, slot, (zero, zero, zero, zero))
+    tiles = _attend(held, 0, first, (zero, zero, zero, zero))
     if slot > 16:
-        tiles = _attend(held, 1, second, slot, tiles)
+        tiles = _attend(held, 1, second, tiles)
     mine = gl.inline_asm_elementwise(
         _pick_text(),
         constraints("f", 4, "f", 16),
