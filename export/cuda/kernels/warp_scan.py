@@ -21,6 +21,7 @@ from aim_export.cuda.kernels.warp_tokens import (
     attended,
     halves,
     hold_values,
+    left_of,
     load_decays,
     load_keys,
     scores_of,
@@ -140,9 +141,11 @@ def scan_of_bytes(
     bc_before, bc_tap = _before(ring, conv_weight, conv_bias, INNER + both, at, X, K)
     begin_dependents(OVERLAPS)
     projected += row * (INNER + X + H)
-    new_bc = gl.load(projected + 2 * INNER + both)
-    dt = gl.load(projected + INNER + X + heads)
-    new_x, z = gl.load(projected + INNER + channels), gl.load(projected + channels)
+    # Volatile, for the assembler would put off the last two until the first are used.
+    z = gl.load(projected + channels, volatile=True)
+    new_x = gl.load(projected + INNER + channels, volatile=True)
+    dt = gl.load(projected + INNER + X + heads, volatile=True)
+    new_bc = gl.load(projected + 2 * INNER + both, volatile=True)
     bc = silu(bc_before + new_bc * bc_tap)
     # Both at a time: none takes the place of the other, so that no warp waits before it writes.
     exchanged = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
@@ -154,10 +157,11 @@ def scan_of_bytes(
     high, low, unit = digits_of(c * columns)
     unit = of_lanes(gl.expand_dims(unit, 1) + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
     factor = unit * gl.expand_dims(gl.exp(decay), 1) * scale
+    left = left_of(decays, decay)
     x, gate = silu(x_before + new_x * x_tap), silu(z)
     async_copy.wait_group(0)
     y = from_states(states, high, low) * factor
-    y += attended(values, weights_of(shared, decays, decay, slot), slot)
+    y += attended(values, weights_of(shared, left, slot), slot)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * gate
     store_rounded(gated + row * INNER + channels, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))

@@ -164,11 +164,16 @@ def scores_of(keys, pairs):
 
 
 @gluon.jit
-def weights_of(shared, decays, decay, slot):
+def left_of(decays, decay):
+    """What is left at the newest token of each token's share (WARPS, 1, 4, CHUNK / 4)."""
+    return gl.exp(_heads_of_slots(decay) - decays)
+
+
+@gluon.jit
+def weights_of(shared, left, slot):
     """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4), from the scores of all."""
     scores = shared.permute([1, 0]).load(gl.SliceLayout(0, gl.SliceLayout(0, _SLOTS)))
     scores = gl.expand_dims(gl.expand_dims(scores, 0), 0)
-    left = gl.exp(_heads_of_slots(decay) - decays)
     weights = gl.where(_tokens() < slot, scores * left, 0.0)
     return weights + gl.full([WARPS, 8, 4, VALUES], 0.0, gl.float32, _SLOTS)
 
