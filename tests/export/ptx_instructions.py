@@ -540,7 +540,8 @@ def _init_barrier(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> N
 def _arrive(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     assert mask is None or mask.sum() == 1
     barrier = lanes.program.barriers[_first(lanes, lanes.address(item.operands[1]), mask)]
-    barrier.bytes += int(item.operands[2]) if "expect_tx" in item.opcode else 0
+    if "expect_tx" in item.opcode:
+        barrier.bytes += _first(lanes, lanes.get(item.operands[2], "u4"), mask)
     barrier.pending -= 1
     assert barrier.pending >= 0
     barrier.settle()
@@ -564,6 +565,22 @@ def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) 
         words, there = np.zeros(lanes.threads, "u4"), active & (size > offset)
         words[there] = lanes.program.machine.memory.load(source[there] + np.uint64(offset), 4)
         lanes.program.shared.store(to[active] + np.uint64(offset), words[active], 4)
+
+
+@handles("cp.async.bulk.shared::cluster.global")
+def _copy_line(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Bytes that lie side by side."""
+    found = [lanes.address(item.operands[0]), lanes.address(item.operands[1])]
+    found += [lanes.get(item.operands[2], "u4"), lanes.address(item.operands[3])]
+    for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
+        to, source, size, bar = (int(value[thread]) for value in found)
+        assert to % 16 == source % 16 == size % 16 == 0
+        offset = np.arange(0, size, 4, dtype=np.uint64)
+        words = lanes.program.machine.memory.load(np.uint64(source) + offset, 4)
+        lanes.program.shared.store(np.uint64(to) + offset, words, 4)
+        barrier = lanes.program.barriers[bar]
+        barrier.bytes -= size
+        barrier.settle()
 
 
 # Bytes of an element, by what tensor maps call its type: s32 and f16.

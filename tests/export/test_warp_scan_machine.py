@@ -27,7 +27,7 @@ random = np.random.default_rng(0)
 
 @cache
 def machine(types: tuple[str, ...], constants: tuple[tuple[str, Any], ...]) -> Machine:
-    return compiled(KernelSpec(warp_scan.scan_of_bytes, types, constants, WARPS), (32 * WARPS,))
+    return compiled(KernelSpec(warp_scan.scan_of_bytes, types, constants, WARPS), WARPS * (32,))
 
 
 def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
@@ -100,11 +100,12 @@ def expected(before: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize("at", [[0, 2, 5], [31, 32, 33], [48, 63, 64], [80, 100, 255]])
-def test_scan(at: list[int]) -> None:
+def test_scan(at: list[int], bulk: bool) -> None:
     before = memory(at)
     after = {name: value.copy() for name, value in before.items()}
-    constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q}
+    constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "BULK": bulk}
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
     kernel.run(list(after.values()), (H // WARPS, R))

@@ -14,8 +14,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
+from aim_export.cuda.kernels.warp_bulk import arrived, bulk_states, hold_all, share_scores, shared_of_all
 from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, FRAGMENT, LINES, THREADS, WARPS, P, S, of_lanes
-from aim_export.cuda.kernels.warp_states import COLUMNS, digits_of, from_states, hold_states
+from aim_export.cuda.kernels.warp_states import COLUMNS, digits_of, from_states, hold_states, states_there
 from aim_export.cuda.kernels.warp_tokens import (
     SCORED,
     attended,
@@ -116,6 +117,7 @@ def scan_of_bytes(
     H: gl.constexpr,
     K: gl.constexpr,
     QUERIES: gl.constexpr,
+    BULK: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """One token through the states of a row's heads; the grid is (H / WARPS, R)."""
@@ -123,11 +125,17 @@ def scan_of_bytes(
     at = gl.load(position + row).to(gl.int32)
     slot, old = at % CHUNK, at >= CHUNK
     # Everything up to the wait was written a step ago or earlier.
-    states = hold_states(state + row * (H * P * S), first_head, old)
     past_x += row * (CHUNK * INNER) + first_head * P
+    if BULK:
+        held, exchanged, shared = shared_of_all()
+        states, values = hold_all(
+            state + row * (H * P * S), past_x, first_head, slot, old, INNER
+        )
+    else:
+        states = hold_states(state + row * (H * P * S), first_head, old)
+        values = hold_values(past_x, slot, INNER)
     past_b += row * (CHUNK * S)
     past_decay += row * (H * CHUNK)
-    values = hold_values(past_x, slot, INNER)
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
     channels = gl.expand_dims(heads, 1) * P
@@ -147,21 +155,31 @@ def scan_of_bytes(
     dt = gl.load(projected + INNER + X + heads, volatile=True)
     new_bc = gl.load(projected + 2 * INNER + both, volatile=True)
     bc = silu(bc_before + new_bc * bc_tap)
-    # Both at a time: none takes the place of the other, so that no warp waits before it writes.
-    exchanged = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
-    shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
+    if not BULK:
+        # Both at a time: none takes the place of the other, so that no warp waits before it writes.
+        exchanged = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
+        shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
     dt = softplus(dt + bias)
     decay = dt * rate + last
     pairs, c, own = _exchange(exchanged, bc)
-    shared.store(gl.reshape(scores_of(keys, pairs), [CHUNK // 4, 4]))
+    if BULK:
+        share_scores(scores_of(keys, pairs))
+    else:
+        shared.store(gl.reshape(scores_of(keys, pairs), [CHUNK // 4, 4]))
     high, low, unit = digits_of(c * columns)
     unit = of_lanes(gl.expand_dims(unit, 1) + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
     factor = unit * gl.expand_dims(gl.exp(decay), 1) * scale
     left = left_of(decays, decay)
     x, gate = silu(x_before + new_x * x_tap), silu(z)
-    async_copy.wait_group(0)
-    y = from_states(states, high, low) * factor
-    y += attended(values, weights_of(shared, left, slot), slot)
+    if BULK:
+        gl.thread_barrier()
+        values = arrived(values, True)
+        found = bulk_states(arrived(states, False))
+    else:
+        async_copy.wait_group(0)
+        found = states_there(states)
+    y = from_states(found, high, low) * factor
+    y += attended(values, weights_of(shared, left, slot), slot, BULK)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * gate
     store_rounded(gated + row * INNER + channels, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))

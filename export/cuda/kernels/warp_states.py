@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import INTEGERS
+from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import (
     CHANNELS,
     FRAGMENT,
@@ -120,6 +121,15 @@ def digits_of(query):
     return high, low, _threads_of(unit) * (1.0 / 254.0)
 
 
+@gluon.jit
+def states_there(held):
+    """The fragments that `hold_states` holds."""
+    found = none()
+    for number in gl.static_range(16):
+        found += (fragment(held, number),)
+    return found
+
+
 @gluon.constexpr_function
 def _words_text(high, low):
     """PTX: what lanes multiply by in either half of a state, `l` the lane.
@@ -169,29 +179,29 @@ def _state_text():
 
 
 @gluon.jit
-def from_states(held, high, low):
-    """What `hold_states` holds times the digits of C, in units of the second: float32."""
+def from_states(fragments, high, low):
+    """A thread's 16 fragments of the state times the digits of C, in units of the second: float32."""
     four = gl.full([THREADS, 4], 0, gl.int32, FRAGMENT)
     mine = gl.inline_asm_elementwise(
         _state_text(),
         constraints("r", 4, "r", 72),
         [
-            fragment(held, 0),
-            fragment(held, 1),
-            fragment(held, 2),
-            fragment(held, 3),
-            fragment(held, 4),
-            fragment(held, 5),
-            fragment(held, 6),
-            fragment(held, 7),
-            fragment(held, 8),
-            fragment(held, 9),
-            fragment(held, 10),
-            fragment(held, 11),
-            fragment(held, 12),
-            fragment(held, 13),
-            fragment(held, 14),
-            fragment(held, 15),
+            fragments[0],
+            fragments[1],
+            fragments[2],
+            fragments[3],
+            fragments[4],
+            fragments[5],
+            fragments[6],
+            fragments[7],
+            fragments[8],
+            fragments[9],
+            fragments[10],
+            fragments[11],
+            fragments[12],
+            fragments[13],
+            fragments[14],
+            fragments[15],
             gl.expand_dims(high, 1) + four,
             gl.expand_dims(low, 1) + four,
         ],

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_common import bits, none
+from aim_export.cuda.kernels.warp_bulk import TOKEN, fragment_at
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
@@ -199,21 +200,27 @@ def _attend_text():
 
 
 @gluon.jit
-def _attend(held, group: gl.constexpr, weights, tiles):
+def _attend(held, group: gl.constexpr, weights, tiles, BULK: gl.constexpr):
     """Tiles (threads, 4), to which 16 tokens are added, times `weights` (threads, 4)."""
     q, _j = lanes()
     kept = (weights.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
     digits = gl.where(gl.expand_dims(q % 2 != 0, 1), weights - kept, kept)
     digits = digits.to(gl.int32, bitcast=True)
+    found = none()
+    for i in gl.static_range(4 * group, 4 * group + 4):
+        if BULK:
+            found += (fragment_at(held, i * TOKEN),)
+        else:
+            found += (fragment(held, i),)
     text: gl.constexpr = _attend_text()
     return gl.inline_asm_elementwise(
         text,
         constraints("f", 16, "r", 20, "f", 16),
         [
-            fragment(held, 4 * group),
-            fragment(held, 4 * group + 1),
-            fragment(held, 4 * group + 2),
-            fragment(held, 4 * group + 3),
+            found[0],
+            found[1],
+            found[2],
+            found[3],
             digits,
             tiles[0],
             tiles[1],
@@ -241,16 +248,16 @@ def _pick_text():
 
 
 @gluon.jit
-def attended(held, weights, slot):
+def attended(held, weights, slot, BULK: gl.constexpr):
     """The tokens that `hold_values` holds, times `weights`: (WARPS, P)."""
     zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
     weights = gl.reshape(weights, [THREADS, 2, 4])
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
     first = gl.convert_layout(first, FRAGMENT, assert_trivial=True)
     second = gl.convert_layout(second, FRAGMENT, assert_trivial=True)
-    tiles = _attend(held, 0, first, (zero, zero, zero, zero))
+    tiles = _attend(held, 0, first, (zero, zero, zero, zero), BULK)
     if slot > 16:
-        tiles = _attend(held, 1, second, tiles)
+        tiles = _attend(held, 1, second, tiles, BULK)
     mine = gl.inline_asm_elementwise(
         _pick_text(),
         constraints("f", 4, "f", 16),
