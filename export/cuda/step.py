@@ -275,6 +275,7 @@ class StepBuilder:
         if self.scans_by_warps:
             warps = warp_fragments.WARPS.value
             grid = g.H // warps, self.rows
+            shared["BULK"] = False
             return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **shared)
         return self.launch(
             scan.scan,

@@ -120,7 +120,9 @@ class Machine:
     def _schedule(self, grid: tuple[int, int], order: random.Random) -> None:
         running: list[Iterator[str]] = []
         for place in product(range(grid[0]), range(grid[1])):
-            program = Program(place, self, Memory(SHARED, np.zeros(self.shared, np.uint8)))
+            # What another program has left there: of every type of float no number.
+            left = np.full(self.shared, 255, np.uint8)
+            program = Program(place, self, Memory(SHARED, left))
             first = 0
             for threads in self.groups:
                 running.append(execute(self.code, Lanes(first, threads, program)))

@@ -1,0 +1,212 @@
+"""8-bit states times C, for the scan of a head a warp.
+
+C, times the columns' factors, is two digits to the base 254, of mma.m16n8k32. A lane has four
+columns of the state, a *word* of each digit, and multiplies by it in column q of B alone: so digits
+stay where they are made, and the sum over the lanes of a row is the product. Rows of A are channels
+8 q + g, g the number of the product.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from aim_export.cuda.kernels.common import INTEGERS
+from aim_export.cuda.kernels.persistent_common import none
+from k_new_warp_fragments import (
+    CHANNELS,
+    FRAGMENT,
+    THREAD,
+    THREADS,
+    WARPS,
+    P,
+    S,
+    constraints,
+    copy,
+    fragment,
+    of_heads,
+    of_lanes,
+    places,
+    room,
+)
+
+COLUMNS = gl.constexpr(of_heads((1, 2), (16, 32, 4, 8, 64)))  # a lane's word is four side by side
+_WORDS = gl.constexpr(P.value * S.value // 4)  # of a state
+
+
+@gluon.jit
+def hold_states(state, head, old):
+    """Set the states of WARPS heads from `head` on their way, if they are `old`.
+
+    Fragments are of channel 8 q + g, for each g one of either half of its columns.
+    """
+    number, thread, word = places(16)
+    at = thread // 32 * _WORDS + thread // 4 % 8 * (2 * S) + thread % 4 * 4 + word
+    words = (state.to(gl.pointer_type(gl.int32)) + head * _WORDS) + at
+    words += number // 2 * (S // 4) + number % 2 * 16
+    held = room(16)
+    copy(held, words, (number + thread + word >= 0) & old, 16)
+    return held
+
+
+@gluon.jit
+def _each(values):
+    """A lane's four numbers (WARPS, S), one by one: (WARPS, S / 4)."""
+    even, odd = gl.split(gl.reshape(values, [WARPS, S // 2, 2]))
+    first, third = gl.split(gl.reshape(even, [WARPS, S // 4, 2]))
+    second, fourth = gl.split(gl.reshape(odd, [WARPS, S // 4, 2]))
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _threads_of(values):
+    """(WARPS, S / 4), one a lane, as (THREADS,)."""
+    # Of half, j, word of a half.
+    values = gl.permute(gl.reshape(values, [WARPS, 2, 4, 4]), [0, 1, 3, 2])
+    return gl.convert_layout(gl.reshape(values, [THREADS]), THREAD, assert_trivial=True)
+
+
+@gluon.jit
+def _word(first, second, third, fourth):
+    """The lower bytes of four numbers."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040;"
+        "prmt.b32 $0, a, b, 0x5410; }",
+        "=r,r,r,r,r",
+        [first, second, third, fourth],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _largest(value):
+    """The largest in a warp of numbers without signs, whose bits are in the numbers' order."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.u32 $0, $1, 0xffffffff;",
+        "=r,r",
+        [value.to(gl.int32, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    ).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _digits(value, factor):
+    """Two digits to the base 254 of value * factor, in the lower bytes."""
+    value = value * factor
+    first = value + INTEGERS
+    # To the base 254, for a digit leaves at most a half over.
+    second = (value - (first - INTEGERS)) * 254.0 + INTEGERS
+    return first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def digits_of(query):
+    """Each head's query (WARPS, S) as two words of int8 a lane, and what the second counts."""
+    a, b, c, d = _each(query)
+    largest = gl.maximum(gl.maximum(gl.abs(a), gl.abs(b)), gl.maximum(gl.abs(c), gl.abs(d)))
+    largest = _largest(largest)
+    unit = gl.where(largest > 0.0, largest / 127.0, 1.0)
+    factor = 1.0 / unit
+    high_a, low_a = _digits(a, factor)
+    high_b, low_b = _digits(b, factor)
+    high_c, low_c = _digits(c, factor)
+    high_d, low_d = _digits(d, factor)
+    high = _threads_of(_word(high_a, high_b, high_c, high_d))
+    low = _threads_of(_word(low_a, low_b, low_c, low_d))
+    return high, low, _threads_of(unit) * (1.0 / 254.0)
+
+
+@gluon.jit
+def states_there(held):
+    """The fragments that `hold_states` holds."""
+    found = none()
+    for number in gl.static_range(16):
+        found += (fragment(held, number),)
+    return found
+
+
+@gluon.constexpr_function
+def _words_text(high, low):
+    """PTX: what lanes multiply by in either half of a state, `l` the lane.
+
+    Columns 0 to 3 of B are for the first digit and 4 to 7 for the second, each for a word of the
+    half; lanes q < 4 have the words of the first half, the others those of the second.
+    """
+    text = "mov.u32 l, %laneid; and.b32 s, l, 16; setp.eq.u32 p, s, 0;"
+    text += f"selp.b32 s, {low}, {high}, p; shfl.sync.bfly.b32 r, s, 16, 0x1f, 0xffffffff;"
+    text += f"selp.b32 s, {high}, r, p; selp.b32 r, r, {low}, p; and.b32 t, l, 8;"
+    text += "setp.eq.u32 o, t, 0; selp.b32 e0, s, 0, o; selp.b32 e1, 0, s, o;"
+    return text + "selp.b32 f0, r, 0, o; selp.b32 f1, 0, r, o;"
+
+
+@gluon.constexpr_function
+def _state_text():
+    """PTX: 64 channels times C, of which lane j keeps 2 j and the next.
+
+    Each product is a digit's in the lanes j < 2, the other's in the others: of these eight, which do
+    not wait for each other, the sums over j are the results.
+    """
+    text = "{ .reg .b32 l, s, r, t, z, e<2>, f<2>, a<8>, b<8>, c<8>, d<8>; .reg .pred p, o;"
+    text += "mov.b32 z, 0;" + _words_text("$68", "$72")
+    product = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+    for half, word in ((0, "e"), (1, "f")):
+        for i in range(8):
+            four = ",".join(f"${4 + 8 * i + 4 * half + k}" for k in range(4))
+            out = f"{{a{i},b{i},c{i},d{i}}}"
+            total = out if half else "{z,z,z,z}"
+            text += f"{product} {out}, {{{four}}}, {{{word}0,{word}1}}, {total};"
+    text += "and.b32 s, l, 2; setp.ne.u32 p, s, 0; selp.b32 t, 1, 254, p;"
+    text += "and.b32 s, l, 1; setp.ne.u32 o, s, 0;"
+    for i in range(8):
+        text += f"add.s32 a{i}, a{i}, d{i}; mul.lo.s32 a{i}, a{i}, t;"
+    for kept, other, lane, choice in (
+        (0, 4, 2, "p"),
+        (1, 5, 2, "p"),
+        (2, 6, 2, "p"),
+        (3, 7, 2, "p"),
+        (0, 2, 1, "o"),
+        (1, 3, 1, "o"),
+    ):
+        text += f"selp.b32 s, a{kept}, a{other}, {choice};"
+        text += f"selp.b32 a{kept}, a{other}, a{kept}, {choice};"
+        text += f"shfl.sync.bfly.b32 r, s, {lane}, 0x1f, 0xffffffff; add.s32 a{kept}, a{kept}, r;"
+    return text + "mov.b32 $0, a0; mov.b32 $1, a1; mov.b32 $2, a0; mov.b32 $3, a1; }"
+
+
+@gluon.jit
+def from_states(fragments, high, low):
+    """A thread's 16 fragments of the state times the digits of C, in units of the second: float32."""
+    four = gl.full([THREADS, 4], 0, gl.int32, FRAGMENT)
+    mine = gl.inline_asm_elementwise(
+        _state_text(),
+        constraints("r", 4, "r", 72),
+        [
+            fragments[0],
+            fragments[1],
+            fragments[2],
+            fragments[3],
+            fragments[4],
+            fragments[5],
+            fragments[6],
+            fragments[7],
+            fragments[8],
+            fragments[9],
+            fragments[10],
+            fragments[11],
+            fragments[12],
+            fragments[13],
+            fragments[14],
+            fragments[15],
+            gl.expand_dims(high, 1) + four,
+            gl.expand_dims(low, 1) + four,
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+    return of_lanes(mine).to(gl.float32)

@@ -1,0 +1,269 @@
+"""The tokens since the chunk began, for the scan of a head a warp: keys by C, values by scores.
+
+- **Scores**, B times C, are shared by all heads of a row: a warp makes those of eight tokens, of
+  mma.m16n8k16 with C as two halves, the second of what the first leaves: 22 bits.
+- **Values**, dt * x: those of eight tokens are A of mma.m16n8k8 as 16 channels by tokens, in the
+  tensor cores' format of 19 bits, in which halves are exact and scores of any size fit. A score is
+  two of its numbers, in even and in odd columns.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from aim_export.cuda.kernels.common import HALF_LIMIT
+from aim_export.cuda.kernels.persistent_common import bits, none
+from k_new_warp_bulk import TOKEN, fragment_at
+from k_new_warp_fragments import (
+    CHUNK,
+    FRAGMENT,
+    THREAD,
+    THREADS,
+    WARPS,
+    P,
+    S,
+    constraints,
+    copy,
+    fragment,
+    lanes,
+    of_heads,
+    of_lanes,
+    places,
+    room,
+)
+
+VALUES = gl.constexpr(CHUNK.value // 4)  # fragments of a thread
+SCORED = gl.constexpr(of_heads((1, 4), (8, 16, 2, 32, 64)))  # a lane's share of C for scores
+
+
+_SLOTS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 0, bit] for bit in bits(VALUES.value)],
+        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        [[bit, 0, 0, 0] for bit in bits(WARPS.value)],
+        [],
+        [WARPS.value, 8, 4, VALUES.value],
+    )
+)
+
+
+@gluon.jit
+def hold_values(past_x, slot, INNER: gl.constexpr):
+    """Set the tokens' dt * x of WARPS heads on their way: of tokens 4 i + j eight channels each.
+
+    `past_x` points to the first of these tokens, and of them to the first head. In place of those
+    from `slot` on there will be zeros, with which the copies fill what their mask leaves out.
+    """
+    number, thread, word = places(VALUES)
+    at = thread % 4 * (INNER // 2) + thread // 32 * (P // 2) + thread // 4 % 8 * 4 + word
+    words = (past_x.to(gl.pointer_type(gl.int32)) + at) + number * (2 * INNER)
+    held = room(VALUES)
+    copy(held, words, (number * 4 + thread % 4 + word * 0) < slot, VALUES)
+    return held
+
+
+@gluon.jit
+def load_keys(past_b, slot):
+    """B of token 8 w + q in warp w, four quarters (THREADS, 4) of it."""
+    thread = gl.arange(0, THREADS, THREAD)
+    word = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, FRAGMENT)), 0)
+    token = gl.expand_dims(thread // 4, 1)
+    words = past_b.to(gl.pointer_type(gl.int32)) + token * (S // 2)
+    words += gl.expand_dims(thread % 4 * 4, 1) + word
+    there = (token < slot) & (word >= 0)
+    loaded = none()
+    for quarter in gl.static_range(4):
+        loaded += (gl.load(words + quarter * 16, mask=there, other=0),)
+    return loaded
+
+
+@gluon.jit
+def _tokens():
+    """(1, 1, 4, CHUNK / 4): the token 4 i + j."""
+    j = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, _SLOTS))))
+    i = gl.arange(0, VALUES, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, _SLOTS))))
+    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 1), 3)
+    return j + 4 * gl.expand_dims(gl.expand_dims(gl.expand_dims(i, 0), 1), 2)
+
+
+@gluon.jit
+def _heads_of_slots(values):
+    """(WARPS,) as (WARPS, 1, 1, 1)."""
+    layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, _SLOTS))
+    values = gl.convert_layout(values, gl.SliceLayout(1, layout), assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(values, 1), 2), 3)
+
+
+@gluon.jit
+def load_decays(past_decay, heads, slot):
+    """The tokens' sums of dt * a (WARPS, 1, 4, CHUNK / 4)."""
+    token = _tokens()
+    at = _heads_of_slots(heads) * CHUNK + token
+    return gl.load(past_decay + at, mask=(at >= 0) & (token < slot), other=0.0)
+
+
+@gluon.jit
+def halves(value):
+    """Each lane's four numbers of C (1, S) in `SCORED` as two pairs of halves, and as two of what
+    those leave: (threads, 4)."""
+    value = gl.maximum(gl.minimum(value, HALF_LIMIT), -HALF_LIMIT) + gl.full(
+        [WARPS, S], 0.0, gl.float32, SCORED
+    )
+    pairs = gl.inline_asm_elementwise(
+        "{ .reg .b16 h, k, i, l; .reg .f32 a, b, c, d; cvt.rn.f16x2.f32 $0, $5, $4;"
+        "cvt.rn.f16x2.f32 $1, $7, $6; mov.b32 {h, k}, $0; mov.b32 {i, l}, $1; cvt.f32.f16 a, h;"
+        "cvt.f32.f16 b, k; cvt.f32.f16 c, i; cvt.f32.f16 d, l; sub.f32 a, $4, a; sub.f32 b, $5, b;"
+        "sub.f32 c, $6, c; sub.f32 d, $7, d; cvt.rn.f16x2.f32 $2, b, a;"
+        "cvt.rn.f16x2.f32 $3, d, c; }",
+        "=&r,=&r,=&r,=&r,f,f,f,f",
+        [value],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=4,
+    )
+    # warp, q2, q1, j1, j0, register, q0, register
+    pairs = gl.permute(gl.reshape(pairs, [WARPS, 2, 2, 2, 2, 2, 2, 2]), [0, 1, 2, 6, 3, 4, 5, 7])
+    return gl.convert_layout(gl.reshape(pairs, [THREADS, 4]), FRAGMENT, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _score_text():
+    """PTX: a key's product with C in each lane of its row.
+
+    A quarter of it is right in the lanes whose number is the quarter's: the first half of a
+    quarter's words in rows q and even columns, the second in rows q + 8 and odd ones.
+    """
+    text = "{ .reg .f32 a, b, c, d, z, s, t; .reg .b32 l; .reg .pred p; mov.f32 z, 0f00000000;"
+    text += "mov.u32 l, %laneid; and.b32 l, l, 3;"
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {a,b,c,d}, "
+    for quarter in range(4):
+        key = ",".join(f"${4 + 4 * quarter + word}" for word in range(4))
+        text += f"{product}{{{key}}}, {{$20,$21}}, {{z,z,z,z}};"
+        text += f"{product}{{{key}}}, {{$22,$23}}, {{a,b,c,d}}; add.f32 t, a, d;"
+        text += f"setp.eq.u32 p, l, {quarter}; selp.f32 s, t, {'s' if quarter else 'z'}, p;"
+    for lane in (1, 2):
+        text += f"shfl.sync.bfly.b32 t, s, {lane}, 0x1f, 0xffffffff; add.f32 s, s, t;"
+    return text + "mov.f32 $0, s; mov.f32 $1, s; mov.f32 $2, s; mov.f32 $3, s; }"
+
+
+@gluon.jit
+def scores_of(keys, pairs):
+    """C times the keys of `load_keys`: (8 WARPS,), the tokens in order."""
+    text: gl.constexpr = _score_text()
+    found = gl.inline_asm_elementwise(
+        text,
+        constraints("f", 4, "r", 20),
+        [keys[0], keys[1], keys[2], keys[3], pairs],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=4,
+    )
+    # Sixteen times the same: each lane of a row and register.
+    return gl.max(gl.reshape(found, [8 * WARPS, 16]), axis=1)
+
+
+@gluon.jit
+def left_of(decays, decay):
+    """What is left at the newest token of each token's share (WARPS, 1, 4, CHUNK / 4)."""
+    return gl.exp(_heads_of_slots(decay) - decays)
+
+
+@gluon.jit
+def weights_of(shared, left, slot):
+    """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4), from the scores of all."""
+    scores = shared.permute([1, 0]).load(gl.SliceLayout(0, gl.SliceLayout(0, _SLOTS)))
+    scores = gl.expand_dims(gl.expand_dims(scores, 0), 0)
+    weights = gl.where(_tokens() < slot, scores * left, 0.0)
+    return weights + gl.full([WARPS, 8, 4, VALUES], 0.0, gl.float32, _SLOTS)
+
+
+@gluon.constexpr_function
+def _attend_text():
+    """PTX: to four tiles are added dt * x of 16 tokens, four words each, times their scores."""
+    text = "{ .reg .b16 h, k; .reg .f32 x, y; .reg .b32 a, b, c, d;"
+    for tile in range(4):
+        out = ",".join(f"${4 * tile + i}" for i in range(4))
+        total = ",".join(f"${36 + 4 * tile + i}" for i in range(4))
+        for pair in range(2):
+            for word, names in ((8 * pair, "ab"), (8 * pair + 4, "cd")):
+                text += f"mov.b32 {{h, k}}, ${16 + word + tile};"
+                text += "cvt.f32.f16 x, h; cvt.f32.f16 y, k;"
+                text += f"mov.b32 {names[0]}, x; mov.b32 {names[1]}, y;"
+            text += (
+                f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{out}}}, {{a,b,c,d}},"
+                f" {{${32 + 2 * pair},${33 + 2 * pair}}}, {{{total}}};"
+            )
+            total = out
+    return text + " }"
+
+
+@gluon.jit
+def _attend(held, group: gl.constexpr, weights, tiles, BULK: gl.constexpr):
+    """Tiles (threads, 4), to which 16 tokens are added, times `weights` (threads, 4)."""
+    q, _j = lanes()
+    kept = (weights.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+    digits = gl.where(gl.expand_dims(q % 2 != 0, 1), weights - kept, kept)
+    digits = digits.to(gl.int32, bitcast=True)
+    found = none()
+    for i in gl.static_range(4 * group, 4 * group + 4):
+        if BULK:
+            found += (fragment_at(held, i * TOKEN),)
+        else:
+            found += (fragment(held, i),)
+    text: gl.constexpr = _attend_text()
+    return gl.inline_asm_elementwise(
+        text,
+        constraints("f", 16, "r", 20, "f", 16),
+        [
+            found[0],
+            found[1],
+            found[2],
+            found[3],
+            digits,
+            tiles[0],
+            tiles[1],
+            tiles[2],
+            tiles[3],
+        ],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.constexpr_function
+def _pick_text():
+    """PTX: of four tiles, whose even and odd columns are two numbers' products, a lane's sums."""
+    text = "{ .reg .b32 l, s; .reg .f32 a<8>; .reg .pred p, o; mov.u32 l, %laneid; and.b32 s, l, 2;"
+    text += "setp.ne.u32 p, s, 0; and.b32 s, l, 1; setp.ne.u32 o, s, 0;"
+    for i in range(8):
+        text += f"add.f32 a{i}, ${4 + 2 * i}, ${5 + 2 * i};"
+    for kept in range(4):
+        text += f"selp.f32 a{kept}, a{kept + 4}, a{kept}, p;"
+    for kept in range(2):
+        text += f"selp.f32 a{kept}, a{kept + 2}, a{kept}, o;"
+    return text + "mov.f32 $0, a0; mov.f32 $1, a1; mov.f32 $2, a0; mov.f32 $3, a1; }"
+
+
+@gluon.jit
+def attended(held, weights, slot, BULK: gl.constexpr):
+    """The tokens that `hold_values` holds, times `weights`: (WARPS, P)."""
+    zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
+    weights = gl.reshape(weights, [THREADS, 2, 4])
+    first, second = gl.split(gl.permute(weights, [0, 2, 1]))
+    first = gl.convert_layout(first, FRAGMENT, assert_trivial=True)
+    second = gl.convert_layout(second, FRAGMENT, assert_trivial=True)
+    tiles = _attend(held, 0, first, (zero, zero, zero, zero), BULK)
+    if slot > 16:
+        tiles = _attend(held, 1, second, tiles, BULK)
+    mine = gl.inline_asm_elementwise(
+        _pick_text(),
+        constraints("f", 4, "f", 16),
+        [tiles[0], tiles[1], tiles[2], tiles[3]],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=4,
+    )
+    return of_lanes(mine)
