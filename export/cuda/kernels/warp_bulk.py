@@ -37,8 +37,8 @@ TOKEN = gl.constexpr(2 * WARPS.value * P.value)  # bytes
 _SHARE = gl.constexpr(CHUNK.value // 4 * TOKEN.value + 32)  # bytes of a lane's tokens
 _BLOCK = gl.constexpr(2 * S.value)  # words
 _BLOCKS = gl.constexpr(-(-(_TOKENS.value + 4 * _SHARE.value) // (4 * _BLOCK.value)) + 1)
-_SCORES = gl.constexpr(4 * _BLOCK.value * (_BLOCKS.value - 1) - 4 * CHUNK.value)
-_BARRIER = gl.constexpr(_SCORES.value - 8 * WARPS.value)
+SCORES = gl.constexpr(4 * _BLOCK.value * (_BLOCKS.value - 1) - 4 * CHUNK.value)
+_BARRIER = gl.constexpr(SCORES.value - 8 * WARPS.value)
 # What a program allocates: if it is all that a kernel has, it lies where assembly looks for it.
 BYTES = gl.constexpr(4 * _BLOCK.value * _BLOCKS.value)
 
@@ -115,8 +115,8 @@ def shared_of_all():
     held = gl.allocate_shared_memory(gl.float32, [_BLOCKS, _BLOCK], _LINE)
     lines: gl.constexpr = _BLOCKS * (_BLOCK // CHUNK)
     scores = held._reinterpret(gl.float32, [lines, CHUNK // 4, 4], LINES)
-    scores = scores.index(_SCORES // (4 * CHUNK))
-    return held, held.index(_BLOCKS - 1), scores
+    scores = scores.index(SCORES // (4 * CHUNK))
+    return held.index(_BLOCKS - 1), scores
 
 
 @gluon.constexpr_function
@@ -164,20 +164,3 @@ def bulk_states(places):
     for number in gl.static_range(16):
         found += (fragment_at(places, 64 * number),)
     return found
-
-
-@gluon.constexpr_function
-def _share_text():
-    return (
-        "{ .reg .b32 a; shl.b32 a, $1, 2; .reg .b32 s; mov.u32 s, global_smem; add.u32 a, a, s;"
-        f"st.shared.f32 [a+{_SCORES.value}], $2; mov.b32 $0, $1; }}"
-    )
-
-
-@gluon.jit
-def share_scores(scores):
-    """Put scores (8 WARPS,) where all find them behind the next barrier."""
-    token = gl.arange(0, CHUNK, scores.type.layout)
-    return gl.inline_asm_elementwise(
-        _share_text(), "=r,r,f", [token, scores], dtype=gl.int32, is_pure=False, pack=1
-    )

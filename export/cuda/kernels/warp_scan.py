@@ -14,9 +14,30 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
-from aim_export.cuda.kernels.warp_bulk import arrived, bulk_states, hold_all, share_scores, shared_of_all
-from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, FRAGMENT, LINES, THREADS, WARPS, P, S, of_lanes
-from aim_export.cuda.kernels.warp_states import COLUMNS, digits_of, from_states, hold_states, states_there
+from aim_export.cuda.kernels.warp_bulk import (
+    arrived,
+    bulk_states,
+    hold_all,
+    shared_of_all,
+)
+from aim_export.cuda.kernels.warp_fragments import (
+    CHANNELS,
+    CHUNK,
+    FRAGMENT,
+    LINES,
+    THREADS,
+    WARPS,
+    P,
+    S,
+    of_lanes,
+)
+from aim_export.cuda.kernels.warp_states import (
+    COLUMNS,
+    digits_of,
+    from_states,
+    hold_states,
+    states_there,
+)
 from aim_export.cuda.kernels.warp_tokens import (
     SCORED,
     attended,
@@ -25,7 +46,7 @@ from aim_export.cuda.kernels.warp_tokens import (
     left_of,
     load_decays,
     load_keys,
-    scores_of,
+    share_scores,
     weights_of,
 )
 
@@ -127,10 +148,8 @@ def scan_of_bytes(
     # Everything up to the wait was written a step ago or earlier.
     past_x += row * (CHUNK * INNER) + first_head * P
     if BULK:
-        held, exchanged, shared = shared_of_all()
-        states, values = hold_all(
-            state + row * (H * P * S), past_x, first_head, slot, old, INNER
-        )
+        exchanged, shared = shared_of_all()
+        states, values = hold_all(state + row * (H * P * S), past_x, first_head, slot, old, INNER)
     else:
         states = hold_states(state + row * (H * P * S), first_head, old)
         values = hold_values(past_x, slot, INNER)
@@ -162,10 +181,7 @@ def scan_of_bytes(
     dt = softplus(dt + bias)
     decay = dt * rate + last
     pairs, c, own = _exchange(exchanged, bc)
-    if BULK:
-        share_scores(scores_of(keys, pairs))
-    else:
-        shared.store(gl.reshape(scores_of(keys, pairs), [CHUNK // 4, 4]))
+    share_scores(shared, keys, pairs, BULK)
     high, low, unit = digits_of(c * columns)
     unit = of_lanes(gl.expand_dims(unit, 1) + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
     factor = unit * gl.expand_dims(gl.exp(decay), 1) * scale

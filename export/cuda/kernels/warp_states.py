@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 from aim_export.cuda.kernels.common import INTEGERS
 from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import (
-    CHANNELS,
     FRAGMENT,
     THREAD,
     THREADS,
@@ -148,8 +147,8 @@ def _words_text(high, low):
 def _state_text():
     """PTX: 64 channels times C, of which lane j keeps 2 j and the next.
 
-    Each product is a digit's in the lanes j < 2, the other's in the others: of these eight, which do
-    not wait for each other, the sums over j are the results.
+    Each product is a digit's in the lanes j < 2, the other's in the others: the sums over j of
+    these eight, which do not wait for each other, are the results.
     """
     text = "{ .reg .b32 l, s, r, t, z, e<2>, f<2>, a<8>, b<8>, c<8>, d<8>; .reg .pred p, o;"
     text += "mov.b32 z, 0;" + _words_text("$68", "$72")
@@ -180,7 +179,7 @@ def _state_text():
 
 @gluon.jit
 def from_states(fragments, high, low):
-    """A thread's 16 fragments of the state times the digits of C, in units of the second: float32."""
+    """A thread's 16 fragments of the state times the digits of C, in units of the second."""
     four = gl.full([THREADS, 4], 0, gl.int32, FRAGMENT)
     mine = gl.inline_asm_elementwise(
         _state_text(),

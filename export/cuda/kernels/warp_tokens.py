@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_common import bits, none
-from aim_export.cuda.kernels.warp_bulk import TOKEN, fragment_at
+from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, fragment_at
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
@@ -129,7 +129,7 @@ def halves(value):
 
 
 @gluon.constexpr_function
-def _score_text():
+def _score_text(BULK):
     """PTX: a key's product with C in each lane of its row.
 
     A quarter of it is right in the lanes whose number is the quarter's: the first half of a
@@ -145,13 +145,17 @@ def _score_text():
         text += f"setp.eq.u32 p, l, {quarter}; selp.f32 s, t, {'s' if quarter else 'z'}, p;"
     for lane in (1, 2):
         text += f"shfl.sync.bfly.b32 t, s, {lane}, 0x1f, 0xffffffff; add.f32 s, s, t;"
+    if BULK:
+        # It goes to all warps at once, from one lane.
+        text += "setp.eq.u32 p, l, 0; mov.u32 l, %tid.x; .reg .b32 g; mov.u32 g, global_smem;"
+        text += f"add.u32 g, g, l; @p st.shared.f32 [g+{SCORES.value}], s;"
     return text + "mov.f32 $0, s; mov.f32 $1, s; mov.f32 $2, s; mov.f32 $3, s; }"
 
 
 @gluon.jit
-def scores_of(keys, pairs):
-    """C times the keys of `load_keys`: (8 WARPS,), the tokens in order."""
-    text: gl.constexpr = _score_text()
+def share_scores(shared, keys, pairs, BULK: gl.constexpr):
+    """Put C times the keys of `load_keys` into `shared` (CHUNK / 4, 4), the tokens in order."""
+    text: gl.constexpr = _score_text(BULK)
     found = gl.inline_asm_elementwise(
         text,
         constraints("f", 4, "r", 20),
@@ -160,8 +164,10 @@ def scores_of(keys, pairs):
         is_pure=False,
         pack=4,
     )
-    # Sixteen times the same: each lane of a row and register.
-    return gl.max(gl.reshape(found, [8 * WARPS, 16]), axis=1)
+    if not BULK:
+        # Sixteen times the same: each lane of a row and register.
+        scores = gl.max(gl.reshape(found, [8 * WARPS, 16]), axis=1)
+        shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
 
 
 @gluon.jit
