@@ -56,6 +56,50 @@ _BOTH = gl.constexpr(gl.BlockedLayout([2 * S.value // THREADS.value], [32], [WAR
 
 
 @gluon.jit
+def _hold(state, past_x, first_head, slot, old, INNER: gl.constexpr, BULK: gl.constexpr):
+    """States and tokens, on their way, and room for B and C (2 S,) and scores (CHUNK / 4, 4)."""
+    if BULK:
+        exchanged, scores = shared_of_all()
+        states, values = hold_all(state, past_x, first_head, slot, old, INNER)
+    else:
+        states, values = hold_states(state, first_head, old), hold_values(past_x, slot, INNER)
+        # Both at a time: none takes the place of the other, so that no warp waits before it writes.
+        exchanged = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
+        scores = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
+    return states, values, exchanged, scores
+
+
+@gluon.jit
+def _states_there(states, BULK: gl.constexpr):
+    """A thread's fragments of the state, when they and the scores of all warps are there."""
+    if BULK:
+        gl.thread_barrier()
+        found = bulk_states(arrived(states, False))
+    else:
+        async_copy.wait_group(0)
+        found = states_there(states)
+    return found
+
+
+@gluon.jit
+def _channels_of(heads):
+    """(WARPS, P)"""
+    return gl.expand_dims(heads, 1) * P + gl.expand_dims(
+        gl.arange(0, P, gl.SliceLayout(0, CHANNELS)), 0
+    )
+
+
+@gluon.jit
+def _load_projected(projected, heads, channels, both, INNER: gl.constexpr, X: gl.constexpr):
+    """A row's z, and the newest x, dt and B with C, as `in_proj` has left them."""
+    # Volatile, for the assembler would put off the first two until the last is used.
+    z = gl.load(projected + channels, volatile=True)
+    new_x = gl.load(projected + INNER + channels, volatile=True)
+    dt = gl.load(projected + INNER + X + heads, volatile=True)
+    return z, new_x, dt, gl.load(projected + 2 * INNER + both, volatile=True)
+
+
+@gluon.jit
 def _before(ring, weight, bias, channels, at, X: gl.constexpr, K: gl.constexpr):
     """What the convolution adds to the newest input's share, and that input's tap."""
     total = gl.load(bias + channels)
@@ -85,8 +129,7 @@ def _load_heads(a, d, dt_bias, past_decay, heads, slot):
 @gluon.jit
 def _remember(past_x, past_decay, slot, heads, decay, value, INNER: gl.constexpr):
     """Put the token's dt * x (WARPS, P) and decay into its slot."""
-    channel = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)), 1) * P
-    channel += gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, CHANNELS)), 0)
+    channel = _channels_of(gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)))
     store_rounded(past_x + slot * INNER + channel, value, channel >= 0)
     gl.store(past_decay + heads * CHUNK + slot, decay)
 
@@ -147,18 +190,13 @@ def scan_of_bytes(
     slot, old = at % CHUNK, at >= CHUNK
     # Everything up to the wait was written a step ago or earlier.
     past_x += row * (CHUNK * INNER) + first_head * P
-    if BULK:
-        exchanged, shared = shared_of_all()
-        states, values = hold_all(state + row * (H * P * S), past_x, first_head, slot, old, INNER)
-    else:
-        states = hold_states(state + row * (H * P * S), first_head, old)
-        values = hold_values(past_x, slot, INNER)
+    state += row * (H * P * S)
+    states, values, exchanged, scores = _hold(state, past_x, first_head, slot, old, INNER, BULK)
     past_b += row * (CHUNK * S)
     past_decay += row * (H * CHUNK)
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
-    channels = gl.expand_dims(heads, 1) * P
-    channels += gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, CHANNELS)), 0)
+    channels = _channels_of(heads)
     rate, skip, bias, last = _load_heads(a, d, dt_bias, past_decay, heads, slot)
     scale = gl.load(state_scale + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
     columns = _load_columns(column_scale + row * (H * S), first_head, old)
@@ -168,34 +206,19 @@ def scan_of_bytes(
     bc_before, bc_tap = _before(ring, conv_weight, conv_bias, INNER + both, at, X, K)
     begin_dependents(OVERLAPS)
     projected += row * (INNER + X + H)
-    # Volatile, for the assembler would put off the last two until the first are used.
-    z = gl.load(projected + channels, volatile=True)
-    new_x = gl.load(projected + INNER + channels, volatile=True)
-    dt = gl.load(projected + INNER + X + heads, volatile=True)
-    new_bc = gl.load(projected + 2 * INNER + both, volatile=True)
+    z, new_x, dt, new_bc = _load_projected(projected, heads, channels, both, INNER, X)
     bc = silu(bc_before + new_bc * bc_tap)
-    if not BULK:
-        # Both at a time: none takes the place of the other, so that no warp waits before it writes.
-        exchanged = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
-        shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
     dt = softplus(dt + bias)
     decay = dt * rate + last
     pairs, c, own = _exchange(exchanged, bc)
-    share_scores(shared, keys, pairs, BULK)
+    share_scores(scores, keys, pairs, BULK)
     high, low, unit = digits_of(c * columns)
     unit = of_lanes(gl.expand_dims(unit, 1) + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
     factor = unit * gl.expand_dims(gl.exp(decay), 1) * scale
     left = left_of(decays, decay)
     x, gate = silu(x_before + new_x * x_tap), silu(z)
-    if BULK:
-        gl.thread_barrier()
-        values = arrived(values, True)
-        found = bulk_states(arrived(states, False))
-    else:
-        async_copy.wait_group(0)
-        found = states_there(states)
-    y = from_states(found, high, low) * factor
-    y += attended(values, weights_of(shared, left, slot), slot, BULK)
+    y = from_states(_states_there(states, BULK), high, low) * factor
+    y += attended(values, weights_of(scores, left, slot), slot, BULK)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * gate
     store_rounded(gated + row * INNER + channels, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))

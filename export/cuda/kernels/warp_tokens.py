@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_common import bits, none
-from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, fragment_at
+from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, arrived, fragment_at
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
@@ -256,6 +256,8 @@ def _pick_text():
 @gluon.jit
 def attended(held, weights, slot, BULK: gl.constexpr):
     """The tokens that `hold_values` holds, times `weights`: (WARPS, P)."""
+    if BULK:
+        held = arrived(held, True)
     zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
     weights = gl.reshape(weights, [THREADS, 2, 4])
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
