@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from aim_export.cuda.kernels.warp_bulk import BYTES
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
-from aim_export.cuda.targets import SHARED_MEMORY
+from aim_export.cuda.targets import BULK, SHARED_MEMORY
 from aim_runtime.cores import usable_cores
 
 # The release of Triton that the published figures were measured with. Others compile kernels that
@@ -30,8 +30,6 @@ from aim_runtime.cores import usable_cores
 MEASURED_TRITON = "3.6.0"
 # The first with programmatic dependent launch.
 _OVERLAPS_FROM = 90
-# And with the bulk copy engine.
-_BULK_FROM = 90
 
 Progress = Callable[[int, int], None]
 
@@ -123,7 +121,7 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
     constants = dict(kernel.constants)
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
         constants["OVERLAPS"] = False
-    if capability < _BULK_FROM and "BULK" in constants:
+    if capability not in BULK and "BULK" in constants:
         constants["BULK"] = False
     names = kernel.parameters
     types = iter(kernel.types)

@@ -52,8 +52,8 @@ class Lanes:
             program.machine.clock += program.machine.tick
             return np.full(self.threads, program.machine.clock & 0xFFFFFFFF, np.uint32)
         if name.startswith("%ctaid") or name.startswith("%nctaid"):
-            x, y = program.place
-            value = {"%ctaid.x": x, "%ctaid.y": y}.get(name, int(name.startswith("%n")))
+            place = program.machine.grid if name.startswith("%n") else program.place
+            value = dict(zip("xy", place, strict=True)).get(name[-1], int(name.startswith("%n")))
             return np.full(self.threads, value, np.uint32)
         return None
 

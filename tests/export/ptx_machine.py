@@ -112,6 +112,7 @@ class Machine:
             zip(self.code.parameters, addresses, strict=False)
         )
         grid = (programs, 1) if isinstance(programs, int) else programs
+        self.grid = grid
         self._schedule(grid, random.Random(seed))
         for array, address in zip(arguments, addresses, strict=True):
             raw = array.reshape(-1).view(np.uint8)

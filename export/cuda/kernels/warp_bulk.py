@@ -1,12 +1,13 @@
 """States and tokens of the scan of a head a warp by the bulk copy engine.
 
-One warp sets a program's copies on their way in its first cycles. Shared memory is one allocation,
-which lies at its beginning, since copies take addresses that only assembly can make:
+Each warp sets a share of a program's copies on their way, one a lane. Shared memory is one
+allocation, which lies at its beginning, since copies take addresses that only assembly can make:
 
 - **States**: eight channels a piece, 1 KB, those of odd q behind those of even q and 64 bytes
   further on, so that the eight lanes that read at a time read from different banks.
 - **Tokens**: 512 bytes each, those of lanes j side by side and 32 bytes further on for each j.
-- Scores, the barrier that counts copies' bytes, and what the warps exchange of B and C.
+- Scores, for each row of a program and warp the barrier that counts its copies' bytes, and what
+  the warps exchange of B and C.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -33,34 +34,51 @@ _LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _PIECE = gl.constexpr(P.value * S.value // 8)  # bytes of eight channels
 _ODD = gl.constexpr(4 * WARPS.value * _PIECE.value + 64)
 _TOKENS = gl.constexpr(8 * WARPS.value * _PIECE.value + 64)
+ROWS = gl.constexpr(2)  # the most that a program takes, one after the other
 TOKEN = gl.constexpr(2 * WARPS.value * P.value)  # bytes
 _SHARE = gl.constexpr(CHUNK.value // 4 * TOKEN.value + 32)  # bytes of a lane's tokens
 _BLOCK = gl.constexpr(2 * S.value)  # words
 _BLOCKS = gl.constexpr(-(-(_TOKENS.value + 4 * _SHARE.value) // (4 * _BLOCK.value)) + 1)
 SCORES = gl.constexpr(4 * _BLOCK.value * (_BLOCKS.value - 1) - 4 * CHUNK.value)
-_BARRIER = gl.constexpr(SCORES.value - 8 * WARPS.value)
+_BARRIERS = gl.constexpr(SCORES.value - 8 * ROWS.value * WARPS.value)
 # What a program allocates: if it is all that a kernel has, it lies where assembly looks for it.
 BYTES = gl.constexpr(4 * _BLOCK.value * _BLOCKS.value)
 
 
 @gluon.constexpr_function
-def _copies_text(INNER):
+def _barrier_text(ITEM):
+    """PTX: m, where the barrier of warp w and a program's row ITEM is; s, where memory begins."""
+    text = "mov.u32 t, %tid.x; shr.u32 w, t, 5; and.b32 l, t, 31; setp.eq.u32 f, l, 0;"
+    offset = _BARRIERS.value + 8 * WARPS.value * ITEM
+    return text + f"mov.u32 s, global_smem; mad.lo.u32 m, w, 8, s; add.u32 m, m, {offset};"
+
+
+@gluon.constexpr_function
+def _begin_text(COUNT):
+    """PTX: a warp's barriers, by its first lane."""
+    text = "{ .reg .b32 t, w, l, s, m; .reg .pred f;"
+    for item in range(COUNT):
+        text += _barrier_text(item) + "@f mbarrier.init.shared::cta.b64 [m], 1;"
+    return text + "@f fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff; mov.u32 $0, s; }"
+
+
+@gluon.constexpr_function
+def _copies_text(INNER, ITEM, STATES, TOKENS):
     """PTX: a warp's copies, of a lane each: the pieces of its head's state ($1), if there are any
-    ($3), and every fourth of $4 tokens ($2)."""
+    ($3), and every fourth of $4 tokens ($2). Where states are, the barrier is told of both."""
     text = "{ .reg .b32 t, w, l, i, k, s, d, e, n, m; .reg .pred p, q, f; .reg .b64 a, b;"
-    text += "mov.u32 t, %tid.x; shr.u32 w, t, 5; and.b32 l, t, 31; setp.eq.u32 f, l, 0;"
-    text += f"mov.u32 s, global_smem; mad.lo.u32 m, w, 8, s; add.u32 m, m, {_BARRIER.value};"
-    text += "@f mbarrier.init.shared::cta.b64 [m], 1; @f fence.mbarrier_init.release.cluster;"
-    text += f"add.u32 n, $4, 3; sub.u32 n, n, w; shr.u32 n, n, 2; mul.lo.u32 n, n, {TOKEN.value};"
-    text += f"mad.lo.u32 n, $3, {8 * _PIECE.value}, n;"
-    text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], n; bar.warp.sync 0xffffffff;"
-    # Of states.
+    text += _barrier_text(ITEM)
+    if STATES:
+        text += "add.u32 n, $4, 3; sub.u32 n, n, w; shr.u32 n, n, 2;"
+        text += f"mul.lo.u32 n, n, {TOKEN.value}; mad.lo.u32 n, $3, {8 * _PIECE.value}, n;"
+        text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], n; bar.warp.sync 0xffffffff;"
     text += "mad.lo.u32 i, w, 8, l; shr.u32 d, i, 1; and.b32 e, i, 1;"
     text += f"mul.lo.u32 d, d, {_PIECE.value}; mad.lo.u32 d, e, {_ODD.value}, d;"
-    text += f"mad.wide.u32 a, i, {_PIECE.value}, $1; mul.lo.u32 n, $3, 8; setp.lt.u32 p, l, n;"
+    text += f"mad.wide.u32 a, i, {_PIECE.value}, $1; mul.lo.u32 n, $3, {8 if STATES else 0};"
     # Of tokens, by the eight lanes that follow.
-    text += "sub.u32 i, l, 8; mad.lo.u32 k, i, 4, w; setp.lt.u32 q, i, 8;"
-    text += "setp.lt.and.u32 q, k, $4, q; setp.lt.u32 f, l, 8; or.pred p, p, q;"
+    text += "setp.lt.u32 p, l, n; sub.u32 i, l, 8; mad.lo.u32 k, i, 4, w;"
+    text += f"setp.lt.u32 q, i, {8 if TOKENS else 0}; setp.lt.and.u32 q, k, $4, q;"
+    text += "setp.lt.u32 f, l, 8; or.pred p, p, q;"
     text += f"mul.lo.u32 e, i, {TOKEN.value}; mad.lo.u32 e, w, {_SHARE.value}, e;"
     text += f"add.u32 e, e, {_TOKENS.value}; mad.wide.u32 b, k, {2 * INNER}, $2;"
     text += "selp.b64 a, a, b, f; selp.b32 d, d, e, f; add.u32 d, d, s;"
@@ -80,33 +98,50 @@ def _zeros_text():
 
 
 @gluon.jit
-def hold_all(state, past_x, first_head, slot, old, INNER: gl.constexpr):
-    """Set states and tokens on their way: where a thread finds its own, both (THREADS,).
-
-    `state` points to the row's first state, `past_x` to its first token's share of these heads.
-    """
+def begin_copies(COUNT: gl.constexpr):
+    """Make room for copies of COUNT rows: where a thread finds states and tokens, (THREADS,)."""
+    q, j = lanes()
     begin = gl.inline_asm_elementwise(
-        _copies_text(INNER),
+        _begin_text(COUNT), "=r,r", [q], dtype=gl.int32, is_pure=False, pack=1
+    )
+    warp = gl.arange(0, THREADS, THREAD) // 32
+    piece = 8 * warp + q
+    states = begin + piece // 2 * _PIECE + piece % 2 * _ODD + 16 * j
+    return states, begin + _TOKENS + j * _SHARE + warp * (2 * P) + 16 * q
+
+
+@gluon.jit
+def set_copies(
+    state,
+    past_x,
+    slot,
+    old,
+    INNER: gl.constexpr,
+    ITEM: gl.constexpr,
+    STATES: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """Set states and tokens, or one of both, of a program's row ITEM on their way.
+
+    `state` points to the first head's state, `past_x` to the first token's share of these heads.
+    Of two such calls for a row that of the states is the first.
+    """
+    gl.inline_asm_elementwise(
+        _copies_text(INNER, ITEM, STATES, TOKENS),
         "=r,l,l,r,r",
-        [
-            (state + first_head * (P * S)).to(gl.int64),
-            past_x.to(gl.int64),
-            old.to(gl.int32),
-            slot,
-        ],
+        [state.to(gl.int64), past_x.to(gl.int64), old.to(gl.int32), slot],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
-    q, j = lanes()
-    warp = gl.arange(0, THREADS, THREAD) // 32
-    piece = 8 * warp + q
-    states = begin + piece // 2 * _PIECE + piece % 2 * _ODD + 16 * j
-    tokens = begin + _TOKENS + j * _SHARE + warp * (2 * P) + 16 * q
-    tokens = gl.inline_asm_elementwise(
+
+
+@gluon.jit
+def fill_tokens(tokens, slot):
+    """Zeros in place of the tokens that are not there; returns `tokens`."""
+    return gl.inline_asm_elementwise(
         _zeros_text(), "=r,r,r", [tokens, slot], dtype=gl.int32, is_pure=False, pack=1
     )
-    return states, tokens
 
 
 @gluon.jit
@@ -120,11 +155,11 @@ def shared_of_all():
 
 
 @gluon.constexpr_function
-def _wait_text(ALL):
+def _wait_text(ITEM, ALL):
     """PTX: wait for the own copies, or those of all warps."""
-    text = "{ .reg .pred p; .reg .b32 m; mov.u32 m, %tid.x; shr.u32 m, m, 5; shl.b32 m, m, 3;"
-    text += f"add.u32 m, m, {_BARRIER.value};" if not ALL else f"mov.u32 m, {_BARRIER.value};"
-    text += ".reg .b32 s; mov.u32 s, global_smem; add.u32 m, m, s;"
+    text = "{ .reg .pred p, f; .reg .b32 t, w, l, s, m;" + _barrier_text(ITEM)
+    if ALL:
+        text += f"add.u32 m, s, {_BARRIERS.value + 8 * WARPS.value * ITEM};"
     for warp in range(WARPS.value if ALL else 1):
         text += f"WAIT{warp}: mbarrier.try_wait.parity.shared::cta.b64 p, [m+{8 * warp}], 0;"
         text += f"@!p bra WAIT{warp};"
@@ -137,10 +172,10 @@ def _read_text(OFFSET):
 
 
 @gluon.jit
-def arrived(places, ALL: gl.constexpr):
-    """The same places (THREADS,), when the warp's copies or those of all are there."""
+def arrived(places, ITEM: gl.constexpr, ALL: gl.constexpr):
+    """The same places (THREADS,), when the warp's copies of a row or those of all are there."""
     return gl.inline_asm_elementwise(
-        _wait_text(ALL), "=r,r", [places], dtype=gl.int32, is_pure=False, pack=1
+        _wait_text(ITEM, ALL), "=r,r", [places], dtype=gl.int32, is_pure=False, pack=1
     )
 
 

@@ -24,6 +24,7 @@ from aim_export.cuda.kernels.warp_fragments import (
     constraints,
     copy,
     fragment,
+    lanes,
     of_heads,
     of_lanes,
     places,
@@ -105,7 +106,7 @@ def _digits(value, factor):
 
 @gluon.jit
 def digits_of(query):
-    """Each head's query (WARPS, S) as two words of int8 a lane, and what the second counts."""
+    """Each head's query (WARPS, S) as two words of int8 a lane, and what the second counts for its channels."""
     a, b, c, d = _each(query)
     largest = gl.maximum(gl.maximum(gl.abs(a), gl.abs(b)), gl.maximum(gl.abs(c), gl.abs(d)))
     largest = _largest(largest)
@@ -117,52 +118,33 @@ def digits_of(query):
     high_d, low_d = _digits(d, factor)
     high = _threads_of(_word(high_a, high_b, high_c, high_d))
     low = _threads_of(_word(low_a, low_b, low_c, low_d))
-    return high, low, _threads_of(unit) * (1.0 / 254.0)
-
-
-@gluon.jit
-def states_there(held):
-    """The fragments that `hold_states` holds."""
-    found = none()
-    for number in gl.static_range(16):
-        found += (fragment(held, number),)
-    return found
-
-
-@gluon.constexpr_function
-def _words_text(high, low):
-    """PTX: what lanes multiply by in either half of a state, `l` the lane.
-
-    Columns 0 to 3 of B are for the first digit and 4 to 7 for the second, each for a word of the
-    half; lanes q < 4 have the words of the first half, the others those of the second.
-    """
-    text = "mov.u32 l, %laneid; and.b32 s, l, 16; setp.eq.u32 p, s, 0;"
-    text += f"selp.b32 s, {low}, {high}, p; shfl.sync.bfly.b32 r, s, 16, 0x1f, 0xffffffff;"
-    text += f"selp.b32 s, {high}, r, p; selp.b32 r, r, {low}, p; and.b32 t, l, 8;"
-    text += "setp.eq.u32 o, t, 0; selp.b32 e0, s, 0, o; selp.b32 e1, 0, s, o;"
-    return text + "selp.b32 f0, r, 0, o; selp.b32 f1, 0, r, o;"
+    unit = gl.expand_dims(_threads_of(unit) * (1.0 / 254.0), 1)
+    return high, low, of_lanes(unit + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
 
 
 @gluon.constexpr_function
 def _state_text():
-    """PTX: 64 channels times C, of which lane j keeps 2 j and the next.
+    """PTX: eight channels times C, a lane's share of it."""
+    text = "{ .reg .b32 a, b, c, d, z; mov.b32 z, 0;"
+    product = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {a,b,c,d}, "
+    left, right = "{$4,$5,$6,$7}", "{$8,$9,$10,$11}"
+    text += (
+        f"{product}{left}, {{$12,$13}}, {{z,z,z,z}}; {product}{right}, {{$14,$15}}, {{a,b,c,d}};"
+    )
+    text += "mul.lo.s32 a, a, 254; mul.lo.s32 d, d, 254;"
+    text += (
+        f"{product}{left}, {{$16,$17}}, {{a,b,c,d}}; {product}{right}, {{$18,$19}}, {{a,b,c,d}};"
+    )
+    return text + "add.s32 $0, a, d; mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0; }"
 
-    Each product is a digit's in the lanes j < 2, the other's in the others: the sums over j of
-    these eight, which do not wait for each other, are the results.
-    """
-    text = "{ .reg .b32 l, s, r, t, z, e<2>, f<2>, a<8>, b<8>, c<8>, d<8>; .reg .pred p, o;"
-    text += "mov.b32 z, 0;" + _words_text("$68", "$72")
-    product = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
-    for half, word in ((0, "e"), (1, "f")):
-        for i in range(8):
-            four = ",".join(f"${4 + 8 * i + 4 * half + k}" for k in range(4))
-            out = f"{{a{i},b{i},c{i},d{i}}}"
-            total = out if half else "{z,z,z,z}"
-            text += f"{product} {out}, {{{four}}}, {{{word}0,{word}1}}, {total};"
-    text += "and.b32 s, l, 2; setp.ne.u32 p, s, 0; selp.b32 t, 1, 254, p;"
-    text += "and.b32 s, l, 1; setp.ne.u32 o, s, 0;"
+
+@gluon.constexpr_function
+def _sum_text():
+    """PTX: of eight channels, each a sum over j, lane j keeps the sums of 2 j and the next."""
+    text = "{ .reg .b32 l, s, r; .reg .pred p, o; mov.u32 l, %laneid; and.b32 s, l, 2;"
+    text += "setp.ne.u32 p, s, 0; and.b32 s, l, 1; setp.ne.u32 o, s, 0; .reg .b32 a<8>;"
     for i in range(8):
-        text += f"add.s32 a{i}, a{i}, d{i}; mul.lo.s32 a{i}, a{i}, t;"
+        text += f"mov.b32 a{i}, ${4 + 4 * i};"
     for kept, other, lane, choice in (
         (0, 4, 2, "p"),
         (1, 5, 2, "p"),
@@ -178,32 +160,35 @@ def _state_text():
 
 
 @gluon.jit
-def from_states(fragments, high, low):
-    """A thread's 16 fragments of the state times the digits of C, in units of the second."""
-    four = gl.full([THREADS, 4], 0, gl.int32, FRAGMENT)
+def _columns_of(word, q):
+    """A lane's word where the products of both halves of a state look for it: (threads, 4)."""
+    four = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, FRAGMENT)), 0)
+    return gl.where(gl.expand_dims(q // 2, 1) == four, gl.expand_dims(word, 1), 0)
+
+
+@gluon.jit
+def from_states(held, high, low):
+    """What `hold_states` holds times the digits of C, in units of the second: float32."""
+    q, _j = lanes()
+    high, low = _columns_of(high, q), _columns_of(low, q)
+    text: gl.constexpr = _state_text()
+    found = none()
+    for group in gl.static_range(8):
+        left, right = fragment(held, 2 * group), fragment(held, 2 * group + 1)
+        found += (
+            gl.inline_asm_elementwise(
+                text,
+                constraints("r", 4, "r", 16),
+                [left, right, high, low],
+                dtype=gl.int32,
+                is_pure=True,
+                pack=4,
+            ),
+        )
     mine = gl.inline_asm_elementwise(
-        _state_text(),
-        constraints("r", 4, "r", 72),
-        [
-            fragments[0],
-            fragments[1],
-            fragments[2],
-            fragments[3],
-            fragments[4],
-            fragments[5],
-            fragments[6],
-            fragments[7],
-            fragments[8],
-            fragments[9],
-            fragments[10],
-            fragments[11],
-            fragments[12],
-            fragments[13],
-            fragments[14],
-            fragments[15],
-            gl.expand_dims(high, 1) + four,
-            gl.expand_dims(low, 1) + four,
-        ],
+        _sum_text(),
+        constraints("r", 4, "r", 32),
+        [found[0], found[1], found[2], found[3], found[4], found[5], found[6], found[7]],
         dtype=gl.int32,
         is_pure=False,
         pack=4,

@@ -15,10 +15,11 @@ from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_common import bits, none
-from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, arrived, fragment_at
+from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, fragment_at
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
+    LINES,
     THREAD,
     THREADS,
     WARPS,
@@ -53,8 +54,8 @@ _SLOTS = gl.constexpr(
 def hold_values(past_x, slot, INNER: gl.constexpr):
     """Set the tokens' dt * x of WARPS heads on their way: of tokens 4 i + j eight channels each.
 
-    `past_x` points to the first of these tokens, and of them to the first head. In place of those
-    from `slot` on there will be zeros, with which the copies fill what their mask leaves out.
+    `past_x` points to the first of these tokens, and of them to the first head; those from `slot`
+    on are not there.
     """
     number, thread, word = places(VALUES)
     at = thread % 4 * (INNER // 2) + thread // 32 * (P // 2) + thread // 4 % 8 * 4 + word
@@ -153,10 +154,13 @@ def _score_text(BULK):
 
 
 @gluon.jit
-def share_scores(shared, keys, pairs, BULK: gl.constexpr):
-    """Put C times the keys of `load_keys` into `shared` (CHUNK / 4, 4), the tokens in order."""
+def scores_of(keys, pairs, BULK: gl.constexpr):
+    """C times the keys of `load_keys`, for each token in sixteen places: (THREADS, 4).
+
+    `BULK` puts them where `shared_of_all` has room for them as well.
+    """
     text: gl.constexpr = _score_text(BULK)
-    found = gl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         text,
         constraints("f", 4, "r", 20),
         [keys[0], keys[1], keys[2], keys[3], pairs],
@@ -164,10 +168,15 @@ def share_scores(shared, keys, pairs, BULK: gl.constexpr):
         is_pure=False,
         pack=4,
     )
-    if not BULK:
-        # Sixteen times the same: each lane of a row and register.
-        scores = gl.max(gl.reshape(found, [8 * WARPS, 16]), axis=1)
-        shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
+
+
+@gluon.jit
+def share_scores(scores):
+    """Those of `scores_of` for all warps: (CHUNK / 4, 4) in shared memory, the tokens in order."""
+    scores = gl.max(gl.reshape(scores, [8 * WARPS, 16]), axis=1)
+    shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
+    shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
+    return shared
 
 
 @gluon.jit
@@ -206,33 +215,24 @@ def _attend_text():
 
 
 @gluon.jit
-def _attend(held, group: gl.constexpr, weights, tiles, BULK: gl.constexpr):
+def _attend(held, group: gl.constexpr, weights, slot, tiles, BULK: gl.constexpr):
     """Tiles (threads, 4), to which 16 tokens are added, times `weights` (threads, 4)."""
-    q, _j = lanes()
+    q, j = lanes()
     kept = (weights.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
     digits = gl.where(gl.expand_dims(q % 2 != 0, 1), weights - kept, kept)
     digits = digits.to(gl.int32, bitcast=True)
     found = none()
-    for i in gl.static_range(4 * group, 4 * group + 4):
+    for i in gl.static_range(4):
         if BULK:
-            found += (fragment_at(held, i * TOKEN),)
+            found += (fragment_at(held, (4 * group + i) * TOKEN),)
         else:
-            found += (fragment(held, i),)
+            there = gl.expand_dims(16 * group + 4 * i + j < slot, 1)
+            found += (gl.where(there, fragment(held, 4 * group + i), 0),)
     text: gl.constexpr = _attend_text()
     return gl.inline_asm_elementwise(
         text,
         constraints("f", 16, "r", 20, "f", 16),
-        [
-            found[0],
-            found[1],
-            found[2],
-            found[3],
-            digits,
-            tiles[0],
-            tiles[1],
-            tiles[2],
-            tiles[3],
-        ],
+        [found[0], found[1], found[2], found[3], digits, tiles[0], tiles[1], tiles[2], tiles[3]],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
         is_pure=True,
         pack=4,
@@ -255,17 +255,15 @@ def _pick_text():
 
 @gluon.jit
 def attended(held, weights, slot, BULK: gl.constexpr):
-    """The tokens that `hold_values` holds, times `weights`: (WARPS, P)."""
-    if BULK:
-        held = arrived(held, True)
+    """The tokens that `hold_values` holds, or `BULK` `hold_bulk`, times `weights`: (WARPS, P)."""
     zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
     weights = gl.reshape(weights, [THREADS, 2, 4])
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
     first = gl.convert_layout(first, FRAGMENT, assert_trivial=True)
     second = gl.convert_layout(second, FRAGMENT, assert_trivial=True)
-    tiles = _attend(held, 0, first, (zero, zero, zero, zero), BULK)
+    tiles = _attend(held, 0, first, slot, (zero, zero, zero, zero), BULK)
     if slot > 16:
-        tiles = _attend(held, 1, second, tiles, BULK)
+        tiles = _attend(held, 1, second, slot, tiles, BULK)
     mine = gl.inline_asm_elementwise(
         _pick_text(),
         constraints("f", 4, "f", 16),
