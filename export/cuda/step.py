@@ -26,8 +26,8 @@ _FOLD_PROGRAMS = 1024
 # States on their way at a time in a program of `fold`, and the most registers of a thread. Those of
 # 8 bits take the most of both: three programs a processor instead of two hide more.
 _FOLD_STAGES, _FOLD_REGISTERS = {"int8": 1}, {"int8": 168}
-# Of `warp_scan` with one row or two a program. Other GPUs than these have no other form of two; four
-# programs run at a time.
+# Of `warp_scan` with one row or two a program. Of two, four run at a time with as many registers;
+# GPUs other than these have no form of it.
 _SCAN_OPTIONS: dict[int, dict[str, Any]] = {1: {}, 2: {"registers": 128, "capabilities": BULK}}
 # What a scan reads and writes, and what it does besides where states are not float32.
 _SCANNED = (

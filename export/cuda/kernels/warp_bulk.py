@@ -59,7 +59,8 @@ def _begin_text(COUNT):
     text = "{ .reg .b32 t, w, l, s, m; .reg .pred f;"
     for item in range(COUNT):
         text += _barrier_text(item) + "@f mbarrier.init.shared::cta.b64 [m], 1;"
-    return text + "@f fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff; mov.u32 $0, s; }"
+    text += "@f fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff;"
+    return text + "mov.u32 $0, s; }"
 
 
 @gluon.constexpr_function

@@ -1,7 +1,8 @@
-"""The scan of a head a warp with states and tokens by the bulk copy engine, one or two rows a program.
+"""The scan of a head a warp, states and tokens by the bulk copy engine, one or two rows a program.
 
-Of two rows the second's states are on their way while the first's tokens are weighed, its tokens
-while the first's results are written, and what it reads besides is read in passing.
+Of two rows the second's states are on their way, and what its convolution takes, while the first's
+tokens are weighed; its tokens and factors while the first's results are written. All of it at once
+would take more registers than four programs of a processor have.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.

@@ -106,7 +106,7 @@ def _digits(value, factor):
 
 @gluon.jit
 def digits_of(query):
-    """Each head's query (WARPS, S) as two words of int8 a lane, and what the second counts for its channels."""
+    """Each head's query (WARPS, S) as two words of int8 a lane; the second's unit (WARPS, P)."""
     a, b, c, d = _each(query)
     largest = gl.maximum(gl.maximum(gl.abs(a), gl.abs(b)), gl.maximum(gl.abs(c), gl.abs(d)))
     largest = _largest(largest)
