@@ -20,6 +20,7 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
+from aim_export.cuda.targets import BULK
 from aim_export.cuda.tuning import TUNING, Tile, Tuning
 from aim_export.cuda.warpgroup import warpgroup_bucket
 from aim_runtime.engines.cuda.plan import (
@@ -42,7 +43,9 @@ Memory = dict[str, torch.Tensor]
 def bucket_of(g: Geometry, precision: str, rows: int, tuning: Tuning) -> Bucket[KernelSpec]:
     """The bucket of three launches a layer that a runtime would take on this GPU."""
     major, minor = torch.cuda.get_device_capability()
-    found = warpgroup_bucket(g, FORMATS[precision], rows, tuning, (10 * major + minor,))
+    target = 10 * major + minor
+    found = warpgroup_bucket(g, FORMATS[precision], rows, tuning, (target,))
+    tuning = tuning if target in BULK else tuning.for_any()
     return found or step_bucket(g, FORMATS[precision], rows, tuning)
 
 

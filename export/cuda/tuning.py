@@ -82,7 +82,8 @@ class ScanCut:
         num_warps: warps a program.
         chunk: C of these states, if it is not that of `Tuning`.
         bulk_rows: rows that a program of `kernels.warp_scan` takes, one after another, where the
-            copy engine brings states and tokens; 0 for copies by threads.
+            copy engine brings states and tokens; 0 for copies by threads, and more than one for
+            `targets.BULK` alone.
     """
 
     heads: int = 1
