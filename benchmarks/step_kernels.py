@@ -21,6 +21,7 @@ from aim_export.cuda.precision import FORMATS
 from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
+from aim_export.cuda.targets import BULK
 from aim_export.cuda.tuning import TUNING, Tile, Tuning
 from aim_export.cuda.warpgroup import warpgroup_bucket
 from aim_runtime.engines.cuda.plan import (
@@ -43,9 +44,11 @@ Memory = dict[str, torch.Tensor]
 def bucket_of(g: Geometry, precision: str, rows: int, tuning: Tuning) -> Bucket[KernelSpec]:
     """The bucket of three launches a layer that a runtime would take on this GPU."""
     major, minor = torch.cuda.get_device_capability()
+    target = 10 * major + minor
     for of_one_kind in (warpgroup_bucket, register_bucket):
-        if found := of_one_kind(g, FORMATS[precision], rows, tuning, (10 * major + minor,)):
+        if found := of_one_kind(g, FORMATS[precision], rows, tuning, (target,)):
             return found
+    tuning = tuning if target in BULK else tuning.for_any()
     return step_bucket(g, FORMATS[precision], rows, tuning)
 
 

@@ -20,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from aim_export.cuda.kernels.warp_bulk import BYTES
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
-from aim_export.cuda.targets import SHARED_MEMORY
+from aim_export.cuda.targets import BULK, SHARED_MEMORY
 from aim_runtime.cores import usable_cores
 
 # The release of Triton that the published figures were measured with. Others compile kernels that
@@ -120,6 +121,8 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
     constants = dict(kernel.constants)
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
         constants["OVERLAPS"] = False
+    if capability not in BULK and "BULK" in constants:
+        constants["BULK"] = False
     names = kernel.parameters
     types = iter(kernel.types)
     signature = {
@@ -151,6 +154,8 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
     else:
         raise CompileError(f"it takes {compiled.metadata.shared} bytes of shared memory")
     metadata = compiled.metadata
+    if constants.get("BULK") and metadata.shared != BYTES.value:
+        raise CompileError("its shared memory does not lie where its copies go")
     if metadata.global_scratch_size > kernel.scratch or metadata.profile_scratch_size:
         raise CompileError("it needs more scratch memory than a launch has a place for")
     if 32 * metadata.num_warps != kernel.threads:

@@ -122,6 +122,7 @@ class Launcher:
         num_warps: int = 4,
         num_stages: int | None = None,
         registers: int | None = None,
+        capabilities: tuple[int, ...] | None = None,
         **given: str | Argument | int | float | bool,
     ) -> Launch[KernelSpec]:
         """One launch of `function` over `grid` programs, of one to three dimensions.
@@ -132,6 +133,7 @@ class Launcher:
             num_warps: as in `KernelSpec`.
             num_stages: likewise.
             registers: likewise.
+            capabilities: likewise.
             given: by the names of the kernel's parameters, for a pointer a buffer or weight (by
                 name, an `Argument` to start further in, or `ABSENT`), for a `constexpr` its value.
 
@@ -167,6 +169,7 @@ class Launcher:
             num_warps,
             self.num_stages if num_stages is None else num_stages,
             registers,
+            capabilities=capabilities,
         )
         x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1, 1)[:3]
         return Launch(kernel, (x, y, z), tuple(arguments.values()))

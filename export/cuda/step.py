@@ -15,7 +15,7 @@ from aim_export.cuda.kernels.warp_fold import fold_of_bytes
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
-from aim_export.cuda.targets import CAPABILITIES, SHARED_MEMORY
+from aim_export.cuda.targets import BULK, CAPABILITIES, SHARED_MEMORY
 from aim_export.cuda.tuning import HeldTile, Tile, Tuning
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Repeat
 
@@ -26,6 +26,9 @@ _FOLD_PROGRAMS = 1024
 # States on their way at a time in a program of `fold`, and the most registers of a thread. Those of
 # 8 bits take the most of both: three programs a processor instead of two hide more.
 _FOLD_STAGES, _FOLD_REGISTERS = {"int8": 1}, {"int8": 168}
+# Of `warp_scan` with one row or two a program. Of two, four run at a time with as many registers;
+# GPUs other than these have no form of it.
+_SCAN_OPTIONS: dict[int, dict[str, Any]] = {1: {}, 2: {"registers": 128, "capabilities": BULK}}
 # What a scan reads and writes, and what it does besides where states are not float32.
 _SCANNED = (
     *("projected", "conv_weight", "conv_bias", "dt_bias", "a", "d", "position", "ring", "state"),
@@ -273,9 +276,7 @@ class StepBuilder:
         shared |= {"INNER": g.inner, "X": g.X, "H": g.H, "K": g.K, "QUERIES": self.queries}
         shared |= {"OVERLAPS": self.overlaps}
         if self.scans_by_warps:
-            warps = warp_fragments.WARPS.value
-            grid = g.H // warps, self.rows
-            return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **shared)
+            return self._scan_by_warps(shared)
         return self.launch(
             scan.scan,
             (g.H // self.heads, self.rows),
@@ -288,6 +289,12 @@ class StepBuilder:
             HEADS=self.heads,
             STAGES=min(cut.stages, self.heads),
         )
+
+    def _scan_by_warps(self, shared: dict[str, Any]) -> SpecLaunch:
+        warps, rows = warp_fragments.WARPS.value, max(self.scan_cut.bulk_rows, 1)
+        grid, own = (self.g.H // warps, self.rows // rows), _SCAN_OPTIONS[rows]
+        bulk = {"ROWS": rows, "BULK": self.scan_cut.bulk_rows > 0}
+        return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **own, **shared, **bulk)
 
     def _if_there(self, buffer: str) -> str | Argument:
         return buffer if buffer in self.buffers else ABSENT

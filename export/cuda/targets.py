@@ -14,6 +14,9 @@ SHARED_MEMORY: Mapping[int, int] = {
     100: 227 << 10,
     120: 99 << 10,
 }
+# Those with the bulk copy engine and room for four programs of the scan that uses it. On 12.0 one
+# would run at a time, and two of the scan that does without.
+BULK = (90, 100)
 # Compute capabilities compiled for if none are named.
 CAPABILITIES = tuple(SHARED_MEMORY)
 # Formats compiled if none are named. A bundle can hold several, the user chooses when loading.

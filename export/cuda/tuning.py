@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Channels up to which a model's projections make too few programs of the larger tiles.
 NARROW = 768
@@ -105,12 +105,16 @@ class ScanCut:
         stages: heads whose state is on its way at a time, the one at hand included.
         num_warps: warps a program.
         chunk: C of these states, if it is not that of `Tuning`.
+        bulk_rows: rows that a program of `kernels.warp_scan` takes, one after another, where the
+            copy engine brings states and tokens; 0 for copies by threads, and more than one for
+            `targets.BULK` alone.
     """
 
     heads: int = 1
     stages: int = 1
     num_warps: int = 4
     chunk: int | None = None
+    bulk_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,14 @@ class Tuning:
     def registers_of(self, width: int) -> RegisterCuts | None:
         """Cuts for a model of so many channels."""
         return self.registers_narrow if width <= NARROW else self.registers
+
+    def for_any(self) -> Tuning:
+        """The same with no scan that only some GPUs have a form of: of two rows a program."""
+        cuts = {
+            state: replace(cut, bulk_rows=0) if cut.bulk_rows > 1 else cut
+            for state, cut in self.scan.items()
+        }
+        return replace(self, scan=cuts)
 
     def chunk_of(self, state: str) -> int:
         """C of states of the type `state`."""
@@ -253,7 +265,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
-            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
+            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8, bulk_rows=1),
         },
     ),
     128: Tuning(
@@ -264,7 +276,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
-            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8),
+            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8, bulk_rows=2),
         },
         warpgroup=WarpgroupCuts(
             in_proj=WarpgroupTile(rows=128, outputs=64, depth=64, stages=6),

@@ -52,8 +52,8 @@ class Lanes:
             program.machine.clock += program.machine.tick
             return np.full(self.threads, program.machine.clock & 0xFFFFFFFF, np.uint32)
         if name.startswith("%ctaid") or name.startswith("%nctaid"):
-            x, y = program.place
-            value = {"%ctaid.x": x, "%ctaid.y": y}.get(name, int(name.startswith("%n")))
+            place = program.machine.grid if name.startswith("%n") else program.place
+            value = dict(zip("xy", place, strict=True)).get(name[-1], int(name.startswith("%n")))
             return np.full(self.threads, value, np.uint32)
         return None
 
@@ -552,7 +552,8 @@ def _init_barrier(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> N
 def _arrive(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     assert mask is None or mask.sum() == 1
     barrier = lanes.program.barriers[_first(lanes, lanes.address(item.operands[1]), mask)]
-    barrier.bytes += int(item.operands[2]) if "expect_tx" in item.opcode else 0
+    if "expect_tx" in item.opcode:
+        barrier.bytes += _first(lanes, lanes.get(item.operands[2], "u4"), mask)
     barrier.pending -= 1
     assert barrier.pending >= 0
     barrier.settle()
@@ -568,13 +569,30 @@ def _try_wait(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 
 @handles("cp.async.cg.shared.global", "cp.async.ca.shared.global")
 def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    """Some words from memory to shared memory."""
+    """Some words from memory to shared memory, zeros behind those that there are."""
     to, source = (lanes.address(text) for text in item.operands[:2])
-    if mask is not None:
-        to, source = to[mask], source[mask]
+    size = lanes.get(item.operands[3 if len(item.operands) > 3 else 2], "u4")
+    active = np.ones(lanes.threads, bool) if mask is None else mask
     for offset in range(0, int(item.operands[2], 0), 4):
-        words = lanes.program.machine.memory.load(source + np.uint64(offset), 4)
-        lanes.program.shared.store(to + np.uint64(offset), words, 4)
+        words, there = np.zeros(lanes.threads, "u4"), active & (size > offset)
+        words[there] = lanes.program.machine.memory.load(source[there] + np.uint64(offset), 4)
+        lanes.program.shared.store(to[active] + np.uint64(offset), words[active], 4)
+
+
+@handles("cp.async.bulk.shared::cluster.global")
+def _copy_line(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Bytes that lie side by side."""
+    found = [lanes.address(item.operands[0]), lanes.address(item.operands[1])]
+    found += [lanes.get(item.operands[2], "u4"), lanes.address(item.operands[3])]
+    for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
+        to, source, size, bar = (int(value[thread]) for value in found)
+        assert to % 16 == source % 16 == size % 16 == 0
+        offset = np.arange(0, size, 4, dtype=np.uint64)
+        words = lanes.program.machine.memory.load(np.uint64(source) + offset, 4)
+        lanes.program.shared.store(np.uint64(to) + offset, words, 4)
+        barrier = lanes.program.barriers[bar]
+        barrier.bytes -= size
+        barrier.settle()
 
 
 # Bytes of an element, by what tensor maps call its type: s32 and f16.

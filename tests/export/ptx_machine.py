@@ -113,6 +113,7 @@ class Machine:
             zip(self.code.parameters, addresses, strict=False)
         )
         grid = (programs, 1) if isinstance(programs, int) else programs
+        self.grid = grid
         self._schedule(grid, random.Random(seed))
         for array, address in zip(arguments, addresses, strict=True):
             raw = array.reshape(-1).view(np.uint8)
@@ -121,7 +122,9 @@ class Machine:
     def _schedule(self, grid: tuple[int, int], order: random.Random) -> None:
         running: list[Iterator[str]] = []
         for place in product(range(grid[0]), range(grid[1])):
-            program = Program(place, self, Memory(SHARED, np.zeros(self.shared, np.uint8)))
+            # What another program has left there: of every type of float no number.
+            left = np.full(self.shared, 255, np.uint8)
+            program = Program(place, self, Memory(SHARED, left))
             first = 0
             for threads in self.groups:
                 running.append(execute(self.code, Lanes(first, threads, program)))

@@ -40,6 +40,7 @@ from aim_export.cuda.kernels import (
     register_weights,
     scan,
     step,
+    warp_bulk,
     warp_fold,
     warp_scan,
     warpgroup,
@@ -128,6 +129,50 @@ def test_a_head_a_warp_where_it_suits(
     by_warps, others = {warp_scan.scan_of_bytes, warp_fold.fold_of_bytes}, {scan.scan, scan.fold}
     assert used & (by_warps | others) == (by_warps if suits else others)
     assert not suits or bucket.buffers["squares"].shape[1] == geometry.H
+
+
+def served(bucket: Bucket[KernelSpec]) -> set[int]:
+    """Which of `CAPABILITIES` can run all of it."""
+    bound = [found for item in flat(bucket.step) if (found := item.kernel.capabilities)]
+    return set(CAPABILITIES).intersection(*bound)
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows", "target", "form"),
+    [
+        *(("fp16-state8", 16, 90, (1, False)), ("int8-state8", 32, 90, (1, False))),
+        *(("fp16-state8", 64, 90, (1, True)), ("int8-state8", 64, 120, (1, True))),
+        *(("fp16-state8", 128, 90, (2, True)), ("int8-state8", 128, 90, (2, True))),
+        *(("fp16-state8", 128, 80, (1, False)), ("int8-state8", 128, 120, (1, False))),
+    ],
+)
+def test_rows_of_a_program_of_the_scan(
+    precision: str, rows: int, target: int, form: tuple[int, bool]
+) -> None:
+    """Of the first bucket that a GPU can run; only where there is a choice is it GPUs' own."""
+    found = engines._buckets(PUBLISHED["L"], FORMATS[precision], CAPABILITIES)
+    bucket = next(item for item in found if item.rows == rows and target in served(item))
+    (launch,) = {
+        item for item in flat(bucket.step) if item.kernel.function is warp_scan.scan_of_bytes
+    }
+    constants = dict(launch.kernel.constants)
+    assert (constants["ROWS"], constants["BULK"]) == form
+    assert launch.grid == (8, rows // form[0], 1)
+
+
+def test_the_scan_by_the_copy_engine_and_without() -> None:
+    """Of two rows for the former alone; a kernel of one row is compiled as each GPU takes it."""
+    scans = []
+    for rows in (64, 128):
+        bucket = step_bucket(GOLDEN, FORMATS["fp16-state8"], rows, TUNING[rows])
+        scans.append(kernel_of(bucket, warp_scan.scan_of_bytes))
+    found = compile_kernels(scans, CAPABILITIES, workers=2)
+    shared = {key: binary.shared for key, binary in found.items()}
+    one, two = (kernel.id for kernel in scans)
+    assert shared[one, 90] == shared.pop((two, 90)) == warp_bulk.BYTES.value
+    # Two programs of a processor of 12.0, with the 1,024 bytes that each takes besides.
+    assert shared[one, 80] == shared[one, 120] <= SHARED_MEMORY[120] // 2 - 512
+    assert set(shared) == {(one, target) for target in CAPABILITIES}
 
 
 @pytest.mark.parametrize(
@@ -354,12 +399,10 @@ class TestProjectionsByWarpgroups:
     def test_they_come_before_what_every_gpu_runs(self) -> None:
         """A runtime takes the first bucket of as many rows that its GPU can run."""
         found = engines._buckets(PUBLISHED["L"], FORMATS["fp16-state8"], CAPABILITIES)
-        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 16, 32, 32, 64, 128, 128]
-        for first, second in (found[8:],):
-            kernels = {item.kernel for item in flat(first.step)}
-            assert {90} == {c for kernel in kernels for c in kernel.capabilities or ()}
-            assert all(item.kernel.capabilities is None for item in flat(second.step))
-            assert movable(first, second)
+        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 16, 32, 32, 64, 128, 128, 128]
+        # By wgmma; with a scan of two rows a program; what every GPU runs.
+        assert [served(bucket) for bucket in found[8:]] == [{90}, {90}, set(CAPABILITIES)]
+        assert all(movable(found[8], bucket) for bucket in found[9:])
 
 
 def of_registers(size: str, precision: str, rows: int) -> Bucket[KernelSpec]:

@@ -17,7 +17,7 @@ from .persistent_reference import silu
 from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
 
-R, H, P, S, K, C, Q, WARPS = 3, 8, 64, 128, 4, 32, 16, 4
+R, H, P, S, K, C, Q, WARPS = 4, 8, 64, 128, 4, 32, 16, 4
 INNER = H * P
 X = INNER + 2 * S
 E = INNER + X + H
@@ -27,7 +27,7 @@ random = np.random.default_rng(0)
 
 @cache
 def machine(types: tuple[str, ...], constants: tuple[tuple[str, Any], ...]) -> Machine:
-    return compiled(KernelSpec(warp_scan.scan_of_bytes, types, constants, WARPS), (32 * WARPS,))
+    return compiled(KernelSpec(warp_scan.scan_of_bytes, types, constants, WARPS), WARPS * (32,))
 
 
 def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
@@ -100,14 +100,25 @@ def expected(before: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("at", [[0, 2, 5], [31, 32, 33], [48, 63, 64], [80, 100, 255]])
-def test_scan(at: list[int]) -> None:
-    before = memory(at)
+def scanned(before: dict[str, np.ndarray], bulk: bool, rows: int) -> dict[str, np.ndarray]:
     after = {name: value.copy() for name, value in before.items()}
-    constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q}
+    constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "ROWS": rows, "BULK": bulk}
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
-    kernel.run(list(after.values()), (H // WARPS, R))
+    kernel.run(list(after.values()), (H // WARPS, R // rows))
+    return after
+
+
+@pytest.mark.parametrize(
+    "at", [[0, 2, 5, 40], [31, 32, 33, 0], [48, 63, 64, 7], [80, 100, 95, 255]]
+)
+def test_scan(at: list[int]) -> None:
+    """Copies by threads, and by the copy engine for one row or two a program, to the bit."""
+    before = memory(at)
+    after = scanned(before, bulk=False, rows=1)
+    for rows in (1, 2):
+        for name, value in scanned(before, bulk=True, rows=rows).items():
+            assert value.tobytes() == after[name].tobytes(), name
     for row in range(R):
         wanted, slot = expected(before, row), at[row] % C
         assert error(after["squares"][row], wanted["squares"]) < 2e-4

@@ -2,7 +2,8 @@
 
 What `scan.scan` computes, with two exchanges between warps: C and B, which a program's warps
 convolve together, and the scores of the chunk's tokens. States and tokens are copied to shared
-memory while the launch ahead still runs, and each thread reads there what it has put there itself.
+memory while the launch ahead still runs, and each thread reads there what it has put there itself;
+or the copy engine brings them, see `warp_bulk_scan`.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -14,82 +15,94 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
-from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, THREADS, WARPS, P, S
-from aim_export.cuda.kernels.warp_states import COLUMNS, digits_of, from_states, hold_states
+from aim_export.cuda.kernels.warp_bulk_scan import scan_in_bulk
+from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, WARPS, P, S
+from aim_export.cuda.kernels.warp_inputs import (
+    BOTH,
+    LINE,
+    before,
+    channels_of,
+    exchange,
+    load_columns,
+    load_heads,
+    remember,
+    remember_both,
+)
+from aim_export.cuda.kernels.warp_states import digits_of, from_states, hold_states
 from aim_export.cuda.kernels.warp_tokens import (
-    SCORED,
     attended,
-    halves,
     hold_values,
+    left_of,
     load_decays,
     load_keys,
     scores_of,
+    share_scores,
     weights_of,
 )
 
-_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-# (2 S,): B and C, as threads convolve them.
-_BOTH = gl.constexpr(gl.BlockedLayout([2 * S.value // THREADS.value], [32], [WARPS.value], [0]))
-
 
 @gluon.jit
-def _before(ring, weight, bias, channels, at, X: gl.constexpr, K: gl.constexpr):
-    """What the convolution adds to the newest input's share, and that input's tap."""
-    total = gl.load(bias + channels)
-    for back in gl.static_range(1, K):
-        slot = ring + (at - back + K) % K * X + channels
-        past = gl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0).to(gl.float32)
-        total += past * gl.load(weight + (K - 1 - back) * X + channels)
-    return total, gl.load(weight + (K - 1) * X + channels)
-
-
-@gluon.jit
-def _load_columns(column_scale, first_head, old):
-    """What the states' columns count, (WARPS, S)."""
-    cells = gl.expand_dims(first_head + gl.arange(0, WARPS, gl.SliceLayout(1, COLUMNS)), 1) * S
-    cells += gl.expand_dims(gl.arange(0, S, gl.SliceLayout(0, COLUMNS)), 0)
-    return gl.load(column_scale + cells, mask=(cells >= 0) & old, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _load_heads(a, d, dt_bias, past_decay, heads, slot):
-    """Of each head a, d, the bias of dt and the sum of dt * a up to the token before."""
-    last = past_decay + heads * CHUNK + slot - 1
-    last = gl.load(last, mask=(heads >= 0) & (slot > 0), other=0.0)
-    return gl.load(a + heads), gl.load(d + heads), gl.load(dt_bias + heads), last
-
-
-@gluon.jit
-def _remember(past_x, past_decay, slot, heads, decay, value, INNER: gl.constexpr):
-    """Put the token's dt * x (WARPS, P) and decay into its slot."""
-    channel = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)), 1) * P
-    channel += gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, CHANNELS)), 0)
-    store_rounded(past_x + slot * INNER + channel, value, channel >= 0)
-    gl.store(past_decay + heads * CHUNK + slot, decay)
-
-
-@gluon.jit
-def _remember_both(newest, past_b, past_c, new_bc, bc, slot, QUERIES: gl.constexpr):
-    """Put the convolution's input, B, and C where it is one of a chunk's last QUERIES."""
-    both = gl.arange(0, 2 * S, _BOTH)
-    store_rounded(newest + both, new_bc, both >= 0)
-    store_rounded(past_b + slot * S + both, bc, both < S)
-    if QUERIES > 0:
-        place = slot - (CHUNK - QUERIES)
-        store_rounded(past_c + place * S + both - S, bc, (both >= S) & (place >= 0))
-
-
-@gluon.jit
-def _exchange(bc):
-    """From B and C (2 S,) what all warps want: C for scores, C (1, S) for states, B times C."""
-    shared = gl.allocate_shared_memory(gl.float32, [2 * S], _LINE)
-    shared.store(bc)
-    c = shared.slice(S, S)
-    pairs = halves(gl.expand_dims(c.load(gl.SliceLayout(0, SCORED)), 0))
-    c = gl.expand_dims(c.load(gl.SliceLayout(0, COLUMNS)), 0)
-    b = gl.expand_dims(shared.slice(0, S).load(gl.SliceLayout(0, COLUMNS)), 0)
-    own = gl.convert_layout(gl.sum(b * c, 1), gl.SliceLayout(1, CHANNELS), assert_trivial=True)
-    return pairs, c, own
+def _scan(
+    projected,
+    weights,
+    position,
+    memory,
+    results,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    QUERIES: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """A row of a program, with copies of 16 bytes: pointers as those of `scan_of_bytes`."""
+    conv_weight, conv_bias, dt_bias, a, d = weights
+    ring, state, state_scale, column_scale, past_x, past_b, past_decay, past_c = memory
+    gated, squares = results
+    row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
+    at = gl.load(position + row).to(gl.int32)
+    slot, old = at % CHUNK, at >= CHUNK
+    # Everything up to the wait was written a step ago or earlier.
+    states = hold_states(state + row * (H * P * S), first_head, old)
+    past_x += row * (CHUNK * INNER) + first_head * P
+    past_b += row * (CHUNK * S)
+    past_decay += row * (H * CHUNK)
+    values = hold_values(past_x, slot, INNER)
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
+    channels = channels_of(heads)
+    rate, skip, bias, last = load_heads(a, d, dt_bias, past_decay, heads, slot)
+    scale = gl.load(state_scale + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
+    columns = load_columns(column_scale + row * (H * S), first_head, old)
+    ring += row * (K * X)
+    both = gl.arange(0, 2 * S, BOTH)
+    x_before, x_tap = before(ring, conv_weight, conv_bias, channels, at, X, K)
+    bc_before, bc_tap = before(ring, conv_weight, conv_bias, INNER + both, at, X, K)
+    begin_dependents(OVERLAPS)
+    projected += row * (INNER + X + H)
+    new_bc = gl.load(projected + 2 * INNER + both)
+    dt = gl.load(projected + INNER + X + heads)
+    new_x, z = gl.load(projected + INNER + channels), gl.load(projected + channels)
+    bc = silu(bc_before + new_bc * bc_tap)
+    dt = softplus(dt + bias)
+    decay = dt * rate + last
+    pairs, c, own = exchange(gl.allocate_shared_memory(gl.float32, [2 * S], LINE), bc)
+    scores = share_scores(scores_of(keys, pairs, False))
+    weights = weights_of(scores, left_of(decays, decay), slot)
+    high, low, unit = digits_of(c * columns)
+    async_copy.wait_group(0)
+    y = from_states(states, high, low) * (unit * gl.expand_dims(gl.exp(decay), 1) * scale)
+    x = silu(x_before + new_x * x_tap)
+    y += attended(values, weights, slot, False)
+    y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
+    store_rounded(gated + row * INNER + channels, y, channels >= 0)
+    gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))
+    newest = ring + at % K * X
+    store_rounded(newest + channels, new_x, channels >= 0)
+    remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)
+    if first_head == 0:
+        newest += INNER
+        remember_both(newest, past_b, past_c + row * (QUERIES * S), new_bc, bc, slot, QUERIES)
 
 
 @gluon.jit
@@ -116,50 +129,21 @@ def scan_of_bytes(
     H: gl.constexpr,
     K: gl.constexpr,
     QUERIES: gl.constexpr,
+    ROWS: gl.constexpr,
+    BULK: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
-    """One token through the states of a row's heads; the grid is (H / WARPS, R)."""
-    row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
-    at = gl.load(position + row).to(gl.int32)
-    slot, old = at % CHUNK, at >= CHUNK
-    # Everything up to the wait was written a step ago or earlier.
-    states = hold_states(state + row * (H * P * S), first_head, old)
-    past_x += row * (CHUNK * INNER) + first_head * P
-    past_b += row * (CHUNK * S)
-    past_decay += row * (H * CHUNK)
-    values = hold_values(past_x, slot, INNER)
-    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
-    keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
-    channels = gl.expand_dims(heads, 1) * P
-    channels += gl.expand_dims(gl.arange(0, P, gl.SliceLayout(0, CHANNELS)), 0)
-    rate, skip, bias, last = _load_heads(a, d, dt_bias, past_decay, heads, slot)
-    scale = gl.load(state_scale + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
-    columns = _load_columns(column_scale + row * (H * S), first_head, old)
-    ring += row * (K * X)
-    both = gl.arange(0, 2 * S, _BOTH)
-    x_before, x_tap = _before(ring, conv_weight, conv_bias, channels, at, X, K)
-    bc_before, bc_tap = _before(ring, conv_weight, conv_bias, INNER + both, at, X, K)
-    begin_dependents(OVERLAPS)
-    projected += row * (INNER + X + H)
-    new_bc = gl.load(projected + 2 * INNER + both)
-    dt = gl.load(projected + INNER + X + heads)
-    new_x, z = gl.load(projected + INNER + channels), gl.load(projected + channels)
-    bc = silu(bc_before + new_bc * bc_tap)
-    dt = softplus(dt + bias)
-    decay = dt * rate + last
-    pairs, c, own = _exchange(bc)
-    weights = weights_of(scores_of(keys, pairs), decays, decay, slot)
-    high, low, unit = digits_of(c * columns)
-    async_copy.wait_group(0)
-    y = from_states(states, high, low) * (gl.expand_dims(unit * gl.exp(decay), 1) * scale)
-    x = silu(x_before + new_x * x_tap)
-    y += attended(values, weights, slot)
-    y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
-    store_rounded(gated + row * INNER + channels, y, channels >= 0)
-    gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))
-    newest = ring + at % K * X
-    store_rounded(newest + channels, new_x, channels >= 0)
-    _remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)
-    if first_head == 0:
-        newest += INNER
-        _remember_both(newest, past_b, past_c + row * (QUERIES * S), new_bc, bc, slot, QUERIES)
+    """One token through the states of a row's heads; the grid is (H / WARPS, R / ROWS).
+
+    With `BULK` the copy engine brings states and tokens, and a program may take two rows.
+    """
+    weights = conv_weight, conv_bias, dt_bias, a, d
+    memory = ring, state, state_scale, column_scale, past_x, past_b, past_decay, past_c
+    results = gated, squares
+    if BULK:
+        scan_in_bulk(
+            projected, weights, position, memory, results, INNER, X, H, K, QUERIES, ROWS, OVERLAPS
+        )
+    else:
+        gl.static_assert(ROWS == 1)
+        _scan(projected, weights, position, memory, results, INNER, X, H, K, QUERIES, OVERLAPS)

@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 from aim_export.cuda.kernels.common import INTEGERS
 from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import (
-    CHANNELS,
     FRAGMENT,
     THREAD,
     THREADS,
@@ -52,36 +51,75 @@ def hold_states(state, head, old):
 
 
 @gluon.jit
-def _word(digits):
-    """The lower bytes of a lane's four numbers (WARPS, S) int32, (threads,)."""
-    packed = gl.inline_asm_elementwise(
-        "{ .reg .b32 a, b; prmt.b32 a, $4, $5, 0x0040; prmt.b32 b, $6, $7, 0x0040;"
-        "prmt.b32 $0, a, b, 0x5410; mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0; }",
-        "=&r,=&r,=&r,=&r,r,r,r,r",
-        [digits],
+def _each(values):
+    """A lane's four numbers (WARPS, S), one by one: (WARPS, S / 4)."""
+    even, odd = gl.split(gl.reshape(values, [WARPS, S // 2, 2]))
+    first, third = gl.split(gl.reshape(even, [WARPS, S // 4, 2]))
+    second, fourth = gl.split(gl.reshape(odd, [WARPS, S // 4, 2]))
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _threads_of(values):
+    """(WARPS, S / 4), one a lane, as (THREADS,)."""
+    # Of half, j, word of a half.
+    values = gl.permute(gl.reshape(values, [WARPS, 2, 4, 4]), [0, 1, 3, 2])
+    return gl.convert_layout(gl.reshape(values, [THREADS]), THREAD, assert_trivial=True)
+
+
+@gluon.jit
+def _word(first, second, third, fourth):
+    """The lower bytes of four numbers."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040;"
+        "prmt.b32 $0, a, b, 0x5410; }",
+        "=r,r,r,r,r",
+        [first, second, third, fourth],
         dtype=gl.int32,
         is_pure=True,
-        pack=4,
+        pack=1,
     )
-    # Of half, j, word of a half, byte.
-    even, _odd = gl.split(gl.reshape(packed, [WARPS, S // 2, 2]))
-    word, _odd = gl.split(gl.reshape(even, [WARPS, S // 4, 2]))
-    word = gl.permute(gl.reshape(word, [WARPS, 2, 4, 4]), [0, 1, 3, 2])
-    return gl.convert_layout(gl.reshape(word, [THREADS]), THREAD, assert_trivial=True)
+
+
+@gluon.jit
+def _largest(value):
+    """The largest in a warp of numbers without signs, whose bits are in the numbers' order."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.u32 $0, $1, 0xffffffff;",
+        "=r,r",
+        [value.to(gl.int32, bitcast=True)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    ).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _digits(value, factor):
+    """Two digits to the base 254 of value * factor, in the lower bytes."""
+    value = value * factor
+    first = value + INTEGERS
+    # To the base 254, for a digit leaves at most a half over.
+    second = (value - (first - INTEGERS)) * 254.0 + INTEGERS
+    return first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True)
 
 
 @gluon.jit
 def digits_of(query):
-    """Each head's query (WARPS, S) as two words of int8 a lane, and what the second counts."""
-    largest = gl.max(gl.abs(query), axis=1)
+    """Each head's query (WARPS, S) as two words of int8 a lane; the second's unit (WARPS, P)."""
+    a, b, c, d = _each(query)
+    largest = gl.maximum(gl.maximum(gl.abs(a), gl.abs(b)), gl.maximum(gl.abs(c), gl.abs(d)))
+    largest = _largest(largest)
     unit = gl.where(largest > 0.0, largest / 127.0, 1.0)
-    value = query * gl.expand_dims(1.0 / unit, 1)
-    first = value + INTEGERS
-    # To the base 254, for a digit leaves at most a half over.
-    second = (value - (first - INTEGERS)) * 254.0 + INTEGERS
-    first, second = first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True)
-    unit = gl.convert_layout(unit, gl.SliceLayout(1, CHANNELS), assert_trivial=True)
-    return _word(first), _word(second), unit * (1.0 / 254.0)
+    factor = 1.0 / unit
+    high_a, low_a = _digits(a, factor)
+    high_b, low_b = _digits(b, factor)
+    high_c, low_c = _digits(c, factor)
+    high_d, low_d = _digits(d, factor)
+    high = _threads_of(_word(high_a, high_b, high_c, high_d))
+    low = _threads_of(_word(low_a, low_b, low_c, low_d))
+    unit = gl.expand_dims(_threads_of(unit) * (1.0 / 254.0), 1)
+    return high, low, of_lanes(unit + gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT))
 
 
 @gluon.constexpr_function

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import HALF_LIMIT
 from aim_export.cuda.kernels.persistent_common import bits, none
+from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, fragment_at
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
@@ -129,7 +130,7 @@ def halves(value):
 
 
 @gluon.constexpr_function
-def _score_text():
+def _score_text(BULK):
     """PTX: a key's product with C in each lane of its row.
 
     A quarter of it is right in the lanes whose number is the quarter's: the first half of a
@@ -145,14 +146,21 @@ def _score_text():
         text += f"setp.eq.u32 p, l, {quarter}; selp.f32 s, t, {'s' if quarter else 'z'}, p;"
     for lane in (1, 2):
         text += f"shfl.sync.bfly.b32 t, s, {lane}, 0x1f, 0xffffffff; add.f32 s, s, t;"
+    if BULK:
+        # It goes to all warps at once, from one lane.
+        text += "setp.eq.u32 p, l, 0; mov.u32 l, %tid.x; .reg .b32 g; mov.u32 g, global_smem;"
+        text += f"add.u32 g, g, l; @p st.shared.f32 [g+{SCORES.value}], s;"
     return text + "mov.f32 $0, s; mov.f32 $1, s; mov.f32 $2, s; mov.f32 $3, s; }"
 
 
 @gluon.jit
-def scores_of(keys, pairs):
-    """C times the keys of `load_keys`: (8 WARPS,), the tokens in order."""
-    text: gl.constexpr = _score_text()
-    found = gl.inline_asm_elementwise(
+def scores_of(keys, pairs, BULK: gl.constexpr):
+    """C times the keys of `load_keys`, for each token in sixteen places: (THREADS, 4).
+
+    `BULK` puts them where `shared_of_all` has room for them as well.
+    """
+    text: gl.constexpr = _score_text(BULK)
+    return gl.inline_asm_elementwise(
         text,
         constraints("f", 4, "r", 20),
         [keys[0], keys[1], keys[2], keys[3], pairs],
@@ -160,21 +168,28 @@ def scores_of(keys, pairs):
         is_pure=False,
         pack=4,
     )
-    # Sixteen times the same: each lane of a row and register.
-    return gl.max(gl.reshape(found, [8 * WARPS, 16]), axis=1)
 
 
 @gluon.jit
-def weights_of(scores, decays, decay, slot):
-    """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4).
-
-    `scores` of each warp's tokens go to all warps.
-    """
+def share_scores(scores):
+    """Those of `scores_of` for all warps: (CHUNK / 4, 4) in shared memory, the tokens in order."""
+    scores = gl.max(gl.reshape(scores, [8 * WARPS, 16]), axis=1)
     shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
     shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
+    return shared
+
+
+@gluon.jit
+def left_of(decays, decay):
+    """What is left at the newest token of each token's share (WARPS, 1, 4, CHUNK / 4)."""
+    return gl.exp(_heads_of_slots(decay) - decays)
+
+
+@gluon.jit
+def weights_of(shared, left, slot):
+    """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4), from the scores of all."""
     scores = shared.permute([1, 0]).load(gl.SliceLayout(0, gl.SliceLayout(0, _SLOTS)))
     scores = gl.expand_dims(gl.expand_dims(scores, 0), 0)
-    left = gl.exp(_heads_of_slots(decay) - decays)
     weights = gl.where(_tokens() < slot, scores * left, 0.0)
     return weights + gl.full([WARPS, 8, 4, VALUES], 0.0, gl.float32, _SLOTS)
 
@@ -200,7 +215,7 @@ def _attend_text():
 
 
 @gluon.jit
-def _attend(held, group: gl.constexpr, weights, slot, tiles):
+def _attend(held, group: gl.constexpr, weights, slot, tiles, BULK: gl.constexpr):
     """Tiles (threads, 4), to which 16 tokens are added, times `weights` (threads, 4)."""
     q, j = lanes()
     kept = (weights.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
@@ -208,8 +223,11 @@ def _attend(held, group: gl.constexpr, weights, slot, tiles):
     digits = digits.to(gl.int32, bitcast=True)
     found = none()
     for i in gl.static_range(4):
-        there = gl.expand_dims(16 * group + 4 * i + j < slot, 1)
-        found += (gl.where(there, fragment(held, 4 * group + i), 0),)
+        if BULK:
+            found += (fragment_at(held, (4 * group + i) * TOKEN),)
+        else:
+            there = gl.expand_dims(16 * group + 4 * i + j < slot, 1)
+            found += (gl.where(there, fragment(held, 4 * group + i), 0),)
     text: gl.constexpr = _attend_text()
     return gl.inline_asm_elementwise(
         text,
@@ -236,16 +254,16 @@ def _pick_text():
 
 
 @gluon.jit
-def attended(held, weights, slot):
-    """The tokens that `hold_values` holds, times `weights`: (WARPS, P)."""
+def attended(held, weights, slot, BULK: gl.constexpr):
+    """The tokens that `hold_values` holds, or `BULK` `hold_bulk`, times `weights`: (WARPS, P)."""
     zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
     weights = gl.reshape(weights, [THREADS, 2, 4])
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
     first = gl.convert_layout(first, FRAGMENT, assert_trivial=True)
     second = gl.convert_layout(second, FRAGMENT, assert_trivial=True)
-    tiles = _attend(held, 0, first, slot, (zero, zero, zero, zero))
+    tiles = _attend(held, 0, first, slot, (zero, zero, zero, zero), BULK)
     if slot > 16:
-        tiles = _attend(held, 1, second, slot, tiles)
+        tiles = _attend(held, 1, second, slot, tiles, BULK)
     mine = gl.inline_asm_elementwise(
         _pick_text(),
         constraints("f", 4, "f", 16),

@@ -1,0 +1,231 @@
+"""The scan of a head a warp, states and tokens by the bulk copy engine, one or two rows a program.
+
+Of two rows the second's states are on their way, and what its convolution takes, while the first's
+tokens are weighed; its tokens and factors while the first's results are written. All of it at once
+would take more registers than four programs of a processor have.
+"""
+
+# Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
+from aim_export.cuda.kernels.warp_bulk import (
+    arrived,
+    begin_copies,
+    bulk_states,
+    fill_tokens,
+    set_copies,
+    shared_of_all,
+)
+from aim_export.cuda.kernels.warp_chains import from_fragments
+from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, WARPS, P, S
+from aim_export.cuda.kernels.warp_inputs import (
+    BOTH,
+    before,
+    channels_of,
+    exchange,
+    load_columns,
+    load_heads,
+    remember,
+    remember_both,
+)
+from aim_export.cuda.kernels.warp_states import digits_of
+from aim_export.cuda.kernels.warp_tokens import (
+    attended,
+    left_of,
+    load_decays,
+    load_keys,
+    scores_of,
+    weights_of,
+)
+
+
+@gluon.jit
+def _set(
+    memory,
+    row,
+    first_head,
+    at,
+    INNER: gl.constexpr,
+    H: gl.constexpr,
+    ITEM: gl.constexpr,
+    STATES: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """States and tokens, or one of both, on their way."""
+    state = memory[1] + row * (H * P * S) + first_head * (P * S)
+    past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
+    set_copies(state, past_x, at % CHUNK, at >= CHUNK, INNER, ITEM, STATES, TOKENS)
+
+
+@gluon.jit
+def _of_state(
+    weights,
+    memory,
+    row,
+    first_head,
+    at,
+    INNER: gl.constexpr,
+    H: gl.constexpr,
+):
+    """What was written a step ago or earlier: keys and decays, of heads, factors of states."""
+    slot, old = at % CHUNK, at >= CHUNK
+    past_b, past_decay = memory[5] + row * (CHUNK * S), memory[6] + row * (H * CHUNK)
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    channels = channels_of(heads)
+    keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
+    of_heads = load_heads(weights[3], weights[4], weights[2], past_decay, heads, slot)
+    scale = gl.load(memory[2] + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
+    columns = load_columns(memory[3] + row * (H * S), first_head, old)
+    return (keys, decays), of_heads, (scale, columns)
+
+
+@gluon.jit
+def _of_ring(
+    weights,
+    memory,
+    row,
+    first_head,
+    at,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    K: gl.constexpr,
+):
+    """Of x and of B with C: what the convolution adds to the newest input's share, and its tap."""
+    ring = memory[0] + row * (K * X)
+    channels = channels_of(first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)))
+    of_x = before(ring, weights[0], weights[1], channels, at, X, K)
+    both = INNER + gl.arange(0, 2 * S, BOTH)
+    return of_x, before(ring, weights[0], weights[1], both, at, X, K)
+
+
+@gluon.jit
+def _newest(projected, row, first_head, INNER: gl.constexpr, X: gl.constexpr, H: gl.constexpr):
+    """A row's z, and the newest x, dt and B with C, as `in_proj` has left them."""
+    projected += row * (INNER + X + H)
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    channels = channels_of(heads)
+    z, new_x = gl.load(projected + channels), gl.load(projected + INNER + channels)
+    dt = gl.load(projected + INNER + X + heads)
+    return z, new_x, dt, gl.load(projected + 2 * INNER + gl.arange(0, 2 * S, BOTH))
+
+
+@gluon.jit
+def _inputs(exchanged, of_state, of_ring, newest):
+    """What a row's products take, and what is kept of its token; scores are on their way.
+
+    (bc, dt, decay, x), (factor, digits of C), left, (share of the newest token, gate)
+    """
+    of_tokens, of_heads, factors = of_state
+    rate, skip, bias, last = of_heads
+    z, new_x, dt, new_bc = newest
+    bc_before, bc_tap = of_ring[1]
+    bc = silu(bc_before + new_bc * bc_tap)
+    dt = softplus(dt + bias)
+    decay = dt * rate + last
+    pairs, c, own = exchange(exchanged, bc)
+    scores_of(of_tokens[0], pairs, True)
+    high, low, unit = digits_of(c * factors[1])
+    factor = unit * gl.expand_dims(gl.exp(decay), 1) * factors[0]
+    x_before, x_tap = of_ring[0]
+    x = silu(x_before + new_x * x_tap)
+    left = left_of(of_tokens[1], decay)
+    return (bc, dt, decay, x), (factor, high, low), left, (own * dt + skip, silu(z))
+
+
+@gluon.jit
+def _keep(
+    memory,
+    row,
+    first_head,
+    at,
+    newest,
+    kept,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    QUERIES: gl.constexpr,
+):
+    """The token, for those that follow."""
+    bc, dt, decay, x = kept
+    slot = at % CHUNK
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    channels = channels_of(heads)
+    ring = memory[0] + row * (K * X) + at % K * X
+    store_rounded(ring + channels, newest[1], channels >= 0)
+    past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
+    past_decay = memory[6] + row * (H * CHUNK)
+    remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)
+    if first_head == 0:
+        past_b, past_c = memory[5] + row * (CHUNK * S), memory[7] + row * (QUERIES * S)
+        remember_both(ring + INNER, past_b, past_c, newest[3], bc, slot, QUERIES)
+
+
+@gluon.jit
+def _finish(results, row, first_head, y, share, x, INNER: gl.constexpr, H: gl.constexpr):
+    """`gated` and `squares` of a row's heads."""
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    channels = channels_of(heads)
+    y = (y + gl.expand_dims(share[0], 1) * x) * share[1]
+    store_rounded(results[0] + row * INNER + channels, y, channels >= 0)
+    gl.store(results[1] + row * H + heads, gl.sum(y * y, axis=1))
+
+
+@gluon.jit
+def scan_in_bulk(
+    projected,
+    weights,
+    position,
+    memory,
+    results,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    QUERIES: gl.constexpr,
+    ROWS: gl.constexpr,
+    OVERLAPS: gl.constexpr,
+):
+    """ROWS rows of a program, one after the other: pointers as those of `scan_of_bytes`."""
+    row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
+    at = gl.load(position + row).to(gl.int32)
+    following = row + gl.num_programs(1)
+    if ROWS > 1:
+        next_at = gl.load(position + following).to(gl.int32)
+    exchanged, shared = shared_of_all()
+    states, tokens = begin_copies(ROWS)
+    _set(memory, row, first_head, at, INNER, H, 0, True, True)
+    tokens = fill_tokens(tokens, at % CHUNK)
+    of_state = _of_state(weights, memory, row, first_head, at, INNER, H)
+    of_ring = _of_ring(weights, memory, row, first_head, at, INNER, X, K)
+    begin_dependents(OVERLAPS)
+    newest = _newest(projected, row, first_head, INNER, X, H)
+    for item in gl.static_range(ROWS):
+        kept, asked, left, share = _inputs(exchanged, of_state, of_ring, newest)
+        gl.thread_barrier()
+        found = bulk_states(arrived(states, item, False))
+        y = from_fragments(found, asked[1], asked[2]) * asked[0]
+        of_this = newest
+        if item + 1 < ROWS:
+            # A warp's states are its own: it has read them.
+            _set(memory, following, first_head, next_at, INNER, H, item + 1, True, False)
+            of_ring = _of_ring(weights, memory, following, first_head, next_at, INNER, X, K)
+            newest = _newest(projected, following, first_head, INNER, X, H)
+        held = arrived(tokens, item, True)
+        y += attended(held, weights_of(shared, left, at % CHUNK), at % CHUNK, True)
+        if item + 1 < ROWS:
+            fence_async_shared()
+            gl.thread_barrier()
+            _set(memory, following, first_head, next_at, INNER, H, item + 1, False, True)
+            tokens = fill_tokens(tokens, next_at % CHUNK)
+            of_state = _of_state(weights, memory, following, first_head, next_at, INNER, H)
+        _finish(results, row, first_head, y, share, kept[3], INNER, H)
+        _keep(memory, row, first_head, at, of_this, kept, INNER, X, H, K, QUERIES)
+        if item + 1 < ROWS:
+            row, at = following, next_at
