@@ -218,11 +218,11 @@ class _PersistentBuilder(StepBuilder):
     def _head_bytes(self) -> int:
         """Of the head's weights, to be asked for ahead.
 
-        Those of 16 bits are twice as many, beside more loads, and eight rows have less time to
-        spare.
+        Those of 16 bits are twice as many, beside more loads, and so are those of wider models;
+        eight rows have less time to spare.
         """
-        size = self.g.V * self.g.D * DTYPE_BYTES[self.precision.matrix]
-        return size if self.precision.quantised and self.rows == 2 else 0
+        pays = self.precision.quantised and self.rows == 2 and not wide(self.g.D)
+        return self.g.V * self.g.D * DTYPE_BYTES[self.precision.matrix] if pays else 0
 
     def _layers(self) -> SpecLaunch:
         g = self.g
