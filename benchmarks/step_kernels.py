@@ -228,9 +228,8 @@ def sweep(rows: int) -> Iterator[tuple[str, Tuning]]:
                         tile = Tile(
                             rows=m, outputs=n, depth=depth, num_warps=warps, num_stages=stages
                         )
-                        bare = replace(
-                            base, held=None, held_narrow=None, warpgroup=None, registers=None
-                        )
+                        bare = replace(base, held=None, held_narrow=None, warpgroup=None)
+                        bare = replace(bare, registers=None, registers_narrow=None)
                         yield "in_proj", replace(bare, in_proj=tile)
                         if n <= 32:
                             yield "out_proj", replace(bare, out_proj=tile)

@@ -17,9 +17,8 @@ from typing import Any
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent, step
 from aim_export.cuda.kernels.persistent_common import (
-    bc_outputs,
     gated_places,
-    out_programs,
+    programs_of,
     row_shares,
     scaled_places,
     wide,
@@ -64,7 +63,7 @@ _REPLACED = ("residual", "scaled", "partials", "projected", "gated", "squares")
 
 def programs(g: Geometry) -> int:
     """How many programs the launch has."""
-    return g.inner // 32 + out_programs(g.D) + -(-(2 * g.S + g.H) // bc_outputs(g.D))
+    return int(programs_of(g.inner, g.D, g.S, g.H))
 
 
 def _pace(g: Geometry, precision: Format, rows: int) -> int:

@@ -6,9 +6,7 @@ passes over that where its GPU can run this one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from triton.runtime.jit import JITFunction
@@ -20,8 +18,8 @@ from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.targets import SHARED_MEMORY
 from aim_export.cuda.tuning import RegisterTile, Tuning
-from aim_export.cuda.warpgroup import CAPABILITIES
-from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Tensor
+from aim_export.cuda.warpgroup import CAPABILITIES, described
+from aim_runtime.engines.cuda.plan import Bucket
 
 _LINES, _DEPTH = register_weights.LINES.value, register_weights.DEPTH.value
 # Numbers of a share of the sum that a thread's registers hold besides all else.
@@ -47,7 +45,7 @@ def register_bucket(
 ) -> Bucket[KernelSpec] | None:
     """The bucket of `rows` rows, if it suits model and format and some GPU of `capabilities`."""
     cuts = tuning.registers_of(geometry.D)
-    # Of 16-bit weights a program would load twice as much, and was slower.
+    # Of 16-bit weights a program would load twice as much, and mostly was slower.
     if cuts is None or not precision.quantised:
         return None
     in_proj, out_proj = cuts.in_proj, cuts.out_proj
@@ -93,7 +91,7 @@ class _RegisterBuilder(StepBuilder):
     def _by_registers(
         self, function: JITFunction, tile: RegisterTile, outputs: int, given: dict[str, Any]
     ) -> SpecLaunch:
-        """A projection to so many `outputs`, with a buffer of its own for the descriptors."""
+        """A projection to so many `outputs`."""
         grid = -(-outputs * tile.shares // _LINES), self.rows // tile.rows
         launch = self.launch(
             function,
@@ -104,7 +102,4 @@ class _RegisterBuilder(StepBuilder):
             ROWS=tile.rows,
             SHARES=tile.shares,
         )
-        name = f"descriptors_of_{function.__name__}"
-        self.buffers[name] = Tensor("uint8", (_DESCRIPTOR * math.prod(grid),))
-        kernel = replace(launch.kernel, scratch=_DESCRIPTOR, capabilities=CAPABILITIES)
-        return Launch(kernel, launch.grid, (*launch.arguments, Argument(name)))
+        return described(self, launch, _DESCRIPTOR)

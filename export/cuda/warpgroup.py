@@ -92,7 +92,7 @@ class _WarpgroupBuilder(StepBuilder):
     def _by_warpgroups(
         self, function: JITFunction, tile: WarpgroupTile, outputs: int, given: dict[str, Any]
     ) -> SpecLaunch:
-        """A projection to so many `outputs`, with a buffer of its own for the descriptors."""
+        """A projection to so many `outputs`."""
         grid = -(-outputs // tile.outputs), self.rows // tile.rows
         launch = self.launch(
             function,
@@ -105,7 +105,12 @@ class _WarpgroupBuilder(StepBuilder):
             DEPTH=tile.depth,
             STAGES=tile.stages,
         )
-        name = f"descriptors_of_{function.__name__}"
-        self.buffers[name] = Tensor("uint8", (_DESCRIPTORS * math.prod(grid),))
-        kernel = replace(launch.kernel, scratch=_DESCRIPTORS, capabilities=CAPABILITIES)
-        return Launch(kernel, launch.grid, (*launch.arguments, Argument(name)))
+        return described(self, launch, _DESCRIPTORS)
+
+
+def described(builder: StepBuilder, launch: SpecLaunch, size: int) -> SpecLaunch:
+    """`launch` with a buffer of its own for its programs' descriptors, of `size` bytes each."""
+    name = f"descriptors_of_{launch.kernel.function.__name__}"
+    builder.buffers[name] = Tensor("uint8", (size * math.prod(launch.grid),))
+    kernel = replace(launch.kernel, scratch=size, capabilities=CAPABILITIES)
+    return Launch(kernel, launch.grid, (*launch.arguments, Argument(name)))

@@ -447,9 +447,12 @@ def _shuffle(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 
 @handles("prefetch")
 def _prefetch(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    """Nothing, but its address must be one."""
+    """Nothing, but its address must be one; the machine counts its line."""
     address = lanes.address(item.operands[0])
-    lanes.program.machine.memory.load(address if mask is None else address[mask], 1)
+    asked = address if mask is None else address[mask]
+    lanes.program.machine.memory.load(asked, 1)
+    lines = np.unique(asked // np.uint64(128) * np.uint64(128))
+    lanes.program.machine.prefetched += [(int(line), 128) for line in lines]
 
 
 @handles("cp.async.bulk.prefetch.L2.global")

@@ -453,6 +453,7 @@ class TestProjectionsOfRegisters:
             ({}, "fp32", 32, (90,), False),
             ({"D": 896}, "int8-state8", 32, (90,), True),
             ({"D": 832}, "int8-state8", 32, (90,), False),  # halves of the sum are no steps
+            ({"D": 640}, "int8-state8", 32, (90,), False),  # nor quarters, of a narrow model
             ({"D": 1536}, "int8-state8", 32, (90,), False),  # more than registers can hold
         ],
     )

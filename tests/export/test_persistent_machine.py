@@ -159,7 +159,30 @@ def test_the_heads_weights_are_asked_for_ahead() -> None:
         for name in ("word_table", "word_table_scales")
         for at in range(starts[name], starts[name] + played.arrays[name].nbytes, 4096)
     ]
-    assert sorted(machine.prefetched) == sorted(pieces)
+    assert sorted(piece for piece in machine.prefetched if piece[1] > 128) == sorted(pieces)
+
+
+@pytest.mark.parametrize(("precision", "rows"), [("fp16", 2), ("fp16-state16", 8)])
+def test_the_chunks_tokens_are_asked_for_ahead(precision: str, rows: int) -> None:
+    """Those of every layer and row that are there, and no others."""
+    geometry = replace(GEOMETRY, D=128)
+    played = Played(precision, rows, geometry)
+    played.launch()
+    machine, bucket = machine_of(geometry, precision, rows, "persistent")
+    names = [argument.name for argument in launch_of(bucket, "persistent").arguments]
+    starts = dict(zip(names, machine.parameters.values(), strict=False))
+    wanted = set()
+    for name in ("past_x", "past_b"):
+        L, R, C, _ = shape = played.arrays[name].shape
+        each = played.arrays[name].nbytes // (L * R * C)
+        for layer, row, slot in np.ndindex(shape[:3]):
+            if slot < played.arrays["position"][row] % C:
+                first = starts[name] + ((layer * R + row) * C + slot) * each
+                wanted |= set(range(first, first + each, 128))
+    decays = starts["past_decay"], starts["past_decay"] + played.arrays["past_decay"].nbytes
+    asked = {line for line, _ in machine.prefetched}
+    assert {line for line in asked if not decays[0] <= line < decays[1]} == wanted
+    assert set(range(decays[0], decays[1], 128)) <= asked
 
 
 def test_no_states_are_read_in_first_chunks() -> None:

@@ -31,27 +31,19 @@ def begin_dependents(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
-def begin_dependents_at_once(OVERLAPS: tl.constexpr):
-    """Let the next launch start, then wait for the launch before this one.
+def begin_next(OVERLAPS: tl.constexpr):
+    """Let the next launch start; `wait_for_last` has to follow.
 
     The next one may start while the last but one still runs: before its wait it may read nothing
     that this one or that wrote.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def begin_next(OVERLAPS: tl.constexpr):
-    """The first half of `begin_dependents_at_once`."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_last(OVERLAPS: tl.constexpr):
-    """The second half of `begin_dependents_at_once`."""
+    """Wait for the launch before this one."""
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
 

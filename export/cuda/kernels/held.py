@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from aim_export.cuda.kernels.common import begin_dependents, begin_dependents_at_once
+from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import bits, none, padded, store_rounded
 from aim_export.cuda.kernels.persistent_products import multiply, widen
 
@@ -285,7 +285,8 @@ def held_in_proj(
     shift = gl.load(shifted + at).to(gl.float32)
     factor = gl.load(scales + output) if HAS_SCALES else 1.0
     # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
-    begin_dependents_at_once(OVERLAPS)
+    begin_next(OVERLAPS)
+    wait_for_last(OVERLAPS)
     rows = _load_rows(scaled, first_row, D, GROUPS, W)
     sums = _load_partials(partials, first_row, 8 * GROUPS, PARTS, W)
     total = _products(held, rows, D, TILES, GROUPS, W)

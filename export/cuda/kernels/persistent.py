@@ -41,7 +41,7 @@ from aim_export.cuda.kernels.persistent_common import (
 )
 from aim_export.cuda.kernels.persistent_exchange import clock
 from aim_export.cuda.kernels.persistent_groups import bc_role_groups, out_role_groups
-from aim_export.cuda.kernels.persistent_prefetch import prefetch_head
+from aim_export.cuda.kernels.persistent_prefetch import HEAD_PIECE, prefetch_head
 from aim_export.cuda.kernels.persistent_producer import producer
 from aim_export.cuda.kernels.persistent_products import stored_parts
 from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
@@ -228,7 +228,7 @@ def fetcher(
         producer_wide(memory, filled, pointers, pid, layers, sizes, PACE)
     else:
         producer(memory, filled, pointers, pid, layers, sizes, PACE)
-    if HEAD > 0:
+    if HEAD >= HEAD_PIECE:
         prefetch_head(pointers, pid, sizes, HEAD)
 
 

@@ -136,33 +136,25 @@ def _share(PIECES, PARTS):
     return -(-PIECES // PARTS)
 
 
-@gluon.constexpr_function
-def _pieces_of_factors(HEAD, D, BITS):
-    """Pieces of the factors of outputs that HEAD bytes of weights of so many bits have."""
-    return HEAD // D * 4 // HEAD_PIECE.value if BITS == 8 else 0
-
-
 @gluon.jit
 def prefetch_head(pointers, pid, sizes: gl.constexpr, HEAD: gl.constexpr):
-    """A program's share of HEAD bytes, the head's weights, and of their factors.
+    """A program's share of HEAD bytes, the head's 8-bit weights, and of their factors.
 
     Nothing else waits for memory then: the ring has what is left of the layers. The head's programs
     want most of their weights at once, when the programs of this launch make room.
     """
     byte = gl.pointer_type(gl.int8)
-    words, factors = pointers[0][2][0].to(byte, bitcast=True), pointers[0][2][1]
+    words, factors = pointers[0][2][0], pointers[0][2][1].to(byte, bitcast=True)
     PROGRAMS: gl.constexpr = programs_of(sizes.INNER, sizes.D, sizes.S, sizes.H)
     PIECES: gl.constexpr = HEAD // HEAD_PIECE
-    OF_FACTORS: gl.constexpr = _pieces_of_factors(HEAD, sizes.D, sizes.BITS)
+    OF_FACTORS: gl.constexpr = HEAD // sizes.D * 4 // HEAD_PIECE
     EACH: gl.constexpr = _share(PIECES + OF_FACTORS, PROGRAMS)
     last = pid * 0
     for turn in range(EACH):
         last = paced(last, _HEAD_PACE // EACH)
         piece = turn * PROGRAMS + pid
-        place = words + piece * HEAD_PIECE
-        if OF_FACTORS > 0:
-            factor = factors.to(byte, bitcast=True) + (piece - PIECES) * HEAD_PIECE
-            place = gl.where(piece < PIECES, place, factor)
+        factor = factors + (piece - PIECES) * HEAD_PIECE
+        place = gl.where(piece < PIECES, words + piece * HEAD_PIECE, factor)
         _prefetch_piece(place, piece < PIECES + OF_FACTORS)
 
 

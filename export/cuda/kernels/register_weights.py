@@ -28,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
-from aim_export.cuda.kernels.persistent_common import none, padded, store_rounded
+from aim_export.cuda.kernels.persistent_common import none, store_rounded
+from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
 from aim_export.cuda.kernels.warp_fragments import constraints
 
 # The sum's step: numbers of a line of a swizzled tile.
@@ -225,26 +226,6 @@ def _ask(prepared, first_row, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def _load_partials(partials, first_row, ROWS: gl.constexpr, PARTS: gl.constexpr):
-    """Sums of squares of ROWS rows from `partials` (R, PARTS), padded with zeros.
-
-    Lanes and warps have the rows that they have in `_results_layout`.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
-    row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
-    part = gl.expand_dims(gl.arange(0, padded(PARTS), gl.SliceLayout(0, layout)), 0)
-    return gl.load(partials + row * PARTS + part, mask=part < PARTS, other=0.0)
-
-
-@gluon.jit
-def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, SHARES: gl.constexpr):
-    """1 / rms of rows of WIDTH numbers, for results in `_results_layout`: (rows, 1)."""
-    layout: gl.constexpr = gl.SliceLayout(1, _results_layout(SHARES))
-    total = gl.convert_layout(gl.sum(partials, axis=1), layout, assert_trivial=True)
-    return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
-
-
-@gluon.jit
 def _sum(total, ROWS: gl.constexpr, SHARES: gl.constexpr):
     """What is wanted of a product, added up: (ROWS, LINES / SHARES) in `_results_layout`."""
     OUTPUTS: gl.constexpr = LINES // SHARES
@@ -277,13 +258,15 @@ def _multiply(
     STEPS: gl.constexpr = WIDTH // (2 * SHARES * DEPTH)
     COLUMNS: gl.constexpr = SHARES * ROWS
     _ask(prepared, first_row, STEPS)
-    sums = _load_partials(partials, first_row, ROWS, PARTS)
+    # Lanes and warps have the rows that they have of results.
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
+    sums = load_partials(partials, first_row, ROWS, PARTS, layout)
     total = gl.zeros([LINES, 2 * COLUMNS], gl.float32, _product_layout(COLUMNS))
     for step in gl.static_range(STEPS):
         lines = stages[step]._reinterpret(gl.float16, [2 * COLUMNS, DEPTH], _LINES_TILE)
         mbarrier.wait(bars[step], 0)
         total = warpgroup_mma(halves[step], lines.permute((1, 0)), total, is_async=True)
-    norm = _inverse_rms(sums, WIDTH, EPS, SHARES)
+    norm = inverse_rms(sums, WIDTH, EPS, _results_layout(SHARES))
     total = warpgroup_mma_wait(0, deps=[total])
     return _sum(total, ROWS, SHARES) * norm
 

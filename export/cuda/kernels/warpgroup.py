@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from aim_export.cuda.kernels.common import begin_dependents
-from aim_export.cuda.kernels.persistent_common import none, padded, store_rounded
+from aim_export.cuda.kernels.persistent_common import none, store_rounded
+from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
 
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
@@ -149,22 +150,6 @@ def _products(
 
 
 @gluon.jit
-def _load_partials(partials, first_row, ROWS: gl.constexpr, PARTS: gl.constexpr):
-    """Sums of squares of ROWS rows from `partials` (R, PARTS), padded with zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [gl.num_warps(), 1], [1, 0])
-    row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
-    part = gl.expand_dims(gl.arange(0, padded(PARTS), gl.SliceLayout(0, layout)), 0)
-    return gl.load(partials + row * PARTS + part, mask=part < PARTS, other=0.0)
-
-
-@gluon.jit
-def _inverse_rms(partials, WIDTH: gl.constexpr, EPS: gl.constexpr, layout: gl.constexpr):
-    """1 / rms of rows of WIDTH numbers, for results in `layout`: (rows, 1)."""
-    total = gl.convert_layout(gl.sum(partials, axis=1), gl.SliceLayout(1, layout))
-    return gl.expand_dims(1.0 / gl.sqrt(total * (1.0 / WIDTH) + EPS), 1)
-
-
-@gluon.jit
 def _prepare(
     weight,
     rows,
@@ -202,8 +187,9 @@ def _multiply(
     """The product of a program's rows and weights, and its rows' norms, in `_results_layout`."""
     source, stages, held, bars = prepared
     _ask(source, first_row, stages, bars, STAGES, DEPTH)
-    sums = _load_partials(partials, first_row, ROWS, PARTS)
-    norm = _inverse_rms(sums, WIDTH, EPS, _results_layout(OUTPUTS, gl.num_warps()))
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [gl.num_warps(), 1], [1, 0])
+    sums = load_partials(partials, first_row, ROWS, PARTS, layout)
+    norm = inverse_rms(sums, WIDTH, EPS, _results_layout(OUTPUTS, gl.num_warps()))
     total = _products(
         *(source, first_row, stages, held, bars),
         *(WIDTH // DEPTH, STAGES, ROWS, OUTPUTS, DEPTH),
