@@ -324,12 +324,13 @@ class _BucketLowering:
             **{"moments": "moments" if moments else ABSENT},
             **{"PIXELS": x.cells, "WIDTH": x.width, "INPUTS": x.channels, "OUTPUTS": y.channels},
             **{"TAPS": taps, "UPSAMPLE": upsample, "RESIDUAL": residual is not None},
-            **{"MOMENTS": moments, "SCALE": scale, "OVERLAPS": True},
+            **{"SCALE": scale, "OVERLAPS": True},
             **x.as_constants("X", first=None if taps == 1 else 0),
             **y.as_constants("Y"),
         }
         if special:
             assert residual in (None, y)
+            assert moments
             self._by_warpgroups(special, given)
             return
         tile = product_tile(
@@ -339,6 +340,7 @@ class _BucketLowering:
             convolution.convolution,
             (y.channels // tile.n * places, -(-x.cells // tile.m), self.images),
             residual=residual.buffer if residual else ABSENT,
+            MOMENTS=moments,
             **given,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -357,7 +359,7 @@ class _BucketLowering:
         """
         self._launch(
             convolution_warpgroup,
-            tile.programs,
+            (tile.programs,),
             **given,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
@@ -365,7 +367,6 @@ class _BucketLowering:
             PROGRAMS=tile.programs,
             STAGES=tile.stages,
             WEIGHT_STAGES=tile.weight_stages,
-            HALO=True,
         )
         launch = self.launches.pop()
         name = f"descriptors/{len(self.launches) % 2}"

@@ -293,7 +293,7 @@ class StepBuilder:
     def _scan_by_warps(self, shared: dict[str, Any]) -> SpecLaunch:
         warps, rows = warp_fragments.WARPS.value, max(self.scan_cut.bulk_rows, 1)
         grid, own = (self.g.H // warps, self.rows // rows), _SCAN_OPTIONS[rows]
-        bulk = {"ROWS": rows, "BULK": self.scan_cut.bulk_rows > 0}
+        bulk: dict[str, Any] = {"ROWS": rows, "BULK": self.scan_cut.bulk_rows > 0}
         return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **own, **shared, **bulk)
 
     def _if_there(self, buffer: str) -> str | Argument:
@@ -414,7 +414,7 @@ class StepBuilder:
             OVERLAPS=self.overlaps,
         )
 
-    def _tile(self, tile: Tile, width: int) -> dict[str, int | bool]:
+    def _tile(self, tile: Tile, width: int) -> dict[str, Any]:
         dot = self.tuning.dot
         depth = tile.depth if dot else triton.next_power_of_2(width)
         while dot and width % depth:

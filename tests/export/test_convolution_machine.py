@@ -53,7 +53,6 @@ def run(
     residual: bool = False,
     border: bool = False,
     programs: int = 3,
-    halo: bool = True,
     stages: tuple[int, int] = (2, 3),
 ) -> None:
     """A small convolution against float64."""
@@ -68,12 +67,12 @@ def run(
     pitch, y_pitch = width + 2, times * width + 2 * border
     constants = {
         **{"PIXELS": height * width, "WIDTH": width, "INPUTS": inputs, "OUTPUTS": outputs},
-        **{"TAPS": taps, "UPSAMPLE": upsample, "RESIDUAL": residual, "MOMENTS": True},
+        **{"TAPS": taps, "UPSAMPLE": upsample, "RESIDUAL": residual},
         **{"SCALE": 0.25, "X_PIXELS": x.shape[1] * pitch, "X_PITCH": pitch},
-        **{"X_FIRST": pitch + 1 if taps == 1 else 0, "Y_PIXELS": y.shape[1] * y_pitch},
+        **{"X_FIRST": 0, "Y_PIXELS": y.shape[1] * y_pitch},
         **{"Y_PITCH": y_pitch, "Y_FIRST": (y_pitch + 1) * border},
         **{"BLOCK_M": tile[0], "BLOCK_N": tile[1], "IMAGES": IMAGES, "PROGRAMS": programs},
-        **{"STAGES": stages[0], "WEIGHT_STAGES": stages[1], "HALO": halo, "OVERLAPS": True},
+        **{"STAGES": stages[0], "WEIGHT_STAGES": stages[1], "OVERLAPS": True},
     }
     scratch = np.zeros(512 * programs, "u1")
     kernel = machine(tuple(constants.items()))
@@ -83,7 +82,7 @@ def run(
         down, right = place // 2, place % 2
         total = np.zeros((IMAGES, height, width, outputs))
         for tap in range(taps * taps):
-            row, column = tap // taps + down + (taps == 1), tap % taps + right + (taps == 1)
+            row, column = tap // taps + down, tap % taps + right
             part = x[:, row : row + height, column : column + width].astype("f8")
             total += part @ weight[place, :, tap // taps, tap % taps].astype("f8").T
         wanted[:, down::times, right::times] = total
@@ -117,11 +116,3 @@ def test_three_taps(
 def test_of_doubled_map() -> None:
     run((2, 128), 64, 128, (256, 128), taps=2, upsample=True, border=True)
     run((2, 64), 64, 64, (128, 64), taps=2, upsample=True)
-
-
-def test_one_tap() -> None:
-    run((2, 128), 128, 128, (256, 128), taps=1, border=True)
-
-
-def test_pixels_once_for_each_tap() -> None:
-    run((4, 64), 64, 128, (256, 128), halo=False, residual=True, border=True)

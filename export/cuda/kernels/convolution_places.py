@@ -27,7 +27,6 @@ class Sizes(NamedTuple):
     TAPS: Any
     UPSAMPLE: Any
     RESIDUAL: Any
-    MOMENTS: Any
     SCALE: Any
     X_PIXELS: Any
     X_PITCH: Any
@@ -41,11 +40,9 @@ class Sizes(NamedTuple):
     PROGRAMS: Any
     STAGES: Any
     WEIGHT_STAGES: Any
-    HALO: Any
     RUN: Any  # pixels of a tile that lie in one line of the map
     PLACES: Any
     TILES: Any  # in all
-    SHIFTS: Any  # taps of a row that one stage of pixels serves
     ROUNDS: Any  # stages of pixels of a tile
     LINES: Any  # of a stage of pixels
 
@@ -61,9 +58,9 @@ def tiles_of(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES):
 
 
 @gluon.constexpr_function
-def lines_of(WIDTH, TAPS, BLOCK_M, HALO):
+def lines_of(WIDTH, BLOCK_M):
     run = min(WIDTH, 128)
-    return BLOCK_M // run * (run + (8 if HALO and TAPS > 1 else 0))
+    return BLOCK_M // run * (run + 8)
 
 
 @gluon.jit

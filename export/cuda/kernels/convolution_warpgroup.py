@@ -56,9 +56,8 @@ def _bring_pixels(maps, lines, bar, stage, at, column, s: gl.constexpr):
         block = (stage * s.LINES + run * EACH) // 8
         whole = lines.index(block)._reinterpret(gl.float16, [s.RUN, DEPTH], TILE)
         tma.async_copy_global_to_shared(runs, [first, column], bar, whole)
-        if EACH > s.RUN:
-            end = lines.index(block + s.RUN // 8)
-            tma.async_copy_global_to_shared(ends, [first + s.RUN, column], bar, end)
+        end = lines.index(block + s.RUN // 8)
+        tma.async_copy_global_to_shared(ends, [first + s.RUN, column], bar, end)
 
 
 @gluon.jit
@@ -82,7 +81,7 @@ def _bring_weights(map_, panels, full, stage, line, column, s: gl.constexpr):
 @gluon.constexpr_function
 def _stages_ahead(s):
     """Stages of weights that a program's first tile fills before it waits for any input."""
-    return min(s.WEIGHT_STAGES, s.ROUNDS * s.SHIFTS)
+    return min(s.WEIGHT_STAGES, s.ROUNDS * s.TAPS)
 
 
 @gluon.jit
@@ -91,8 +90,8 @@ def _bring_weights_ahead(map_, panels, full, s: gl.constexpr):
     CHUNKS: gl.constexpr = s.INPUTS // DEPTH
     first, place, _, _ = tile_at(gl.program_id(0), s)
     for stage in gl.static_range(_stages_ahead(s)):
-        step = stage // s.SHIFTS
-        tap = step // CHUNKS * s.SHIFTS + stage % s.SHIFTS
+        step = stage // s.TAPS
+        tap = step // CHUNKS * s.TAPS + stage % s.TAPS
         column = tap * s.INPUTS + step % CHUNKS * DEPTH
         _bring_weights(map_, panels, full, stage, place * s.OUTPUTS + first, column, s)
 
@@ -133,13 +132,13 @@ def _fetch(maps, memory, bars, s: gl.constexpr, OVERLAPS: gl.constexpr):
         if s.UPSAMPLE:
             at += place // 2 * s.X_PITCH + place % 2
         for step in range(s.ROUNDS):
-            tap = step // CHUNKS * s.SHIFTS
+            tap = step // CHUNKS * s.TAPS
             chunk = step % CHUNKS * DEPTH
             mbarrier.wait(pixels_free.index(stage), phase ^ 1)
             source = at + tap // s.TAPS * s.X_PITCH + tap % s.TAPS
             _bring_pixels((runs, ends), lines, pixels_full.index(stage), stage, source, chunk, s)
             stage, phase = next_stage(stage, phase, s.STAGES)
-            for shift in gl.static_range(s.SHIFTS):
+            for shift in gl.static_range(s.TAPS):
                 if ahead > 0:
                     ahead -= 1
                 else:
@@ -224,7 +223,7 @@ def _multiply(bias, memory, bars, GROUP: gl.constexpr, s: gl.constexpr):
             totals += (gl.zeros([64, s.BLOCK_N], gl.float32, layout),)
         for step in range(s.ROUNDS):
             mbarrier.wait(pixels_full.index(stage), phase)
-            for shift in gl.static_range(s.SHIFTS):
+            for shift in gl.static_range(s.TAPS):
                 mbarrier.wait(weights_full.index(weight_stage), weight_phase)
                 totals = _products(totals, rows, stage, shift, panels.index(weight_stage), GROUP, s)
                 totals = _wait(totals, 1, s)
@@ -284,16 +283,15 @@ def _finish(target, moments, results, bars, s: gl.constexpr):
                 tma.async_copy_shared_to_global(
                     target, [line, column + first + half * DEPTH], block
                 )
-        if s.MOMENTS:
-            columns = first + gl.arange(0, s.BLOCK_N, layout)
-            for part in gl.static_range(s.BLOCK_M // PART):
-                number = (image * s.PLACES + place) * PARTS + pixel // PART + part
-                values = results.index(part)
-                mean = _column_sums(values, 0, False, s) * (1.0 / PART)
-                squares = _column_sums(values, mean, True, s)
-                at = moments + number * (2 * s.OUTPUTS) + columns
-                gl.store(at, mean)
-                gl.store(at + s.OUTPUTS, squares)
+        columns = first + gl.arange(0, s.BLOCK_N, layout)
+        for part in gl.static_range(s.BLOCK_M // PART):
+            number = (image * s.PLACES + place) * PARTS + pixel // PART + part
+            values = results.index(part)
+            mean = _column_sums(values, 0, False, s) * (1.0 / PART)
+            squares = _column_sums(values, mean, True, s)
+            at = moments + number * (2 * s.OUTPUTS) + columns
+            gl.store(at, mean)
+            gl.store(at + s.OUTPUTS, squares)
         tma.store_wait(0)
         _free(results_free)
         turn ^= 1
@@ -349,10 +347,9 @@ def convolution_warpgroup(
     WIDTH: gl.constexpr,  # 64, or a multiple of 128
     INPUTS: gl.constexpr,  # a multiple of 64
     OUTPUTS: gl.constexpr,
-    TAPS: gl.constexpr,
+    TAPS: gl.constexpr,  # more than one
     UPSAMPLE: gl.constexpr,
     RESIDUAL: gl.constexpr,
-    MOMENTS: gl.constexpr,
     SCALE: gl.constexpr,
     X_PIXELS: gl.constexpr,
     X_PITCH: gl.constexpr,
@@ -366,18 +363,16 @@ def convolution_warpgroup(
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
     WEIGHT_STAGES: gl.constexpr,
-    HALO: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """`convolution` of float16, of statistics over 128 pixels as stored. Grid: PROGRAMS."""
-    SHIFTS: gl.constexpr = TAPS if HALO else 1
     s: gl.constexpr = Sizes(
-        *(PIXELS, WIDTH, INPUTS, OUTPUTS, TAPS, UPSAMPLE, RESIDUAL, MOMENTS, SCALE),
+        *(PIXELS, WIDTH, INPUTS, OUTPUTS, TAPS, UPSAMPLE, RESIDUAL, SCALE),
         *(X_PIXELS, X_PITCH, X_FIRST, Y_PIXELS, Y_PITCH, Y_FIRST),
-        *(BLOCK_M, BLOCK_N, IMAGES, PROGRAMS, STAGES, WEIGHT_STAGES, HALO),
+        *(BLOCK_M, BLOCK_N, IMAGES, PROGRAMS, STAGES, WEIGHT_STAGES),
         *(run_of(WIDTH), 4 if UPSAMPLE else 1),
-        *(tiles_of(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES), SHIFTS),
-        *(TAPS * TAPS // SHIFTS * (INPUTS // DEPTH), lines_of(WIDTH, TAPS, BLOCK_M, HALO)),
+        tiles_of(PIXELS, OUTPUTS, UPSAMPLE, BLOCK_M, BLOCK_N, IMAGES),
+        *(TAPS * (INPUTS // DEPTH), lines_of(WIDTH, BLOCK_M)),
     )
     if OVERLAPS:
         _prefetch_weights(weight, s)
