@@ -72,9 +72,9 @@ class Reference:
         out, model = folder / "bundle", self.bundle.manifest.model
         shutil.copytree(self.bundle.path, out)
 
-        def lower(*arguments: Any) -> DecoderPart:
-            if decoder:
-                return lower_decoder(*arguments, images=(1,))
+        def lower(*arguments: Any, **_capabilities: Any) -> DecoderPart:
+            if decoder:  # what every GPU runs: the interpreter has no copy engine
+                return lower_decoder(*arguments, images=(1,), capabilities=())
             buffers = {
                 "tokens": Tensor("int64", (1, model.num_tokens)),
                 "image": Tensor("uint8", (1, model.image_height, model.image_width, 3)),
