@@ -327,6 +327,21 @@ def test_published_sizes() -> None:
     assert len(ids) > 200
 
 
+def two_kernels_have_descriptors(bucket: Bucket[KernelSpec]) -> None:
+    """For 9.0 alone; launches of different kernels have descriptors of their own."""
+    launches = [item for item in flat(bucket.step) if item.kernel.capabilities]
+    found = compile_kernels([item.kernel for item in launches], CAPABILITIES, workers=2)
+    assert set(found) == {(item.kernel.id, 90) for item in launches}
+    for launch in launches:
+        binary = found[launch.kernel.id, 90]
+        assert binary.shared <= SHARED_MEMORY[90]
+        # Scratch memory is the first of Triton's own two parameters.
+        assert len(launch.arguments) == len(launch.kernel.types) + 1 == binary.pointers - 1
+        scratch = bucket.buffers[launch.arguments[-1].name]
+        assert scratch.size == launch.kernel.scratch * launch.grid[0] * launch.grid[1]
+    assert len({item.arguments[-1].name for item in launches}) == len(launches) == 2
+
+
 def by_warpgroups(size: str, precision: str) -> Bucket[KernelSpec]:
     tuning = TUNING[128]
     found = warpgroup_bucket(PUBLISHED[size], FORMATS[precision], 128, tuning, CAPABILITIES)
@@ -336,19 +351,7 @@ def by_warpgroups(size: str, precision: str) -> Bucket[KernelSpec]:
 
 class TestProjectionsByWarpgroups:
     def test_machine_code(self) -> None:
-        """For 9.0 alone; launches of different kernels have descriptors of their own."""
-        bucket = by_warpgroups("L", "fp16")
-        launches = [item for item in flat(bucket.step) if item.kernel.capabilities]
-        found = compile_kernels([item.kernel for item in launches], CAPABILITIES, workers=2)
-        assert set(found) == {(item.kernel.id, 90) for item in launches}
-        for launch in launches:
-            binary = found[launch.kernel.id, 90]
-            assert binary.shared <= SHARED_MEMORY[90]
-            # Scratch memory is the first of Triton's own two parameters.
-            assert len(launch.arguments) == len(launch.kernel.types) + 1 == binary.pointers - 1
-            scratch = bucket.buffers[launch.arguments[-1].name]
-            assert scratch.size == launch.kernel.scratch * launch.grid[0] * launch.grid[1]
-        assert len({item.arguments[-1].name for item in launches}) == len(launches) == 2
+        two_kernels_have_descriptors(by_warpgroups("L", "fp16"))
 
     @pytest.mark.parametrize(
         ("size", "in_proj", "out_proj"),
@@ -414,18 +417,7 @@ def of_registers(size: str, precision: str, rows: int) -> Bucket[KernelSpec]:
 
 class TestProjectionsOfRegisters:
     def test_machine_code(self) -> None:
-        """For 9.0 alone; launches of different kernels have descriptors of their own."""
-        bucket = of_registers("B", "int8-state8", 16)
-        launches = [item for item in flat(bucket.step) if item.kernel.capabilities]
-        found = compile_kernels([item.kernel for item in launches], CAPABILITIES, workers=2)
-        assert set(found) == {(item.kernel.id, 90) for item in launches}
-        for launch in launches:
-            binary = found[launch.kernel.id, 90]
-            assert binary.shared <= SHARED_MEMORY[90]
-            assert len(launch.arguments) == len(launch.kernel.types) + 1 == binary.pointers - 1
-            scratch = bucket.buffers[launch.arguments[-1].name]
-            assert scratch.size == launch.kernel.scratch * launch.grid[0] * launch.grid[1]
-        assert len({item.arguments[-1].name for item in launches}) == len(launches) == 2
+        two_kernels_have_descriptors(of_registers("B", "int8-state8", 16))
 
     @pytest.mark.parametrize(
         ("size", "rows", "in_proj", "out_proj"),

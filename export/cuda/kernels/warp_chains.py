@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.warp_fragments import FRAGMENT, THREADS, constraints, of_lanes
+from aim_export.cuda.kernels.warp_states import sums_of_lanes
 
 
 @gluon.constexpr_function
@@ -48,18 +49,7 @@ def _state_text():
     text += "and.b32 s, l, 1; setp.ne.u32 o, s, 0;"
     for i in range(8):
         text += f"add.s32 a{i}, a{i}, d{i}; mul.lo.s32 a{i}, a{i}, t;"
-    for kept, other, lane, choice in (
-        (0, 4, 2, "p"),
-        (1, 5, 2, "p"),
-        (2, 6, 2, "p"),
-        (3, 7, 2, "p"),
-        (0, 2, 1, "o"),
-        (1, 3, 1, "o"),
-    ):
-        text += f"selp.b32 s, a{kept}, a{other}, {choice};"
-        text += f"selp.b32 a{kept}, a{other}, a{kept}, {choice};"
-        text += f"shfl.sync.bfly.b32 r, s, {lane}, 0x1f, 0xffffffff; add.s32 a{kept}, a{kept}, r;"
-    return text + "mov.b32 $0, a0; mov.b32 $1, a1; mov.b32 $2, a0; mov.b32 $3, a1; }"
+    return text + sums_of_lanes()
 
 
 @gluon.jit

@@ -139,12 +139,12 @@ def _state_text():
 
 
 @gluon.constexpr_function
-def _sum_text():
-    """PTX: of eight channels, each a sum over j, lane j keeps the sums of 2 j and the next."""
-    text = "{ .reg .b32 l, s, r; .reg .pred p, o; mov.u32 l, %laneid; and.b32 s, l, 2;"
-    text += "setp.ne.u32 p, s, 0; and.b32 s, l, 1; setp.ne.u32 o, s, 0; .reg .b32 a<8>;"
-    for i in range(8):
-        text += f"mov.b32 a{i}, ${4 + 4 * i};"
+def sums_of_lanes():
+    """PTX: a0 to a7 are summed over j, where p is whether j is 2 or 3 and o whether it is odd.
+
+    Lane j gives out the sums of 2 j and the next.
+    """
+    text = ""
     for kept, other, lane, choice in (
         (0, 4, 2, "p"),
         (1, 5, 2, "p"),
@@ -157,6 +157,16 @@ def _sum_text():
         text += f"selp.b32 a{kept}, a{other}, a{kept}, {choice};"
         text += f"shfl.sync.bfly.b32 r, s, {lane}, 0x1f, 0xffffffff; add.s32 a{kept}, a{kept}, r;"
     return text + "mov.b32 $0, a0; mov.b32 $1, a1; mov.b32 $2, a0; mov.b32 $3, a1; }"
+
+
+@gluon.constexpr_function
+def _sum_text():
+    """PTX: of eight channels, each a sum over j, lane j keeps the sums of 2 j and the next."""
+    text = "{ .reg .b32 l, s, r; .reg .pred p, o; mov.u32 l, %laneid; and.b32 s, l, 2;"
+    text += "setp.ne.u32 p, s, 0; and.b32 s, l, 1; setp.ne.u32 o, s, 0; .reg .b32 a<8>;"
+    for i in range(8):
+        text += f"mov.b32 a{i}, ${4 + 4 * i};"
+    return text + sums_of_lanes()
 
 
 @gluon.jit
