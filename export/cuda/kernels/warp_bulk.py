@@ -20,6 +20,7 @@ from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
+    LINE,
     LINES,
     THREAD,
     THREADS,
@@ -30,7 +31,6 @@ from aim_export.cuda.kernels.warp_fragments import (
     lanes,
 )
 
-_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _PIECE = gl.constexpr(P.value * S.value // 8)  # bytes of eight channels
 _ODD = gl.constexpr(4 * WARPS.value * _PIECE.value + 64)
 _TOKENS = gl.constexpr(8 * WARPS.value * _PIECE.value + 64)
@@ -148,7 +148,7 @@ def fill_tokens(tokens, slot):
 @gluon.jit
 def shared_of_all():
     """What is exchanged of B and C (2 S,) and of scores (CHUNK / 4, 4), float32."""
-    held = gl.allocate_shared_memory(gl.float32, [_BLOCKS, _BLOCK], _LINE)
+    held = gl.allocate_shared_memory(gl.float32, [_BLOCKS, _BLOCK], LINE)
     lines: gl.constexpr = _BLOCKS * (_BLOCK // CHUNK)
     scores = held._reinterpret(gl.float32, [lines, CHUNK // 4, 4], LINES)
     scores = scores.index(SCORES // (4 * CHUNK))

@@ -26,20 +26,16 @@ from aim_export.cuda.kernels.warp_chains import from_fragments
 from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, WARPS, P, S
 from aim_export.cuda.kernels.warp_inputs import (
     BOTH,
-    before,
     channels_of,
     exchange,
-    load_columns,
-    load_heads,
-    remember,
-    remember_both,
+    keep,
+    load_ring,
+    load_state,
 )
 from aim_export.cuda.kernels.warp_states import digits_of
 from aim_export.cuda.kernels.warp_tokens import (
     attended,
     left_of,
-    load_decays,
-    load_keys,
     scores_of,
     weights_of,
 )
@@ -61,47 +57,6 @@ def _set(
     state = memory[1] + row * (H * P * S) + first_head * (P * S)
     past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
     set_copies(state, past_x, at % CHUNK, at >= CHUNK, INNER, ITEM, STATES, TOKENS)
-
-
-@gluon.jit
-def _of_state(
-    weights,
-    memory,
-    row,
-    first_head,
-    at,
-    INNER: gl.constexpr,
-    H: gl.constexpr,
-):
-    """What was written a step ago or earlier: keys and decays, of heads, factors of states."""
-    slot, old = at % CHUNK, at >= CHUNK
-    past_b, past_decay = memory[5] + row * (CHUNK * S), memory[6] + row * (H * CHUNK)
-    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
-    channels = channels_of(heads)
-    keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
-    of_heads = load_heads(weights[3], weights[4], weights[2], past_decay, heads, slot)
-    scale = gl.load(memory[2] + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
-    columns = load_columns(memory[3] + row * (H * S), first_head, old)
-    return (keys, decays), of_heads, (scale, columns)
-
-
-@gluon.jit
-def _of_ring(
-    weights,
-    memory,
-    row,
-    first_head,
-    at,
-    INNER: gl.constexpr,
-    X: gl.constexpr,
-    K: gl.constexpr,
-):
-    """Of x and of B with C: what the convolution adds to the newest input's share, and its tap."""
-    ring = memory[0] + row * (K * X)
-    channels = channels_of(first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)))
-    of_x = before(ring, weights[0], weights[1], channels, at, X, K)
-    both = INNER + gl.arange(0, 2 * S, BOTH)
-    return of_x, before(ring, weights[0], weights[1], both, at, X, K)
 
 
 @gluon.jit
@@ -139,35 +94,6 @@ def _inputs(exchanged, of_state, of_ring, newest):
 
 
 @gluon.jit
-def _keep(
-    memory,
-    row,
-    first_head,
-    at,
-    newest,
-    kept,
-    INNER: gl.constexpr,
-    X: gl.constexpr,
-    H: gl.constexpr,
-    K: gl.constexpr,
-    QUERIES: gl.constexpr,
-):
-    """The token, for those that follow."""
-    bc, dt, decay, x = kept
-    slot = at % CHUNK
-    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
-    channels = channels_of(heads)
-    ring = memory[0] + row * (K * X) + at % K * X
-    store_rounded(ring + channels, newest[1], channels >= 0)
-    past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
-    past_decay = memory[6] + row * (H * CHUNK)
-    remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)
-    if first_head == 0:
-        past_b, past_c = memory[5] + row * (CHUNK * S), memory[7] + row * (QUERIES * S)
-        remember_both(ring + INNER, past_b, past_c, newest[3], bc, slot, QUERIES)
-
-
-@gluon.jit
 def _finish(results, row, first_head, y, share, x, INNER: gl.constexpr, H: gl.constexpr):
     """`gated` and `squares` of a row's heads."""
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
@@ -202,8 +128,8 @@ def scan_in_bulk(
     states, tokens = begin_copies(ROWS)
     _set(memory, row, first_head, at, INNER, H, 0, True, True)
     tokens = fill_tokens(tokens, at % CHUNK)
-    of_state = _of_state(weights, memory, row, first_head, at, INNER, H)
-    of_ring = _of_ring(weights, memory, row, first_head, at, INNER, X, K)
+    of_state = load_state(weights, memory, row, first_head, at, INNER, H)
+    of_ring = load_ring(weights, memory, row, first_head, at, INNER, X, K)
     begin_dependents(OVERLAPS)
     newest = _newest(projected, row, first_head, INNER, X, H)
     for item in gl.static_range(ROWS):
@@ -215,7 +141,7 @@ def scan_in_bulk(
         if item + 1 < ROWS:
             # A warp's states are its own: it has read them.
             _set(memory, following, first_head, next_at, INNER, H, item + 1, True, False)
-            of_ring = _of_ring(weights, memory, following, first_head, next_at, INNER, X, K)
+            of_ring = load_ring(weights, memory, following, first_head, next_at, INNER, X, K)
             newest = _newest(projected, following, first_head, INNER, X, H)
         held = arrived(tokens, item, True)
         y += attended(held, weights_of(shared, left, at % CHUNK), at % CHUNK, True)
@@ -224,8 +150,8 @@ def scan_in_bulk(
             gl.thread_barrier()
             _set(memory, following, first_head, next_at, INNER, H, item + 1, False, True)
             tokens = fill_tokens(tokens, next_at % CHUNK)
-            of_state = _of_state(weights, memory, following, first_head, next_at, INNER, H)
+            of_state = load_state(weights, memory, following, first_head, next_at, INNER, H)
         _finish(results, row, first_head, y, share, kept[3], INNER, H)
-        _keep(memory, row, first_head, at, of_this, kept, INNER, X, H, K, QUERIES)
+        keep(memory, row, first_head, at, (of_this[1], of_this[3]), kept, INNER, X, H, K, QUERIES)
         if item + 1 < ROWS:
             row, at = following, next_at

@@ -30,9 +30,8 @@ from aim_export.cuda.kernels.fold_fragments import (
     store_integers,
     tiled,
 )
-from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
+from aim_export.cuda.kernels.warp_fragments import CHUNK, LINE, WARPS, P, S, bits
 
-_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
 _LANES = gl.constexpr(8 * WARPS.value)  # that have a column, of two channels each
 # (_LANES, S): a column for each thread.
@@ -109,8 +108,8 @@ def fold_of_bytes(
         old = at >= CHUNK
         keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S))
         sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
-        shared = gl.allocate_shared_memory(gl.float16, [S], _LINE)
-        inverses = gl.allocate_shared_memory(gl.float32, [S], _LINE)
+        shared = gl.allocate_shared_memory(gl.float16, [S], LINE)
+        inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
         if QUERIES > 0:
             room = room_for_feedback(QUERIES)
         for index in range(HEADS):

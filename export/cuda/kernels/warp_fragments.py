@@ -21,6 +21,7 @@ S = gl.constexpr(128)
 WARPS = gl.constexpr(4)  # of a program, each with a head
 THREADS = gl.constexpr(32 * WARPS.value)
 CHUNK = gl.constexpr(8 * WARPS.value)  # tokens at a time: a warp scores eight
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 # (THREADS, 4): a fragment.
 FRAGMENT = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [WARPS.value, 1], [1, 0]))

@@ -9,9 +9,8 @@ from triton.experimental.gluon import language as gl
 from aim_export.cuda.kernels.persistent_common import store_rounded
 from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, THREADS, WARPS, P, S
 from aim_export.cuda.kernels.warp_states import COLUMNS
-from aim_export.cuda.kernels.warp_tokens import SCORED, halves
+from aim_export.cuda.kernels.warp_tokens import SCORED, halves, load_decays, load_keys
 
-LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # (2 S,): B and C, as threads convolve them.
 BOTH = gl.constexpr(gl.BlockedLayout([2 * S.value // THREADS.value], [32], [WARPS.value], [0]))
 
@@ -83,3 +82,73 @@ def exchange(shared, bc):
     b = gl.expand_dims(shared.slice(0, S).load(gl.SliceLayout(0, COLUMNS)), 0)
     own = gl.convert_layout(gl.sum(b * c, 1), gl.SliceLayout(1, CHANNELS), assert_trivial=True)
     return pairs, c, own
+
+
+@gluon.jit
+def load_state(
+    weights,
+    memory,
+    row,
+    first_head,
+    at,
+    INNER: gl.constexpr,
+    H: gl.constexpr,
+):
+    """What was written a step ago or earlier: keys and decays, of heads, factors of states."""
+    slot, old = at % CHUNK, at >= CHUNK
+    past_b, past_decay = memory[5] + row * (CHUNK * S), memory[6] + row * (H * CHUNK)
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    channels = channels_of(heads)
+    keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
+    of_heads = load_heads(weights[3], weights[4], weights[2], past_decay, heads, slot)
+    scale = gl.load(memory[2] + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
+    columns = load_columns(memory[3] + row * (H * S), first_head, old)
+    return (keys, decays), of_heads, (scale, columns)
+
+
+@gluon.jit
+def load_ring(
+    weights,
+    memory,
+    row,
+    first_head,
+    at,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    K: gl.constexpr,
+):
+    """Of x and of B with C: what the convolution adds to the newest input's share, and its tap."""
+    ring = memory[0] + row * (K * X)
+    channels = channels_of(first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)))
+    of_x = before(ring, weights[0], weights[1], channels, at, X, K)
+    both = INNER + gl.arange(0, 2 * S, BOTH)
+    return of_x, before(ring, weights[0], weights[1], both, at, X, K)
+
+
+@gluon.jit
+def keep(
+    memory,
+    row,
+    first_head,
+    at,
+    newest,
+    kept,
+    INNER: gl.constexpr,
+    X: gl.constexpr,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    QUERIES: gl.constexpr,
+):
+    """The token, for those that follow: of `newest` the convolution's inputs x, and B with C."""
+    bc, dt, decay, x = kept
+    slot = at % CHUNK
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    channels = channels_of(heads)
+    ring = memory[0] + row * (K * X) + at % K * X
+    store_rounded(ring + channels, newest[0], channels >= 0)
+    past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
+    past_decay = memory[6] + row * (H * CHUNK)
+    remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)
+    if first_head == 0:
+        past_b, past_c = memory[5] + row * (CHUNK * S), memory[7] + row * (QUERIES * S)
+        remember_both(ring + INNER, past_b, past_c, newest[1], bc, slot, QUERIES)

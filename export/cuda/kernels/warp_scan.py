@@ -16,25 +16,20 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from aim_export.cuda.kernels.common import begin_dependents
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
 from aim_export.cuda.kernels.warp_bulk_scan import scan_in_bulk
-from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, WARPS, P, S
+from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, LINE, WARPS, P, S
 from aim_export.cuda.kernels.warp_inputs import (
     BOTH,
-    LINE,
-    before,
     channels_of,
     exchange,
-    load_columns,
-    load_heads,
-    remember,
-    remember_both,
+    keep,
+    load_ring,
+    load_state,
 )
 from aim_export.cuda.kernels.warp_states import digits_of, from_states, hold_states
 from aim_export.cuda.kernels.warp_tokens import (
     attended,
     hold_values,
     left_of,
-    load_decays,
-    load_keys,
     scores_of,
     share_scores,
     weights_of,
@@ -56,53 +51,40 @@ def _scan(
     OVERLAPS: gl.constexpr,
 ):
     """A row of a program, with copies of 16 bytes: pointers as those of `scan_of_bytes`."""
-    conv_weight, conv_bias, dt_bias, a, d = weights
-    ring, state, state_scale, column_scale, past_x, past_b, past_decay, past_c = memory
     gated, squares = results
     row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
     at = gl.load(position + row).to(gl.int32)
-    slot, old = at % CHUNK, at >= CHUNK
+    slot = at % CHUNK
     # Everything up to the wait was written a step ago or earlier.
-    states = hold_states(state + row * (H * P * S), first_head, old)
-    past_x += row * (CHUNK * INNER) + first_head * P
-    past_b += row * (CHUNK * S)
-    past_decay += row * (H * CHUNK)
-    values = hold_values(past_x, slot, INNER)
-    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
-    keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
-    channels = channels_of(heads)
-    rate, skip, bias, last = load_heads(a, d, dt_bias, past_decay, heads, slot)
-    scale = gl.load(state_scale + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
-    columns = load_columns(column_scale + row * (H * S), first_head, old)
-    ring += row * (K * X)
-    both = gl.arange(0, 2 * S, BOTH)
-    x_before, x_tap = before(ring, conv_weight, conv_bias, channels, at, X, K)
-    bc_before, bc_tap = before(ring, conv_weight, conv_bias, INNER + both, at, X, K)
+    states = hold_states(memory[1] + row * (H * P * S), first_head, at >= CHUNK)
+    values = hold_values(memory[4] + row * (CHUNK * INNER) + first_head * P, slot, INNER)
+    of_tokens, of_heads, factors = load_state(weights, memory, row, first_head, at, INNER, H)
+    of_x, of_both = load_ring(weights, memory, row, first_head, at, INNER, X, K)
     begin_dependents(OVERLAPS)
+    heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
+    both = gl.arange(0, 2 * S, BOTH)
+    channels = channels_of(heads)
     projected += row * (INNER + X + H)
     new_bc = gl.load(projected + 2 * INNER + both)
     dt = gl.load(projected + INNER + X + heads)
     new_x, z = gl.load(projected + INNER + channels), gl.load(projected + channels)
-    bc = silu(bc_before + new_bc * bc_tap)
+    rate, skip, bias, last = of_heads
+    bc = silu(of_both[0] + new_bc * of_both[1])
     dt = softplus(dt + bias)
     decay = dt * rate + last
     pairs, c, own = exchange(gl.allocate_shared_memory(gl.float32, [2 * S], LINE), bc)
-    scores = share_scores(scores_of(keys, pairs, False))
-    weights = weights_of(scores, left_of(decays, decay), slot)
-    high, low, unit = digits_of(c * columns)
+    scores = share_scores(scores_of(of_tokens[0], pairs, False))
+    shares = weights_of(scores, left_of(of_tokens[1], decay), slot)
+    high, low, unit = digits_of(c * factors[1])
     async_copy.wait_group(0)
-    y = from_states(states, high, low) * (unit * gl.expand_dims(gl.exp(decay), 1) * scale)
-    x = silu(x_before + new_x * x_tap)
-    y += attended(values, weights, slot, False)
+    y = from_states(states, high, low) * (unit * gl.expand_dims(gl.exp(decay), 1) * factors[0])
+    x = silu(of_x[0] + new_x * of_x[1])
+    y += attended(values, shares, slot, False)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
     store_rounded(gated + row * INNER + channels, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))
-    newest = ring + at % K * X
-    store_rounded(newest + channels, new_x, channels >= 0)
-    remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)
-    if first_head == 0:
-        newest += INNER
-        remember_both(newest, past_b, past_c + row * (QUERIES * S), new_bc, bc, slot, QUERIES)
+    kept = bc, dt, decay, x
+    keep(memory, row, first_head, at, (new_x, new_bc), kept, INNER, X, H, K, QUERIES)
 
 
 @gluon.jit
