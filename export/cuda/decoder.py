@@ -33,18 +33,13 @@ from aim_export.cuda.decoder_tiles import (
     statistics_part,
     warpgroup_tile,
 )
-from aim_export.cuda.decoder_warpgroup import (
-    DESCRIPTORS,
-    WARPGROUP_CAPABILITIES,
-    with_descriptors,
-)
 from aim_export.cuda.decoder_weights import DecoderWeights
 from aim_export.cuda.kernels import convolution
 from aim_export.cuda.kernels import decoder as kernels
 from aim_export.cuda.kernels.convolution_warpgroup import convolution_warpgroup
-from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher
+from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher, with_scratch
 from aim_export.cuda.stored import StoredTensor
-from aim_export.cuda.targets import CAPABILITIES
+from aim_export.cuda.targets import CAPABILITIES, WARPGROUP
 from aim_runtime.engines.cuda.plan import (
     Argument,
     DecoderBucket,
@@ -63,6 +58,10 @@ HALF_SCALE = 1 / 16
 # Pixels up to which a norm is one launch: larger maps have so many statistics that reading them in
 # every program takes more than a launch.
 SMALL_NORM = 16 * 16
+# Of `convolution_warpgroup` bytes of the copy engine's four descriptors of a program, and warps
+# besides the first four: as many multiply, four finish, and with the one that fetches come three
+# that do nothing.
+_DESCRIPTORS, _WORKERS = 512, 12
 # Groups of a norm that a program of `norm_factors` takes.
 GROUPS_A_PROGRAM = 4
 
@@ -113,7 +112,7 @@ def lower_decoder(
     buckets = []
     for count in images:
         lowering = _BucketLowering(weights, side, count, norms)
-        if set(WARPGROUP_CAPABILITIES) & set(capabilities):
+        if set(WARPGROUP) & set(capabilities):
             special = _BucketLowering(weights, side, count, norms, warpgroups=True).bucket()
             if any(launch.kernel.capabilities for launch in flat(special.launches)):
                 buckets.append(special)
@@ -370,8 +369,9 @@ class _BucketLowering:
         )
         launch = self.launches.pop()
         name = f"descriptors/{len(self.launches) % 2}"
-        self._reserve(name, "uint8", DESCRIPTORS * tile.programs)
-        self.launches.append(with_descriptors(launch, name))
+        self._reserve(name, "uint8", _DESCRIPTORS * tile.programs)
+        own = {"workers": _WORKERS, "scratch": _DESCRIPTORS, "capabilities": WARPGROUP}
+        self.launches.append(with_scratch(launch, name, **own))
 
     def _normalised(self, x: Map, name: str) -> Map:
         """What the next 3x3 convolution reads: norm and swish of `x`, with a border."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from triton.runtime.jit import JITFunction
@@ -173,6 +173,12 @@ class Launcher:
         )
         x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1, 1)[:3]
         return Launch(kernel, (x, y, z), tuple(arguments.values()))
+
+
+def with_scratch(launch: Launch[KernelSpec], buffer: str, **options: Any) -> Launch[KernelSpec]:
+    """`launch` with `buffer` as its programs' scratch memory, and fields of its `KernelSpec`."""
+    kernel = replace(launch.kernel, **options)
+    return Launch(kernel, launch.grid, (*launch.arguments, Argument(buffer)))
 
 
 def _refuse(what: str, names: Iterable[str]) -> None:

@@ -11,7 +11,6 @@ are float16. Models wider than 1024 have two rows alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from aim_export.cuda.geometry import Geometry
@@ -23,11 +22,11 @@ from aim_export.cuda.kernels.persistent_common import (
     scaled_places,
     wide,
 )
-from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.launch import KernelSpec, with_scratch
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.tuning import NARROW, Tuning
-from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Tensor
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Program, Tensor
 
 # Rows by the type of the states, and whose tuning serves what is around the layers: products for
 # the tensor cores want no fewer than 16 rows, of which eight are left out.
@@ -261,11 +260,5 @@ class _PersistentBuilder(StepBuilder):
             HEAD=self._head_bytes(),
             OVERLAPS=self.overlaps,
         )
-        kernel = replace(
-            launch.kernel,
-            workers=_WORKERS,
-            scratch=_SCRATCH,
-            resident=True,
-            capabilities=CAPABILITIES,
-        )
-        return Launch(kernel, launch.grid, (*launch.arguments, Argument("descriptors")))
+        own = {"workers": _WORKERS, "scratch": _SCRATCH, "capabilities": CAPABILITIES}
+        return with_scratch(launch, "descriptors", resident=True, **own)

@@ -16,9 +16,9 @@ from aim_export.cuda.kernels import register_weights
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
-from aim_export.cuda.targets import SHARED_MEMORY
+from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
 from aim_export.cuda.tuning import RegisterTile, Tuning
-from aim_export.cuda.warpgroup import CAPABILITIES, described
+from aim_export.cuda.warpgroup import described
 from aim_runtime.engines.cuda.plan import Bucket
 
 _LINES, _DEPTH = register_weights.LINES.value, register_weights.DEPTH.value
@@ -31,7 +31,7 @@ _SPARE, _DESCRIPTOR = 1024, 128
 def fits(tile: RegisterTile, width: int, rows: int) -> bool:
     """Whether `tile` suits a projection of so many rows with sums of `width` numbers."""
     share, left = divmod(width, 2 * tile.shares)
-    room = min(SHARED_MEMORY[target] for target in CAPABILITIES) - _SPARE
+    room = min(SHARED_MEMORY[target] for target in WARPGROUP) - _SPARE
     rows_fit = rows % tile.rows == 0 and 2 * tile.rows * width <= room
     return rows_fit and left == 0 and share % _DEPTH == 0 and share <= _LONGEST
 
@@ -54,7 +54,7 @@ def register_bucket(
     whole = out_proj is None or geometry.D % (_LINES // out_proj.shares) == 0
     if out_proj and not (whole and fits(out_proj, geometry.inner, rows)):
         return None
-    if not set(CAPABILITIES) & set(capabilities):
+    if not set(WARPGROUP) & set(capabilities):
         return None
     return _RegisterBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
 

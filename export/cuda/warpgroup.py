@@ -15,15 +15,13 @@ from triton.runtime.jit import JITFunction
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import warpgroup
-from aim_export.cuda.launch import KernelSpec
+from aim_export.cuda.launch import KernelSpec, with_scratch
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
-from aim_export.cuda.targets import SHARED_MEMORY
+from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
 from aim_export.cuda.tuning import Tuning, WarpgroupTile
-from aim_runtime.engines.cuda.plan import Argument, Bucket, Launch, Tensor
+from aim_runtime.engines.cuda.plan import Bucket, Tensor
 
-# Compute capabilities that have wgmma.
-CAPABILITIES = (90,)
 _WARPS = 4
 # The least width: of narrower models weights are few, and little is gained by having them ahead.
 _NARROWEST = 768
@@ -39,7 +37,7 @@ def fitting(tile: WarpgroupTile | None, outputs: int, width: int) -> WarpgroupTi
     """`tile` with as many stages as there is room for, None if it does not suit a projection."""
     if tile is None or width % tile.depth or outputs % 4:
         return None
-    room = min(SHARED_MEMORY[target] for target in CAPABILITIES) - _SPARE
+    room = min(SHARED_MEMORY[target] for target in WARPGROUP) - _SPARE
     stages = (room - 2 * tile.outputs * width) // (2 * tile.rows * tile.depth)
     stages = min(stages, tile.stages, width // tile.depth)
     return None if stages < _STAGES else replace(tile, stages=stages)
@@ -60,7 +58,7 @@ def warpgroup_bucket(
     out_proj = fitting(cuts.out_proj, geometry.D, geometry.inner)
     if in_proj is None or out_proj is None or geometry.D % out_proj.outputs:
         return None
-    if not set(CAPABILITIES) & set(capabilities):
+    if not set(WARPGROUP) & set(capabilities):
         return None
     return _WarpgroupBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
 
@@ -112,5 +110,4 @@ def described(builder: StepBuilder, launch: SpecLaunch, size: int) -> SpecLaunch
     """`launch` with a buffer of its own for its programs' descriptors, of `size` bytes each."""
     name = f"descriptors_of_{launch.kernel.function.__name__}"
     builder.buffers[name] = Tensor("uint8", (size * math.prod(launch.grid),))
-    kernel = replace(launch.kernel, scratch=size, capabilities=CAPABILITIES)
-    return Launch(kernel, launch.grid, (*launch.arguments, Argument(name)))
+    return with_scratch(launch, name, scratch=size, capabilities=WARPGROUP)
