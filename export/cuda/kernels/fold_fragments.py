@@ -40,7 +40,7 @@ def words_of(W):
 
 
 STATE = gl.constexpr(columns_of(S.value))
-_TOKENS = gl.constexpr(
+TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[1, 0], [0, 1], [0, 8], [0, 16]],
         [[0, 2], [0, 4], *_CHANNELS.value],
@@ -183,15 +183,24 @@ def store_integers(target, sums):
 
 
 @gluon.jit
-def added(kept, past_x, past_decay, keys, INNER: gl.constexpr):
-    """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
+def load_tokens(past_x, past_decay, INNER: gl.constexpr):
+    """The chunk's dt * x (P, CHUNK), of memory, and how much of it is left, (1, CHUNK).
 
     `past_x` points to the head of the first token, `past_decay` to its sums.
     """
-    token = along(CHUNK, 1, _TOKENS)
-    x = gl.load(past_x + (token * INNER + along(P, 0, _TOKENS)))
-    left = gl.load(past_decay + CHUNK - 1) - gl.load(past_decay + token)
-    x = x.to(gl.float32) * gl.exp(left)
+    token = along(CHUNK, 1, TOKENS)
+    x = gl.load(past_x + (token * INNER + along(P, 0, TOKENS)))
+    return x, gl.exp(gl.load(past_decay + CHUNK - 1) - gl.load(past_decay + token))
+
+
+@gluon.jit
+def added(kept, tokens, keys):
+    """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
+
+    `tokens` are of `load_tokens`.
+    """
+    x, left = tokens
+    x = x.to(gl.float32) * left
     # Two halves hold 22 bits of x, down to 2**-24; B is one half already.
     high = x.to(gl.float16)
     low = (x - high.to(gl.float32)).to(gl.float16)

@@ -13,6 +13,15 @@ from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import begin_dependents, int8_unit
 from aim_export.cuda.kernels.error_feedback import LEAST_SQUARE, SMALLEST_COLUMN
+from aim_export.cuda.kernels.fold_ahead import (
+    arrived,
+    ask,
+    factors_ahead,
+    room_ahead,
+    sums_ahead,
+    tokens_ahead,
+    words_ahead,
+)
 from aim_export.cuda.kernels.fold_feedback import (
     hold_feedback,
     lines_of,
@@ -26,6 +35,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     halves,
     integers,
     load_bytes,
+    load_tokens,
     numbers_of,
     store_integers,
     tiled,
@@ -54,12 +64,55 @@ def _hold_keys(keys, source):
 
 
 @gluon.jit
-def _restored(words, factors, columns, decay, old):
-    """A state's bytes as float32 (P, S) times `decay`; its factors are read where it is `old`."""
+def _restored(words, channel, column):
+    """A state's bytes as float32 (P, S), of its factors (P, 1), decayed, and (1, S) float16."""
+    return numbers_of(words, channel) * column.to(gl.float32)
+
+
+@gluon.jit
+def _loaded(memory, places, old, H: gl.constexpr, INNER: gl.constexpr):
+    """A state's bytes, its factors, decayed, and its tokens, of memory; zeros where not `old`."""
+    state, factors, columns, past_x, sums = _of_state(memory, places, H, INNER)
+    words = load_bytes(state, old)
+    decay = gl.exp(gl.load(sums + CHUNK - 1))
     channel, column = along(P, 0, STATE), along(S, 1, STATE)
     channel = gl.load(factors + channel, mask=(channel >= 0) & old, other=0.0) * decay
-    column = gl.load(columns + column, mask=(column >= 0) & old, other=0.0).to(gl.float32)
-    return numbers_of(words, channel) * column
+    column = gl.load(columns + column, mask=(column >= 0) & old, other=0.0)
+    return words, channel, column, load_tokens(past_x, sums, INNER)
+
+
+@gluon.jit
+def _found(held, stage, STAGES: gl.constexpr):
+    """As `_loaded`, of what was asked for ahead."""
+    arrived(STAGES)
+    words, x = words_ahead(held, stage), tokens_ahead(held, stage)
+    channel, column = factors_ahead(held, stage)
+    sums, last, last_of_all = sums_ahead(held, stage)
+    channel = gl.expand_dims(channel * gl.exp(last_of_all), 1)
+    return words, channel, gl.expand_dims(column, 0), (x, gl.expand_dims(gl.exp(last - sums), 0))
+
+
+@gluon.jit
+def _place(index, row, R: gl.constexpr, H: gl.constexpr):
+    """Where a row's state of this number lies: its layer and row, its head, its number of all."""
+    place, head = (index // H * R + row).to(gl.int64), index % H
+    return place, head, place * H + head
+
+
+@gluon.jit
+def _of_state(memory, places, H: gl.constexpr, INNER: gl.constexpr):
+    """Pointers to a state, its channels' and columns' factors, its first token and its sums."""
+    state, state_scale, column_scale, past_x, past_decay = memory
+    place, head, cell = places
+    past_x += place * (CHUNK * INNER) + head * P
+    state += cell * (P * S)
+    return state, state_scale + cell * P, column_scale + cell * S, past_x, past_decay + cell * CHUNK
+
+
+@gluon.jit
+def _ask(held, stage, memory, index, row, there, old, R: gl.constexpr, H: gl.constexpr, INNER: gl.constexpr):
+    found = _of_state(memory, _place(index, row, R, H), H, INNER)
+    ask(held, stage, found, there, old, INNER)
 
 
 @gluon.jit
@@ -98,6 +151,7 @@ def fold_of_bytes(
     H: gl.constexpr,
     QUERIES: gl.constexpr,
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
+    STAGES: gl.constexpr,  # states asked for ahead; 0: none
     OVERLAPS: gl.constexpr,
 ):
     """Where a row's chunk is full, move its tokens into HEADS of its L * H states."""
@@ -112,29 +166,33 @@ def fold_of_bytes(
         inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
         if QUERIES > 0:
             room = room_for_feedback(QUERIES)
+        memory = state, state_scale, column_scale, past_x, past_decay
+        if STAGES > 0:
+            held = room_ahead(STAGES)
+            for stage in gl.static_range(STAGES):
+                _ask(held, stage, memory, first + stage, row, stage < HEADS, old, R, H, INNER)
         for index in range(HEADS):
-            place = ((first + index) // H * R + row).to(gl.int64)
-            head = (first + index) % H
-            cell = place * H + head
-            words = load_bytes(state + cell * (P * S), old)
+            places = _place(first + index, row, R, H)
+            place, head, _cell = places
             if (head == 0) | (index == 0):
                 _hold_keys(keys, past_b + place * (CHUNK * S))
                 if QUERIES > 0:
                     hold_feedback(room, past_c + place * (QUERIES * S), QUERIES)
-            sums_of_head = past_decay + cell * CHUNK
-            factors, columns = state_scale + cell * P, column_scale + cell * S
-            decay = gl.exp(gl.load(sums_of_head + CHUNK - 1))
-            kept = _restored(words, factors, columns, decay, old)
-            kept = added(
-                kept, past_x + place * (CHUNK * INNER) + head * P, sums_of_head, keys, INNER
-            )
+            if STAGES > 0:
+                words, channel, column, tokens = _found(held, index % STAGES, STAGES)
+            else:
+                words, channel, column, tokens = _loaded(memory, places, old, H, INNER)
+            kept = added(_restored(words, channel, column), tokens, keys)
             kept, root = _normed(kept)
+            target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
             _hold_columns(kept * kept, sums, shared, inverses, columns)
             kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
+            if STAGES > 0:
+                ahead = index + STAGES
+                _ask(held, index % STAGES, memory, first + ahead, row, ahead < HEADS, old, R, H, INNER)
             unit = int8_unit(gl.max(gl.abs(kept), axis=1))
             gl.store(factors + gl.arange(0, P, gl.SliceLayout(1, STATE)), unit * root)
             inverse_unit = 1.0 / unit
-            target = state + cell * (P * S)
             if QUERIES > 0:
                 left, right = halves(kept)
                 third, fourth = halves(right)
