@@ -21,6 +21,8 @@ from aim_export.cuda.kernels.fold_fragments import (
     columns_of,
     from_result,
     integers,
+    lines_of,
+    product,
     store_integers,
     tiled,
 )
@@ -28,13 +30,6 @@ from aim_export.cuda.kernels.warp_fragments import WARPS, P, S, bits
 
 _HALF = gl.constexpr(S.value // 2)
 _QUARTER = gl.constexpr(S.value // 4)
-
-
-@gluon.constexpr_function
-def lines_of(W):
-    """Shared memory (N, W) of halves, whose lines `ldmatrix` reads without conflicts."""
-    phases = min(8, W // 8)
-    return gl.SwizzledSharedLayout(8, max(1, 8 // phases), phases, [1, 0])
 
 
 @gluon.constexpr_function
@@ -50,13 +45,13 @@ def _matrices(Q, apart):
 
 
 @gluon.jit
-def room_for_feedback(Q: gl.constexpr):
+def room_for_feedback(Q: gl.constexpr, GROUP: gl.constexpr):
     """Shared memory for what `hold_feedback` makes."""
-    first = gl.allocate_shared_memory(gl.float16, [Q, _HALF], lines_of(_HALF))
-    third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
-    fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
-    to_third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
-    to_fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
+    first = gl.allocate_shared_memory(gl.float16, [Q, _HALF], lines_of(_HALF, GROUP))
+    third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
+    fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
+    to_third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
+    to_fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
     return first, third, fourth, to_third, to_fourth
 
 
@@ -139,10 +134,10 @@ def _column_of(channels, W: gl.constexpr):
 
 
 @gluon.jit
-def _moved(values, inverse_unit, r, moves, inverses):
+def _moved(values, inverse_unit, r, moves, inverses, GROUP: gl.constexpr):
     """`integers` of `values` (P, S/4) times `inverse_unit` and of what r (P, Q) moves them by."""
     r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
-    by = mma_v2(r, moves.load(RIGHT), gl.zeros([P, _QUARTER], gl.float32, TILES))
+    by = product(r, moves, gl.zeros([P, _QUARTER], gl.float32, TILES), GROUP)
     factors = _column_of(inverse_unit, _QUARTER), _row_of(inverses, _QUARTER)
     return bounded_integers((values, from_result(by)), factors)
 
@@ -156,7 +151,9 @@ def _errors(values, inverse_unit, minus, columns):
 
 
 @gluon.jit
-def store_parts(target, parts, inverse_unit, columns, inverses, room, Q: gl.constexpr):
+def store_parts(
+    target, parts, inverse_unit, columns, inverses, room, Q: gl.constexpr, GROUP: gl.constexpr
+):
     """Store a state's parts times `inverse_unit` (P,) as int8, by what `room` has.
 
     Parts are (P, S/2) and twice (P, S/4). `columns` (float16) and `inverses` (float32) are shared
@@ -166,10 +163,11 @@ def store_parts(target, parts, inverse_unit, columns, inverses, room, Q: gl.cons
     first, third_queries, _fourth_queries, to_third, to_fourth = room
     minus = store_integers(target, integers(left, _column_of(inverse_unit, _HALF)))
     errors = _errors(left, inverse_unit, minus, columns.slice(0, _HALF))
-    r = _product(errors, first, gl.zeros([P, Q], gl.float32, TILES))
-    moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER))
+    r = product(errors, first.permute([1, 0]), gl.zeros([P, Q], gl.float32, TILES), GROUP)
+    moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER), GROUP)
     minus = store_integers(target + _HALF, moved)
     errors = _errors(third, inverse_unit, minus, columns.slice(_HALF, _QUARTER))
-    r = _product(errors, third_queries, r)
+    r = product(errors, third_queries.permute([1, 0]), r, GROUP)
     rest = inverses.slice(_HALF + _QUARTER, _QUARTER)
-    store_integers(target + _HALF + _QUARTER, _moved(fourth, inverse_unit, r, to_fourth, rest))
+    moved = _moved(fourth, inverse_unit, r, to_fourth, rest, GROUP)
+    store_integers(target + _HALF + _QUARTER, moved)

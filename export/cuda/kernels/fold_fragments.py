@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from aim_export.cuda.kernels.common import INTEGERS
 from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
@@ -21,6 +22,38 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, TILES.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, TILES.value, 2))
 _CHANNELS = gl.constexpr([[2, 0], [4, 0], [8, 0]])  # of lanes
 _WARPS = gl.constexpr([[16, 0], [32, 0]])
+
+
+@gluon.constexpr_function
+def _wide_tiles(N):
+    """A result (P, N) as `wgmma` has it: in the same registers as of TILES."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, N, 16])
+
+
+@gluon.constexpr_function
+def lines_of(W, GROUP):
+    """Shared memory (N, W) of halves, whose lines `ldmatrix`, or `wgmma`, reads."""
+    if GROUP:
+        return gl.NVMMASharedLayout(min(128, 2 * W), 16, rank=2)
+    phases = min(8, W // 8)
+    return gl.SwizzledSharedLayout(8, max(1, 8 // phases), phases, [1, 0])
+
+
+@gluon.jit
+def product(left, right, total, GROUP: gl.constexpr):
+    """`total` (P, N) and two matrices' product; the right one is in shared memory.
+
+    By the instructions of four warps together if GROUP.
+    """
+    if GROUP:
+        tiles: gl.constexpr = _wide_tiles(total.shape[1])
+        operand: gl.constexpr = gl.DotOperandLayout(0, tiles, 2)
+        left = gl.convert_layout(left, operand, assert_trivial=True)
+        total = gl.convert_layout(total, tiles, assert_trivial=True)
+        total = warpgroup_mma(left, right, total)
+        return gl.convert_layout(total, TILES, assert_trivial=True)
+    else:
+        return mma_v2(left, right.load(RIGHT), total)
 
 
 @gluon.constexpr_function
@@ -194,7 +227,7 @@ def load_tokens(past_x, past_decay, INNER: gl.constexpr):
 
 
 @gluon.jit
-def added(kept, tokens, keys):
+def added(kept, tokens, keys, GROUP: gl.constexpr):
     """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
 
     `tokens` are of `load_tokens`.
@@ -206,5 +239,5 @@ def added(kept, tokens, keys):
     low = (x - high.to(gl.float32)).to(gl.float16)
     high = gl.convert_layout(_tiled_channels(high), LEFT, assert_trivial=True)
     low = gl.convert_layout(_tiled_channels(low), LEFT, assert_trivial=True)
-    keys = keys.load(RIGHT)
-    return from_result(mma_v2(low, keys, mma_v2(high, keys, as_result(kept))))
+    kept = product(high, keys, as_result(kept), GROUP)
+    return from_result(product(low, keys, kept, GROUP))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from aim_export.cuda.kernels.common import begin_dependents, int8_unit
 from aim_export.cuda.kernels.error_feedback import LEAST_SQUARE, SMALLEST_COLUMN
@@ -24,7 +25,6 @@ from aim_export.cuda.kernels.fold_ahead import (
 )
 from aim_export.cuda.kernels.fold_feedback import (
     hold_feedback,
-    lines_of,
     room_for_feedback,
     store_parts,
 )
@@ -34,6 +34,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     along,
     halves,
     integers,
+    lines_of,
     load_bytes,
     load_tokens,
     numbers_of,
@@ -152,6 +153,7 @@ def fold_of_bytes(
     QUERIES: gl.constexpr,
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
     STAGES: gl.constexpr,  # states asked for ahead; 0: none
+    GROUP: gl.constexpr,  # whether products are of four warps together
     OVERLAPS: gl.constexpr,
 ):
     """Where a row's chunk is full, move its tokens into HEADS of its L * H states."""
@@ -160,12 +162,12 @@ def fold_of_bytes(
     begin_dependents(OVERLAPS)
     if at % CHUNK == CHUNK - 1:
         old = at >= CHUNK
-        keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S))
+        keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S, GROUP))
         sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
         shared = gl.allocate_shared_memory(gl.float16, [S], LINE)
         inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
         if QUERIES > 0:
-            room = room_for_feedback(QUERIES)
+            room = room_for_feedback(QUERIES, GROUP)
         memory = state, state_scale, column_scale, past_x, past_decay
         if STAGES > 0:
             held = room_ahead(STAGES)
@@ -178,11 +180,13 @@ def fold_of_bytes(
                 _hold_keys(keys, past_b + place * (CHUNK * S))
                 if QUERIES > 0:
                     hold_feedback(room, past_c + place * (QUERIES * S), QUERIES)
+                if GROUP:
+                    fence_async_shared()
             if STAGES > 0:
                 words, channel, column, tokens = _found(held, index % STAGES, STAGES)
             else:
                 words, channel, column, tokens = _loaded(memory, places, old, H, INNER)
-            kept = added(_restored(words, channel, column), tokens, keys)
+            kept = added(_restored(words, channel, column), tokens, keys, GROUP)
             kept, root = _normed(kept)
             target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
             _hold_columns(kept * kept, sums, shared, inverses, columns)
@@ -197,6 +201,6 @@ def fold_of_bytes(
                 left, right = halves(kept)
                 third, fourth = halves(right)
                 parts = left, third, fourth
-                store_parts(target, parts, inverse_unit, shared, inverses, room, QUERIES)
+                store_parts(target, parts, inverse_unit, shared, inverses, room, QUERIES, GROUP)
             else:
                 store_integers(target, integers(kept, gl.expand_dims(inverse_unit, 1)))
