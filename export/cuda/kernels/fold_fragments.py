@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from aim_export.cuda.kernels.common import INTEGERS
 from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
@@ -40,20 +40,31 @@ def lines_of(W, GROUP):
 
 
 @gluon.jit
-def product(left, right, total, GROUP: gl.constexpr):
-    """`total` (P, N) and two matrices' product; the right one is in shared memory.
+def products(lefts, right, total, GROUP: gl.constexpr):
+    """`total` (P, N) and the products of `lefts` and a matrix in shared memory.
 
     By the instructions of four warps together if GROUP.
     """
     if GROUP:
         tiles: gl.constexpr = _wide_tiles(total.shape[1])
         operand: gl.constexpr = gl.DotOperandLayout(0, tiles, 2)
-        left = gl.convert_layout(left, operand, assert_trivial=True)
         total = gl.convert_layout(total, tiles, assert_trivial=True)
-        total = warpgroup_mma(left, right, total)
+        for index in gl.static_range(len(lefts)):
+            left = gl.convert_layout(lefts[index], operand, assert_trivial=True)
+            total = warpgroup_mma(left, right, total, is_async=True)
+        total = warpgroup_mma_wait(0, deps=[total])
         return gl.convert_layout(total, TILES, assert_trivial=True)
     else:
-        return mma_v2(left, right.load(RIGHT), total)
+        right = right.load(RIGHT)
+        for index in gl.static_range(len(lefts)):
+            total = mma_v2(lefts[index], right, total)
+        return total
+
+
+@gluon.jit
+def product(left, right, total, GROUP: gl.constexpr):
+    """As `products`, of one."""
+    return products((left,), right, total, GROUP)
 
 
 @gluon.constexpr_function
@@ -216,6 +227,19 @@ def store_integers(target, sums):
 
 
 @gluon.jit
+def exp(values):
+    """exp of float32, 0 where that is below 2**-126: one instruction for what takes five."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [values * 1.4426950408889634],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def load_tokens(past_x, past_decay, INNER: gl.constexpr):
     """The chunk's dt * x (P, CHUNK), of memory, and how much of it is left, (1, CHUNK).
 
@@ -227,17 +251,19 @@ def load_tokens(past_x, past_decay, INNER: gl.constexpr):
 
 
 @gluon.jit
-def added(kept, tokens, keys, GROUP: gl.constexpr):
+def added(kept, tokens, keys, GROUP: gl.constexpr, LEAN: gl.constexpr):
     """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
 
     `tokens` are of `load_tokens`.
     """
     x, left = tokens
     x = x.to(gl.float32) * left
+    if LEAN:
+        high = gl.convert_layout(_tiled_channels(x.to(gl.float16)), LEFT, assert_trivial=True)
+        return from_result(product(high, keys, as_result(kept), GROUP))
     # Two halves hold 22 bits of x, down to 2**-24; B is one half already.
     high = x.to(gl.float16)
     low = (x - high.to(gl.float32)).to(gl.float16)
     high = gl.convert_layout(_tiled_channels(high), LEFT, assert_trivial=True)
     low = gl.convert_layout(_tiled_channels(low), LEFT, assert_trivial=True)
-    kept = product(high, keys, as_result(kept), GROUP)
-    return from_result(product(low, keys, kept, GROUP))
+    return from_result(products((high, low), keys, as_result(kept), GROUP))

@@ -32,6 +32,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     STATE,
     added,
     along,
+    exp,
     halves,
     integers,
     lines_of,
@@ -89,8 +90,8 @@ def _found(held, stage, STAGES: gl.constexpr):
     words, x = words_ahead(held, stage), tokens_ahead(held, stage)
     channel, column = factors_ahead(held, stage)
     sums, last, last_of_all = sums_ahead(held, stage)
-    channel = gl.expand_dims(channel * gl.exp(last_of_all), 1)
-    return words, channel, gl.expand_dims(column, 0), (x, gl.expand_dims(gl.exp(last - sums), 0))
+    channel = gl.expand_dims(channel * exp(last_of_all), 1)
+    return words, channel, gl.expand_dims(column, 0), (x, gl.expand_dims(exp(last - sums), 0))
 
 
 @gluon.jit
@@ -117,10 +118,20 @@ def _ask(held, stage, memory, index, row, there, old, R: gl.constexpr, H: gl.con
 
 
 @gluon.jit
-def _hold_columns(squares, sums, shared, inverses, columns):
-    """From `squares` (P, S) what columns count: to memory `columns`, to `shared`, and 1 over it."""
+def _column_sums(squares, sums):
+    """The sums of `squares` (P, S) over channels, a column a thread."""
     sums.store(gl.sum(gl.reshape(squares, [_LANES, 2, S]), axis=1))
-    column = gl.sqrt(gl.sum(sums.load(_COLUMN), axis=0) * (1.0 / P))
+    # Four sums beside each other, since each waits for the one before.
+    parts = gl.reshape(sums.load(_COLUMN), [4, _LANES // 4, S])
+    return gl.convert_layout(
+        gl.sum(gl.sum(parts, axis=1), axis=0), gl.SliceLayout(0, _COLUMN), assert_trivial=True
+    )
+
+
+@gluon.jit
+def _hold_columns(column, shared, inverses, columns):
+    """From sums of squares what columns count: to memory `columns`, to `shared`, and 1 over it."""
+    column = gl.sqrt(column * (1.0 / P))
     column = gl.maximum(column, SMALLEST_COLUMN).to(gl.float16)
     gl.store(columns + gl.arange(0, S, gl.SliceLayout(0, _COLUMN)), column)
     shared.store(column)
@@ -154,6 +165,7 @@ def fold_of_bytes(
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
     STAGES: gl.constexpr,  # states asked for ahead; 0: none
     GROUP: gl.constexpr,  # whether products are of four warps together
+    LEAN: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """Where a row's chunk is full, move its tokens into HEADS of its L * H states."""
@@ -186,14 +198,15 @@ def fold_of_bytes(
                 words, channel, column, tokens = _found(held, index % STAGES, STAGES)
             else:
                 words, channel, column, tokens = _loaded(memory, places, old, H, INNER)
-            kept = added(_restored(words, channel, column), tokens, keys, GROUP)
+            kept = added(_restored(words, channel, column), tokens, keys, GROUP, LEAN)
             kept, root = _normed(kept)
             target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
-            _hold_columns(kept * kept, sums, shared, inverses, columns)
-            kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
+            squares = _column_sums(kept * kept, sums)
             if STAGES > 0:
                 ahead = index + STAGES
                 _ask(held, index % STAGES, memory, first + ahead, row, ahead < HEADS, old, R, H, INNER)
+            _hold_columns(squares, shared, inverses, columns)
+            kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
             unit = int8_unit(gl.max(gl.abs(kept), axis=1))
             gl.store(factors + gl.arange(0, P, gl.SliceLayout(1, STATE)), unit * root)
             inverse_unit = 1.0 / unit
