@@ -23,6 +23,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     integers,
     lines_of,
     product,
+    product_alone,
     store_integers,
     tiled,
 )
@@ -137,7 +138,7 @@ def _column_of(channels, W: gl.constexpr):
 def _moved(values, inverse_unit, r, moves, inverses, GROUP: gl.constexpr):
     """`integers` of `values` (P, S/4) times `inverse_unit` and of what r (P, Q) moves them by."""
     r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
-    by = product(r, moves, gl.zeros([P, _QUARTER], gl.float32, TILES), GROUP)
+    by = product_alone(r, moves, _QUARTER, GROUP)
     factors = _column_of(inverse_unit, _QUARTER), _row_of(inverses, _QUARTER)
     return bounded_integers((values, from_result(by)), factors)
 
@@ -163,7 +164,7 @@ def store_parts(
     first, third_queries, _fourth_queries, to_third, to_fourth = room
     minus = store_integers(target, integers(left, _column_of(inverse_unit, _HALF)))
     errors = _errors(left, inverse_unit, minus, columns.slice(0, _HALF))
-    r = product(errors, first.permute([1, 0]), gl.zeros([P, Q], gl.float32, TILES), GROUP)
+    r = product_alone(errors, first.permute([1, 0]), Q, GROUP)
     moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER), GROUP)
     minus = store_integers(target + _HALF, moved)
     errors = _errors(third, inverse_unit, minus, columns.slice(_HALF, _QUARTER))

@@ -40,8 +40,8 @@ def lines_of(W, GROUP):
 
 
 @gluon.jit
-def products(lefts, right, total, GROUP: gl.constexpr):
-    """`total` (P, N) and the products of `lefts` and a matrix in shared memory.
+def products(lefts, right, total, GROUP: gl.constexpr, ADDS: gl.constexpr):
+    """`total` (P, N), zeros if it is not ADDS, and `lefts` times a matrix in shared memory.
 
     By the instructions of four warps together if GROUP.
     """
@@ -51,7 +51,7 @@ def products(lefts, right, total, GROUP: gl.constexpr):
         total = gl.convert_layout(total, tiles, assert_trivial=True)
         for index in gl.static_range(len(lefts)):
             left = gl.convert_layout(lefts[index], operand, assert_trivial=True)
-            total = warpgroup_mma(left, right, total, is_async=True)
+            total = warpgroup_mma(left, right, total, use_acc=ADDS or index > 0, is_async=True)
         total = warpgroup_mma_wait(0, deps=[total])
         return gl.convert_layout(total, TILES, assert_trivial=True)
     else:
@@ -63,8 +63,14 @@ def products(lefts, right, total, GROUP: gl.constexpr):
 
 @gluon.jit
 def product(left, right, total, GROUP: gl.constexpr):
-    """As `products`, of one."""
-    return products((left,), right, total, GROUP)
+    """As `products`, of one, and `total`."""
+    return products((left,), right, total, GROUP, True)
+
+
+@gluon.jit
+def product_alone(left, right, N: gl.constexpr, GROUP: gl.constexpr):
+    """As `products`, of one (P, N)."""
+    return products((left,), right, gl.zeros([P, N], gl.float32, TILES), GROUP, False)
 
 
 @gluon.constexpr_function
@@ -266,4 +272,4 @@ def added(kept, tokens, keys, GROUP: gl.constexpr, LEAN: gl.constexpr):
     low = (x - high.to(gl.float32)).to(gl.float16)
     high = gl.convert_layout(_tiled_channels(high), LEFT, assert_trivial=True)
     low = gl.convert_layout(_tiled_channels(low), LEFT, assert_trivial=True)
-    return from_result(products((high, low), keys, as_result(kept), GROUP))
+    return from_result(products((high, low), keys, as_result(kept), GROUP, True))
