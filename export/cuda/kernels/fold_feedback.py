@@ -135,11 +135,11 @@ def _column_of(channels, W: gl.constexpr):
 
 
 @gluon.jit
-def _moved(values, inverse_unit, r, moves, inverses, GROUP: gl.constexpr):
+def _moved(values, inverse_unit, r, moves, shares, GROUP: gl.constexpr):
     """`integers` of `values` (P, S/4) times `inverse_unit` and of what r (P, Q) moves them by."""
     r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
     by = product_alone(r, moves, _QUARTER, GROUP)
-    factors = _column_of(inverse_unit, _QUARTER), _row_of(inverses, _QUARTER)
+    factors = _column_of(inverse_unit, _QUARTER), _row_of(shares, _QUARTER)
     return bounded_integers((values, from_result(by)), factors)
 
 
@@ -153,22 +153,22 @@ def _errors(values, inverse_unit, minus, columns):
 
 @gluon.jit
 def store_parts(
-    target, parts, inverse_unit, columns, inverses, room, Q: gl.constexpr, GROUP: gl.constexpr
+    target, parts, inverse_unit, columns, shares, room, Q: gl.constexpr, GROUP: gl.constexpr
 ):
     """Store a state's parts times `inverse_unit` (P,) as int8, by what `room` has.
 
-    Parts are (P, S/2) and twice (P, S/4). `columns` (float16) and `inverses` (float32) are shared
-    memory (S,): what a column counts, and 1 over it.
+    Parts are (P, S/2) and twice (P, S/4). `columns` (float16) and `shares` (float32) are shared
+    memory (S,): what a column counts, and 1 over that and 254.
     """
     left, third, fourth = parts
     first, third_queries, _fourth_queries, to_third, to_fourth = room
     minus = store_integers(target, integers(left, _column_of(inverse_unit, _HALF)))
     errors = _errors(left, inverse_unit, minus, columns.slice(0, _HALF))
     r = product_alone(errors, first.permute([1, 0]), Q, GROUP)
-    moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER), GROUP)
+    moved = _moved(third, inverse_unit, r, to_third, shares.slice(_HALF, _QUARTER), GROUP)
     minus = store_integers(target + _HALF, moved)
     errors = _errors(third, inverse_unit, minus, columns.slice(_HALF, _QUARTER))
     r = product(errors, third_queries.permute([1, 0]), r, GROUP)
-    rest = inverses.slice(_HALF + _QUARTER, _QUARTER)
+    rest = shares.slice(_HALF + _QUARTER, _QUARTER)
     moved = _moved(fourth, inverse_unit, r, to_fourth, rest, GROUP)
     store_integers(target + _HALF + _QUARTER, moved)

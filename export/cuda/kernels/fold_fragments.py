@@ -196,13 +196,16 @@ def integers(values, factors):
 
 @gluon.jit
 def bounded_integers(values, factors):
-    """`integers`, none beyond 127, of `values` (two whose sum it is) times `factors`."""
+    """`integers`, none beyond 127, of `values` (two whose sum it is) times `factors`.
+
+    The second factor is divided by 254 already.
+    """
     first, second = values
     # Between 0 and 1 the GPU bounds results for nothing.
     share = gl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, $3;",
         "=f,f,f,f",
-        [second, factors[1] * (1.0 / 254.0), gl.fma(first, factors[0] * (1.0 / 254.0), 0.5)],
+        [second, factors[1], gl.fma(first, factors[0] * (1.0 / 254.0), 0.5)],
         dtype=gl.float32,
         is_pure=True,
         pack=1,

@@ -129,14 +129,20 @@ def _column_sums(squares, sums):
 
 
 @gluon.jit
-def _hold_columns(column, shared, inverses, columns):
-    """From sums of squares what columns count: to memory `columns`, to `shared`, and 1 over it."""
+def _hold_columns(column, shared, columns):
+    """From sums of squares what columns count: to memory `columns`, and to shared memory.
+
+    There also 1 over it, and 1 over it and 254, float32.
+    """
+    counts, inverses, shares = shared
     column = gl.sqrt(column * (1.0 / P))
     column = gl.maximum(column, SMALLEST_COLUMN).to(gl.float16)
     gl.store(columns + gl.arange(0, S, gl.SliceLayout(0, _COLUMN)), column)
-    shared.store(column)
+    counts.store(column)
     column = column.to(gl.float32)
-    inverses.store(gl.rsqrt(column * column))
+    inverse = gl.rsqrt(column * column)
+    inverses.store(inverse)
+    shares.store(inverse * (1.0 / 254.0))
 
 
 @gluon.jit
@@ -166,18 +172,24 @@ def fold_of_bytes(
     STAGES: gl.constexpr,  # states asked for ahead; 0: none
     GROUP: gl.constexpr,  # whether products are of four warps together
     LEAN: gl.constexpr,
+    T: gl.constexpr,  # tokens of an image
     OVERLAPS: gl.constexpr,
 ):
-    """Where a row's chunk is full, move its tokens into HEADS of its L * H states."""
+    """Where a row's chunk is full, move its tokens into HEADS of its L * H states.
+
+    But for the last chunk of an image, which is followed by none.
+    """
     first, row = gl.program_id(0) * HEADS, gl.program_id(1)
     at = gl.load(position + row)
     begin_dependents(OVERLAPS)
-    if at % CHUNK == CHUNK - 1:
+    if (at % CHUNK == CHUNK - 1) & (at + 1 < T):
         old = at >= CHUNK
         keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S, GROUP))
         sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
-        shared = gl.allocate_shared_memory(gl.float16, [S], LINE)
+        counts = gl.allocate_shared_memory(gl.float16, [S], LINE)
         inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
+        shares = gl.allocate_shared_memory(gl.float32, [S], LINE)
+        shared = counts, inverses, shares
         if QUERIES > 0:
             room = room_for_feedback(QUERIES, GROUP)
         memory = state, state_scale, column_scale, past_x, past_decay
@@ -205,7 +217,7 @@ def fold_of_bytes(
             if STAGES > 0:
                 ahead = index + STAGES
                 _ask(held, index % STAGES, memory, first + ahead, row, ahead < HEADS, old, R, H, INNER)
-            _hold_columns(squares, shared, inverses, columns)
+            _hold_columns(squares, shared, columns)
             kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
             unit = int8_unit(gl.max(gl.abs(kept), axis=1))
             gl.store(factors + gl.arange(0, P, gl.SliceLayout(1, STATE)), unit * root)
@@ -214,6 +226,6 @@ def fold_of_bytes(
                 left, right = halves(kept)
                 third, fourth = halves(right)
                 parts = left, third, fourth
-                store_parts(target, parts, inverse_unit, shared, inverses, room, QUERIES, GROUP)
+                store_parts(target, parts, inverse_unit, counts, shares, room, QUERIES, GROUP)
             else:
                 store_integers(target, integers(kept, gl.expand_dims(inverse_unit, 1)))
