@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from aim_export.cuda.kernels.warp_bulk import BYTES
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
-from aim_export.cuda.targets import BULK, SHARED_MEMORY
+from aim_export.cuda.targets import BULK, ROOMY, SHARED_MEMORY, WARPGROUP
 from aim_runtime.cores import usable_cores
 
 # The release of Triton that the published figures were measured with. Others compile kernels that
@@ -123,6 +123,11 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
         constants["OVERLAPS"] = False
     if capability not in BULK and "BULK" in constants:
         constants["BULK"] = False
+    if capability not in ROOMY and "AHEAD" in constants:
+        constants["AHEAD"] = 0
+    registers = kernel.registers
+    if capability not in WARPGROUP and constants.get("GROUP"):
+        constants["GROUP"], registers = False, kernel.other_registers
     names = kernel.parameters
     types = iter(kernel.types)
     signature = {
@@ -146,7 +151,7 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
             "num_warps": kernel.num_warps,
             "num_stages": stages,
             "launch_pdl": constants.get("OVERLAPS", False),
-            "maxnreg": kernel.registers,
+            "maxnreg": registers,
         }
         compiled = triton.compile(source, target=target, options=options)
         if compiled.metadata.shared <= SHARED_MEMORY[capability]:

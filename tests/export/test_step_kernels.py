@@ -315,6 +315,7 @@ def scan_launches(
         CHUNK=CHUNK,
         QUERIES=queries,
         HEADS=2,
+        T=1 << 20,
         STAGES=1,
         OVERLAPS=False,
     )

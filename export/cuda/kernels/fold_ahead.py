@@ -37,9 +37,9 @@ _HALVES = gl.constexpr(gl.SwizzledSharedLayout(16, 2, 4, [1, 0]))
 
 
 @gluon.jit
-def room_ahead(STAGES: gl.constexpr):
+def room_ahead(AHEAD: gl.constexpr):
     """Shared memory for so many states."""
-    return gl.allocate_shared_memory(gl.int32, [STAGES, _COUNT * THREADS, 4], _STAGES)
+    return gl.allocate_shared_memory(gl.int32, [AHEAD, _COUNT * THREADS, 4], _STAGES)
 
 
 @gluon.jit
@@ -68,9 +68,9 @@ def ask(held, stage, pointers, there, old, INNER: gl.constexpr):
 
 
 @gluon.jit
-def arrived(STAGES: gl.constexpr):
+def arrived(AHEAD: gl.constexpr):
     """Wait for the state that was asked for first; others are still on their way."""
-    async_copy.wait_group(STAGES - 1)
+    async_copy.wait_group(AHEAD - 1)
 
 
 @gluon.jit

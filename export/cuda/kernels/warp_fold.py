@@ -84,9 +84,9 @@ def _loaded(memory, places, old, H: gl.constexpr, INNER: gl.constexpr):
 
 
 @gluon.jit
-def _found(held, stage, STAGES: gl.constexpr):
+def _found(held, stage, AHEAD: gl.constexpr):
     """As `_loaded`, of what was asked for ahead."""
-    arrived(STAGES)
+    arrived(AHEAD)
     words, x = words_ahead(held, stage), tokens_ahead(held, stage)
     channel, column = factors_ahead(held, stage)
     sums, last, last_of_all = sums_ahead(held, stage)
@@ -169,7 +169,7 @@ def fold_of_bytes(
     H: gl.constexpr,
     QUERIES: gl.constexpr,
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
-    STAGES: gl.constexpr,  # states asked for ahead; 0: none
+    AHEAD: gl.constexpr,  # states asked for ahead; 0: none
     GROUP: gl.constexpr,  # whether products are of four warps together
     LEAN: gl.constexpr,
     T: gl.constexpr,  # tokens of an image
@@ -193,9 +193,9 @@ def fold_of_bytes(
         if QUERIES > 0:
             room = room_for_feedback(QUERIES, GROUP)
         memory = state, state_scale, column_scale, past_x, past_decay
-        if STAGES > 0:
-            held = room_ahead(STAGES)
-            for stage in gl.static_range(STAGES):
+        if AHEAD > 0:
+            held = room_ahead(AHEAD)
+            for stage in gl.static_range(AHEAD):
                 _ask(held, stage, memory, first + stage, row, stage < HEADS, old, R, H, INNER)
         for index in range(HEADS):
             places = _place(first + index, row, R, H)
@@ -206,17 +206,17 @@ def fold_of_bytes(
                     hold_feedback(room, past_c + place * (QUERIES * S), QUERIES)
                 if GROUP:
                     fence_async_shared()
-            if STAGES > 0:
-                words, channel, column, tokens = _found(held, index % STAGES, STAGES)
+            if AHEAD > 0:
+                words, channel, column, tokens = _found(held, index % AHEAD, AHEAD)
             else:
                 words, channel, column, tokens = _loaded(memory, places, old, H, INNER)
             kept = added(_restored(words, channel, column), tokens, keys, GROUP, LEAN)
             kept, root = _normed(kept)
             target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
             squares = _column_sums(kept * kept, sums)
-            if STAGES > 0:
-                ahead = index + STAGES
-                _ask(held, index % STAGES, memory, first + ahead, row, ahead < HEADS, old, R, H, INNER)
+            if AHEAD > 0:
+                ahead = index + AHEAD
+                _ask(held, index % AHEAD, memory, first + ahead, row, ahead < HEADS, old, R, H, INNER)
             _hold_columns(squares, shared, columns)
             kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
             unit = int8_unit(gl.max(gl.abs(kept), axis=1))
