@@ -436,8 +436,11 @@ def _shuffle(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     lane, by_lane = lanes.number % 32, lanes.get(by, "u4")
     if "up" in item.opcode:
         other = np.where(lane < by_lane, lane, lane - by_lane)
+    elif "bfly" in item.opcode:
+        other = lane ^ by_lane
     else:
-        other = lane ^ by_lane if "bfly" in item.opcode else by_lane % 32
+        same = int(item.operands[3], 0) >> 8 & 31  # bits of the lane that stay its own
+        other = lane & same | by_lane & (31 ^ same)
     value = lanes.get(source, "u4")
     lanes.set(target.split("|")[0], value[np.arange(lanes.threads) // 32 * 32 + other], mask)
 

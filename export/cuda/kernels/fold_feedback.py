@@ -62,6 +62,25 @@ def _product(left, right, total):
     return mma_v2(left, right.permute([1, 0]).load(RIGHT), total)
 
 
+@gluon.constexpr_function
+def _row_text(Q):
+    """PTX: what the lane that has a row has there, of lanes with the same columns."""
+    return f"shfl.sync.idx.b32 $0, $1, $2, {(32 - Q) << 8 | 31}, 0xffffffff;"
+
+
+@gluon.jit
+def _row_everywhere(matrices, pivot):
+    """A row of each of `matrices` (Q, Q, 2), in the place of all of them."""
+    return gl.inline_asm_elementwise(
+        _row_text(matrices.shape[0]),
+        "=f,f,r",
+        [matrices, pivot],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.jit
 def _inverses(matrices):
     """As `error_feedback.inverses`."""
@@ -73,7 +92,7 @@ def _inverses(matrices):
     column_at = gl.expand_dims(gl.expand_dims(column_at, 0), 2)
     for pivot in range(Q):
         in_row, in_column = row_at == pivot, column_at == pivot
-        row = gl.expand_dims(gl.sum(gl.where(in_row, matrices, 0.0), axis=0), 0)
+        row = _row_everywhere(matrices, pivot)
         column = gl.expand_dims(gl.sum(gl.where(in_column, matrices, 0.0), axis=1), 1)
         value = gl.expand_dims(gl.sum(gl.where(in_column, row, 0.0), axis=1), 1)
         left = gl.where(in_row, 1.0, -column)
