@@ -748,9 +748,7 @@ def _lines_of(lanes: Lanes, descriptor: int, lines: int, across: bool = False) -
     """
     assert descriptor >> 62 in (1, 2), "16-byte parts of 128 or 64 bytes are exchanged"
     width = 128 if descriptor >> 62 == 1 else 64
-    start, next_part, eight = (
-        (descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32)
-    )
+    start, next_part, eight = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
     line, along = np.arange(lines)[:, None], np.arange(16)
     if across:
         each = width // 2

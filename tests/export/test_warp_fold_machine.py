@@ -140,7 +140,14 @@ def test_fold(queries: int) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "ahead", "group"),
-    [(1, 1, True), (L * H, 1, True), (L * H, 2, True), (L * H, 2, False), (2, 0, True), (2, 0, False)],
+    [
+        (1, 1, True),
+        (L * H, 1, True),
+        (L * H, 2, True),
+        (L * H, 2, False),
+        (2, 0, True),
+        (2, 0, False),
+    ],
 )
 def test_any_way_to_cut_it(heads: int, ahead: int, group: bool) -> None:
     """States a program, states asked for ahead, and products of warps together or each its own."""

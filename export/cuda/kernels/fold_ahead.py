@@ -1,4 +1,4 @@
-"""What a fold reads of a state, asked for ahead, on its way to shared memory while others are folded.
+"""What a fold reads of a state, on its way to shared memory while another is folded.
 
 One state's share of shared memory is COUNT blocks of a fragment, 16 bytes, for each thread: the
 state's 64 channels of 128 bytes, 32 tokens of 64 halves, the columns' and the channels' factors and
@@ -75,7 +75,7 @@ def arrived(AHEAD: gl.constexpr):
 
 @gluon.jit
 def _part(held, stage, BEGIN: gl.constexpr, BYTES: gl.constexpr, like: gl.constexpr):
-    """So many bytes of a stage, from BEGIN on, as shared memory of type, shape and layout `like`."""
+    """BYTES of a stage, from BEGIN on, as shared memory of type, shape and layout `like`."""
     parts: gl.constexpr = held.shape[0] * (_SHARE // BYTES)
     held = held._reinterpret(like[0], [parts] + like[1], like[2])
     return held.index(stage * (_SHARE // BYTES) + BEGIN // BYTES)

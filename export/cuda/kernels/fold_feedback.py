@@ -27,7 +27,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     store_integers,
     tiled,
 )
-from aim_export.cuda.kernels.warp_fragments import WARPS, P, S, bits
+from aim_export.cuda.kernels.warp_fragments import WARPS, S, bits
 
 _HALF = gl.constexpr(S.value // 2)
 _QUARTER = gl.constexpr(S.value // 4)

@@ -42,6 +42,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     store_integers,
     tiled,
 )
+from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import CHUNK, LINE, WARPS, P, S, bits
 
 _SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
@@ -112,9 +113,20 @@ def _of_state(memory, places, H: gl.constexpr, INNER: gl.constexpr):
 
 
 @gluon.jit
-def _ask(held, stage, memory, index, row, there, old, R: gl.constexpr, H: gl.constexpr, INNER: gl.constexpr):
-    found = _of_state(memory, _place(index, row, R, H), H, INNER)
-    ask(held, stage, found, there, old, INNER)
+def _ask(
+    held,
+    memory,
+    numbers,
+    row,
+    there,
+    old,
+    R: gl.constexpr,
+    H: gl.constexpr,
+    INNER: gl.constexpr,
+):
+    """`ask` for the state of the second of `numbers`; the first is its stage."""
+    stage, index = numbers
+    ask(held, stage, _of_state(memory, _place(index, row, R, H), H, INNER), there, old, INNER)
 
 
 @gluon.jit
@@ -130,9 +142,9 @@ def _column_sums(squares, sums):
 
 @gluon.jit
 def _hold_columns(column, shared, columns):
-    """From sums of squares what columns count: to memory `columns`, and to shared memory.
+    """From sums of squares what columns count: to memory `columns`, and to `shared`.
 
-    There also 1 over it, and 1 over it and 254, float32.
+    `shared` is of `_room_for_columns`.
     """
     counts, inverses, shares = shared
     column = gl.sqrt(column * (1.0 / P))
@@ -155,6 +167,37 @@ def _normed(state):
 
 
 @gluon.jit
+def _store(target, state, inverse_unit, shared, room, QUERIES: gl.constexpr, GROUP: gl.constexpr):
+    """Store a state times `inverse_unit` (P,) as int8, with feedback if there are queries."""
+    if QUERIES > 0:
+        counts, _inverses, shares = shared
+        left, right = halves(state)
+        third, fourth = halves(right)
+        parts = left, third, fourth
+        store_parts(target, parts, inverse_unit, counts, shares, room, QUERIES, GROUP)
+    else:
+        store_integers(target, integers(state, gl.expand_dims(inverse_unit, 1)))
+
+
+@gluon.jit
+def _hold_layer(keys, room, past_b, past_c, QUERIES: gl.constexpr, GROUP: gl.constexpr):
+    """Put into shared memory what a row's states of a layer share."""
+    _hold_keys(keys, past_b)
+    if QUERIES > 0:
+        hold_feedback(room, past_c, QUERIES)
+    if GROUP:
+        fence_async_shared()
+
+
+@gluon.jit
+def _room_for_columns():
+    """What each counts, 1 over it, and 1 over that and 254."""
+    counts = gl.allocate_shared_memory(gl.float16, [S], LINE)
+    inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
+    return counts, inverses, gl.allocate_shared_memory(gl.float32, [S], LINE)
+
+
+@gluon.jit
 def fold_of_bytes(
     position,  # (R,) int64
     state,  # (L, R, H, P, S) int8, updated
@@ -171,7 +214,7 @@ def fold_of_bytes(
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
     AHEAD: gl.constexpr,  # states asked for ahead; 0: none
     GROUP: gl.constexpr,  # whether products are of four warps together
-    LEAN: gl.constexpr,
+    LEAN: gl.constexpr,  # whether dt * x, as far as it is left, is one half and not two
     T: gl.constexpr,  # tokens of an image
     OVERLAPS: gl.constexpr,
 ):
@@ -186,26 +229,20 @@ def fold_of_bytes(
         old = at >= CHUNK
         keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S, GROUP))
         sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
-        counts = gl.allocate_shared_memory(gl.float16, [S], LINE)
-        inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
-        shares = gl.allocate_shared_memory(gl.float32, [S], LINE)
-        shared = counts, inverses, shares
+        shared, room = _room_for_columns(), none()
         if QUERIES > 0:
             room = room_for_feedback(QUERIES, GROUP)
         memory = state, state_scale, column_scale, past_x, past_decay
         if AHEAD > 0:
             held = room_ahead(AHEAD)
             for stage in gl.static_range(AHEAD):
-                _ask(held, stage, memory, first + stage, row, stage < HEADS, old, R, H, INNER)
+                _ask(held, memory, (stage, first + stage), row, stage < HEADS, old, R, H, INNER)
         for index in range(HEADS):
             places = _place(first + index, row, R, H)
             place, head, _cell = places
             if (head == 0) | (index == 0):
-                _hold_keys(keys, past_b + place * (CHUNK * S))
-                if QUERIES > 0:
-                    hold_feedback(room, past_c + place * (QUERIES * S), QUERIES)
-                if GROUP:
-                    fence_async_shared()
+                b, c = past_b + place * (CHUNK * S), past_c + place * (QUERIES * S)
+                _hold_layer(keys, room, b, c, QUERIES, GROUP)
             if AHEAD > 0:
                 words, channel, column, tokens = _found(held, index % AHEAD, AHEAD)
             else:
@@ -215,17 +252,10 @@ def fold_of_bytes(
             target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
             squares = _column_sums(kept * kept, sums)
             if AHEAD > 0:
-                ahead = index + AHEAD
-                _ask(held, index % AHEAD, memory, first + ahead, row, ahead < HEADS, old, R, H, INNER)
+                ahead = index % AHEAD, first + index + AHEAD
+                _ask(held, memory, ahead, row, index + AHEAD < HEADS, old, R, H, INNER)
             _hold_columns(squares, shared, columns)
-            kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
+            kept *= gl.expand_dims(shared[1].load(gl.SliceLayout(0, STATE)), 0)
             unit = int8_unit(gl.max(gl.abs(kept), axis=1))
             gl.store(factors + gl.arange(0, P, gl.SliceLayout(1, STATE)), unit * root)
-            inverse_unit = 1.0 / unit
-            if QUERIES > 0:
-                left, right = halves(kept)
-                third, fourth = halves(right)
-                parts = left, third, fourth
-                store_parts(target, parts, inverse_unit, counts, shares, room, QUERIES, GROUP)
-            else:
-                store_integers(target, integers(kept, gl.expand_dims(inverse_unit, 1)))
+            _store(target, kept, 1.0 / unit, shared, room, QUERIES, GROUP)
