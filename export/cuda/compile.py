@@ -117,17 +117,22 @@ def _compile_named(module: str, name: str, options: dict[str, Any], capability: 
     return _compile(KernelSpec(getattr(import_module(module), name), **options), capability)
 
 
-def _compile(kernel: KernelSpec, capability: int) -> Binary:
-    constants = dict(kernel.constants)
+def form_for(kernel: KernelSpec, capability: int) -> tuple[dict[str, Any], int | None]:
+    """The constants that a kernel has on a GPU, and the most registers of a thread."""
+    constants, registers = dict(kernel.constants), kernel.registers
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
         constants["OVERLAPS"] = False
     if capability not in BULK and "BULK" in constants:
         constants["BULK"] = False
     if capability not in ROOMY and "AHEAD" in constants:
         constants["AHEAD"] = 0
-    registers = kernel.registers
     if capability not in WARPGROUP and constants.get("GROUP"):
         constants["GROUP"], registers = False, kernel.other_registers
+    return constants, registers
+
+
+def _compile(kernel: KernelSpec, capability: int) -> Binary:
+    constants, registers = form_for(kernel, capability)
     names = kernel.parameters
     types = iter(kernel.types)
     signature = {
