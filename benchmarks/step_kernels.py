@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from aim_export.cuda.compile import form_for
+from aim_export.cuda.compile import constants_for
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
@@ -102,14 +102,14 @@ def run(program: Program[KernelSpec], memory: Memory) -> None:
             place.view(getattr(torch, dtype))
             for place, dtype in zip(places, kernel.types, strict=True)
         ]
-        constants, registers = form_for(kernel, 10 * major + minor)
+        constants = constants_for(kernel, 10 * major + minor)
         kernel.function[launch.grid](
             *arguments,
             **constants,
             num_warps=kernel.num_warps,
             num_stages=kernel.num_stages,
             launch_pdl=constants.get("OVERLAPS", False),
-            maxnreg=registers,
+            maxnreg=kernel.registers,
         )
 
 

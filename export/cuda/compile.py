@@ -117,22 +117,20 @@ def _compile_named(module: str, name: str, options: dict[str, Any], capability: 
     return _compile(KernelSpec(getattr(import_module(module), name), **options), capability)
 
 
-def form_for(kernel: KernelSpec, capability: int) -> tuple[dict[str, Any], int | None]:
-    """The constants that a kernel has on a GPU, and the most registers of a thread."""
-    constants, registers = dict(kernel.constants), kernel.registers
+def constants_for(kernel: KernelSpec, capability: int) -> dict[str, Any]:
+    """The constants that a kernel has on a GPU."""
+    constants = dict(kernel.constants)
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
         constants["OVERLAPS"] = False
     if capability not in BULK and "BULK" in constants:
         constants["BULK"] = False
-    if capability not in ROOMY and "AHEAD" in constants:
-        constants["AHEAD"] = 0
-    if capability not in WARPGROUP and constants.get("GROUP"):
-        constants["GROUP"], registers = False, kernel.other_registers
-    return constants, registers
+    if capability not in WARPGROUP and "AHEAD" in constants:
+        constants |= {"AHEAD": 1 if capability in ROOMY else 0, "GROUP": False}
+    return constants
 
 
 def _compile(kernel: KernelSpec, capability: int) -> Binary:
-    constants, registers = form_for(kernel, capability)
+    constants = constants_for(kernel, capability)
     names = kernel.parameters
     types = iter(kernel.types)
     signature = {
@@ -156,7 +154,7 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
             "num_warps": kernel.num_warps,
             "num_stages": stages,
             "launch_pdl": constants.get("OVERLAPS", False),
-            "maxnreg": registers,
+            "maxnreg": kernel.registers,
         }
         compiled = triton.compile(source, target=target, options=options)
         if compiled.metadata.shared <= SHARED_MEMORY[capability]:

@@ -47,8 +47,6 @@ class KernelSpec:
         num_stages: depth of software pipelining; lowered where it takes too much shared memory.
         registers: the most that a thread gets, so that more programs run at a time; None for what
             the compiler likes.
-        other_registers: the same of a kernel with the constant GROUP where that cannot be, on GPUs
-            other than `targets.WARPGROUP`.
         workers: warps besides, of a kernel whose programs divide their work among warps.
         scratch: bytes that each program wants of the memory that a launch passes as its last
             argument, behind those of the function.
@@ -63,7 +61,6 @@ class KernelSpec:
     num_warps: int = 4
     num_stages: int = 3
     registers: int | None = None
-    other_registers: int | None = None
     workers: int = 0
     scratch: int = 0
     resident: bool = False
@@ -102,8 +99,6 @@ class KernelSpec:
         text = json.dumps([name, self.types, self.constants, self.num_warps, self.num_stages])
         if self.registers is not None:
             text += f" {self.registers}"
-        if self.other_registers is not None:
-            text += f" {self.other_registers}"
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
@@ -127,7 +122,6 @@ class Launcher:
         num_warps: int = 4,
         num_stages: int | None = None,
         registers: int | None = None,
-        other_registers: int | None = None,
         capabilities: tuple[int, ...] | None = None,
         **given: str | Argument | int | float | bool,
     ) -> Launch[KernelSpec]:
@@ -139,7 +133,6 @@ class Launcher:
             num_warps: as in `KernelSpec`.
             num_stages: likewise.
             registers: likewise.
-            other_registers: likewise.
             capabilities: likewise.
             given: by the names of the kernel's parameters, for a pointer a buffer or weight (by
                 name, an `Argument` to start further in, or `ABSENT`), for a `constexpr` its value.
@@ -176,7 +169,6 @@ class Launcher:
             num_warps,
             self.num_stages if num_stages is None else num_stages,
             registers,
-            other_registers,
             capabilities=capabilities,
         )
         x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1, 1)[:3]

@@ -260,16 +260,13 @@ def load_tokens(past_x, past_decay, INNER: gl.constexpr):
 
 
 @gluon.jit
-def added(kept, tokens, keys, GROUP: gl.constexpr, LEAN: gl.constexpr):
+def added(kept, tokens, keys, GROUP: gl.constexpr):
     """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
 
     `tokens` are of `load_tokens`.
     """
     x, left = tokens
     x = x.to(gl.float32) * left
-    if LEAN:
-        high = gl.convert_layout(_tiled_channels(x.to(gl.float16)), LEFT, assert_trivial=True)
-        return from_result(product(high, keys, as_result(kept), GROUP))
     # Two halves hold 22 bits of x, down to 2**-24; B is one half already.
     high = x.to(gl.float16)
     low = (x - high.to(gl.float32)).to(gl.float16)

@@ -214,7 +214,6 @@ def fold_of_bytes(
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
     AHEAD: gl.constexpr,  # states asked for ahead; 0: none
     GROUP: gl.constexpr,  # whether products are of four warps together
-    LEAN: gl.constexpr,  # whether dt * x, as far as it is left, is one half and not two
     T: gl.constexpr,  # tokens of an image
     OVERLAPS: gl.constexpr,
 ):
@@ -247,7 +246,7 @@ def fold_of_bytes(
                 words, channel, column, tokens = _found(held, index % AHEAD, AHEAD)
             else:
                 words, channel, column, tokens = _loaded(memory, places, old, H, INNER)
-            kept = added(_restored(words, channel, column), tokens, keys, GROUP, LEAN)
+            kept = added(_restored(words, channel, column), tokens, keys, GROUP)
             kept, root = _normed(kept)
             target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
             squares = _column_sums(kept * kept, sums)
