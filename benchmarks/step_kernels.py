@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 import triton
 
+from aim_export.cuda.compile import constants_for
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
@@ -90,6 +91,7 @@ def allocate(buffers: dict[str, Tensor]) -> Memory:
 
 def run(program: Program[KernelSpec], memory: Memory) -> None:
     """Launch a program through Triton, in order, on the current stream."""
+    major, minor = torch.cuda.get_device_capability()
     for launch in unrolled(program):
         kernel = launch.kernel
         places = [memory[name][offset:] for name, offset in launch.arguments]
@@ -100,12 +102,13 @@ def run(program: Program[KernelSpec], memory: Memory) -> None:
             place.view(getattr(torch, dtype))
             for place, dtype in zip(places, kernel.types, strict=True)
         ]
+        constants = constants_for(kernel, 10 * major + minor)
         kernel.function[launch.grid](
             *arguments,
-            **dict(kernel.constants),
+            **constants,
             num_warps=kernel.num_warps,
             num_stages=kernel.num_stages,
-            launch_pdl=kernel.overlaps,
+            launch_pdl=constants.get("OVERLAPS", False),
             maxnreg=kernel.registers,
         )
 

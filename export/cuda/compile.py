@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from aim_export.cuda.kernels.warp_bulk import BYTES
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
-from aim_export.cuda.targets import BULK, SHARED_MEMORY
+from aim_export.cuda.targets import BULK, ROOMY, SHARED_MEMORY, WARPGROUP
 from aim_runtime.cores import usable_cores
 
 # The release of Triton that the published figures were measured with. Others compile kernels that
@@ -117,12 +117,20 @@ def _compile_named(module: str, name: str, options: dict[str, Any], capability: 
     return _compile(KernelSpec(getattr(import_module(module), name), **options), capability)
 
 
-def _compile(kernel: KernelSpec, capability: int) -> Binary:
+def constants_for(kernel: KernelSpec, capability: int) -> dict[str, Any]:
+    """The constants that a kernel has on a GPU."""
     constants = dict(kernel.constants)
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
         constants["OVERLAPS"] = False
     if capability not in BULK and "BULK" in constants:
         constants["BULK"] = False
+    if capability not in WARPGROUP and "AHEAD" in constants:
+        constants |= {"AHEAD": 1 if capability in ROOMY else 0, "GROUP": False}
+    return constants
+
+
+def _compile(kernel: KernelSpec, capability: int) -> Binary:
+    constants = constants_for(kernel, capability)
     names = kernel.parameters
     types = iter(kernel.types)
     signature = {

@@ -26,6 +26,9 @@ _FOLD_PROGRAMS = 1024
 # States on their way at a time in a program of `fold`, and the most registers of a thread. Those of
 # 8 bits take the most of both: three programs a processor instead of two hide more.
 _FOLD_STAGES, _FOLD_REGISTERS = {"int8": 1}, {"int8": 168}
+# States asked for ahead by a program of `fold_of_bytes`, whose products are by wgmma: what GPUs of
+# 9.0 have. Others have less of both (`compile.constants_for`).
+_BYTES_FOLDED: dict[str, Any] = {"AHEAD": 2, "GROUP": True}
 # Of `warp_scan` with one row or two a program. Of two, four run at a time with as many registers;
 # GPUs other than these have no form of it.
 _SCAN_OPTIONS: dict[int, dict[str, Any]] = {1: {}, 2: {"registers": 128, "capabilities": BULK}}
@@ -327,10 +330,11 @@ class StepBuilder:
         shared: dict[str, Any] = {name: name for name in _FOLDED}
         shared |= {name: self._if_there(name) for name in _SCANNED_IN_SHORT}
         shared |= {"R": self.rows, "INNER": g.inner, "H": g.H, "QUERIES": self.queries}
-        shared |= {"HEADS": heads, "OVERLAPS": self.overlaps}
+        shared |= {"HEADS": heads, "T": g.T, "OVERLAPS": self.overlaps}
         own: dict[str, Any] = {"registers": _FOLD_REGISTERS.get(self.precision.state)}
         if self.scans_by_warps:
             kernel, own["num_warps"] = fold_of_bytes, warp_fragments.WARPS.value
+            own |= _BYTES_FOLDED
         else:
             kernel, own["STAGES"] = scan.fold, _FOLD_STAGES.get(self.precision.state, 2)
             own |= {"P": g.P, "S": g.S, "CHUNK": self.chunk}

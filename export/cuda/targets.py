@@ -17,6 +17,9 @@ SHARED_MEMORY: Mapping[int, int] = {
 # Those with the bulk copy engine and room for four programs of the scan that uses it. On 12.0 one
 # would run at a time, and two of the scan that does without.
 BULK = (90, 100)
+# Those where as many programs of `fold_of_bytes` run at a time when they ask for a state ahead; on
+# the others one less would.
+ROOMY = tuple(target for target, room in SHARED_MEMORY.items() if room > 100 << 10)
 # Those with the tensor cores' instructions of four warps, wgmma.
 WARPGROUP = (90,)
 # Compute capabilities compiled for if none are named.

@@ -436,8 +436,11 @@ def _shuffle(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     lane, by_lane = lanes.number % 32, lanes.get(by, "u4")
     if "up" in item.opcode:
         other = np.where(lane < by_lane, lane, lane - by_lane)
+    elif "bfly" in item.opcode:
+        other = lane ^ by_lane
     else:
-        other = lane ^ by_lane if "bfly" in item.opcode else by_lane % 32
+        same = int(item.operands[3], 0) >> 8 & 31  # bits of the lane that stay its own
+        other = lane & same | by_lane & (31 ^ same)
     value = lanes.get(source, "u4")
     lanes.set(target.split("|")[0], value[np.arange(lanes.threads) // 32 * 32 + other], mask)
 
@@ -706,8 +709,8 @@ def _product_to_come(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -
     """It reads its operands and writes its result as late as may be: where it is waited for."""
     assert mask is None
     of_registers = item.operands[1].startswith("{")
-    signs = ["1", "1", "0"] if of_registers else ["1", "1", "0", "0"]
-    assert item.operands[4:] == signs, "signs, and matrices that lie along the sum"
+    signs, across = item.operands[4:-1], item.operands[-1] == "1"
+    assert signs == (["1", "1"] if of_registers else ["1", "1", "0"]), "the left lies along the sum"
     a, b = (
         None if name.startswith("{") else _first(lanes, lanes.get(name, "u8"), None)
         for name in item.operands[1:3]
@@ -720,7 +723,7 @@ def _product_to_come(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -
         left = (
             _lines_of_registers(lanes, item.operands[1]) if a is None else _lines_of(lanes, a, 64)
         )
-        _warpgroup_product(lanes, names, left, _lines_of(lanes, b, columns), adds)
+        _warpgroup_product(lanes, names, left, _lines_of(lanes, b, columns, across), adds)
 
     lanes.products[-1].append(multiply)
 
@@ -738,13 +741,22 @@ def _do_products(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> No
             product()
 
 
-def _lines_of(lanes: Lanes, descriptor: int, lines: int) -> np.ndarray:
-    """A matrix (lines, 16) of halves in shared memory, as a descriptor says that it lies."""
-    assert descriptor >> 62 == 1, "lines of 128 bytes, their 16-byte parts exchanged"
-    start, eight = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    line = np.arange(lines)[:, None]
-    address = start + line // 8 * eight + line % 8 * 128 + 2 * np.arange(16)
-    address ^= (address >> 7 & 7) << 4
+def _lines_of(lanes: Lanes, descriptor: int, lines: int, across: bool = False) -> np.ndarray:
+    """A matrix (lines, 16) of halves in shared memory, as a descriptor says that it lies.
+
+    Its numbers lie along the sum, or ``across``: then a line of memory has some of every line.
+    """
+    assert descriptor >> 62 in (1, 2), "16-byte parts of 128 or 64 bytes are exchanged"
+    width = 128 if descriptor >> 62 == 1 else 64
+    start, next_part, eight = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+    line, along = np.arange(lines)[:, None], np.arange(16)
+    if across:
+        each = width // 2
+        address = start + line // each * next_part + line % each * 2
+        address = address + along // 8 * eight + along % 8 * width
+    else:
+        address = start + line // 8 * eight + line % 8 * width + 2 * along
+    address ^= (address >> 7 & (width // 16 - 1)) << 4
     return lanes.program.shared.load(address.astype(np.uint64), 2).view("f2").astype("f8")
 
 

@@ -31,7 +31,7 @@ pytest.importorskip("triton", reason="Triton, which the kernels are written in, 
 
 from aim_export.cuda import bundle as engines
 from aim_export.cuda import compile as compiler
-from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels
+from aim_export.cuda.compile import SHARED_MEMORY, CompileError, compile_kernels, constants_for
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import (
     held,
@@ -158,6 +158,20 @@ def test_rows_of_a_program_of_the_scan(
     constants = dict(launch.kernel.constants)
     assert (constants["ROWS"], constants["BULK"]) == form
     assert launch.grid == (8, rows // form[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("target", "form"),
+    [
+        *((80, (1, False)), (86, (0, False)), (89, (0, False))),
+        *((90, (2, True)), (100, (1, False)), (120, (0, False))),
+    ],
+)
+def test_what_a_gpu_asks_for_ahead_of_a_fold(target: int, form: tuple[int, bool]) -> None:
+    """And whether it multiplies by wgmma."""
+    bucket = step_bucket(GOLDEN, FORMATS["fp16-state8"], 16, TUNING[16])
+    constants = constants_for(kernel_of(bucket, warp_fold.fold_of_bytes), target)
+    assert (constants["AHEAD"], constants["GROUP"]) == form
 
 
 def test_the_scan_by_the_copy_engine_and_without() -> None:

@@ -282,7 +282,12 @@ def scan_memory(
 
 
 def scan_launches(
-    memory: Memory, heads: int, *, convolves: bool = True, queries: int = QUERIES
+    memory: Memory,
+    heads: int,
+    *,
+    convolves: bool = True,
+    queries: int = QUERIES,
+    tokens: int = 1 << 20,
 ) -> list[Launch[KernelSpec]]:
     steps, rows = memory["position"].shape
     queries = queries if memory["state"].dtype == torch.int8 else 0
@@ -315,6 +320,7 @@ def scan_launches(
         CHUNK=CHUNK,
         QUERIES=queries,
         HEADS=2,
+        T=tokens,
         STAGES=1,
         OVERLAPS=False,
     )
@@ -366,6 +372,15 @@ def test_scan_with_a_short_memory(
     assert largest.eq(1).all() if state == torch.float16 else largest.ge(110).all()
     for row, last in enumerate(FOLDED_LAST):
         close(kept_state(found)[row], states[last, row], tolerance)
+
+
+@pytest.mark.parametrize("tokens", [CHUNK, CHUNK + 1])
+def test_nothing_is_folded_at_an_images_end(interpreter: Interpreter, tokens: int) -> None:
+    memory = scan_memory(2)
+    memory["position"] = torch.full_like(memory["position"], CHUNK - 1)
+    memory |= {name: torch.ones_like(memory[name]) for name in ("past_x", "past_b", "past_decay")}
+    found = interpreter.run(scan_launches(memory, 2, tokens=tokens)[1:2], memory)["state"]
+    assert found.isnan().all() if tokens == CHUNK else found.isfinite().all()
 
 
 def test_a_ring_of_halves_has_no_infinity(interpreter: Interpreter) -> None:

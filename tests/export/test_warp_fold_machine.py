@@ -19,6 +19,7 @@ from .ptx_machine import Machine
 L, R, H, P, S, C, WARPS = 2, 3, 2, 64, 128, 32, 4
 INNER = H * P
 HEADS = 2  # a program
+T = 128  # tokens of an image
 PARTS = ((0, S // 2), (S // 2, 3 * S // 4), (3 * S // 4, S))
 Memory = dict[str, np.ndarray]
 
@@ -53,9 +54,12 @@ def memory(at: list[int], queries: int) -> Memory:
     return found
 
 
-def run(before: Memory, queries: int, heads: int = HEADS) -> Memory:
+def run(
+    before: Memory, queries: int, heads: int = HEADS, ahead: int = 2, group: bool = True
+) -> Memory:
     after = {name: value.copy() for name, value in before.items()}
-    constants = {"R": R, "INNER": INNER, "H": H, "QUERIES": queries, "HEADS": heads}
+    constants = {"R": R, "INNER": INNER, "H": H, "QUERIES": queries, "HEADS": heads, "T": T}
+    constants |= {"AHEAD": ahead, "GROUP": group}
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
     kernel.run(list(after.values()), (L * H // heads, R))
@@ -134,11 +138,23 @@ def test_fold(queries: int) -> None:
         assert np.array_equal(before[name][:, 1], after[name][:, 1])
 
 
-@pytest.mark.parametrize("heads", [1, L * H])
-def test_any_number_of_states_a_program(heads: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "ahead", "group"),
+    [(1, 2, True), (L * H, 2, True), (1, 1, False), (L * H, 1, False), (2, 0, False)],
+)
+def test_any_way_to_cut_it(heads: int, ahead: int, group: bool) -> None:
+    """States a program, states asked for ahead, and products of warps together or each its own."""
     before = memory([31, 63, 95], 16)
-    wanted, found = run(before, 16), run(before, 16, heads)
+    wanted, found = run(before, 16), run(before, 16, heads, ahead, group)
     assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_nothing_is_folded_at_an_images_end() -> None:
+    before = memory([T - 1, T, T - 1 - C], 16)
+    after = run(before, 16)
+    for name in ("state", "state_scale", "column_scale"):
+        assert np.array_equal(before[name][:, :2], after[name][:, :2])
+        assert not np.array_equal(before[name][:, 2], after[name][:, 2])
 
 
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e8])

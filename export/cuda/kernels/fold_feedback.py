@@ -21,20 +21,16 @@ from aim_export.cuda.kernels.fold_fragments import (
     columns_of,
     from_result,
     integers,
+    lines_of,
+    product,
+    product_alone,
     store_integers,
     tiled,
 )
-from aim_export.cuda.kernels.warp_fragments import WARPS, P, S, bits
+from aim_export.cuda.kernels.warp_fragments import WARPS, S, bits
 
 _HALF = gl.constexpr(S.value // 2)
 _QUARTER = gl.constexpr(S.value // 4)
-
-
-@gluon.constexpr_function
-def lines_of(W):
-    """Shared memory (N, W) of halves, whose lines `ldmatrix` reads without conflicts."""
-    phases = min(8, W // 8)
-    return gl.SwizzledSharedLayout(8, max(1, 8 // phases), phases, [1, 0])
 
 
 @gluon.constexpr_function
@@ -50,13 +46,13 @@ def _matrices(Q, apart):
 
 
 @gluon.jit
-def room_for_feedback(Q: gl.constexpr):
+def room_for_feedback(Q: gl.constexpr, GROUP: gl.constexpr):
     """Shared memory for what `hold_feedback` makes."""
-    first = gl.allocate_shared_memory(gl.float16, [Q, _HALF], lines_of(_HALF))
-    third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
-    fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
-    to_third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
-    to_fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER))
+    first = gl.allocate_shared_memory(gl.float16, [Q, _HALF], lines_of(_HALF, GROUP))
+    third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
+    fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
+    to_third = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
+    to_fourth = gl.allocate_shared_memory(gl.float16, [Q, _QUARTER], lines_of(_QUARTER, GROUP))
     return first, third, fourth, to_third, to_fourth
 
 
@@ -64,6 +60,25 @@ def room_for_feedback(Q: gl.constexpr):
 def _product(left, right, total):
     """`total` (N, M) and two matrices' product, of the right one's transpose in shared memory."""
     return mma_v2(left, right.permute([1, 0]).load(RIGHT), total)
+
+
+@gluon.constexpr_function
+def _row_text(Q):
+    """PTX: what the lane that has a row has there, of lanes with the same columns."""
+    return f"shfl.sync.idx.b32 $0, $1, $2, {(32 - Q) << 8 | 31}, 0xffffffff;"
+
+
+@gluon.jit
+def _row_everywhere(matrices, pivot):
+    """A row of each of `matrices` (Q, Q, 2), in the place of all of them."""
+    return gl.inline_asm_elementwise(
+        _row_text(matrices.shape[0]),
+        "=f,f,r",
+        [matrices, pivot],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -77,7 +92,7 @@ def _inverses(matrices):
     column_at = gl.expand_dims(gl.expand_dims(column_at, 0), 2)
     for pivot in range(Q):
         in_row, in_column = row_at == pivot, column_at == pivot
-        row = gl.expand_dims(gl.sum(gl.where(in_row, matrices, 0.0), axis=0), 0)
+        row = _row_everywhere(matrices, pivot)
         column = gl.expand_dims(gl.sum(gl.where(in_column, matrices, 0.0), axis=1), 1)
         value = gl.expand_dims(gl.sum(gl.where(in_column, row, 0.0), axis=1), 1)
         left = gl.where(in_row, 1.0, -column)
@@ -139,11 +154,11 @@ def _column_of(channels, W: gl.constexpr):
 
 
 @gluon.jit
-def _moved(values, inverse_unit, r, moves, inverses):
+def _moved(values, inverse_unit, r, moves, shares, GROUP: gl.constexpr):
     """`integers` of `values` (P, S/4) times `inverse_unit` and of what r (P, Q) moves them by."""
     r = gl.convert_layout(r.to(gl.float16), LEFT, assert_trivial=True)
-    by = mma_v2(r, moves.load(RIGHT), gl.zeros([P, _QUARTER], gl.float32, TILES))
-    factors = _column_of(inverse_unit, _QUARTER), _row_of(inverses, _QUARTER)
+    by = product_alone(r, moves, _QUARTER, GROUP)
+    factors = _column_of(inverse_unit, _QUARTER), _row_of(shares, _QUARTER)
     return bounded_integers((values, from_result(by)), factors)
 
 
@@ -156,20 +171,23 @@ def _errors(values, inverse_unit, minus, columns):
 
 
 @gluon.jit
-def store_parts(target, parts, inverse_unit, columns, inverses, room, Q: gl.constexpr):
+def store_parts(
+    target, parts, inverse_unit, columns, shares, room, Q: gl.constexpr, GROUP: gl.constexpr
+):
     """Store a state's parts times `inverse_unit` (P,) as int8, by what `room` has.
 
-    Parts are (P, S/2) and twice (P, S/4). `columns` (float16) and `inverses` (float32) are shared
-    memory (S,): what a column counts, and 1 over it.
+    Parts are (P, S/2) and twice (P, S/4). `columns` (float16) and `shares` (float32) are shared
+    memory (S,): what a column counts, and 1 over that and 254.
     """
     left, third, fourth = parts
     first, third_queries, _fourth_queries, to_third, to_fourth = room
     minus = store_integers(target, integers(left, _column_of(inverse_unit, _HALF)))
     errors = _errors(left, inverse_unit, minus, columns.slice(0, _HALF))
-    r = _product(errors, first, gl.zeros([P, Q], gl.float32, TILES))
-    moved = _moved(third, inverse_unit, r, to_third, inverses.slice(_HALF, _QUARTER))
+    r = product_alone(errors, first.permute([1, 0]), Q, GROUP)
+    moved = _moved(third, inverse_unit, r, to_third, shares.slice(_HALF, _QUARTER), GROUP)
     minus = store_integers(target + _HALF, moved)
     errors = _errors(third, inverse_unit, minus, columns.slice(_HALF, _QUARTER))
-    r = _product(errors, third_queries, r)
-    rest = inverses.slice(_HALF + _QUARTER, _QUARTER)
-    store_integers(target + _HALF + _QUARTER, _moved(fourth, inverse_unit, r, to_fourth, rest))
+    r = product(errors, third_queries.permute([1, 0]), r, GROUP)
+    rest = shares.slice(_HALF + _QUARTER, _QUARTER)
+    moved = _moved(fourth, inverse_unit, r, to_fourth, rest, GROUP)
+    store_integers(target + _HALF + _QUARTER, moved)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from aim_export.cuda.kernels.common import INTEGERS
 from aim_export.cuda.kernels.warp_fragments import CHUNK, WARPS, P, S, bits
@@ -21,6 +22,55 @@ LEFT = gl.constexpr(gl.DotOperandLayout(0, TILES.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, TILES.value, 2))
 _CHANNELS = gl.constexpr([[2, 0], [4, 0], [8, 0]])  # of lanes
 _WARPS = gl.constexpr([[16, 0], [32, 0]])
+
+
+@gluon.constexpr_function
+def _wide_tiles(N):
+    """A result (P, N) as `wgmma` has it: in the same registers as of TILES."""
+    return gl.NVMMADistributedLayout([3, 0], [WARPS.value, 1], [16, N, 16])
+
+
+@gluon.constexpr_function
+def lines_of(W, GROUP):
+    """Shared memory (N, W) of halves, whose lines `ldmatrix`, or `wgmma`, reads."""
+    if GROUP:
+        return gl.NVMMASharedLayout(min(128, 2 * W), 16, rank=2)
+    phases = min(8, W // 8)
+    return gl.SwizzledSharedLayout(8, max(1, 8 // phases), phases, [1, 0])
+
+
+@gluon.jit
+def products(lefts, right, total, GROUP: gl.constexpr, ADDS: gl.constexpr):
+    """`total` (P, N), zeros if it is not ADDS, and `lefts` times a matrix in shared memory.
+
+    By the instructions of four warps together if GROUP.
+    """
+    if GROUP:
+        tiles: gl.constexpr = _wide_tiles(total.shape[1])
+        operand: gl.constexpr = gl.DotOperandLayout(0, tiles, 2)
+        total = gl.convert_layout(total, tiles, assert_trivial=True)
+        for index in gl.static_range(len(lefts)):
+            left = gl.convert_layout(lefts[index], operand, assert_trivial=True)
+            total = warpgroup_mma(left, right, total, use_acc=ADDS or index > 0, is_async=True)
+        total = warpgroup_mma_wait(0, deps=[total])
+        return gl.convert_layout(total, TILES, assert_trivial=True)
+    else:
+        right = right.load(RIGHT)
+        for index in gl.static_range(len(lefts)):
+            total = mma_v2(lefts[index], right, total)
+        return total
+
+
+@gluon.jit
+def product(left, right, total, GROUP: gl.constexpr):
+    """As `products`, of one, and `total`."""
+    return products((left,), right, total, GROUP, True)
+
+
+@gluon.jit
+def product_alone(left, right, N: gl.constexpr, GROUP: gl.constexpr):
+    """As `products`, of one (P, N)."""
+    return products((left,), right, gl.zeros([P, N], gl.float32, TILES), GROUP, False)
 
 
 @gluon.constexpr_function
@@ -40,7 +90,7 @@ def words_of(W):
 
 
 STATE = gl.constexpr(columns_of(S.value))
-_TOKENS = gl.constexpr(
+TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[1, 0], [0, 1], [0, 8], [0, 16]],
         [[0, 2], [0, 4], *_CHANNELS.value],
@@ -146,13 +196,16 @@ def integers(values, factors):
 
 @gluon.jit
 def bounded_integers(values, factors):
-    """`integers`, none beyond 127, of `values` (two whose sum it is) times `factors`."""
+    """`integers`, none beyond 127, of `values` (two whose sum it is) times `factors`.
+
+    The second factor is divided by 254 already.
+    """
     first, second = values
     # Between 0 and 1 the GPU bounds results for nothing.
     share = gl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, $3;",
         "=f,f,f,f",
-        [second, factors[1] * (1.0 / 254.0), gl.fma(first, factors[0] * (1.0 / 254.0), 0.5)],
+        [second, factors[1], gl.fma(first, factors[0] * (1.0 / 254.0), 0.5)],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
@@ -183,19 +236,40 @@ def store_integers(target, sums):
 
 
 @gluon.jit
-def added(kept, past_x, past_decay, keys, INNER: gl.constexpr):
-    """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
+def exp(values):
+    """exp of float32, 0 where that is below 2**-126: one instruction for what takes five."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [values * 1.4426950408889634],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def load_tokens(past_x, past_decay, INNER: gl.constexpr):
+    """The chunk's dt * x (P, CHUNK), of memory, and how much of it is left, (1, CHUNK).
 
     `past_x` points to the head of the first token, `past_decay` to its sums.
     """
-    token = along(CHUNK, 1, _TOKENS)
-    x = gl.load(past_x + (token * INNER + along(P, 0, _TOKENS)))
-    left = gl.load(past_decay + CHUNK - 1) - gl.load(past_decay + token)
-    x = x.to(gl.float32) * gl.exp(left)
+    token = along(CHUNK, 1, TOKENS)
+    x = gl.load(past_x + (token * INNER + along(P, 0, TOKENS)))
+    return x, gl.exp(gl.load(past_decay + CHUNK - 1) - gl.load(past_decay + token))
+
+
+@gluon.jit
+def added(kept, tokens, keys, GROUP: gl.constexpr):
+    """`kept` (P, S), decayed, and the chunk's dt * x times B, of shared memory `keys`.
+
+    `tokens` are of `load_tokens`.
+    """
+    x, left = tokens
+    x = x.to(gl.float32) * left
     # Two halves hold 22 bits of x, down to 2**-24; B is one half already.
     high = x.to(gl.float16)
     low = (x - high.to(gl.float32)).to(gl.float16)
     high = gl.convert_layout(_tiled_channels(high), LEFT, assert_trivial=True)
     low = gl.convert_layout(_tiled_channels(low), LEFT, assert_trivial=True)
-    keys = keys.load(RIGHT)
-    return from_result(mma_v2(low, keys, mma_v2(high, keys, as_result(kept))))
+    return from_result(products((high, low), keys, as_result(kept), GROUP, True))

@@ -345,13 +345,15 @@ def fold(
     CHUNK: tl.constexpr,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,  # states of a row that a program takes, divides L * H
+    T: tl.constexpr,  # tokens of an image
     STAGES: tl.constexpr,  # states that are on their way at a time
     OVERLAPS: tl.constexpr,
 ):
     """Where a row's chunk is full, move its tokens into HEADS of its L * H states.
 
     A launch of its own, for all layers at once, because it wants more registers than `scan`. Most
-    steps find no row at its chunk's end, so that programs should be few.
+    steps find no row at its chunk's end, so that programs should be few. An image's last chunk is
+    followed by none.
     """
     first = tl.program_id(0) * HEADS
     row = tl.program_id(1)
@@ -360,7 +362,7 @@ def fold(
     slots = tl.arange(0, CHUNK)
     at = tl.load(position + row)
     begin_dependents(OVERLAPS)
-    if at % CHUNK == CHUNK - 1:
+    if (at % CHUNK == CHUNK - 1) & (at + 1 < T):
         feedback = no_feedback(S, QUERIES)
         for index in tl.range(HEADS, num_stages=STAGES):
             place = ((first + index) // H * R + row).to(tl.int64)

@@ -10,12 +10,21 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from aim_export.cuda.kernels.common import begin_dependents, int8_unit
 from aim_export.cuda.kernels.error_feedback import LEAST_SQUARE, SMALLEST_COLUMN
+from aim_export.cuda.kernels.fold_ahead import (
+    arrived,
+    ask,
+    factors_ahead,
+    room_ahead,
+    sums_ahead,
+    tokens_ahead,
+    words_ahead,
+)
 from aim_export.cuda.kernels.fold_feedback import (
     hold_feedback,
-    lines_of,
     room_for_feedback,
     store_parts,
 )
@@ -23,13 +32,17 @@ from aim_export.cuda.kernels.fold_fragments import (
     STATE,
     added,
     along,
+    exp,
     halves,
     integers,
+    lines_of,
     load_bytes,
+    load_tokens,
     numbers_of,
     store_integers,
     tiled,
 )
+from aim_export.cuda.kernels.persistent_common import none
 from aim_export.cuda.kernels.warp_fragments import CHUNK, LINE, WARPS, P, S, bits
 
 _SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
@@ -54,24 +67,94 @@ def _hold_keys(keys, source):
 
 
 @gluon.jit
-def _restored(words, factors, columns, decay, old):
-    """A state's bytes as float32 (P, S) times `decay`; its factors are read where it is `old`."""
-    channel, column = along(P, 0, STATE), along(S, 1, STATE)
-    channel = gl.load(factors + channel, mask=(channel >= 0) & old, other=0.0) * decay
-    column = gl.load(columns + column, mask=(column >= 0) & old, other=0.0).to(gl.float32)
-    return numbers_of(words, channel) * column
+def _restored(words, channel, column):
+    """A state's bytes as float32 (P, S), of its factors (P, 1), decayed, and (1, S) float16."""
+    return numbers_of(words, channel) * column.to(gl.float32)
 
 
 @gluon.jit
-def _hold_columns(squares, sums, shared, inverses, columns):
-    """From `squares` (P, S) what columns count: to memory `columns`, to `shared`, and 1 over it."""
+def _loaded(memory, places, old, H: gl.constexpr, INNER: gl.constexpr):
+    """A state's bytes, its factors, decayed, and its tokens, of memory; zeros where not `old`."""
+    state, factors, columns, past_x, sums = _of_state(memory, places, H, INNER)
+    words = load_bytes(state, old)
+    decay = gl.exp(gl.load(sums + CHUNK - 1))
+    channel, column = along(P, 0, STATE), along(S, 1, STATE)
+    channel = gl.load(factors + channel, mask=(channel >= 0) & old, other=0.0) * decay
+    column = gl.load(columns + column, mask=(column >= 0) & old, other=0.0)
+    return words, channel, column, load_tokens(past_x, sums, INNER)
+
+
+@gluon.jit
+def _found(held, stage, AHEAD: gl.constexpr):
+    """As `_loaded`, of what was asked for ahead."""
+    arrived(AHEAD)
+    words, x = words_ahead(held, stage), tokens_ahead(held, stage)
+    channel, column = factors_ahead(held, stage)
+    sums, last, last_of_all = sums_ahead(held, stage)
+    channel = gl.expand_dims(channel * exp(last_of_all), 1)
+    return words, channel, gl.expand_dims(column, 0), (x, gl.expand_dims(exp(last - sums), 0))
+
+
+@gluon.jit
+def _place(index, row, R: gl.constexpr, H: gl.constexpr):
+    """Where a row's state of this number lies: its layer and row, its head, its number of all."""
+    place, head = (index // H * R + row).to(gl.int64), index % H
+    return place, head, place * H + head
+
+
+@gluon.jit
+def _of_state(memory, places, H: gl.constexpr, INNER: gl.constexpr):
+    """Pointers to a state, its channels' and columns' factors, its first token and its sums."""
+    state, state_scale, column_scale, past_x, past_decay = memory
+    place, head, cell = places
+    past_x += place * (CHUNK * INNER) + head * P
+    state += cell * (P * S)
+    return state, state_scale + cell * P, column_scale + cell * S, past_x, past_decay + cell * CHUNK
+
+
+@gluon.jit
+def _ask(
+    held,
+    memory,
+    numbers,
+    row,
+    there,
+    old,
+    R: gl.constexpr,
+    H: gl.constexpr,
+    INNER: gl.constexpr,
+):
+    """`ask` for the state of the second of `numbers`; the first is its stage."""
+    stage, index = numbers
+    ask(held, stage, _of_state(memory, _place(index, row, R, H), H, INNER), there, old, INNER)
+
+
+@gluon.jit
+def _column_sums(squares, sums):
+    """The sums of `squares` (P, S) over channels, a column a thread."""
     sums.store(gl.sum(gl.reshape(squares, [_LANES, 2, S]), axis=1))
-    column = gl.sqrt(gl.sum(sums.load(_COLUMN), axis=0) * (1.0 / P))
+    # Four sums beside each other, since each waits for the one before.
+    parts = gl.reshape(sums.load(_COLUMN), [4, _LANES // 4, S])
+    return gl.convert_layout(
+        gl.sum(gl.sum(parts, axis=1), axis=0), gl.SliceLayout(0, _COLUMN), assert_trivial=True
+    )
+
+
+@gluon.jit
+def _hold_columns(column, shared, columns):
+    """From sums of squares what columns count: to memory `columns`, and to `shared`.
+
+    `shared` is of `_room_for_columns`.
+    """
+    counts, inverses, shares = shared
+    column = gl.sqrt(column * (1.0 / P))
     column = gl.maximum(column, SMALLEST_COLUMN).to(gl.float16)
     gl.store(columns + gl.arange(0, S, gl.SliceLayout(0, _COLUMN)), column)
-    shared.store(column)
+    counts.store(column)
     column = column.to(gl.float32)
-    inverses.store(gl.rsqrt(column * column))
+    inverse = gl.rsqrt(column * column)
+    inverses.store(inverse)
+    shares.store(inverse * (1.0 / 254.0))
 
 
 @gluon.jit
@@ -81,6 +164,37 @@ def _normed(state):
     square = gl.where(square > LEAST_SQUARE, square, 1.0)
     inverse = gl.rsqrt(square)
     return state * gl.expand_dims(inverse, 1), square * inverse
+
+
+@gluon.jit
+def _store(target, state, inverse_unit, shared, room, QUERIES: gl.constexpr, GROUP: gl.constexpr):
+    """Store a state times `inverse_unit` (P,) as int8, with feedback if there are queries."""
+    if QUERIES > 0:
+        counts, _inverses, shares = shared
+        left, right = halves(state)
+        third, fourth = halves(right)
+        parts = left, third, fourth
+        store_parts(target, parts, inverse_unit, counts, shares, room, QUERIES, GROUP)
+    else:
+        store_integers(target, integers(state, gl.expand_dims(inverse_unit, 1)))
+
+
+@gluon.jit
+def _hold_layer(keys, room, past_b, past_c, QUERIES: gl.constexpr, GROUP: gl.constexpr):
+    """Put into shared memory what a row's states of a layer share."""
+    _hold_keys(keys, past_b)
+    if QUERIES > 0:
+        hold_feedback(room, past_c, QUERIES)
+    if GROUP:
+        fence_async_shared()
+
+
+@gluon.jit
+def _room_for_columns():
+    """What each counts, 1 over it, and 1 over that and 254."""
+    counts = gl.allocate_shared_memory(gl.float16, [S], LINE)
+    inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
+    return counts, inverses, gl.allocate_shared_memory(gl.float32, [S], LINE)
 
 
 @gluon.jit
@@ -98,47 +212,49 @@ def fold_of_bytes(
     H: gl.constexpr,
     QUERIES: gl.constexpr,
     HEADS: gl.constexpr,  # states of a row that a program takes, divides L * H
+    AHEAD: gl.constexpr,  # states asked for ahead; 0: none
+    GROUP: gl.constexpr,  # whether products are of four warps together
+    T: gl.constexpr,  # tokens of an image
     OVERLAPS: gl.constexpr,
 ):
-    """Where a row's chunk is full, move its tokens into HEADS of its L * H states."""
+    """Where a row's chunk is full, move its tokens into HEADS of its L * H states.
+
+    But for the last chunk of an image, which is followed by none.
+    """
     first, row = gl.program_id(0) * HEADS, gl.program_id(1)
     at = gl.load(position + row)
     begin_dependents(OVERLAPS)
-    if at % CHUNK == CHUNK - 1:
+    if (at % CHUNK == CHUNK - 1) & (at + 1 < T):
         old = at >= CHUNK
-        keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S))
+        keys = gl.allocate_shared_memory(gl.float16, [CHUNK, S], lines_of(S, GROUP))
         sums = gl.allocate_shared_memory(gl.float32, [_LANES, S], _SUMS)
-        shared = gl.allocate_shared_memory(gl.float16, [S], LINE)
-        inverses = gl.allocate_shared_memory(gl.float32, [S], LINE)
+        shared, room = _room_for_columns(), none()
         if QUERIES > 0:
-            room = room_for_feedback(QUERIES)
+            room = room_for_feedback(QUERIES, GROUP)
+        memory = state, state_scale, column_scale, past_x, past_decay
+        if AHEAD > 0:
+            held = room_ahead(AHEAD)
+            for stage in gl.static_range(AHEAD):
+                _ask(held, memory, (stage, first + stage), row, stage < HEADS, old, R, H, INNER)
         for index in range(HEADS):
-            place = ((first + index) // H * R + row).to(gl.int64)
-            head = (first + index) % H
-            cell = place * H + head
-            words = load_bytes(state + cell * (P * S), old)
+            places = _place(first + index, row, R, H)
+            place, head, _cell = places
             if (head == 0) | (index == 0):
-                _hold_keys(keys, past_b + place * (CHUNK * S))
-                if QUERIES > 0:
-                    hold_feedback(room, past_c + place * (QUERIES * S), QUERIES)
-            sums_of_head = past_decay + cell * CHUNK
-            factors, columns = state_scale + cell * P, column_scale + cell * S
-            decay = gl.exp(gl.load(sums_of_head + CHUNK - 1))
-            kept = _restored(words, factors, columns, decay, old)
-            kept = added(
-                kept, past_x + place * (CHUNK * INNER) + head * P, sums_of_head, keys, INNER
-            )
+                b, c = past_b + place * (CHUNK * S), past_c + place * (QUERIES * S)
+                _hold_layer(keys, room, b, c, QUERIES, GROUP)
+            if AHEAD > 0:
+                words, channel, column, tokens = _found(held, index % AHEAD, AHEAD)
+            else:
+                words, channel, column, tokens = _loaded(memory, places, old, H, INNER)
+            kept = added(_restored(words, channel, column), tokens, keys, GROUP)
             kept, root = _normed(kept)
-            _hold_columns(kept * kept, sums, shared, inverses, columns)
-            kept *= gl.expand_dims(inverses.load(gl.SliceLayout(0, STATE)), 0)
+            target, factors, columns, _x, _sums = _of_state(memory, places, H, INNER)
+            squares = _column_sums(kept * kept, sums)
+            if AHEAD > 0:
+                ahead = index % AHEAD, first + index + AHEAD
+                _ask(held, memory, ahead, row, index + AHEAD < HEADS, old, R, H, INNER)
+            _hold_columns(squares, shared, columns)
+            kept *= gl.expand_dims(shared[1].load(gl.SliceLayout(0, STATE)), 0)
             unit = int8_unit(gl.max(gl.abs(kept), axis=1))
             gl.store(factors + gl.arange(0, P, gl.SliceLayout(1, STATE)), unit * root)
-            inverse_unit = 1.0 / unit
-            target = state + cell * (P * S)
-            if QUERIES > 0:
-                left, right = halves(kept)
-                third, fourth = halves(right)
-                parts = left, third, fourth
-                store_parts(target, parts, inverse_unit, shared, inverses, room, QUERIES)
-            else:
-                store_integers(target, integers(kept, gl.expand_dims(inverse_unit, 1)))
+            _store(target, kept, 1.0 / unit, shared, room, QUERIES, GROUP)
