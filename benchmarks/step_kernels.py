@@ -19,6 +19,7 @@ from aim_export.cuda.compile import constants_for
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.register_bytes import bytes_bucket
 from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
@@ -46,7 +47,7 @@ def bucket_of(g: Geometry, precision: str, rows: int, tuning: Tuning) -> Bucket[
     """The bucket of three launches a layer that a runtime would take on this GPU."""
     major, minor = torch.cuda.get_device_capability()
     target = 10 * major + minor
-    for of_one_kind in (warpgroup_bucket, register_bucket):
+    for of_one_kind in (warpgroup_bucket, register_bucket, bytes_bucket):
         if found := of_one_kind(g, FORMATS[precision], rows, tuning, (target,)):
             return found
     tuning = tuning if target in BULK else tuning.for_any()

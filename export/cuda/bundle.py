@@ -27,6 +27,7 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.plan import Draft
 from aim_export.cuda.precision import FORMATS, Format
+from aim_export.cuda.register_bytes import bytes_bucket
 from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.stored import stored_tensors
@@ -189,7 +190,7 @@ def _buckets(
     in_one_launch = persistent_buckets(geometry, formats, TUNING, capabilities)
     found = [bucket for bucket in in_one_launch if pays(geometry, formats, bucket.rows)]
     for rows, tuning in TUNING.items():
-        for of_one_kind in (warpgroup_bucket, register_bucket):
+        for of_one_kind in (warpgroup_bucket, register_bucket, bytes_bucket):
             if bucket := of_one_kind(geometry, formats, rows, tuning, capabilities):
                 found.append(bucket)
         found += _launches_a_layer(geometry, formats, rows, tuning, capabilities)

@@ -123,7 +123,7 @@ def constants_for(kernel: KernelSpec, capability: int) -> dict[str, Any]:
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
         constants["OVERLAPS"] = False
     if capability not in BULK and "BULK" in constants:
-        constants["BULK"] = False
+        constants |= {"BULK": False, "PACE": 8}
     if capability not in WARPGROUP and "AHEAD" in constants:
         constants |= {"AHEAD": 1 if capability in ROOMY else 0, "GROUP": False}
     return constants

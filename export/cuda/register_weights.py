@@ -17,7 +17,7 @@ from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
-from aim_export.cuda.tuning import RegisterTile, Tuning
+from aim_export.cuda.tuning import RegisterCuts, RegisterTile, Tuning
 from aim_export.cuda.warpgroup import described
 from aim_runtime.engines.cuda.plan import Bucket
 
@@ -56,21 +56,16 @@ def register_bucket(
         return None
     if not set(WARPGROUP) & set(capabilities):
         return None
-    return _RegisterBuilder(geometry, precision, rows, tuning, in_proj, out_proj).bucket()
+    return _RegisterBuilder(geometry, precision, rows, tuning, cuts).bucket()
 
 
 class _RegisterBuilder(StepBuilder):
     def __init__(
-        self,
-        geometry: Geometry,
-        precision: Format,
-        rows: int,
-        tuning: Tuning,
-        in_proj: RegisterTile,
-        out_proj: RegisterTile | None,
+        self, geometry: Geometry, precision: Format, rows: int, tuning: Tuning, cuts: RegisterCuts
     ) -> None:
-        self._cut_of_in_proj, self._cut_of_out_proj = in_proj, out_proj
-        super().__init__(geometry, precision, rows, tuning, overlaps=True)
+        self._cut_of_in_proj, self._cut_of_out_proj = cuts.in_proj, cuts.out_proj
+        super().__init__(geometry, precision, rows, tuning.scanning(cuts.scan), overlaps=True)
+        self.early = cuts.early
 
     def _outputs_of_out_proj(self) -> int:
         cut = self._cut_of_out_proj
@@ -85,7 +80,7 @@ class _RegisterBuilder(StepBuilder):
         g, cut = self.g, self._cut_of_out_proj
         if cut is None:
             return super()._out_proj()
-        given = self._into_out_proj() | {"scales": self._scales("out_proj")}
+        given = self._into_out_proj() | {"scales": self._scales("out_proj"), "EARLY": self.early}
         return self._by_registers(register_weights.register_out_proj, cut, g.D, given)
 
     def _by_registers(

@@ -58,6 +58,7 @@ class StepBuilder:
     ) -> None:
         self.g, self.precision, self.rows, self.tuning = geometry, precision, rows, tuning
         self.overlaps = overlaps
+        self.early = False  # whether `out_proj` lets the next layer begin before it has its input
         if not tuning.dot and geometry.X % tuning.in_proj.outputs:
             raise ValueError(f"a tile of {tuning.in_proj.outputs} does not divide {geometry.X}")
         self.block = triton.next_power_of_2(geometry.D)
@@ -296,8 +297,8 @@ class StepBuilder:
     def _scan_by_warps(self, shared: dict[str, Any]) -> SpecLaunch:
         warps, rows = warp_fragments.WARPS.value, max(self.scan_cut.bulk_rows, 1)
         grid, own = (self.g.H // warps, self.rows // rows), _SCAN_OPTIONS[rows]
-        bulk: dict[str, Any] = {"ROWS": rows, "BULK": self.scan_cut.bulk_rows > 0}
-        return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **own, **shared, **bulk)
+        shared |= {"ROWS": rows, "BULK": self.scan_cut.bulk_rows > 0, "PACE": self.scan_cut.pace}
+        return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **own, **shared)
 
     def _if_there(self, buffer: str) -> str | Argument:
         return buffer if buffer in self.buffers else ABSENT
@@ -310,8 +311,9 @@ class StepBuilder:
 
     def _out_proj(self) -> SpecLaunch:
         g, shared = self.g, self._into_out_proj() | self._scaled("out_proj")
-        if self.held_out_proj:
-            return self._held(held.held_out_proj, self.held_out_proj, g.D, g.inner, shared)
+        if tile := self.held_out_proj:
+            shared |= {"PIECES": tile.pieces, "EARLY": self.early}
+            return self._held(held.held_out_proj, tile, g.D, g.inner, shared)
         cut = self.tuning.out_proj
         return self.launch(
             step.out_proj,

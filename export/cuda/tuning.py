@@ -22,6 +22,30 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class ScanCut:
+    """How the scan is cut.
+
+    Attributes:
+        heads: heads a program takes, one after another; as many of them as divide H evenly.
+        stages: heads whose state is on its way at a time, the one at hand included.
+        num_warps: warps a program.
+        chunk: C of these states, if it is not that of `Tuning`.
+        bulk_rows: rows that a program of `kernels.warp_scan` takes, one after another, where the
+            copy engine brings states and tokens; 0 for copies by threads, and more than one for
+            `targets.BULK` alone.
+        pace: KB that a warp of such a program asks for at a time while the launch ahead runs, on
+            `targets.BULK`: 1, 2, 4, or 8 for all at once.
+    """
+
+    heads: int = 1
+    stages: int = 1
+    num_warps: int = 4
+    chunk: int | None = None
+    bulk_rows: int = 0
+    pace: int = 8
+
+
+@dataclass(frozen=True)
 class HeldTile:
     """How a projection is cut whose weights are there ahead of its input.
 
@@ -29,11 +53,13 @@ class HeldTile:
         tiles: 16 outputs each, of a program.
         groups: eight rows each, of a program.
         num_warps: warps a program.
+        pieces: 1, or 2 if of a second projection's weights half are on their way at a time.
     """
 
     tiles: int
     groups: int
     num_warps: int = 8
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,34 +113,49 @@ class RegisterTile:
 
 @dataclass(frozen=True)
 class RegisterCuts:
-    """Cuts of a layer's two projections where `kernels.register_weights` suits model, format, GPU.
+    """Cuts of a layer where `kernels.register_weights` suits model, format and GPU.
 
-    None for a second one that is cut as on other GPUs.
+    Attributes:
+        in_proj: that of the first projection.
+        out_proj: that of the second, None if it is cut as on other GPUs.
+        scan: that of 8-bit states.
+        early: whether the second lets the next layer's first begin before it has its input.
     """
 
     in_proj: RegisterTile
     out_proj: RegisterTile | None
+    scan: ScanCut
+    early: bool
 
 
 @dataclass(frozen=True)
-class ScanCut:
-    """How the scan is cut.
+class BytesTile:
+    """How a projection is cut whose weights are bytes in registers, for `kernels.register_bytes`.
 
     Attributes:
-        heads: heads a program takes, one after another; as many of them as divide H evenly.
-        stages: heads whose state is on its way at a time, the one at hand included.
-        num_warps: warps a program.
-        chunk: C of these states, if it is not that of `Tuning`.
-        bulk_rows: rows that a program of `kernels.warp_scan` takes, one after another, where the
-            copy engine brings states and tokens; 0 for copies by threads, and more than one for
-            `targets.BULK` alone.
+        rows: rows a program.
+        halves: 2 where half of the warps have half of the sum; a program has 128 / halves outputs.
     """
 
-    heads: int = 1
-    stages: int = 1
-    num_warps: int = 4
-    chunk: int | None = None
-    bulk_rows: int = 0
+    rows: int
+    halves: int
+
+
+@dataclass(frozen=True)
+class BytesCuts:
+    """Cuts of a step where `kernels.register_bytes` suits model, format and GPU.
+
+    Attributes:
+        in_proj: that of a layer's first projection.
+        out_proj: that of its second.
+        head: that of the head, None if it is cut as on other GPUs.
+        scan: that of 8-bit states.
+    """
+
+    in_proj: BytesTile
+    out_proj: BytesTile
+    head: BytesTile | None
+    scan: ScanCut
 
 
 @dataclass(frozen=True)
@@ -134,6 +175,8 @@ class Tuning:
         warpgroup: cuts of the projections where `cuda.warpgroup` suits model, format and GPU.
         registers: those where `cuda.register_weights` does.
         registers_narrow: those for models of at most `NARROW` channels.
+        bytes: those where `cuda.register_bytes` does.
+        bytes_narrow: those for models of at most `NARROW` channels.
     """
 
     in_proj: Tile
@@ -147,6 +190,8 @@ class Tuning:
     warpgroup: WarpgroupCuts | None = None
     registers: RegisterCuts | None = None
     registers_narrow: RegisterCuts | None = None
+    bytes: BytesCuts | None = None
+    bytes_narrow: BytesCuts | None = None
 
     @property
     def dot(self) -> bool:
@@ -160,6 +205,14 @@ class Tuning:
     def registers_of(self, width: int) -> RegisterCuts | None:
         """Cuts for a model of so many channels."""
         return self.registers_narrow if width <= NARROW else self.registers
+
+    def bytes_of(self, width: int) -> BytesCuts | None:
+        """Cuts for a model of so many channels."""
+        return self.bytes_narrow if width <= NARROW else self.bytes
+
+    def scanning(self, of_bytes: ScanCut) -> Tuning:
+        """The same with another cut of 8-bit states."""
+        return replace(self, scan={**self.scan, "int8": of_bytes})
 
     def for_any(self) -> Tuning:
         """The same with no scan that only some GPUs have a form of: of two rows a program."""
@@ -187,6 +240,9 @@ class Tuning:
 # exact, and what is rounded has decayed further when it is read; but the tokens of longer ones take
 # longer than they spare.
 _CHUNK_OF_INT8 = 32
+# Of 16 and more rows; heads, stages and warps count where `kernels.warp_scan` does not suit.
+_BYTES_OF_FEW = ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8)
+_BYTES_OF_MANY = ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8)
 # Scan a head a program, whatever the type of the state.
 _SINGLE_HEADS = {
     "float32": ScanCut(),
@@ -229,14 +285,22 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=2, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
+            "int8": _BYTES_OF_FEW,
         },
-        held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2)),
+        held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2, pieces=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=1, groups=1)),
         held_head=HeldTile(tiles=4, groups=2),
-        registers=RegisterCuts(RegisterTile(rows=16, shares=1), None),
+        registers=RegisterCuts(
+            in_proj=RegisterTile(rows=16, shares=1),
+            out_proj=None,
+            scan=replace(_BYTES_OF_FEW, pace=4),
+            early=True,
+        ),
         registers_narrow=RegisterCuts(
-            RegisterTile(rows=16, shares=2), RegisterTile(rows=16, shares=4)
+            in_proj=RegisterTile(rows=16, shares=2),
+            out_proj=RegisterTile(rows=16, shares=4),
+            scan=_BYTES_OF_FEW,
+            early=True,
         ),
     ),
     32: Tuning(
@@ -247,14 +311,22 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=4, stages=3, num_warps=4),
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
-            "int8": ScanCut(heads=4, stages=4, num_warps=4, chunk=_CHUNK_OF_INT8),
+            "int8": replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         },
-        held=HeldCuts(HeldTile(tiles=4, groups=4), HeldTile(tiles=2, groups=2)),
+        held=HeldCuts(HeldTile(tiles=4, groups=4), HeldTile(tiles=2, groups=2, pieces=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=4), HeldTile(tiles=1, groups=2)),
         held_head=HeldTile(tiles=4, groups=4, num_warps=4),
-        registers=RegisterCuts(RegisterTile(rows=32, shares=1), None),
+        registers=RegisterCuts(
+            in_proj=RegisterTile(rows=32, shares=1),
+            out_proj=None,
+            scan=replace(_BYTES_OF_FEW, pace=4),
+            early=False,
+        ),
         registers_narrow=RegisterCuts(
-            RegisterTile(rows=32, shares=2), RegisterTile(rows=16, shares=4)
+            in_proj=RegisterTile(rows=32, shares=2),
+            out_proj=RegisterTile(rows=16, shares=4),
+            scan=replace(_BYTES_OF_FEW, pace=4),
+            early=True,
         ),
     ),
     64: Tuning(
@@ -265,8 +337,14 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
-            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8, bulk_rows=1),
+            "int8": replace(_BYTES_OF_MANY, bulk_rows=1),
         },
+        bytes=BytesCuts(
+            in_proj=BytesTile(rows=64, halves=2),
+            out_proj=BytesTile(rows=32, halves=2),
+            head=None,
+            scan=replace(_BYTES_OF_MANY, bulk_rows=1, pace=4),
+        ),
     ),
     128: Tuning(
         in_proj=Tile(rows=128, outputs=64, depth=128, num_warps=8, num_stages=4),
@@ -276,11 +354,23 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
-            "int8": ScanCut(heads=8, stages=5, num_warps=4, chunk=_CHUNK_OF_INT8, bulk_rows=2),
+            "int8": replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
         },
         warpgroup=WarpgroupCuts(
             in_proj=WarpgroupTile(rows=128, outputs=64, depth=64, stages=6),
             out_proj=WarpgroupTile(rows=64, outputs=32, depth=128, stages=4),
+        ),
+        bytes=BytesCuts(
+            in_proj=BytesTile(rows=128, halves=2),
+            out_proj=BytesTile(rows=32, halves=2),
+            head=BytesTile(rows=128, halves=1),
+            scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
+        ),
+        bytes_narrow=BytesCuts(
+            in_proj=BytesTile(rows=64, halves=1),
+            out_proj=BytesTile(rows=32, halves=2),
+            head=None,
+            scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
         ),
     ),
 }

@@ -13,7 +13,7 @@ import numpy as np
 from .ptx_parser import Code, Instruction
 
 if TYPE_CHECKING:
-    from .ptx_machine import Program
+    from .ptx_machine import Barrier, Program
 
 _KINDS = {"s": "i", "u": "u", "b": "u", "f": "f"}
 _TYPE = re.compile(r"[subf](8|16|32|64)$")
@@ -569,8 +569,19 @@ def _arrive(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 def _try_wait(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     at = _first(lanes, lanes.address(item.operands[1]), None)
     parity = _first(lanes, lanes.get(item.operands[2], "u4"), None)
-    over = lanes.program.barriers[at].phase % 2 != parity
+    barrier = lanes.program.barriers[at]
+    over = barrier.phase % 2 != parity
+    if not over and barrier.late:
+        _line_arrives(lanes.program, barrier, *barrier.late.pop())
     lanes.set(item.operands[0], np.full(lanes.threads, over), mask)
+
+
+def _line_arrives(program: Program, barrier: Barrier, to: int, source: int, size: int) -> None:
+    offset = np.arange(0, size, 4, dtype=np.uint64)
+    words = program.machine.memory.load(np.uint64(source) + offset, 4)
+    program.shared.store(np.uint64(to) + offset, words, 4)
+    barrier.bytes -= size
+    barrier.settle()
 
 
 @handles("cp.async.cg.shared.global", "cp.async.ca.shared.global")
@@ -593,12 +604,11 @@ def _copy_line(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None
     for thread in range(lanes.threads) if mask is None else np.flatnonzero(mask):
         to, source, size, bar = (int(value[thread]) for value in found)
         assert to % 16 == source % 16 == size % 16 == 0
-        offset = np.arange(0, size, 4, dtype=np.uint64)
-        words = lanes.program.machine.memory.load(np.uint64(source) + offset, 4)
-        lanes.program.shared.store(np.uint64(to) + offset, words, 4)
         barrier = lanes.program.barriers[bar]
-        barrier.bytes -= size
-        barrier.settle()
+        if lanes.program.machine.late:
+            barrier.late.append((to, source, size))
+        else:
+            _line_arrives(lanes.program, barrier, to, source, size)
 
 
 # Bytes of an element, by what tensor maps call its type: s32 and f16.

@@ -63,6 +63,7 @@ class Barrier:
     pending: int
     bytes: int = 0
     phase: int = 0
+    late: list[tuple[int, int, int]] = field(default_factory=list)  # to, from and bytes
 
     def settle(self) -> None:
         """Begin the next phase if this one is over."""
@@ -98,9 +99,18 @@ class Machine:
         self.prefetched: list[tuple[int, int]] = []  # address and bytes, in the last launch
 
     def run(
-        self, arguments: list[np.ndarray], programs: int | tuple[int, int], seed: int = 0
+        self,
+        arguments: list[np.ndarray],
+        programs: int | tuple[int, int],
+        seed: int = 0,
+        *,
+        late: bool = False,
     ) -> None:
-        """Run a grid of programs; in the order that ``seed`` says when several could go on."""
+        """Run a grid of programs; in the order that ``seed`` says when several could go on.
+
+        ``late``: lines that the copy engine brings arrive when somebody waits for them.
+        """
+        self.late = late
         size, addresses, self.prefetched = 0, [], []
         for array in arguments:
             addresses.append(GLOBAL + size)

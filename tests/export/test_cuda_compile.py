@@ -37,6 +37,7 @@ from aim_export.cuda.kernels import (
     held,
     persistent,
     products,
+    register_bytes,
     register_weights,
     scan,
     step,
@@ -48,6 +49,7 @@ from aim_export.cuda.kernels import (
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.persistent import pays, persistent_buckets
 from aim_export.cuda.precision import FORMATS
+from aim_export.cuda.register_bytes import bytes_bucket
 from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.tuning import TUNING
@@ -138,26 +140,54 @@ def served(bucket: Bucket[KernelSpec]) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "rows", "target", "form"),
+    ("size", "precision", "rows", "target", "form"),
     [
-        *(("fp16-state8", 16, 90, (1, False)), ("int8-state8", 32, 90, (1, False))),
-        *(("fp16-state8", 64, 90, (1, True)), ("int8-state8", 64, 120, (1, True))),
-        *(("fp16-state8", 128, 90, (2, True)), ("int8-state8", 128, 90, (2, True))),
-        *(("fp16-state8", 128, 80, (1, False)), ("int8-state8", 128, 120, (1, False))),
+        *(("L", "fp16-state8", 16, 90, (1, False, 8)), ("L", "int8-state8", 16, 90, (1, False, 4))),
+        *(("B", "int8-state8", 16, 90, (1, False, 8)), ("B", "int8-state8", 32, 90, (1, False, 4))),
+        *(("L", "fp16-state8", 32, 90, (1, True, 4)), ("L", "int8-state8", 32, 90, (1, False, 4))),
+        *(("L", "fp16-state8", 32, 80, (1, False, 8)), ("XL", "int8-state8", 32, 90, (1, True, 4))),
+        *(("L", "fp16-state8", 64, 90, (1, True, 8)), ("L", "int8-state8", 64, 90, (1, True, 4))),
+        ("L", "int8-state8", 64, 120, (1, False, 8)),
+        *(("L", "fp16-state8", 128, 90, (2, True, 4)), ("B", "int8-state8", 128, 90, (2, True, 4))),
+        *(
+            ("L", "fp16-state8", 128, 80, (1, False, 8)),
+            ("L", "int8-state8", 128, 120, (1, False, 8)),
+        ),
     ],
 )
-def test_rows_of_a_program_of_the_scan(
-    precision: str, rows: int, target: int, form: tuple[int, bool]
+def test_forms_of_the_scan(
+    size: str, precision: str, rows: int, target: int, form: tuple[int, bool, int]
 ) -> None:
-    """Of the first bucket that a GPU can run; only where there is a choice is it GPUs' own."""
-    found = engines._buckets(PUBLISHED["L"], FORMATS[precision], CAPABILITIES)
+    """Rows of a program, by the copy engine or not, and its pace, of a GPU's first bucket."""
+    found = engines._buckets(PUBLISHED[size], FORMATS[precision], CAPABILITIES)
     bucket = next(item for item in found if item.rows == rows and target in served(item))
     (launch,) = {
         item for item in flat(bucket.step) if item.kernel.function is warp_scan.scan_of_bytes
     }
-    constants = dict(launch.kernel.constants)
-    assert (constants["ROWS"], constants["BULK"]) == form
-    assert launch.grid == (8, rows // form[0], 1)
+    constants = constants_for(launch.kernel, target)
+    assert (constants["ROWS"], constants["BULK"], constants["PACE"]) == form
+    assert launch.grid == (PUBLISHED[size].H // 4, rows // form[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "precision", "rows", "form"),
+    [
+        *(("L", "int8-state8", 16, (2, True)), ("L", "int8-state8", 32, (2, False))),
+        *(("L", "fp16-state8", 32, (2, False)), ("XL", "int8-state8", 16, (2, False))),
+        *(("B", "int8-state8", 16, (None, True)), ("B", "int8-state8", 32, (None, True))),
+        ("B", "fp16-state8", 32, (1, False)),
+    ],
+)
+def test_what_a_second_projection_asks_for_ahead(
+    size: str, precision: str, rows: int, form: tuple[int | None, bool]
+) -> None:
+    """In how many pieces, of shared memory, and whether the next layer begins before it waits."""
+    found = engines._buckets(PUBLISHED[size], FORMATS[precision], CAPABILITIES)
+    bucket = next(item for item in found if item.rows == rows and 90 in served(item))
+    seconds = held.held_out_proj, register_weights.register_out_proj
+    (launch,) = {item for item in flat(bucket.step) if item.kernel.function in seconds}
+    constants = constants_for(launch.kernel, 90)
+    assert (constants.get("PIECES"), constants["EARLY"]) == form
 
 
 @pytest.mark.parametrize(
@@ -311,6 +341,8 @@ def buckets() -> Iterator[tuple[str, Bucket[KernelSpec]]]:
                     yield f"{name}, by warpgroups", found
                 if found := register_bucket(geometry, number, rows, tuning, CAPABILITIES):
                     yield f"{name}, of registers", found
+                if found := bytes_bucket(geometry, number, rows, tuning, CAPABILITIES):
+                    yield f"{name}, of bytes", found
             for bucket in persistent_buckets(geometry, number, TUNING, CAPABILITIES):
                 yield f"{size}, {precision}, {bucket.rows} rows in one launch", bucket
 
@@ -481,6 +513,90 @@ class TestProjectionsOfRegisters:
         first, *others = [bucket for bucket in found if bucket.rows == rows]
         used = {item.kernel.function for item in flat(first.step)}
         assert register_weights.register_in_proj in used
+        assert others
+        assert all(movable(first, other) for other in others)
+
+
+def of_bytes(size: str, rows: int) -> Bucket[KernelSpec]:
+    tuning, precision = TUNING[rows], FORMATS["int8-state8"]
+    found = bytes_bucket(PUBLISHED[size], precision, rows, tuning, CAPABILITIES)
+    assert found is not None
+    return found
+
+
+class TestProjectionsOfBytes:
+    def test_machine_code(self) -> None:
+        bucket = of_bytes("L", 128)
+        kernels = register_bytes.bytes_in_proj, register_bytes.bytes_out_proj
+        launches = [item for item in flat(bucket.step) if item.kernel.function in kernels]
+        two_kernels_have_descriptors(replace(bucket, step=tuple(launches)))
+
+    @pytest.mark.parametrize(
+        ("size", "rows", "in_proj", "out_proj", "head"),
+        [
+            ("L", 128, (1, 69, 6), (4, 16, 16), (1, 128, 13)),
+            ("L", 64, (1, 69, 8), (2, 16, 16), None),
+            ("B", 128, (2, 27, 12), (4, 12, 12), None),
+        ],
+    )
+    def test_how_they_are_cut(
+        self,
+        size: str,
+        rows: int,
+        in_proj: tuple[int, int, int],
+        out_proj: tuple[int, int, int],
+        head: tuple[int, int, int] | None,
+    ) -> None:
+        """Programs of rows and of outputs, and stages."""
+        bucket = of_bytes(size, rows)
+        launches = {item.kernel.function: item for item in flat(bucket.step)}
+        for function, cut in (
+            (register_bytes.bytes_in_proj, in_proj),
+            (register_bytes.bytes_out_proj, out_proj),
+            (register_bytes.bytes_head, head),
+        ):
+            if cut is None:
+                assert function not in launches
+                continue
+            launch = launches[function]
+            assert (*launch.grid[:2], dict(launch.kernel.constants)["STAGES"]) == cut
+        assert bucket.buffers["partials"].shape == (rows, out_proj[1])
+
+    @pytest.mark.parametrize(
+        ("sizes", "precision", "rows", "capabilities", "suits"),
+        [
+            ({}, "int8", 128, (80, 90), True),
+            ({}, "int8-state8", 128, (90,), True),
+            ({}, "int8-state8", 128, (80, 120), False),
+            ({}, "fp16-state8", 128, (90,), False),
+            ({}, "int8-state8", 64, (90,), True),
+            ({}, "int8-state8", 32, (90,), False),
+            ({"D": 896}, "int8-state8", 128, (90,), True),
+            ({"D": 768}, "int8-state8", 128, (90,), True),  # narrow
+            ({"D": 768}, "int8-state8", 64, (90,), False),
+            ({"D": 512}, "int8-state8", 128, (90,), False),
+            ({"D": 832}, "int8-state8", 128, (90,), False),  # no whole steps
+            ({"D": 1152}, "int8-state8", 128, (90,), False),  # more than registers can hold
+        ],
+    )
+    def test_where_they_suit(
+        self,
+        sizes: dict[str, int],
+        precision: str,
+        rows: int,
+        capabilities: tuple[int, ...],
+        suits: bool,
+    ) -> None:
+        geometry = replace(PUBLISHED["L"], **sizes)
+        found = bytes_bucket(geometry, FORMATS[precision], rows, TUNING[rows], capabilities)
+        assert (found is not None) == suits
+
+    @pytest.mark.parametrize("rows", [64, 128])
+    def test_they_come_before_what_every_gpu_runs(self, rows: int) -> None:
+        found = engines._buckets(PUBLISHED["L"], FORMATS["int8-state8"], CAPABILITIES)
+        first, *others = [bucket for bucket in found if bucket.rows == rows]
+        used = {item.kernel.function for item in flat(first.step)}
+        assert register_bytes.bytes_in_proj in used
         assert others
         assert all(movable(first, other) for other in others)
 

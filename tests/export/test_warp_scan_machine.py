@@ -100,25 +100,31 @@ def expected(before: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
     }
 
 
-def scanned(before: dict[str, np.ndarray], bulk: bool, rows: int) -> dict[str, np.ndarray]:
+def scanned(
+    before: dict[str, np.ndarray], bulk: bool, rows: int, pace: int
+) -> dict[str, np.ndarray]:
+    """What is left, where lines come no sooner than somebody waits for them."""
     after = {name: value.copy() for name, value in before.items()}
     constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "ROWS": rows, "BULK": bulk}
+    constants["PACE"] = pace
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
-    kernel.run(list(after.values()), (H // WARPS, R // rows))
+    kernel.run(list(after.values()), (H // WARPS, R // rows), late=True)
     return after
 
 
-@pytest.mark.parametrize(
-    "at", [[0, 2, 5, 40], [31, 32, 33, 0], [48, 63, 64, 7], [80, 100, 95, 255]]
-)
+# Whether the copy engine brings states and tokens, rows a program, and its pace.
+FORMS = [(False, 1, 4), (True, 1, 8), (True, 1, 4), (True, 2, 4), (True, 2, 2)]
+
+
+@pytest.mark.parametrize("at", [[0, 32, 5, 40], [31, 2, 63, 64], [80, 100, 95, 255]])
 def test_scan(at: list[int]) -> None:
-    """Copies by threads, and by the copy engine for one row or two a program, to the bit."""
+    """Copies by threads against float64, and every other form to the bit."""
     before = memory(at)
-    after = scanned(before, bulk=False, rows=1)
-    for rows in (1, 2):
-        for name, value in scanned(before, bulk=True, rows=rows).items():
-            assert value.tobytes() == after[name].tobytes(), name
+    after = scanned(before, bulk=False, rows=1, pace=8)
+    for form in FORMS:
+        for name, value in scanned(before, *form).items():
+            assert value.tobytes() == after[name].tobytes(), (name, form)
     for row in range(R):
         wanted, slot = expected(before, row), at[row] % C
         assert error(after["squares"][row], wanted["squares"]) < 2e-4

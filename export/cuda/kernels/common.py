@@ -19,23 +19,31 @@ _BYTES_BITS = tl.constexpr(0x6480)
 
 
 @triton.jit
-def begin_dependents(OVERLAPS: tl.constexpr):
+def begin_dependents(OVERLAPS: tl.constexpr, BEGUN: tl.constexpr = False):
     """Wait for the launch before this one, then let the next one start and fetch its weights.
 
     In this order a launch starts only when the last but one has ended, so that whatever was written
-    two launches ago or earlier may be read before the wait.
+    two launches ago or earlier may be read before the wait. `BEGUN`: `begin_next` has been called.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not BEGUN:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def begin_next(OVERLAPS: tl.constexpr):
-    """Let the next launch start; `wait_for_last` has to follow.
+    """Let the next launch start; `wait_for_last` has to follow, or `begin_dependents`, `BEGUN`.
 
     The next one may start while the last but one still runs: before its wait it may read nothing
-    that this one or that wrote.
+    that this one or that wrote. What a step's launches read ahead of theirs:
+
+    - `scan`, behind `in_proj`: states, tokens and ring, as the step before has left them, and
+      positions, as its `sample` has, which `embed` waits for before `in_proj` may start.
+    - `in_proj`, `fold` and `final_norm`, behind `out_proj`: weights, conditioning and positions.
+    - `out_proj`, behind `scan`: the residual, as the `out_proj` before has left it. So `scan` does
+      not call this. When it is past its wait all projections of the layer before have ended, and
+      those that follow may write descriptors where these had theirs.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()

@@ -3,7 +3,9 @@
 The layers' projections for 16 and 32 rows, and the head of 8-bit weights.
 
 Weights depend on nothing. While the launch ahead still runs a program copies all of its own to
-shared memory; behind the wait it reads its rows alone, straight to registers.
+shared memory; behind the wait it reads its rows alone, straight to registers. Of the second
+projection half of the weights may be on their way at a time: what the launch ahead reads stands in
+one queue with them.
 
 A product is cut over the W warps along the sum. mma.m16n8k16 takes 16 weight rows, a *tile*, as A
 and eight rows, a *group*, in its columns. Within 32 numbers of the sum the order is of its own, the
@@ -83,6 +85,19 @@ def _along(COUNT: gl.constexpr, axis: gl.constexpr, layout: gl.constexpr):
     return gl.expand_dims(gl.expand_dims(value, OUTER), INNER)
 
 
+@gluon.constexpr_function
+def _copied(COUNT, PIECES):
+    """Of COUNT fragments how many a copy has.
+
+    Between two copies the compiler lets all warps wait for each other: as few as can be. Of two
+    PIECES two copies or more, so that the next is asked for when one is there, not all of them.
+    """
+    copied = COUNT & -COUNT
+    while PIECES > 1 and copied > 1 and 2 * PIECES * copied > COUNT:
+        copied //= 2
+    return copied
+
+
 @gluon.jit
 def _hold(
     weight,  # (N, WIDTH) float16 or int8
@@ -91,31 +106,68 @@ def _hold(
     WIDTH: gl.constexpr,
     TILES: gl.constexpr,
     W: gl.constexpr,
+    PIECES: gl.constexpr = 1,
 ):
     """Set the weights of 16 * TILES outputs from `first` on their way to shared memory.
 
     Fragments of it are words (32 W, 4), or 2: of each tile's rows q, then of its rows q + 8, one
-    for each 32 numbers of a warp's sum. Neighbours in memory are asked for one after another.
+    for each 32 numbers of a warp's sum. Of several PIECES the first: `_hold_rest` has to follow.
     """
+    WORDS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 4
+    COUNT: gl.constexpr = TILES * 2 * (WIDTH // (32 * W))
+    held = gl.allocate_shared_memory(gl.int32, [COUNT, 32 * W, WORDS], _FLAT)
+    AHEAD: gl.constexpr = max(COUNT // (PIECES * _copied(COUNT, PIECES)), 1)
+    for part in gl.static_range(AHEAD):
+        _copy(held, part, weight, first, N, WIDTH, W, PIECES)
+    return held
+
+
+@gluon.jit
+def _hold_rest(
+    held,
+    weight,
+    first,
+    N: gl.constexpr,
+    WIDTH: gl.constexpr,
+    W: gl.constexpr,
+    PIECES: gl.constexpr,
+):
+    """Ask for what `_hold` has left, some of it whenever as much is there."""
+    COUNT: gl.constexpr = held.shape[0]
+    COPIED: gl.constexpr = _copied(COUNT, PIECES)
+    AHEAD: gl.constexpr = max(COUNT // (PIECES * COPIED), 1)
+    for part in gl.static_range(AHEAD, COUNT // COPIED):
+        async_copy.wait_group(AHEAD - 1)
+        _copy(held, part, weight, first, N, WIDTH, W, PIECES)
+
+
+@gluon.jit
+def _copy(
+    held,
+    part: gl.constexpr,
+    weight,
+    first,
+    N: gl.constexpr,
+    WIDTH: gl.constexpr,
+    W: gl.constexpr,
+    PIECES: gl.constexpr,
+):
+    """One copy of some fragments; neighbours in memory are asked for one after another."""
     BITS: gl.constexpr = weight.dtype.element_ty.primitive_bitwidth
     WORDS: gl.constexpr = BITS // 4
     STEPS: gl.constexpr = WIDTH // (32 * W)
-    COUNT: gl.constexpr = TILES * 2 * STEPS
-    # Between two copies the compiler lets all warps wait for each other: as few as can be.
-    AT_ONCE: gl.constexpr = COUNT & -COUNT
+    COUNT: gl.constexpr = held.shape[0]
+    COPIED: gl.constexpr = _copied(COUNT, PIECES)
     layout: gl.constexpr = gl.BlockedLayout([1, 1, WORDS], [1, 32, 1], [1, W, 1], [2, 1, 0])
-    held = gl.allocate_shared_memory(gl.int32, [COUNT, 32 * W, WORDS], _FLAT)
-    parts = held._reinterpret(gl.int32, [COUNT // AT_ONCE, AT_ONCE, 32 * W, WORDS], _CUBE)
+    parts = held._reinterpret(gl.int32, [COUNT // COPIED, COPIED, 32 * W, WORDS], _CUBE)
     thread = _along(32 * W, 1, layout)
     words = weight.to(gl.pointer_type(gl.int32)) + _along(WORDS, 2, layout)
     words += thread // 32 * (WIDTH // W * BITS // 32) + thread % 4 * WORDS
-    for part in gl.static_range(COUNT // AT_ONCE):
-        index = part * AT_ONCE + _along(AT_ONCE, 0, layout)
-        row = gl.minimum(first + index // STEPS * 8 + thread // 4 % 8, N - 1)
-        at = row * (WIDTH * BITS // 32) + index % STEPS * (4 * WORDS)
-        async_copy.async_copy_global_to_shared(parts.index(part), words + at)
+    index = part * COPIED + _along(COPIED, 0, layout)
+    row = gl.minimum(first + index // STEPS * 8 + thread // 4 % 8, N - 1)
+    at = row * (WIDTH * BITS // 32) + index % STEPS * (4 * WORDS)
+    async_copy.async_copy_global_to_shared(parts.index(part), words + at)
     async_copy.commit_group()
-    return held
 
 
 @gluon.jit
@@ -284,7 +336,6 @@ def held_in_proj(
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at).to(gl.float32)
     factor = gl.load(scales + output) if HAS_SCALES else 1.0
-    # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
     begin_next(OVERLAPS)
     wait_for_last(OVERLAPS)
     rows = _load_rows(scaled, first_row, D, GROUPS, W)
@@ -314,6 +365,8 @@ def held_out_proj(
     HAS_SCALES: gl.constexpr,
     TILES: gl.constexpr,
     GROUPS: gl.constexpr,
+    PIECES: gl.constexpr,  # 2 if half of the weights are on their way at a time
+    EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
 ):
     """`step.out_proj`, 8 * GROUPS rows and 16 * TILES outputs a program."""
@@ -322,7 +375,7 @@ def held_out_proj(
     gl.static_assert(TILES == 1 or 4 * GROUPS >= W)
     layout: gl.constexpr = _results_layout(W, TILES, GROUPS)
     first, first_row = gl.program_id(0) * (16 * TILES), gl.program_id(1) * (8 * GROUPS)
-    held = _hold(weight, first, D, INNER, TILES, W)
+    held = _hold(weight, first, D, INNER, TILES, W, PIECES)
     row = first_row + gl.arange(0, 8 * GROUPS, gl.SliceLayout(1, layout))
     output = first + gl.arange(0, 16 * TILES, gl.SliceLayout(0, layout))
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
@@ -330,7 +383,9 @@ def held_out_proj(
     scale_value = gl.load(scale + at)
     value = gl.load(residual + at)  # as the layer before left it
     factor = gl.load(scales + output) if HAS_SCALES else 1.0
-    begin_dependents(OVERLAPS)
+    begin_next(OVERLAPS and EARLY)
+    _hold_rest(held, weight, first, D, INNER, W, PIECES)
+    begin_dependents(OVERLAPS, BEGUN=EARLY)
     rows = _load_rows(gated, first_row, INNER, GROUPS, W)
     sums = _load_partials(squares, first_row, 8 * GROUPS, PARTS, W)
     total = _products(held, rows, INNER, TILES, GROUPS, W)

@@ -7,7 +7,7 @@ its rows, all of them asked for at once, and wgmma reads these from shared memor
 The sum is cut in two, for two times four warps. To the compiler there is one product of 64 lines of
 weights with twice the rows: those of the first half of the sum and those of the second. It gives
 the columns of the second to the other four warps, and takes all warps to have the same weights; in
-fact these have those of their own half (`_half_of_sum`). So weights may be loaded, and moved within
+fact these have those of their own half (`half_of_sum`). So weights may be loaded, and moved within
 a warp, but never between warps.
 
 Where a program has fewer outputs than the 64 lines that wgmma takes, lines are SHARES of each half
@@ -72,7 +72,7 @@ def _results_layout(SHARES):
 
 
 @gluon.jit
-def _half_of_sum(lines):
+def half_of_sum(lines):
     """The calling thread's half of the sum, 0 or 1, for every line.
 
     It differs between warps that are said to hold the same: see the module's docstring.
@@ -88,7 +88,7 @@ def _half_of_sum(lines):
 
 
 @gluon.constexpr_function
-def _exchanged(words):
+def exchanged(words):
     """PTX: of four registers the i-th becomes what lane i of the four has for this one."""
     text = ""
     for mask, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
@@ -101,7 +101,7 @@ def _exchanged(words):
 
 
 @gluon.constexpr_function
-def _begun():
+def begun():
     """PTX: the registers of what follows, and which lane this is."""
     text = "{ .reg .b32 w<4>; .reg .b32 t, c, k; .reg .pred p1, p2; mov.u32 t, %laneid;"
     text += "and.b32 c, t, 1; setp.ne.u32 p1, c, 0; and.b32 c, t, 2; setp.ne.u32 p2, c, 0;"
@@ -109,7 +109,7 @@ def _begun():
 
 
 @gluon.constexpr_function
-def _looked_at(registers):
+def looked_at(registers):
     """PTX that looks at results, which the assembler then cannot leave until they are wanted."""
     text = "mov.b32 t, $0;"
     for register in range(1, registers):
@@ -120,18 +120,18 @@ def _looked_at(registers):
 @gluon.constexpr_function
 def _fragments_of_bytes():
     """PTX: 16 weights each of two rows, to four tensor cores' fragments of four registers."""
-    text = _begun()
+    text = begun()
     for row in range(2):
         for lane in range(4):  # bytes 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 are lane j's
             first, sides = 16 + 4 * row + lane // 2, ("0x5410", "0x7632")
             text += f"prmt.b32 w{lane}, ${first}, ${first + 2}, {sides[lane % 2]};"
-        text += _exchanged(["w0", "w1", "w2", "w3"])
+        text += exchanged(["w0", "w1", "w2", "w3"])
         for step in range(4):  # a byte plus 128 is the lower byte of the half 1024 + 128 + byte
             low, high = f"${4 * step + 2 * row}", f"${4 * step + 2 * row + 1}"
             text += f"xor.b32 t, w{step}, 0x80808080; prmt.b32 {low}, t, c, 0x4140;"
             text += f"prmt.b32 {high}, t, c, 0x4342; sub.rn.f16x2 {low}, {low}, k;"
             text += f"sub.rn.f16x2 {high}, {high}, k;"
-    return text + _looked_at(16)
+    return text + looked_at(16)
 
 
 @gluon.jit
@@ -161,7 +161,7 @@ def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr, SHARES: g
     layout: gl.constexpr = _loaded_layout()
     line = gl.arange(0, LINES, gl.SliceLayout(1, layout))
     output = gl.minimum(first + line % OUTPUTS, N - 1)
-    start = output * WORDS + (_half_of_sum(line) * SHARES + line // OUTPUTS) * SHARE
+    start = output * WORDS + (half_of_sum(line) * SHARES + line // OUTPUTS) * SHARE
     column = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, layout)), 0)
     words = weight.to(gl.pointer_type(gl.int32)) + gl.expand_dims(start, 1) + column
     loaded = none()
@@ -300,7 +300,6 @@ def register_in_proj(
     STEPS: gl.constexpr = D // (2 * SHARES * DEPTH)
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, E, D, SHARES)
-    # `scan` reads ahead of its wait what was written a step ago: its copies may begin right now.
     begin_next(OVERLAPS)
     prepared = _prepare(scaled, R, D, ROWS, SHARES)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
@@ -334,12 +333,14 @@ def register_out_proj(
     EPS: gl.constexpr,
     ROWS: gl.constexpr,
     SHARES: gl.constexpr,
+    EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
 ):
     """`step.out_proj`, of ROWS rows and 64 / SHARES outputs a program."""
     STEPS: gl.constexpr = INNER // (2 * SHARES * DEPTH)
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, D, INNER, SHARES)
+    begin_next(OVERLAPS and EARLY)
     prepared = _prepare(gated, R, INNER, ROWS, SHARES)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
@@ -349,7 +350,7 @@ def register_out_proj(
     value = gl.load(residual + at)  # as the layer before left it
     factor = gl.load(scales + output)
     mbarrier.wait(prepared[2][STEPS], 0)
-    begin_dependents(OVERLAPS)
+    begin_dependents(OVERLAPS, BEGUN=EARLY)
     total = _multiply(*(prepared, halves, first_row, squares), *(INNER, PARTS, EPS, ROWS, SHARES))
     value += gate_value * total * gl.expand_dims(factor, 0)
     gl.store(residual + at, value)

@@ -6,8 +6,12 @@ allocation, which lies at its beginning, since copies take addresses that only a
 - **States**: eight channels a piece, 1 KB, those of odd q behind those of even q and 64 bytes
   further on, so that the eight lanes that read at a time read from different banks.
 - **Tokens**: 512 bytes each, those of lanes j side by side and 32 bytes further on for each j.
-- Scores, for each row of a program and warp the barrier that counts its copies' bytes, and what
-  the warps exchange of B and C.
+- Scores, for each row of a program and warp the barriers that count its copies' bytes, of states
+  and of tokens, and what the warps exchange of B and C.
+
+What the launch ahead reads waits for all that was asked of memory before, even where the L2 cache
+has it. So of its first row a warp may ask for PACE KB at a time, of the state and then of tokens;
+8 is all of both at once.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -32,6 +36,7 @@ from aim_export.cuda.kernels.warp_fragments import (
 )
 
 _PIECE = gl.constexpr(P.value * S.value // 8)  # bytes of eight channels
+_PIECES = gl.constexpr(8)  # of a head's state, and the most tokens of a warp
 _ODD = gl.constexpr(4 * WARPS.value * _PIECE.value + 64)
 _TOKENS = gl.constexpr(8 * WARPS.value * _PIECE.value + 64)
 ROWS = gl.constexpr(2)  # the most that a program takes, one after the other
@@ -40,14 +45,27 @@ _SHARE = gl.constexpr(CHUNK.value // 4 * TOKEN.value + 32)  # bytes of a lane's 
 _BLOCK = gl.constexpr(2 * S.value)  # words
 _BLOCKS = gl.constexpr(-(-(_TOKENS.value + 4 * _SHARE.value) // (4 * _BLOCK.value)) + 1)
 SCORES = gl.constexpr(4 * _BLOCK.value * (_BLOCKS.value - 1) - 4 * CHUNK.value)
-_BARRIERS = gl.constexpr(SCORES.value - 8 * ROWS.value * WARPS.value)
+_OF_TOKENS = gl.constexpr(8 * ROWS.value * WARPS.value)  # from states' barriers to those of tokens
+_BARRIERS = gl.constexpr(SCORES.value - 2 * _OF_TOKENS.value)
 # What a program allocates: if it is all that a kernel has, it lies where assembly looks for it.
 BYTES = gl.constexpr(4 * _BLOCK.value * _BLOCKS.value)
 
 
 @gluon.constexpr_function
+def _at_once(PACE, OF_TOKENS):
+    """Pieces of a warp's state, or tokens, that are on their way at a time."""
+    return min(2 * PACE if OF_TOKENS else PACE, _PIECES.value)
+
+
+@gluon.constexpr_function
+def _phase(PACE, OF_TOKENS, COUNT):
+    """The parity of the barrier's phase that ends with the first COUNT pieces or tokens."""
+    return (COUNT // _at_once(PACE, OF_TOKENS) - 1) % 2
+
+
+@gluon.constexpr_function
 def _barrier_text(ITEM):
-    """PTX: m, where the barrier of warp w and a program's row ITEM is; s, where memory begins."""
+    """PTX: m, where warp w's barrier of a program's row ITEM is; s, where memory begins."""
     text = "mov.u32 t, %tid.x; shr.u32 w, t, 5; and.b32 l, t, 31; setp.eq.u32 f, l, 0;"
     offset = _BARRIERS.value + 8 * WARPS.value * ITEM
     return text + f"mov.u32 s, global_smem; mad.lo.u32 m, w, 8, s; add.u32 m, m, {offset};"
@@ -59,33 +77,39 @@ def _begin_text(COUNT):
     text = "{ .reg .b32 t, w, l, s, m; .reg .pred f;"
     for item in range(COUNT):
         text += _barrier_text(item) + "@f mbarrier.init.shared::cta.b64 [m], 1;"
+        text += f"@f mbarrier.init.shared::cta.b64 [m+{_OF_TOKENS.value}], 1;"
     text += "@f fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff;"
     return text + "mov.u32 $0, s; }"
 
 
 @gluon.constexpr_function
-def _copies_text(INNER, ITEM, STATES, TOKENS):
-    """PTX: a warp's copies, of a lane each: the pieces of its head's state ($1), if there are any
-    ($3), and every fourth of $4 tokens ($2). Where states are, the barrier is told of both."""
-    text = "{ .reg .b32 t, w, l, i, k, s, d, e, n, m; .reg .pred p, q, f; .reg .b64 a, b;"
-    text += _barrier_text(ITEM)
-    if STATES:
-        text += "add.u32 n, $4, 3; sub.u32 n, n, w; shr.u32 n, n, 2;"
-        text += f"mul.lo.u32 n, n, {TOKEN.value}; mad.lo.u32 n, $3, {8 * _PIECE.value}, n;"
-        text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], n; bar.warp.sync 0xffffffff;"
+def _states_text(ITEM, FIRST, LAST):
+    """PTX: copies of the pieces FIRST to LAST of a warp's state ($1), if there are any ($2)."""
+    text = "{ .reg .b32 t, w, l, i, k, s, d, e, n, m; .reg .pred p, f; .reg .b64 a;"
+    text += _barrier_text(ITEM) + f"mul.lo.u32 n, $2, {(LAST - FIRST) * _PIECE.value};"
+    text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], n; bar.warp.sync 0xffffffff;"
     text += "mad.lo.u32 i, w, 8, l; shr.u32 d, i, 1; and.b32 e, i, 1;"
-    text += f"mul.lo.u32 d, d, {_PIECE.value}; mad.lo.u32 d, e, {_ODD.value}, d;"
-    text += f"mad.wide.u32 a, i, {_PIECE.value}, $1; mul.lo.u32 n, $3, {8 if STATES else 0};"
-    # Of tokens, by the eight lanes that follow.
-    text += "setp.lt.u32 p, l, n; sub.u32 i, l, 8; mad.lo.u32 k, i, 4, w;"
-    text += f"setp.lt.u32 q, i, {8 if TOKENS else 0}; setp.lt.and.u32 q, k, $4, q;"
-    text += "setp.lt.u32 f, l, 8; or.pred p, p, q;"
-    text += f"mul.lo.u32 e, i, {TOKEN.value}; mad.lo.u32 e, w, {_SHARE.value}, e;"
-    text += f"add.u32 e, e, {_TOKENS.value}; mad.wide.u32 b, k, {2 * INNER}, $2;"
-    text += "selp.b64 a, a, b, f; selp.b32 d, d, e, f; add.u32 d, d, s;"
-    text += f"selp.b32 n, {_PIECE.value}, {TOKEN.value}, f;"
+    text += f"mad.lo.u32 s, d, {_PIECE.value}, s; mad.lo.u32 d, e, {_ODD.value}, s;"
+    text += f"mad.wide.u32 a, i, {_PIECE.value}, $1; mul.lo.u32 n, $2, {LAST - FIRST};"
+    text += f"sub.u32 k, l, {FIRST}; setp.lt.u32 p, k, n;"
     text += "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    return text + " [d], [a], n, [m]; mov.u32 $0, s; }"
+    return text + f" [d], [a], {_PIECE.value}, [m]; mov.u32 $0, l; }}"
+
+
+@gluon.constexpr_function
+def _tokens_text(INNER, ITEM, FIRST, LAST):
+    """PTX: copies of a warp's tokens FIRST to LAST, which are every fourth of $2 tokens ($1)."""
+    text = "{ .reg .b32 t, w, l, k, s, d, n, m; .reg .pred p, f; .reg .b64 a;"
+    text += _barrier_text(ITEM) + f"add.u32 m, m, {_OF_TOKENS.value};"
+    text += "add.u32 n, $2, 3; sub.u32 n, n, w; shr.u32 n, n, 2;"
+    text += f"min.u32 k, n, {FIRST}; min.u32 n, n, {LAST}; sub.u32 t, n, k;"
+    text += f"mul.lo.u32 t, t, {TOKEN.value};"
+    text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], t; bar.warp.sync 0xffffffff;"
+    text += f"setp.lt.u32 p, l, n; setp.ge.and.u32 p, l, {FIRST}, p; mad.lo.u32 k, l, 4, w;"
+    text += f"mad.lo.u32 s, l, {TOKEN.value}, s; mad.lo.u32 s, w, {_SHARE.value}, s;"
+    text += f"add.u32 d, s, {_TOKENS.value}; mad.wide.u32 a, k, {2 * INNER}, $1;"
+    text += "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    return text + f" [d], [a], {TOKEN.value}, [m]; mov.u32 $0, l; }}"
 
 
 @gluon.constexpr_function
@@ -112,29 +136,68 @@ def begin_copies(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def set_copies(
-    state,
-    past_x,
-    slot,
-    old,
-    INNER: gl.constexpr,
-    ITEM: gl.constexpr,
-    STATES: gl.constexpr,
-    TOKENS: gl.constexpr,
+def set_states(
+    state, old, ITEM: gl.constexpr, FIRST: gl.constexpr = 0, LAST: gl.constexpr = _PIECES
 ):
-    """Set states and tokens, or one of both, of a program's row ITEM on their way.
+    """Set a program's states of row ITEM on their way, or these pieces of each of them.
 
-    `state` points to the first head's state, `past_x` to the first token's share of these heads.
-    Of two such calls for a row that of the states is the first.
+    `state` points to the first head's state; none is copied that is not `old`.
     """
     gl.inline_asm_elementwise(
-        _copies_text(INNER, ITEM, STATES, TOKENS),
-        "=r,l,l,r,r",
-        [state.to(gl.int64), past_x.to(gl.int64), old.to(gl.int32), slot],
+        _states_text(ITEM, FIRST, LAST),
+        "=r,l,r",
+        [state.to(gl.int64), old.to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@gluon.jit
+def set_tokens(
+    past_x,
+    slot,
+    INNER: gl.constexpr,
+    ITEM: gl.constexpr,
+    FIRST: gl.constexpr = 0,
+    LAST: gl.constexpr = _PIECES,
+):
+    """Set a program's `slot` tokens of row ITEM on their way, or these of each warp's.
+
+    `past_x` points to the first token's share of these heads.
+    """
+    gl.inline_asm_elementwise(
+        _tokens_text(INNER, ITEM, FIRST, LAST),
+        "=r,l,r",
+        [past_x.to(gl.int64), slot],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def set_first(state, past_x, slot, old, INNER: gl.constexpr, PACE: gl.constexpr):
+    """Set PACE KB of each warp's first row on their way; `set_others` has to follow."""
+    set_states(state, old, 0, 0, _at_once(PACE, False))
+    if PACE >= _PIECES:
+        set_tokens(past_x, slot, INNER, 0)
+
+
+@gluon.jit
+def set_others(state, past_x, slot, old, INNER: gl.constexpr, PACE: gl.constexpr):
+    """Ask for the others whenever those ahead are there; the last are still on their way then."""
+    PIECES: gl.constexpr = _at_once(PACE, False)
+    TOKENS: gl.constexpr = _at_once(PACE, True)
+    if PACE < _PIECES:
+        for piece in gl.static_range(PIECES, _PIECES, PIECES):
+            _wait(slot, 0, False, False, _phase(PACE, False, piece))
+            set_states(state, old, 0, piece, piece + PIECES)
+        _wait(slot, 0, False, False, _phase(PACE, False, _PIECES))
+        for token in gl.static_range(0, _PIECES, TOKENS):
+            if token > 0:
+                _wait(slot, 0, True, False, _phase(PACE, True, token))
+            set_tokens(past_x, slot, INNER, 0, token, token + TOKENS)
 
 
 @gluon.jit
@@ -156,15 +219,35 @@ def shared_of_all():
 
 
 @gluon.constexpr_function
-def _wait_text(ITEM, ALL):
-    """PTX: wait for the own copies, or those of all warps."""
+def _wait_text(ITEM, OF_TOKENS, OF_ALL, PHASE):
+    """PTX: wait for a phase of the own barrier of a row's states or tokens, or of all warps'."""
     text = "{ .reg .pred p, f; .reg .b32 t, w, l, s, m;" + _barrier_text(ITEM)
-    if ALL:
+    if OF_ALL:
         text += f"add.u32 m, s, {_BARRIERS.value + 8 * WARPS.value * ITEM};"
-    for warp in range(WARPS.value if ALL else 1):
-        text += f"WAIT{warp}: mbarrier.try_wait.parity.shared::cta.b64 p, [m+{8 * warp}], 0;"
+    for warp in range(WARPS.value if OF_ALL else 1):
+        at = 8 * warp + (_OF_TOKENS.value if OF_TOKENS else 0)
+        text += f"WAIT{warp}: mbarrier.try_wait.parity.shared::cta.b64 p, [m+{at}], {PHASE};"
         text += f"@!p bra WAIT{warp};"
     return text + "mov.b32 $0, $1; }"
+
+
+@gluon.jit
+def _wait(
+    value,
+    ITEM: gl.constexpr,
+    OF_TOKENS: gl.constexpr,
+    OF_ALL: gl.constexpr,
+    PHASE: gl.constexpr,
+):
+    """The same `value`, when what `_wait_text` waits for is there."""
+    return gl.inline_asm_elementwise(
+        _wait_text(ITEM, OF_TOKENS, OF_ALL, PHASE),
+        "=r,r",
+        [value],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.constexpr_function
@@ -173,11 +256,14 @@ def _read_text(OFFSET):
 
 
 @gluon.jit
-def arrived(places, ITEM: gl.constexpr, ALL: gl.constexpr):
-    """The same places (THREADS,), when the warp's copies of a row or those of all are there."""
-    return gl.inline_asm_elementwise(
-        _wait_text(ITEM, ALL), "=r,r", [places], dtype=gl.int32, is_pure=False, pack=1
-    )
+def arrived(places, ITEM: gl.constexpr, OF_TOKENS: gl.constexpr, PACE: gl.constexpr):
+    """The same places (THREADS,), when a row's states of the warp or tokens of all are there.
+
+    Of several phases the last alone is waited for: a barrier of all warps must lie between
+    `set_others` and this, for another warp's phases but the last are over then.
+    """
+    PHASE: gl.constexpr = _phase(PACE, OF_TOKENS, _PIECES) if ITEM == 0 else 0
+    return _wait(places, ITEM, OF_TOKENS, OF_TOKENS, PHASE)
 
 
 @gluon.jit

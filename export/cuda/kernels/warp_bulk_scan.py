@@ -19,7 +19,10 @@ from aim_export.cuda.kernels.warp_bulk import (
     begin_copies,
     bulk_states,
     fill_tokens,
-    set_copies,
+    set_first,
+    set_others,
+    set_states,
+    set_tokens,
     shared_of_all,
 )
 from aim_export.cuda.kernels.warp_chains import from_fragments
@@ -42,21 +45,10 @@ from aim_export.cuda.kernels.warp_tokens import (
 
 
 @gluon.jit
-def _set(
-    memory,
-    row,
-    first_head,
-    at,
-    INNER: gl.constexpr,
-    H: gl.constexpr,
-    ITEM: gl.constexpr,
-    STATES: gl.constexpr,
-    TOKENS: gl.constexpr,
-):
-    """States and tokens, or one of both, on their way."""
+def _sources(memory, row, first_head, INNER: gl.constexpr, H: gl.constexpr):
+    """A row's first state of a program, and the first token's share of its heads."""
     state = memory[1] + row * (H * P * S) + first_head * (P * S)
-    past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
-    set_copies(state, past_x, at % CHUNK, at >= CHUNK, INNER, ITEM, STATES, TOKENS)
+    return state, memory[4] + row * (CHUNK * INNER) + first_head * P
 
 
 @gluon.jit
@@ -116,6 +108,7 @@ def scan_in_bulk(
     K: gl.constexpr,
     QUERIES: gl.constexpr,
     ROWS: gl.constexpr,
+    PACE: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """ROWS rows of a program, one after the other: pointers as those of `scan_of_bytes`."""
@@ -126,29 +119,33 @@ def scan_in_bulk(
         next_at = gl.load(position + following).to(gl.int32)
     exchanged, shared = shared_of_all()
     states, tokens = begin_copies(ROWS)
-    _set(memory, row, first_head, at, INNER, H, 0, True, True)
+    state, past_x = _sources(memory, row, first_head, INNER, H)
+    set_first(state, past_x, at % CHUNK, at >= CHUNK, INNER, PACE)
     tokens = fill_tokens(tokens, at % CHUNK)
     of_state = load_state(weights, memory, row, first_head, at, INNER, H)
     of_ring = load_ring(weights, memory, row, first_head, at, INNER, X, K)
+    # What goes to registers is asked for before copies are waited for.
+    set_others(state, past_x, at % CHUNK, at >= CHUNK, INNER, PACE)
     begin_dependents(OVERLAPS)
     newest = _newest(projected, row, first_head, INNER, X, H)
     for item in gl.static_range(ROWS):
         kept, asked, left, share = _inputs(exchanged, of_state, of_ring, newest)
         gl.thread_barrier()
-        found = bulk_states(arrived(states, item, False))
+        found = bulk_states(arrived(states, item, False, PACE))
         y = from_fragments(found, asked[1], asked[2]) * asked[0]
         of_this = newest
         if item + 1 < ROWS:
             # A warp's states are its own: it has read them.
-            _set(memory, following, first_head, next_at, INNER, H, item + 1, True, False)
+            state, past_x = _sources(memory, following, first_head, INNER, H)
+            set_states(state, next_at >= CHUNK, item + 1)
             of_ring = load_ring(weights, memory, following, first_head, next_at, INNER, X, K)
             newest = _newest(projected, following, first_head, INNER, X, H)
-        held = arrived(tokens, item, True)
+        held = arrived(tokens, item, True, PACE)
         y += attended(held, weights_of(shared, left, at % CHUNK), at % CHUNK, True)
         if item + 1 < ROWS:
             fence_async_shared()
             gl.thread_barrier()
-            _set(memory, following, first_head, next_at, INNER, H, item + 1, False, True)
+            set_tokens(past_x, next_at % CHUNK, INNER, item + 1)
             tokens = fill_tokens(tokens, next_at % CHUNK)
             of_state = load_state(weights, memory, following, first_head, next_at, INNER, H)
         _finish(results, row, first_head, y, share, kept[3], INNER, H)

@@ -81,9 +81,23 @@ def copy(target, source, mask, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def wait_for_copies():
+    """Until those of the calling warp are there; other warps need not meet it."""
+    gl.inline_asm_elementwise(
+        "cp.async.wait_group 0; mov.u32 $0, $1;",
+        "=r,r",
+        [gl.program_id(0)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def fragment(held, index: gl.constexpr):
-    """One of those that a thread has put there: (THREADS, 4)."""
-    return held.slice(index * THREADS, THREADS).load(FRAGMENT)
+    """Of parts of as many fragments each one that a thread has put there: (THREADS, 4)."""
+    COUNT: gl.constexpr = held[0].shape[0] // THREADS
+    return held[index // COUNT].slice(index % COUNT * THREADS, THREADS).load(FRAGMENT)
 
 
 @gluon.jit

@@ -48,6 +48,7 @@ def _scan(
     H: gl.constexpr,
     K: gl.constexpr,
     QUERIES: gl.constexpr,
+    PACE: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """A row of a program, with copies of 16 bytes: pointers as those of `scan_of_bytes`."""
@@ -55,11 +56,16 @@ def _scan(
     row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
     at = gl.load(position + row).to(gl.int32)
     slot = at % CHUNK
-    # Everything up to the wait was written a step ago or earlier.
-    states = hold_states(memory[1] + row * (H * P * S), first_head, at >= CHUNK)
-    values = hold_values(memory[4] + row * (CHUNK * INNER) + first_head * P, slot, INNER)
-    of_tokens, of_heads, factors = load_state(weights, memory, row, first_head, at, INNER, H)
-    of_x, of_both = load_ring(weights, memory, row, first_head, at, INNER, X, K)
+    # Everything up to the wait was written a step ago or earlier. What else there is to load is
+    # asked for before copies are waited for.
+    if PACE < 8:
+        of_tokens, of_heads, factors = load_state(weights, memory, row, first_head, at, INNER, H)
+        of_x, of_both = load_ring(weights, memory, row, first_head, at, INNER, X, K)
+    states = hold_states(memory[1] + row * (H * P * S), first_head, at >= CHUNK, PACE)
+    values = hold_values(memory[4] + row * (CHUNK * INNER) + first_head * P, slot, INNER, PACE)
+    if PACE >= 8:
+        of_tokens, of_heads, factors = load_state(weights, memory, row, first_head, at, INNER, H)
+        of_x, of_both = load_ring(weights, memory, row, first_head, at, INNER, X, K)
     begin_dependents(OVERLAPS)
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     both = gl.arange(0, 2 * S, BOTH)
@@ -113,19 +119,24 @@ def scan_of_bytes(
     QUERIES: gl.constexpr,
     ROWS: gl.constexpr,
     BULK: gl.constexpr,
+    PACE: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """One token through the states of a row's heads; the grid is (H / WARPS, R / ROWS).
 
-    With `BULK` the copy engine brings states and tokens, and a program may take two rows.
+    With `BULK` the copy engine brings states and tokens, and a program may take two rows. A warp
+    asks for PACE KB of these at a time, or 8 for all of them, while the launch ahead still runs.
     """
     weights = conv_weight, conv_bias, dt_bias, a, d
     memory = ring, state, state_scale, column_scale, past_x, past_b, past_decay, past_c
     results = gated, squares
     if BULK:
         scan_in_bulk(
-            projected, weights, position, memory, results, INNER, X, H, K, QUERIES, ROWS, OVERLAPS
+            *(projected, weights, position, memory, results),
+            *(INNER, X, H, K, QUERIES, ROWS, PACE, OVERLAPS),
         )
     else:
         gl.static_assert(ROWS == 1)
-        _scan(projected, weights, position, memory, results, INNER, X, H, K, QUERIES, OVERLAPS)
+        _scan(
+            projected, weights, position, memory, results, INNER, X, H, K, QUERIES, PACE, OVERLAPS
+        )

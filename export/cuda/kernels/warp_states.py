@@ -29,6 +29,7 @@ from aim_export.cuda.kernels.warp_fragments import (
     of_lanes,
     places,
     room,
+    wait_for_copies,
 )
 
 COLUMNS = gl.constexpr(of_heads((1, 2), (16, 32, 4, 8, 64)))  # a lane's word is four side by side
@@ -36,18 +37,26 @@ _WORDS = gl.constexpr(P.value * S.value // 4)  # of a state
 
 
 @gluon.jit
-def hold_states(state, head, old):
+def hold_states(state, head, old, PACE: gl.constexpr):
     """Set the states of WARPS heads from `head` on their way, if they are `old`.
 
-    Fragments are of channel 8 q + g, for each g one of either half of its columns.
+    Fragments are of channel 8 q + g, for each g one of either half of its columns. PACE KB of a
+    warp are asked for at a time.
     """
-    number, thread, word = places(16)
-    at = thread // 32 * _WORDS + thread // 4 % 8 * (2 * S) + thread % 4 * 4 + word
-    words = (state.to(gl.pointer_type(gl.int32)) + head * _WORDS) + at
-    words += number // 2 * (S // 4) + number % 2 * 16
-    held = room(16)
-    copy(held, words, (number + thread + word >= 0) & old, 16)
-    return held
+    COUNT: gl.constexpr = 2 * PACE
+    parts = none()
+    for part in gl.static_range(16 // COUNT):
+        number, thread, word = places(COUNT)
+        number += part * COUNT
+        at = thread // 32 * _WORDS + thread // 4 % 8 * (2 * S) + thread % 4 * 4 + word
+        words = (state.to(gl.pointer_type(gl.int32)) + head * _WORDS) + at
+        words += number // 2 * (S // 4) + number % 2 * 16
+        held = room(COUNT)
+        if part > 0:
+            wait_for_copies()
+        copy(held, words, (number + thread + word >= 0) & old, COUNT)
+        parts += (held,)
+    return parts
 
 
 @gluon.jit

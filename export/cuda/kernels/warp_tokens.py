@@ -33,6 +33,7 @@ from aim_export.cuda.kernels.warp_fragments import (
     of_lanes,
     places,
     room,
+    wait_for_copies,
 )
 
 VALUES = gl.constexpr(CHUNK.value // 4)  # fragments of a thread
@@ -51,18 +52,25 @@ _SLOTS = gl.constexpr(
 
 
 @gluon.jit
-def hold_values(past_x, slot, INNER: gl.constexpr):
+def hold_values(past_x, slot, INNER: gl.constexpr, PACE: gl.constexpr):
     """Set the tokens' dt * x of WARPS heads on their way: of tokens 4 i + j eight channels each.
 
     `past_x` points to the first of these tokens, and of them to the first head; those from `slot`
-    on are not there.
+    on are not there. Paced as `hold_states` is, behind it.
     """
-    number, thread, word = places(VALUES)
-    at = thread % 4 * (INNER // 2) + thread // 32 * (P // 2) + thread // 4 % 8 * 4 + word
-    words = (past_x.to(gl.pointer_type(gl.int32)) + at) + number * (2 * INNER)
-    held = room(VALUES)
-    copy(held, words, (number * 4 + thread % 4 + word * 0) < slot, VALUES)
-    return held
+    COUNT: gl.constexpr = min(2 * PACE, VALUES)
+    parts = none()
+    for part in gl.static_range(VALUES // COUNT):
+        number, thread, word = places(COUNT)
+        number += part * COUNT
+        at = thread % 4 * (INNER // 2) + thread // 32 * (P // 2) + thread // 4 % 8 * 4 + word
+        words = (past_x.to(gl.pointer_type(gl.int32)) + at) + number * (2 * INNER)
+        held = room(COUNT)
+        if PACE < 8:
+            wait_for_copies()
+        copy(held, words, (number * 4 + thread % 4 + word * 0) < slot, COUNT)
+        parts += (held,)
+    return parts
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
 from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
 
@@ -222,7 +222,8 @@ def warpgroup_in_proj(
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0)
-    begin_dependents(OVERLAPS)
+    begin_next(OVERLAPS)
+    wait_for_last(OVERLAPS)
     total, norm = _multiply(
         *(prepared, first_row, partials), *(D, PARTS, EPS), *(ROWS, OUTPUTS, DEPTH, STAGES)
     )

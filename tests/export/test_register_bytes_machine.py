@@ -1,0 +1,171 @@
+"""Projections with bytes in registers ahead of their input, as compiled, on `ptx_machine`."""
+
+from __future__ import annotations
+
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
+
+import triton
+
+from aim_export.cuda import compile as compiler
+from aim_export.cuda.kernels import register_bytes
+from aim_export.cuda.launch import KernelSpec
+
+from .ptx_compiled import compiled, error
+
+# Outputs of the first projection are no multiple of a program's.
+R, E, EPS = 128, 200, 1e-5
+# Relative to the norm: results are float32, their sums in another order; or halves.
+FULL, HALF = 1e-6, 1e-3
+
+random = np.random.default_rng(0)
+
+
+def launch(
+    name: str, memory: dict[str, np.ndarray], grid: tuple[int, int], **constants: Any
+) -> dict[str, np.ndarray]:
+    """The memory after a launch, which is the same in whatever order warps come."""
+    types = tuple(str(value.dtype) for value in memory.values())
+    function = getattr(register_bytes, name)
+    spec = KernelSpec(function, types, tuple(constants.items()), 8, scratch=128)
+    scratch = np.zeros(128 * grid[0] * grid[1], "u1")
+    machine = compiled(spec, (128, 128))  # of wgmma four warps run in step, and no more
+    found = []
+    for seed in (0, 1):
+        found.append({key: value.copy() for key, value in memory.items()})
+        machine.run([*found[-1].values(), scratch.copy()], grid, seed)
+    assert all((value == found[1][key]).all() for key, value in found[0].items())
+    return found[0]
+
+
+def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
+    return random.normal(size=shape).astype(dtype)
+
+
+def weights(outputs: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """And what their rows count."""
+    values = random.integers(-128, 128, (outputs, width)).astype("i1")
+    return values, np.abs(normal(outputs)) / np.float32(100)
+
+
+def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.ndarray) -> Any:
+    """Of rows over the root mean square whose sums of squares there are, in float64."""
+    total = rows.astype("f8") @ weight.astype("f8").T * scales
+    return total / np.sqrt(sums.astype("f8").sum(1, keepdims=True) / rows.shape[1] + EPS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "halves", "width", "parts", "stages"),
+    [(64, 1, 256, 12, 4), (64, 2, 512, 16, 4), (128, 2, 1024, 16, 6)],
+)
+def test_in_proj(rows: int, halves: int, width: int, parts: int, stages: int) -> None:
+    weight, scales = weights(E, width)
+    memory = {
+        "weight": weight,
+        "scales": scales,
+        "scaled": normal(R, width, dtype="f2"),
+        "partials": normal(R, parts) ** 2,
+        "shifted": normal(R, E, dtype="f2"),
+        "projected": np.full((R, E), np.nan, "f4"),
+    }
+    found = launch(
+        *("bytes_in_proj", memory, (R // rows, -(-E * halves // 128))),
+        **{"R": R, "D": width, "E": E, "PARTS": parts, "EPS": EPS, "ROWS": rows},
+        **{"HALVES": halves, "STAGES": stages, "OVERLAPS": True},
+    )
+    wanted = product(memory["scaled"], weight, scales, memory["partials"]) + memory["shifted"]
+    assert error(found.pop("projected"), wanted) < FULL
+    assert all((value == memory[name]).all() for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "halves", "inner", "stages"), [(32, 2, 512, 4), (32, 2, 2048, 16), (64, 2, 512, 2)]
+)
+def test_out_proj(rows: int, halves: int, inner: int, stages: int) -> None:
+    width, outputs = 128, 128 // halves
+    weight, scales = weights(width, inner)
+    memory = {
+        "weight": weight,
+        "scales": scales,
+        "gated": normal(R, inner, dtype="f2"),
+        "squares": normal(R, 24) ** 2,
+        "gate": normal(R, width),
+        "scale": normal(R, width),
+        "residual": normal(R, width),
+        "scaled": np.full((R, width), np.nan, "f2"),
+        "partials": np.full((R, width // outputs), np.nan, "f4"),
+    }
+    found = launch(
+        *("bytes_out_proj", memory, (R // rows, width // outputs)),
+        **{"R": R, "D": width, "INNER": inner, "PARTS": 24, "EPS": EPS},
+        **{"ROWS": rows, "HALVES": halves, "STAGES": stages, "OVERLAPS": True},
+    )
+    total = product(memory["gated"], weight, scales, memory["squares"])
+    wanted = memory["residual"] + memory["gate"].astype("f8") * total
+    squares = (wanted.reshape(R, -1, outputs) ** 2).sum(2)
+    assert error(found.pop("residual"), wanted) < FULL
+    assert error(found.pop("scaled"), wanted * memory["scale"]) < HALF
+    assert error(found.pop("partials"), squares) < FULL
+    assert all((value == memory[name]).all() for name, value in found.items())
+
+
+@pytest.mark.parametrize(("rows", "halves", "stages"), [(64, 1, 4), (128, 1, 3)])
+def test_head(rows: int, halves: int, stages: int) -> None:
+    width = 256
+    weight, scales = weights(E, width)
+    memory = {
+        "weight": weight,
+        "scales": scales,
+        "hidden": normal(R, width, dtype="f2"),
+        "logits": np.full((R, E), np.nan, "f4"),
+    }
+    found = launch(
+        *("bytes_head", memory, (R // rows, -(-E * halves // 128))),
+        **{"R": R, "D": width, "V": E, "ROWS": rows, "HALVES": halves},
+        **{"STAGES": stages, "OVERLAPS": True},
+    )
+    wanted = memory["hidden"].astype("f8") @ weight.astype("f8").T * scales
+    assert error(found.pop("logits"), wanted) < FULL
+    assert all((value == memory[name]).all() for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "halves", "stages"),
+    [
+        *(("bytes_in_proj", 128, 2, 6), ("bytes_in_proj", 64, 1, 16)),
+        ("bytes_out_proj", 32, 2, 16),
+    ],
+)
+def test_bytes_are_in_order_before_the_wait(
+    name: str, rows: int, halves: int, stages: int, tmp_path: Path
+) -> None:
+    """And stay in registers, as do two steps' halves."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not tool.exists():
+        pytest.skip("this Triton has no disassembler")
+    of_out = name == "bytes_out_proj"
+    floats = ["float32"] * 3
+    types = ["int8", "float32", "float16", *floats, *["float32", "float16", "float32"] * of_out]
+    types[4] = "float32" if of_out else "float16"
+    constants: dict[str, Any] = {"R": 128, "D": 1024, "PARTS": 16, "EPS": EPS, "ROWS": rows}
+    constants |= {"HALVES": halves, **({"INNER": 2048} if of_out else {"E": 4384})}
+    constants |= {"STAGES": stages, "OVERLAPS": True}
+    steps = constants.get("INNER", 1024) // (64 * halves)
+    function = getattr(register_bytes, name)
+    spec = KernelSpec(function, tuple(types), tuple(constants.items()), 8, scratch=128)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(zlib.decompress(compiler._compile(spec, 90).code))
+    text = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    before, after = text.split("ACQBULK")
+    assert before.count("SHFL") == 8 * steps
+    assert after.count("-1152, -1152") == 16 * steps
+    assert after.count("HGMMA") == 4 * steps
+    assert after.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == steps - 1
+    assert "LDL" not in text
