@@ -121,7 +121,8 @@ def constants_for(kernel: KernelSpec, capability: int) -> dict[str, Any]:
     """The constants that a kernel has on a GPU."""
     constants = dict(kernel.constants)
     if capability < _OVERLAPS_FROM and "OVERLAPS" in constants:
-        constants["OVERLAPS"] = False
+        # With no launch ahead there is nobody whom requests would hold up.
+        constants |= {"OVERLAPS": False, **({"PIECES": 1} if "PIECES" in constants else {})}
     if capability not in BULK and "BULK" in constants:
         constants |= {"BULK": False, "PACE": 8}
     if capability not in WARPGROUP and "AHEAD" in constants:

@@ -190,6 +190,13 @@ def test_what_a_second_projection_asks_for_ahead(
     assert (constants.get("PIECES"), constants["EARLY"]) == form
 
 
+def test_nothing_is_paced_where_launches_do_not_overlap() -> None:
+    bucket = step_bucket(PUBLISHED["L"], FORMATS["int8-state8"], 32, TUNING[32])
+    assert constants_for(kernel_of(bucket, held.held_out_proj), 80)["PIECES"] == 1
+    assert constants_for(kernel_of(bucket, held.held_out_proj), 120)["PIECES"] == 2
+    assert constants_for(kernel_of(bucket, warp_scan.scan_of_bytes), 80)["PACE"] == 8
+
+
 @pytest.mark.parametrize(
     ("target", "form"),
     [
