@@ -167,7 +167,8 @@ def _copy(
     row = gl.minimum(first + index // STEPS * 8 + thread // 4 % 8, N - 1)
     at = row * (WIDTH * BITS // 32) + index % STEPS * (4 * WORDS)
     async_copy.async_copy_global_to_shared(parts.index(part), words + at)
-    async_copy.commit_group()
+    if PIECES > 1 or part + 1 == COUNT // COPIED:  # else copies are waited for together
+        async_copy.commit_group()
 
 
 @gluon.jit
