@@ -85,7 +85,7 @@ class _BytesBuilder(StepBuilder):
 
     def _head(self) -> SpecLaunch:
         g, cut = self.g, self._cuts.head
-        if cut is None or not stages_of(cut, g.D) or g.V % 4:
+        if cut is None or not stages_of(cut, g.D) or self.rows % cut.rows or g.V % 4:
             return super()._head()
         given: dict[str, Any] = {name: name for name in ("hidden", "logits")}
         given |= {"weight": "word_table", "scales": self._scales("word_table")}

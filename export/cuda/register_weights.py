@@ -15,9 +15,9 @@ from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import register_weights
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
-from aim_export.cuda.step import SpecLaunch, StepBuilder
+from aim_export.cuda.step import HELD_OUTPUTS, SpecLaunch, StepBuilder
 from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
-from aim_export.cuda.tuning import RegisterCuts, RegisterTile, Tuning
+from aim_export.cuda.tuning import HeldTile, RegisterCuts, RegisterTile, Tuning
 from aim_export.cuda.warpgroup import described
 from aim_runtime.engines.cuda.plan import Bucket
 
@@ -48,11 +48,12 @@ def register_bucket(
     # Of 16-bit weights a program would load twice as much, and mostly was slower.
     if cuts is None or not precision.quantised:
         return None
-    in_proj, out_proj = cuts.in_proj, cuts.out_proj
-    if not fits(in_proj, geometry.D, rows):
+    out_proj = cuts.out_proj
+    if not fits(cuts.in_proj, geometry.D, rows):
         return None
-    whole = out_proj is None or geometry.D % (_LINES // out_proj.shares) == 0
-    if out_proj and not (whole and fits(out_proj, geometry.inner, rows)):
+    if isinstance(out_proj, RegisterTile) and (
+        geometry.D % (_LINES // out_proj.shares) or not fits(out_proj, geometry.inner, rows)
+    ):
         return None
     if not set(WARPGROUP) & set(capabilities):
         return None
@@ -63,24 +64,24 @@ class _RegisterBuilder(StepBuilder):
     def __init__(
         self, geometry: Geometry, precision: Format, rows: int, tuning: Tuning, cuts: RegisterCuts
     ) -> None:
-        self._cut_of_in_proj, self._cut_of_out_proj = cuts.in_proj, cuts.out_proj
+        self._cuts, out_proj = cuts, cuts.out_proj
         super().__init__(geometry, precision, rows, tuning.scanning(cuts.scan), overlaps=True)
-        self.early = cuts.early
+        self.held_out_proj, self.early = out_proj if isinstance(out_proj, HeldTile) else None, True
 
     def _outputs_of_out_proj(self) -> int:
-        cut = self._cut_of_out_proj
-        return _LINES // cut.shares if cut else super()._outputs_of_out_proj()
+        cut = self._cuts.out_proj
+        return HELD_OUTPUTS * cut.tiles if isinstance(cut, HeldTile) else _LINES // cut.shares
 
     def _in_proj(self) -> SpecLaunch:
-        g, cut = self.g, self._cut_of_in_proj
+        g, cut = self.g, self._cuts.in_proj
         given = self._into_in_proj() | {"scales": self._scales("in_proj"), "E": g.E}
         return self._by_registers(register_weights.register_in_proj, cut, g.E, given)
 
     def _out_proj(self) -> SpecLaunch:
-        g, cut = self.g, self._cut_of_out_proj
-        if cut is None:
+        g, cut = self.g, self._cuts.out_proj
+        if isinstance(cut, HeldTile):
             return super()._out_proj()
-        given = self._into_out_proj() | {"scales": self._scales("out_proj"), "EARLY": self.early}
+        given = self._into_out_proj() | {"scales": self._scales("out_proj")}
         return self._by_registers(register_weights.register_out_proj, cut, g.D, given)
 
     def _by_registers(

@@ -53,7 +53,7 @@ class HeldTile:
         tiles: 16 outputs each, of a program.
         groups: eight rows each, of a program.
         num_warps: warps a program.
-        pieces: 1, or 2 if of a second projection's weights half are on their way at a time.
+        pieces: 1, or 2 if half of a projection's weights are on their way at a time.
     """
 
     tiles: int
@@ -117,15 +117,13 @@ class RegisterCuts:
 
     Attributes:
         in_proj: that of the first projection.
-        out_proj: that of the second, None if it is cut as on other GPUs.
+        out_proj: that of the second, whose weights may be in shared memory.
         scan: that of 8-bit states.
-        early: whether the second lets the next layer's first begin before it has its input.
     """
 
     in_proj: RegisterTile
-    out_proj: RegisterTile | None
+    out_proj: RegisterTile | HeldTile
     scan: ScanCut
-    early: bool
 
 
 @dataclass(frozen=True)
@@ -287,20 +285,18 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": _BYTES_OF_FEW,
         },
-        held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2, pieces=2)),
+        held=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=2, groups=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=2), HeldTile(tiles=1, groups=1)),
         held_head=HeldTile(tiles=4, groups=2),
         registers=RegisterCuts(
             in_proj=RegisterTile(rows=16, shares=1),
-            out_proj=None,
+            out_proj=HeldTile(tiles=2, groups=2, pieces=2),
             scan=replace(_BYTES_OF_FEW, pace=4),
-            early=True,
         ),
         registers_narrow=RegisterCuts(
             in_proj=RegisterTile(rows=16, shares=2),
             out_proj=RegisterTile(rows=16, shares=4),
-            scan=_BYTES_OF_FEW,
-            early=True,
+            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
     ),
     32: Tuning(
@@ -313,20 +309,18 @@ TUNING: Mapping[int, Tuning] = {
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
             "int8": replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         },
-        held=HeldCuts(HeldTile(tiles=4, groups=4), HeldTile(tiles=2, groups=2, pieces=2)),
+        held=HeldCuts(HeldTile(tiles=4, groups=4, pieces=2), HeldTile(tiles=2, groups=2, pieces=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=4), HeldTile(tiles=1, groups=2)),
         held_head=HeldTile(tiles=4, groups=4, num_warps=4),
         registers=RegisterCuts(
             in_proj=RegisterTile(rows=32, shares=1),
-            out_proj=None,
-            scan=replace(_BYTES_OF_FEW, pace=4),
-            early=False,
+            out_proj=RegisterTile(rows=32, shares=2),
+            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
         registers_narrow=RegisterCuts(
             in_proj=RegisterTile(rows=32, shares=2),
             out_proj=RegisterTile(rows=16, shares=4),
-            scan=replace(_BYTES_OF_FEW, pace=4),
-            early=True,
+            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
     ),
     64: Tuning(
@@ -340,6 +334,12 @@ TUNING: Mapping[int, Tuning] = {
             "int8": replace(_BYTES_OF_MANY, bulk_rows=1),
         },
         bytes=BytesCuts(
+            in_proj=BytesTile(rows=64, halves=2),
+            out_proj=BytesTile(rows=32, halves=2),
+            head=BytesTile(rows=64, halves=1),
+            scan=replace(_BYTES_OF_MANY, bulk_rows=1, pace=4),
+        ),
+        bytes_narrow=BytesCuts(
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=None,
@@ -364,12 +364,12 @@ TUNING: Mapping[int, Tuning] = {
             in_proj=BytesTile(rows=128, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=128, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
+            scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=2),
         ),
         bytes_narrow=BytesCuts(
             in_proj=BytesTile(rows=64, halves=1),
             out_proj=BytesTile(rows=32, halves=2),
-            head=None,
+            head=BytesTile(rows=128, halves=1),
             scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
         ),
     ),

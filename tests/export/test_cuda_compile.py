@@ -143,16 +143,17 @@ def served(bucket: Bucket[KernelSpec]) -> set[int]:
     ("size", "precision", "rows", "target", "form"),
     [
         *(("L", "fp16-state8", 16, 90, (1, False, 8)), ("L", "int8-state8", 16, 90, (1, False, 4))),
-        *(("B", "int8-state8", 16, 90, (1, False, 8)), ("B", "int8-state8", 32, 90, (1, False, 4))),
-        *(("L", "fp16-state8", 32, 90, (1, True, 4)), ("L", "int8-state8", 32, 90, (1, False, 4))),
+        *(("B", "int8-state8", 16, 90, (1, True, 4)), ("B", "int8-state8", 32, 90, (1, True, 4))),
+        *(("L", "fp16-state8", 32, 90, (1, True, 4)), ("L", "int8-state8", 32, 90, (1, True, 4))),
         *(("L", "fp16-state8", 32, 80, (1, False, 8)), ("XL", "int8-state8", 32, 90, (1, True, 4))),
         *(("L", "fp16-state8", 64, 90, (1, True, 8)), ("L", "int8-state8", 64, 90, (1, True, 4))),
-        ("L", "int8-state8", 64, 120, (1, False, 8)),
+        *(("L", "int8-state8", 64, 120, (1, False, 8)), ("B", "int8-state8", 64, 90, (1, True, 4))),
         *(("L", "fp16-state8", 128, 90, (2, True, 4)), ("B", "int8-state8", 128, 90, (2, True, 4))),
         *(
             ("L", "fp16-state8", 128, 80, (1, False, 8)),
-            ("L", "int8-state8", 128, 120, (1, False, 8)),
+            ("L", "int8-state8", 128, 90, (2, True, 2)),
         ),
+        ("L", "int8-state8", 128, 120, (1, False, 8)),
     ],
 )
 def test_forms_of_the_scan(
@@ -172,28 +173,26 @@ def test_forms_of_the_scan(
 @pytest.mark.parametrize(
     ("size", "precision", "rows", "form"),
     [
-        *(("L", "int8-state8", 16, (2, True)), ("L", "int8-state8", 32, (2, False))),
-        *(("L", "fp16-state8", 32, (2, False)), ("XL", "int8-state8", 16, (2, False))),
-        *(("B", "int8-state8", 16, (None, True)), ("B", "int8-state8", 32, (None, True))),
-        ("B", "fp16-state8", 32, (1, False)),
+        *(("L", "int8-state8", 16, (2, True)), ("L", "fp16-state8", 16, (1, False))),
+        *(("L", "fp16-state8", 32, (2, False)), ("XL", "int8-state8", 16, (1, False))),
+        *(("XL", "int8-state8", 32, (2, False)), ("B", "fp16-state8", 32, (1, False))),
     ],
 )
 def test_what_a_second_projection_asks_for_ahead(
-    size: str, precision: str, rows: int, form: tuple[int | None, bool]
+    size: str, precision: str, rows: int, form: tuple[int, bool]
 ) -> None:
     """In how many pieces, of shared memory, and whether the next layer begins before it waits."""
     found = engines._buckets(PUBLISHED[size], FORMATS[precision], CAPABILITIES)
     bucket = next(item for item in found if item.rows == rows and 90 in served(item))
-    seconds = held.held_out_proj, register_weights.register_out_proj
-    (launch,) = {item for item in flat(bucket.step) if item.kernel.function in seconds}
-    constants = constants_for(launch.kernel, 90)
-    assert (constants.get("PIECES"), constants["EARLY"]) == form
+    constants = constants_for(kernel_of(bucket, held.held_out_proj), 90)
+    assert (constants["PIECES"], constants["EARLY"]) == form
 
 
 def test_nothing_is_paced_where_launches_do_not_overlap() -> None:
     bucket = step_bucket(PUBLISHED["L"], FORMATS["int8-state8"], 32, TUNING[32])
-    assert constants_for(kernel_of(bucket, held.held_out_proj), 80)["PIECES"] == 1
-    assert constants_for(kernel_of(bucket, held.held_out_proj), 120)["PIECES"] == 2
+    for function in (held.held_in_proj, held.held_out_proj):
+        assert constants_for(kernel_of(bucket, function), 80)["PIECES"] == 1
+        assert constants_for(kernel_of(bucket, function), 120)["PIECES"] == 2
     assert constants_for(kernel_of(bucket, warp_scan.scan_of_bytes), 80)["PACE"] == 8
 
 
@@ -474,7 +473,10 @@ class TestProjectionsOfRegisters:
 
     @pytest.mark.parametrize(
         ("size", "rows", "in_proj", "out_proj"),
-        [("L", 32, (69, 1), (32, 2)), ("B", 16, (105, 1), (48, 1)), ("B", 32, (105, 1), (48, 2))],
+        [
+            *(("L", 16, (69, 1), (32, 1)), ("L", 32, (69, 1), (32, 1))),
+            *(("B", 16, (105, 1), (48, 1)), ("B", 32, (105, 1), (48, 2))),
+        ],
     )
     def test_how_they_are_cut(
         self, size: str, rows: int, in_proj: tuple[int, int], out_proj: tuple[int, int]
@@ -482,7 +484,8 @@ class TestProjectionsOfRegisters:
         """Programs of outputs and of rows."""
         bucket = of_registers(size, "int8-state8", rows)
         grids = {item.kernel.function: item.grid[:2] for item in flat(bucket.step)}
-        second = register_weights.register_out_proj if size == "B" else held.held_out_proj
+        in_shared_memory = (size, rows) == ("L", 16)
+        second = held.held_out_proj if in_shared_memory else register_weights.register_out_proj
         assert grids[register_weights.register_in_proj] == in_proj
         assert grids[second] == out_proj
         assert bucket.buffers["partials"].shape == (rows, out_proj[0])
@@ -542,8 +545,9 @@ class TestProjectionsOfBytes:
         ("size", "rows", "in_proj", "out_proj", "head"),
         [
             ("L", 128, (1, 69, 6), (4, 16, 16), (1, 128, 13)),
-            ("L", 64, (1, 69, 8), (2, 16, 16), None),
-            ("B", 128, (2, 27, 12), (4, 12, 12), None),
+            ("L", 64, (1, 69, 8), (2, 16, 16), (1, 128, 16)),
+            ("B", 128, (2, 27, 12), (4, 12, 12), (1, 128, 12)),
+            ("B", 64, (1, 53, 6), (2, 12, 12), None),
         ],
     )
     def test_how_they_are_cut(
@@ -580,7 +584,7 @@ class TestProjectionsOfBytes:
             ({}, "int8-state8", 32, (90,), False),
             ({"D": 896}, "int8-state8", 128, (90,), True),
             ({"D": 768}, "int8-state8", 128, (90,), True),  # narrow
-            ({"D": 768}, "int8-state8", 64, (90,), False),
+            ({"D": 768}, "int8-state8", 64, (90,), True),
             ({"D": 512}, "int8-state8", 128, (90,), False),
             ({"D": 832}, "int8-state8", 128, (90,), False),  # no whole steps
             ({"D": 1152}, "int8-state8", 128, (90,), False),  # more than registers can hold

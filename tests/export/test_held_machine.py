@@ -65,8 +65,10 @@ def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.n
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize(("tiles", "groups"), [(2, 4), (2, 2), (4, 2), (4, 4), (1, 1)])
-def test_in_proj(bits: int, tiles: int, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("tiles", "groups", "pieces"), [(2, 4, 2), (2, 2, 1), (4, 2, 1), (4, 4, 2), (1, 1, 1)]
+)
+def test_in_proj(bits: int, tiles: int, groups: int, pieces: int) -> None:
     weight, scales = weights(E, D, bits)
     memory = {
         "weight": weight,
@@ -80,7 +82,7 @@ def test_in_proj(bits: int, tiles: int, groups: int) -> None:
     found = launch(
         *("held_in_proj", memory, grid),
         **{"D": D, "E": E, "PARTS": 12, "EPS": EPS, "HAS_SCALES": bits == 8},
-        **{"TILES": tiles, "GROUPS": groups, "OVERLAPS": True},
+        **{"TILES": tiles, "GROUPS": groups, "PIECES": pieces, "OVERLAPS": True},
     )
     wanted = product(memory["scaled"], weight, scales, memory["partials"]) + memory["shifted"]
     assert error(found.pop("projected"), wanted) < FULL

@@ -86,10 +86,9 @@ def test_in_proj(rows: int, shares: int, width: int, parts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "shares", "inner", "early"),
-    [(16, 2, 256, False), (16, 2, 2048, True), (16, 4, 1536, True), (32, 2, 512, False)],
+    ("rows", "shares", "inner"), [(16, 2, 256), (16, 2, 2048), (16, 4, 1536), (32, 2, 512)]
 )
-def test_out_proj(rows: int, shares: int, inner: int, early: bool) -> None:
+def test_out_proj(rows: int, shares: int, inner: int) -> None:
     width, outputs = 128, 64 // shares
     weight, scales = weights(width, inner)
     memory = {
@@ -106,7 +105,7 @@ def test_out_proj(rows: int, shares: int, inner: int, early: bool) -> None:
     found = launch(
         *("register_out_proj", memory, (width // outputs, R // rows)),
         **{"R": R, "D": width, "INNER": inner, "PARTS": 24, "EPS": EPS},
-        **{"ROWS": rows, "SHARES": shares, "EARLY": early, "OVERLAPS": True},
+        **{"ROWS": rows, "SHARES": shares, "OVERLAPS": True},
     )
     total = product(memory["gated"], weight, scales, memory["squares"])
     wanted = memory["residual"] + memory["gate"].astype("f8") * total
@@ -128,7 +127,7 @@ def test_bytes_are_halves_before_the_wait(name: str, tmp_path: Path) -> None:
     types = ["int8", "float32", "float16", *floats, *["float32", "float16", "float32"] * of_out]
     constants: dict[str, Any] = {"R": 32, "D": 1024, "PARTS": 32, "EPS": EPS}
     constants |= {"INNER": 2048, "ROWS": 16, "SHARES": 2} if of_out else {"E": 4384, "ROWS": 32}
-    constants = {"SHARES": 1} | constants | ({"EARLY": True} if of_out else {}) | {"OVERLAPS": True}
+    constants = {"SHARES": 1} | constants | {"OVERLAPS": True}
     function = getattr(register_weights, name)
     spec = KernelSpec(function, tuple(types), tuple(constants.items()), 8, scratch=128)
     path = tmp_path / "kernel.cubin"

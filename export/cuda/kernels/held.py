@@ -3,8 +3,8 @@
 The layers' projections for 16 and 32 rows, and the head of 8-bit weights.
 
 Weights depend on nothing. While the launch ahead still runs a program copies all of its own to
-shared memory; behind the wait it reads its rows alone, straight to registers. Of the second
-projection half of the weights may be on their way at a time: what the launch ahead reads stands in
+shared memory; behind the wait it reads its rows alone, straight to registers. Of a layer's
+projections half of the weights may be on their way at a time: what the launch ahead reads stands in
 one queue with them.
 
 A product is cut over the W warps along the sum. mma.m16n8k16 takes 16 weight rows, a *tile*, as A
@@ -323,13 +323,14 @@ def held_in_proj(
     HAS_SCALES: gl.constexpr,
     TILES: gl.constexpr,
     GROUPS: gl.constexpr,
+    PIECES: gl.constexpr,  # 2 if half of the weights are on their way at a time
     OVERLAPS: gl.constexpr,
 ):
     """`step.in_proj` without the convolution, 8 * GROUPS rows and 16 * TILES outputs a program."""
     W: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = _results_layout(W, TILES, GROUPS)
     first, first_row = gl.program_id(0) * (16 * TILES), gl.program_id(1) * (8 * GROUPS)
-    held = _hold(weight, first, E, D, TILES, W)
+    held = _hold(weight, first, E, D, TILES, W, PIECES)
     row = first_row + gl.arange(0, 8 * GROUPS, gl.SliceLayout(1, layout))
     output = first + gl.arange(0, 16 * TILES, gl.SliceLayout(0, layout))
     inside = gl.expand_dims(output < E, 0)
@@ -338,6 +339,7 @@ def held_in_proj(
     shift = gl.load(shifted + at).to(gl.float32)
     factor = gl.load(scales + output) if HAS_SCALES else 1.0
     begin_next(OVERLAPS)
+    _hold_rest(held, weight, first, E, D, W, PIECES)
     wait_for_last(OVERLAPS)
     rows = _load_rows(scaled, first_row, D, GROUPS, W)
     sums = _load_partials(partials, first_row, 8 * GROUPS, PARTS, W)

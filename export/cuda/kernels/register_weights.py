@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
+from aim_export.cuda.kernels.common import begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
 from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
 from aim_export.cuda.kernels.warp_fragments import constraints
@@ -333,14 +333,13 @@ def register_out_proj(
     EPS: gl.constexpr,
     ROWS: gl.constexpr,
     SHARES: gl.constexpr,
-    EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
 ):
     """`step.out_proj`, of ROWS rows and 64 / SHARES outputs a program."""
     STEPS: gl.constexpr = INNER // (2 * SHARES * DEPTH)
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, D, INNER, SHARES)
-    begin_next(OVERLAPS and EARLY)
+    begin_next(OVERLAPS)
     prepared = _prepare(gated, R, INNER, ROWS, SHARES)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
@@ -350,7 +349,7 @@ def register_out_proj(
     value = gl.load(residual + at)  # as the layer before left it
     factor = gl.load(scales + output)
     mbarrier.wait(prepared[2][STEPS], 0)
-    begin_dependents(OVERLAPS, BEGUN=EARLY)
+    wait_for_last(OVERLAPS)
     total = _multiply(*(prepared, halves, first_row, squares), *(INNER, PARTS, EPS, ROWS, SHARES))
     value += gate_value * total * gl.expand_dims(factor, 0)
     gl.store(residual + at, value)
