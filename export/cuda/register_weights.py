@@ -15,7 +15,7 @@ from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import register_weights
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
-from aim_export.cuda.step import HELD_OUTPUTS, SpecLaunch, StepBuilder
+from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
 from aim_export.cuda.tuning import HeldTile, RegisterCuts, RegisterTile, Tuning
 from aim_export.cuda.warpgroup import described
@@ -70,7 +70,7 @@ class _RegisterBuilder(StepBuilder):
 
     def _outputs_of_out_proj(self) -> int:
         cut = self._cuts.out_proj
-        return HELD_OUTPUTS * cut.tiles if isinstance(cut, HeldTile) else _LINES // cut.shares
+        return cut.outputs if isinstance(cut, HeldTile) else _LINES // cut.shares
 
     def _in_proj(self) -> SpecLaunch:
         g, cut = self.g, self._cuts.in_proj

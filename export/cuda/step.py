@@ -19,8 +19,6 @@ from aim_export.cuda.targets import BULK, CAPABILITIES, SHARED_MEMORY
 from aim_export.cuda.tuning import HeldTile, Tile, Tuning
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Repeat
 
-# Outputs of a tile of `held`.
-HELD_OUTPUTS = 16
 # Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
 _FOLD_PROGRAMS = 1024
 # States on their way at a time in a program of `fold`, and the most registers of a thread. Those of
@@ -97,7 +95,7 @@ class StepBuilder:
     def _outputs_of_out_proj(self) -> int:
         """Of a program."""
         held_out = self.held_out_proj
-        return HELD_OUTPUTS * held_out.tiles if held_out else self.tuning.out_proj.outputs
+        return held_out.outputs if held_out else self.tuning.out_proj.outputs
 
     def _scans_by_warps(self) -> bool:
         """Whether `warp_scan` and `warp_fold` suit model, format and rows."""
@@ -312,9 +310,8 @@ class StepBuilder:
     def _out_proj(self) -> SpecLaunch:
         g, shared = self.g, self._into_out_proj() | self._scaled("out_proj")
         if tile := self.held_out_proj:
-            return self._held(
-                held.held_out_proj, tile, g.D, g.inner, shared | {"EARLY": self.early}
-            )
+            early = {"EARLY": self.early}
+            return self._held(held.held_out_proj, tile, g.D, g.inner, shared | early)
         cut = self.tuning.out_proj
         return self.launch(
             step.out_proj,
@@ -377,7 +374,7 @@ class StepBuilder:
         groups = min(tile.groups, max(1, self.rows // 8))
         return self.launch(
             held.held_head,
-            (-(-self.g.V // (HELD_OUTPUTS * tile.tiles)), -(-self.rows // (8 * groups))),
+            (-(-self.g.V // tile.outputs), -(-self.rows // (8 * groups))),
             weight="word_table",
             scales=self._scales("word_table"),
             hidden="hidden",
@@ -432,7 +429,7 @@ class StepBuilder:
         self, function: JITFunction, tile: HeldTile, outputs: int, width: int, given: dict[str, Any]
     ) -> SpecLaunch:
         """A projection of `kernels.held`, compiled for GPUs that have room for its weights."""
-        programs = -(-outputs // (HELD_OUTPUTS * tile.tiles)), self.rows // (8 * tile.groups)
+        programs = -(-outputs // tile.outputs), self.rows // (8 * tile.groups)
         launch = self.launch(
             function,
             programs,
@@ -442,7 +439,7 @@ class StepBuilder:
             GROUPS=tile.groups,
             PIECES=tile.pieces,
         )
-        weights = HELD_OUTPUTS * tile.tiles * width * DTYPE_BYTES[self.precision.matrix]
+        weights = tile.outputs * width * DTYPE_BYTES[self.precision.matrix]
         roomy = tuple(target for target, room in SHARED_MEMORY.items() if weights <= room)
         if roomy == CAPABILITIES:
             return launch

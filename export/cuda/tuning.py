@@ -61,6 +61,11 @@ class HeldTile:
     num_warps: int = 8
     pieces: int = 1
 
+    @property
+    def outputs(self) -> int:
+        """Of a program."""
+        return 16 * self.tiles
+
 
 @dataclass(frozen=True)
 class HeldCuts:
