@@ -4,13 +4,14 @@ Behind it stand the launches of `aim_export.cuda.step` that follow the layers. I
 bucket comes before those of as many rows and fewer that take none of this: a runtime passes over
 them where its GPU can run this one.
 
-Two rows are for formats whose states are float32, eight and groups of eight for those whose states
-are float16. Models wider than 1024 have two rows alone.
+Two rows are for formats whose states are float32 or float16, eight and groups of eight for the
+latter. Models wider than 1024 have two rows of float32 states alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aim_export.cuda.geometry import Geometry
@@ -30,7 +31,7 @@ from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Program
 
 # Rows by the type of the states, and whose tuning serves what is around the layers: products for
 # the tensor cores want no fewer than 16 rows, of which eight are left out.
-ROWS: Mapping[str, tuple[int, ...]] = {"float32": (2,), "float16": (8, 16, 32)}
+ROWS: Mapping[str, tuple[int, ...]] = {"float32": (2,), "float16": (2, 8, 16, 32)}
 _TUNED_AS = {2: 2, 8: 16, 16: 16, 32: 32}
 # More rows than these go through the layers in groups of so many.
 _GROUP = 8
@@ -74,9 +75,14 @@ def _pace(g: Geometry, precision: Format, rows: int) -> int:
     return narrow if g.D <= NARROW else broad
 
 
-def tuning_of(rows: int, tunings: Mapping[int, Tuning]) -> Tuning | None:
-    """Of `tunings`, by rows, that for what is around the layers of a bucket of `rows` rows."""
-    return tunings.get(_TUNED_AS[rows])
+def tuning_of(rows: int, state: str, tunings: Mapping[int, Tuning]) -> Tuning | None:
+    """Of `tunings`, by rows, that for what is around the layers of a bucket of `rows` rows.
+
+    Chunks of two rows are as long as those of more rows of the same states, so that images can move
+    between them.
+    """
+    found = tunings.get(_TUNED_AS[rows])
+    return replace(found, chunk=_CHUNK[state]) if found else None
 
 
 def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
@@ -106,7 +112,7 @@ def persistent_buckets(
     """The kernel's buckets, if it can take the model and some GPU of `capabilities` can it."""
     if not set(CAPABILITIES) & set(capabilities):
         return ()
-    found = ((rows, tuning_of(rows, tunings)) for rows in ROWS.get(precision.state, ()))
+    found = ((rows, tuning_of(rows, precision.state, tunings)) for rows in ROWS.get(precision.state, ()))
     return tuple(
         _PersistentBuilder(geometry, precision, rows, tuning, overlaps=True).bucket()
         for rows, tuning in found

@@ -32,7 +32,8 @@ from .persistent_reference import step as step_in_float64
 
 # Two rows, eight, and groups of eight.
 CASES = (
-    *(("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)),
+    *(("fp16", 2), ("int8", 2), ("fp16-state16", 2), ("int8-state16", 2)),
+    *(("fp16-state16", 8), ("int8-state16", 8)),
     *(("fp16-state16", 16), ("fp16-state16", 32), ("int8-state16", 32)),
 )
 # What launches of a layer are compared with: products of a few rows, several times for eight.

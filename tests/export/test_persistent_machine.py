@@ -26,7 +26,8 @@ from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
 
 CASES = (
-    *(("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)),
+    *(("fp16", 2), ("int8", 2), ("fp16-state16", 2), ("int8-state16", 2)),
+    *(("fp16-state16", 8), ("int8-state16", 8)),
     *(("fp16-state16", 16), ("fp16-state16", 32), ("int8-state16", 32)),
 )
 # Two heads, which is no multiple of four; places of the exchanges stay empty.

@@ -35,6 +35,7 @@ from aim_export.cuda.kernels.persistent_common import (
     Sizes,
     gated_places,
     norm_shares,
+    of_two_halves,
     out_programs,
     scaled_places,
     wide,
@@ -48,6 +49,7 @@ from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
 from aim_export.cuda.kernels.persistent_scan import scan_role
 from aim_export.cuda.kernels.persistent_scan_eight import scan_role_eight
 from aim_export.cuda.kernels.persistent_scan_groups import scan_role_groups
+from aim_export.cuda.kernels.persistent_scan_two import SHARES, scan_role_two
 from aim_export.cuda.kernels.persistent_wide_producer import producer_wide
 from aim_export.cuda.kernels.persistent_wide_roles import roles_wide
 
@@ -91,12 +93,16 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
 
 
 @gluon.jit
-def _shared_memory(R: gl.constexpr, WIDE: gl.constexpr):
+def _shared_memory(sizes: gl.constexpr):
     """The ring as the producer sees it, and what the roles have, with the ring as they see it."""
+    R: gl.constexpr = sizes.R
+    WIDE: gl.constexpr = wide(sizes.D)
     BARS: gl.constexpr = _bars(R, WIDE)
     filled, ring, pairs = _ring(BARS)
     if WIDE:
         shared = _shared_memory_wide(ring)
+    elif of_two_halves(sizes):
+        shared = _shared_memory_two_halves(ring)
     elif R == 2:
         shared = _shared_memory_two(ring)
     elif R == 8:
@@ -138,6 +144,18 @@ def _shared_memory_two(ring):
     part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     of_scan = ring, bcs, part_0, part_1, part_2, scores
+    return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
+
+
+@gluon.jit
+def _shared_memory_two_halves(ring):
+    """The same for two rows whose states are halves."""
+    part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
+    shares = gl.allocate_shared_memory(gl.float32, [2, 2, 2, 16, 8], SHARES)
+    of_scan = ring, part_0, part_1, part_2, shares
     return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
 
 
@@ -196,7 +214,9 @@ def consumer(
     if wide(sizes.D):
         roles_wide(shared, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN:
-        if sizes.R == 2:
+        if of_two_halves(sizes):
+            scan_role_two(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
+        elif sizes.R == 2:
             scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
         elif sizes.R == 8:
             scan_role_eight(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
@@ -253,7 +273,7 @@ def persistent(
     a,  # (L, H) float32
     d,  # (L, H) float32
     ring,  # (L, R, K, X) float32, updated
-    state,  # (L, R, H, P, S) float32, or float16 where there are eight rows
+    state,  # (L, R, H, P, S) float32, or float16, as more than two rows have it
     state_scale,  # (L, R, H, P) float32, what a channel of float16 counts
     past_x,  # (L, R, C, I) of the states' type, updated
     past_b,  # (L, R, C, S), likewise
@@ -290,7 +310,7 @@ def persistent(
     )
     pid, layers = gl.program_id(0), gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
-    filled, shared = _shared_memory(R, wide(D))
+    filled, shared = _shared_memory(sizes)
     begin = (token, position, (word_table, word_scales, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
     past, scales = (past_x, past_b, past_decay, state_scale), (in_proj_scales, out_proj_scales)

@@ -50,6 +50,12 @@ def rows_at_a_time(R):
 
 
 @gluon.constexpr_function
+def of_two_halves(sizes):
+    """Whether there are two rows whose states are halves (`persistent_scan_two`)."""
+    return sizes.R == 2 and sizes.STATE_BITS == 16
+
+
+@gluon.constexpr_function
 def wide(D):
     """Whether a model is one whose products are cut as `persistent_wide` says."""
     return D > 1024

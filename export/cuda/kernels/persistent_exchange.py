@@ -190,6 +190,70 @@ def poll_row(address, number, start, stalled):
     )
 
 
+@gluon.constexpr_function
+def _digits_text():
+    """PTX of `poll_digits`: words c of C and b of B, whose lower half is the first digit."""
+    c, b = [f"c{i}" for i in range(8)], [f"b{i}" for i in range(8)]
+    text = "{ .reg .pred p, q; .reg .b32 n, m, s, " + ", ".join((*c, *b)) + ";"
+    text += "mov.u32 s, %laneid; and.b32 s, s, 4; setp.ne.s32 p, s, 0;"
+    text += "selp.b32 s, 0x7632, 0x5410, p;\nL: "
+    for words, offset in ((c[:4], 1024), (c[4:], 1088), (b[:4], 0), (b[4:], 64)):
+        text += f"ld.relaxed.gpu.global.v4.b32 {{{','.join(words)}}}, [$16+{offset}];"
+    text += "ld.relaxed.gpu.global.b32 $12, [$20];"
+    # Any word of all ones is the largest.
+    pairs = [*zip(c[::2], c[1::2], strict=True), *zip(b[::2], b[1::2], strict=True)]
+    steps = [f"max.u32 ${i}, {one}, {other};" for i, (one, other) in enumerate(pairs)]
+    steps += [f"max.u32 ${i}, ${i}, ${i + 4};" for i in range(4)]
+    steps += ["max.u32 $0, $0, $1;", "max.u32 $2, $2, $3;", "max.u32 $0, $0, $2;"]
+    text += "".join(steps) + "mov.b32 m, $12; max.u32 m, m, $0; setp.ne.b32 p, m, -1;"
+    text += _end(24, 28, False)
+    for i in range(4):
+        text += f"prmt.b32 ${i}, {c[2 * i]}, {c[2 * i + 1]}, s;"
+        text += f"prmt.b32 ${4 + i}, {b[2 * i]}, {b[2 * i + 1]}, 0x5410;"
+        text += f"prmt.b32 ${8 + i}, {b[2 * i]}, {b[2 * i + 1]}, 0x7632;"
+    return text + "mov.b32 $13, 0; mov.b32 $14, 0; mov.b32 $15, 0; }"
+
+
+@gluon.jit
+def poll_digits(address, number, start, stalled):
+    """Wait for a lane's eight numbers each of B and C, as `publish_digits` stores them, and for one
+    number more.
+
+    `address` (512, 4) int64 is that of four of B; four more are 64 bytes behind, C is 1024. Returns
+    C as columns of mma, the first digit in even and the second in odd ones, B's first digits, its
+    second ones, all (512, 4) int32, and (512, 4) float32 that begins with the number.
+    """
+    text: gl.constexpr = _digits_text()
+    return gl.inline_asm_elementwise(
+        text,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,r,r,r,r,"
+        "l,l,l,l",
+        [address, number, start, stalled],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.float32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def publish_digits(pointer, value, plain, MASK: gl.constexpr):
+    """`publish_bounded` of two halves, the second next to what the first leaves; one number where
+    `plain` is set."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b16 h, k; .reg .b32 l, w; .reg .f32 v, t; mov.u32 l, %laneid;"
+        "and.b32 l, l, $4; setp.eq.u32 p, l, 0; max.f32 v, $2, 0fC77FE000;"
+        "min.f32 v, v, 0f477FE000; setp.nan.f32 q, $2, $2; selp.f32 v, 0f7F800000, v, q;"
+        "cvt.rn.f16.f32 h, v; cvt.f32.f16 t, h; sub.rn.f32 t, v, t; cvt.rn.f16.f32 k, t;"
+        "mov.b32 w, {h, k}; mov.b32 l, v; setp.ne.s32 q, $3, 0; selp.b32 w, l, w, q;"
+        "@p st.relaxed.gpu.global.b32 [$1], w; mov.b32 $0, 0; }",
+        "=r,l,f,r,r",
+        [pointer.to(gl.int64), value, plain.to(gl.int32), MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.jit
 def publish_half(pointer, value, MASK: gl.constexpr):
     """Store float32 as half, clamped to what one can hold, NaN as infinity.

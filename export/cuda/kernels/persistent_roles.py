@@ -22,6 +22,7 @@ from aim_export.cuda.kernels.persistent_common import (
     heads_apart,
     load_pair,
     load_single,
+    of_two_halves,
     polled,
     rows_at_a_time,
     silu,
@@ -36,6 +37,7 @@ from aim_export.cuda.kernels.persistent_exchange import (
     poll_gated,
     poll_scaled,
     publish_bounded,
+    publish_digits,
     publish_float,
     publish_half,
 )
@@ -206,12 +208,16 @@ def sums_of_warps(numbers, R: gl.constexpr):
 
 
 @gluon.jit
-def place_of_bc(bc, begin, row, output, S: gl.constexpr, R: gl.constexpr):
+def place_of_bc(bc, begin, row, output, S: gl.constexpr, R: gl.constexpr, DIGITS: gl.constexpr = False):
     """Where outputs among B, C and dt are handed over, in the first layer's places.
 
-    `begin` is the first one of the program.
+    `begin` is the first one of the program. With DIGITS the order of 32 of B or C is such that four
+    lanes read 64 bytes side by side: of each one's eight the first four, then the others.
     """
     kind = begin // S
+    if DIGITS:
+        four = ((output >> 2) & 1) * 16 + ((output >> 3) & 3) * 4
+        output = gl.where(begin < 2 * S, (output & -32) + four + (output & 3), output)
     return bc + gl.where(
         begin >= 2 * S,
         2 * R * S + (output - 2 * S) * R + row,
@@ -220,11 +226,13 @@ def place_of_bc(bc, begin, row, output, S: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
-def publish_bc(to_bc, value, layer, sizes: gl.constexpr):
+def publish_bc(to_bc, value, is_dt, layer, sizes: gl.constexpr):
     """Hand over B, C or dt; what halves multiply by is no more than one can hold."""
     SAME: gl.constexpr = lanes_of_outputs(rows_at_a_time(sizes.R), 16)
     place = to_bc + (layer & 3) * (sizes.R * BC_PLACES)
-    if sizes.R == 2:
+    if of_two_halves(sizes):
+        publish_digits(place, value, is_dt, SAME)
+    elif sizes.R == 2:
         publish_float(place, value, SAME)
     else:
         publish_bounded(place, value, SAME)
@@ -260,7 +268,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     is_b = p * OUTPUTS < S
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
-    to_bc = place_of_bc(bc, p * OUTPUTS, row, output, S, R)
+    to_bc = place_of_bc(bc, p * OUTPUTS, row, output, S, R, of_two_halves(sizes))
     at = gl.load(position + row).to(gl.int32)
     there = (row >= 0) & (output < 2 * S)
     loaded = gl.minimum(output, E - 2 * INNER - 1)
@@ -277,7 +285,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
-        publish_bc(to_bc, value, layer, sizes)
+        publish_bc(to_bc, value, is_dt, layer, sizes)
         remember_bc(pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes)
 
 

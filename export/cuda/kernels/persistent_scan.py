@@ -150,7 +150,7 @@ def _kept(tile, lane, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
+def summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
     """The warps' shares together: x before the convolution and z behind silu, (2, 32)."""
     WIDE: gl.constexpr = wide(sizes.D)
     zt, vt, xt, ut = tiles
@@ -333,7 +333,7 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     key, value = _chunk(places, (past_x, past_b), layer, decays, p, sizes)
     parts = part_x, part_z, part_s
     factors = factor_z, factor_x
-    newest, z = _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
+    newest, z = summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
     x = silu(before + newest * tap)
     state = _states(units.index(_slot_of_states(bars, first + WEIGHTS, sizes)))
     bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
