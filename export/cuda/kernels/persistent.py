@@ -141,10 +141,11 @@ def _shared_memory_two(ring):
     part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
-    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
+    part_3 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
+    part_4 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     of_scan = ring, bcs, part_0, part_1, part_2, scores
-    return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
+    return of_scan, (ring, part_0, part_1), (ring, part_3, part_4)
 
 
 @gluon.jit
@@ -153,10 +154,11 @@ def _shared_memory_two_halves(ring):
     part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
-    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
+    part_3 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
+    part_4 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
     shares = gl.allocate_shared_memory(gl.float32, [2, 2, 2, 16, 8], SHARES)
     of_scan = ring, part_0, part_1, part_2, shares
-    return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
+    return of_scan, (ring, part_0, part_1), (ring, part_3, part_4)
 
 
 @gluon.jit

@@ -51,11 +51,12 @@ def _halves_text(offsets, partial, nap, beyond=()):
     count = len(offsets) + len(beyond)
     address = 4 * count + (4 if partial else 0)
     last = address + (4 if beyond else 0)
-    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: " + _loads(offsets, address, 0)
-    text += _loads(beyond, last, len(offsets))
+    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: "
     if partial:
+        # Ahead of the others, or the assembler may have it wait for them: in a register of theirs.
         word = 4 * count
         text += f"ld.relaxed.gpu.global.b32 ${word}, [${last + 4}];"
+    text += _loads(offsets, address, 0) + _loads(beyond, last, len(offsets))
     text += "mov.b32 m, 0;"
     for i in range(count):
         a, b, c, d = (f"${4 * i + k}" for k in range(4))
