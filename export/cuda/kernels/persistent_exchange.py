@@ -210,8 +210,9 @@ def _digits_text():
     text += _end(24, 28, False)
     for i in range(4):
         text += f"prmt.b32 ${i}, {c[2 * i]}, {c[2 * i + 1]}, s;"
-        text += f"prmt.b32 ${4 + i}, {b[2 * i]}, {b[2 * i + 1]}, 0x5410;"
-        text += f"prmt.b32 ${8 + i}, {b[2 * i]}, {b[2 * i + 1]}, 0x7632;"
+        # Rows q and q + 8 in the tensor cores' order, in which each has every second register.
+        text += f"prmt.b32 ${4 + 2 * i}, {b[2 * i]}, {b[2 * i + 1]}, 0x5410;"
+        text += f"prmt.b32 ${5 + 2 * i}, {b[2 * i]}, {b[2 * i + 1]}, 0x7632;"
     return text + "mov.b32 $13, 0; mov.b32 $14, 0; mov.b32 $15, 0; }"
 
 
@@ -221,8 +222,9 @@ def poll_digits(address, number, start, stalled):
     number more.
 
     `address` (512, 4) int64 is that of four of B; four more are 64 bytes behind, C is 1024. Returns
-    C as columns of mma, the first digit in even and the second in odd ones, B's first digits, its
-    second ones, all (512, 4) int32, and (512, 4) float32 that begins with the number.
+    C as columns of mma, the first digit in even and the second in odd ones, B as rows, the first in
+    the upper eight and the second in the lower, twice (512, 4), all int32, and (512, 4) float32
+    that begins with the number.
     """
     text: gl.constexpr = _digits_text()
     return gl.inline_asm_elementwise(

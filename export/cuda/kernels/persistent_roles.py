@@ -43,9 +43,9 @@ from aim_export.cuda.kernels.persistent_exchange import (
 )
 from aim_export.cuda.kernels.persistent_products import (
     L4,
-    inverse_rms,
     lanes_of_outputs,
     multiply,
+    normed_sums,
     parts16,
     parts32,
     put16,
@@ -108,8 +108,8 @@ def project_out(weights, gated, limits, lane, parts, gate, sizes: gl.constexpr):
     sums = squares(g0, g1, g2, g3, lane, zero, R)
     put32(part_o, results(ta, lane, R), results(tb, lane, R), R)
     put_sums(part_s, sums, R, 32)
-    out = gl.sum(part_o.load(PARTS), axis=2)
-    return gate * out * inverse_rms(part_s, sizes.INNER, sizes.EPS, R, PARTS)
+    out, rms = normed_sums(part_o, part_s, sizes.INNER, sizes.EPS, R, PARTS)
+    return gate * out * rms
 
 
 @gluon.jit
@@ -319,8 +319,8 @@ def summed16(tile, norm, lane, parts, sizes: gl.constexpr):
     sums = shared_sums(norm, R)
     put16(part_b, results(tile, lane, R), R)
     put_sums(part_s, sums, R, 16)
-    rms = inverse_rms(part_s, sizes.D, sizes.EPS, R, PARTS)
-    return gl.sum(part_b.load(PARTS), axis=2) * rms
+    total, rms = normed_sums(part_b, part_s, sizes.D, sizes.EPS, R, PARTS)
+    return total * rms
 
 
 @gluon.jit

@@ -38,9 +38,9 @@ from aim_export.cuda.kernels.persistent_exchange import (
 )
 from aim_export.cuda.kernels.persistent_products import (
     L4,
-    inverse_rms,
     lanes_of_outputs,
     multiply,
+    normed_sums,
     parts32,
     put32,
     put_sums,
@@ -163,8 +163,8 @@ def summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.con
     put_sums(part_s, sums, 2, 32)
     if WIDE:
         release(bars, OTHERS, layer)
-    rms = inverse_rms(part_s, sizes.D, sizes.EPS, 2, PARTS)
-    newest = gl.sum(part_x.load(PARTS), axis=2) * rms * factor_x + shift_x
+    newest, rms = normed_sums(part_x, part_s, sizes.D, sizes.EPS, 2, PARTS)
+    newest = newest * rms * factor_x + shift_x
     return newest, silu(gl.sum(part_z.load(PARTS), axis=2) * rms * factor_z + shift_z)
 
 

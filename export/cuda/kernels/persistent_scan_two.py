@@ -27,6 +27,7 @@ from aim_export.cuda.kernels.persistent_common import (
     bounds,
     convolution_before,
     polled,
+    power_of_e,
     ready,
     silu,
     store_rounded,
@@ -39,6 +40,7 @@ from aim_export.cuda.kernels.persistent_products import (
     L4,
     lanes_of_outputs,
     multiply,
+    ordered,
     parts32,
     unpacked,
 )
@@ -203,10 +205,8 @@ def _load_states(unit):
     words = gl.reshape(words, [2, 2, 2, 2, 2, 2, 2, 2, 4, 4])
     words = gl.permute(words, [1, 6, 7, 0, 3, 5, 4, 8, 9, 2])
     upper, lower = gl.split(gl.reshape(words, [512, 4, 2]))
-    return (
-        gl.convert_layout(upper, L4, assert_trivial=True),
-        gl.convert_layout(lower, L4, assert_trivial=True),
-    )
+    upper = gl.convert_layout(upper, L4, assert_trivial=True)
+    return upper, gl.convert_layout(lower, L4, assert_trivial=True)
 
 
 _LINES = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
@@ -308,18 +308,21 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     )
     x = silu(before + newest * tap)
     states = _load_states(units.index(ready(bars, first + UNITS_OF_LAYER - 1, UNITS)))
+    # In the tensor cores' order before the wait, not behind it.
+    nothing = again(p) >> 20
+    states, keys = ordered(states[0], states[1], nothing), ordered(keys[0], keys[1], nothing)
     tid, lane = again(tid), again(lane)
     warp_row, quarter = (tid >> 5) & 1, (tid >> 6) & 3
     from_bc = polled(bc + warp_row * sizes.S + quarter * 32 + (lane & 3) * 4)
     from_dt = polled(bc + 4 * sizes.S + head * 2 + warp_row)
     later = turn * (4 * 2 * BC_PLACES)
-    query, high, low, dt = poll_digits(from_bc + later, from_dt + later, limits[0], limits[1])
-    of_states = multiply(states[0], states[1], query, zero)
-    of_keys = multiply(keys[0], keys[1], query, zero)
-    _put_shares(shares, of_states, of_keys, multiply(high, low, query, zero), lane)
+    query, first_b, second_b, dt = poll_digits(from_bc + later, from_dt + later, limits[0], limits[1])
+    of_states = multiply(states[0], states[1], query, zero, True)
+    of_keys = multiply(keys[0], keys[1], query, zero, True)
+    _put_shares(shares, of_states, of_keys, multiply(first_b, second_b, query, zero, True), lane)
     dt = unpacked(dt)[0]
     own = _to_lanes(dt) * _each_lane(x)
-    decay = _to_lanes(gl.exp(dt * rate))
+    decay = _to_lanes(power_of_e(dt * rate))
     y = _added(shares, values, decay, factor, own, _to_lanes(old), lane)
     y = (y + skip * x) * z
     to_gated = gated + p * 64 + row * 32 + channel
