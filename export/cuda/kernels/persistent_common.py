@@ -1,7 +1,6 @@
 """What the roles of the persistent step share: sizes, waiting for the ring, the convolution."""
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
-# ruff: noqa: D103
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -20,6 +19,11 @@ SCALED_PLACES = gl.constexpr(1024)  # a row, halves: box, half of it, row, 32
 NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and warp, row
 GATED_PLACES = gl.constexpr(2048)  # a row, halves, as those of `scaled`
 BC_PLACES = gl.constexpr(320)  # a row, float32: B (R, S), C (R, S), dt (H, R)
+
+# Copies of what two rows hand over, by lanes which hold the same number: so many fewer programs ask
+# for the same lines at a time.
+BC_COPIES = gl.constexpr(8)
+INPUT_COPIES = gl.constexpr(4)
 
 UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 
@@ -53,6 +57,18 @@ def rows_at_a_time(R):
 def of_two_halves(sizes):
     """Whether there are two rows whose states are halves (`persistent_scan_two`)."""
     return sizes.R == 2 and sizes.STATE_BITS == 16
+
+
+@gluon.constexpr_function
+def bc_copies(R, STATE_BITS):
+    """Copies of what programs of role `bc` hand over: programs of `scan` poll different ones."""
+    return BC_COPIES.value if R == 2 and STATE_BITS == 16 else 1
+
+
+@gluon.constexpr_function
+def input_copies(R, D):
+    """Copies of the layers' input and its norm: `bc` polls the first, `scan` the others."""
+    return INPUT_COPIES.value if R == 2 and D <= 1024 else 1
 
 
 @gluon.constexpr_function
@@ -260,6 +276,27 @@ def polled(pointer):
     """Pointers (512,) as polls take them: (512, 4) int64."""
     zeros = gl.full([512, 4], 0, gl.int64, L4)
     return zeros + gl.expand_dims(pointer.to(gl.int64), 1)
+
+
+@gluon.jit
+def copy_of(pointer, number, COPIES: gl.constexpr, APART: gl.constexpr):
+    """What reader `number` polls, of copies APART elements apart."""
+    if COPIES > 1:
+        pointer += number % COPIES * APART
+    return pointer
+
+
+@gluon.jit
+def polled_input(exchanges, tid, fragment, p, sizes: gl.constexpr):
+    """Where a thread of program `p` of role `scan` polls the first layer's input and its norm."""
+    scaled, norms, _gated, _bc = exchanges
+    COPIES: gl.constexpr = input_copies(sizes.R, sizes.D)
+    R: gl.constexpr = sizes.R
+    if COPIES > 1:
+        copy = 1 + p % (COPIES - 1)
+        scaled += copy * (4 * R * SCALED_PLACES)
+        norms += copy * (4 * NORM_PLACES)
+    return polled(scaled + (tid >> 5) * (64 * R) + fragment), polled(norms + tid)
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ from aim_export.cuda.kernels.persistent_common import (
     heads_apart,
     load_pair,
     polled,
+    polled_input,
     polled_where,
     ready,
     silu,
@@ -251,19 +252,19 @@ def _store_decay(pointer, value, mine):
 
 
 @gluon.jit
-def _places(p, row, channel, exchanges, AGAIN: gl.constexpr):
+def _places(p, row, channel, exchanges, AGAIN: gl.constexpr, sizes: gl.constexpr):
     """A thread's lane, its row and channel, and where it polls and hands over.
 
     With AGAIN as if they were others than before. For weights of 8 bits they are found in every
     layer: kept, they push others out of the registers, by which a step of AiM-B takes 7 % longer.
     For those of 16 bits keeping them is 1 to 2 % faster.
     """
-    scaled, norms, gated, bc = exchanges
+    _scaled, _norms, gated, bc = exchanges
     tid, lane, fragment = threads(2)
     if AGAIN:
         tid, lane, fragment = again(tid), again(lane), again(fragment)
         row, channel = again(row), again(channel)
-    polls = polled(scaled + (tid >> 5) * 128 + fragment), polled(norms + tid)
+    polls = polled_input(exchanges, tid, fragment, p, sizes)
     return lane, row, channel, polls, polled(bc + tid * 4), gated + p * 64 + row * 32 + channel
 
 
@@ -314,7 +315,7 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     slot = at % CHUNK
     old = at >= CHUNK
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D))
+    own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D), sizes)
     lane, own_row, own_channel, polls, from_bc, to_gated = own
     inner = p * 32 + own_channel
     everywhere = (own_row + own_channel) >= 0

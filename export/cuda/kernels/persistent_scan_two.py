@@ -8,8 +8,8 @@ states, B of the chunk's 16 tokens, and the token's own B with its digits as row
 are added from shared memory: those of states and of the own score by the eight lanes of an output,
 each of which also weighs two of the chunk's tokens.
 
-Bits of a thread's number: j 2, q0, q1, q2, row, quarter 2, 16 channels; and of the eight lanes of an
-output: lane 3, channel 2, row, channel 3.
+Bits of a thread's number: two of j, q0, q1, q2, row, two of the quarter, channel 16; of an output's
+eight lanes three of the lane, two of the channel, row, three of the channel.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -24,9 +24,12 @@ from aim_export.cuda.kernels.persistent_common import (
     GATED_PLACES,
     UNITS,
     again,
+    bc_copies,
     bounds,
     convolution_before,
+    copy_of,
     polled,
+    polled_input,
     power_of_e,
     ready,
     silu,
@@ -272,7 +275,7 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     units, _halves, bars = ring
     _begin, _modulation, conv, rates, past, scales, _result = pointers
     past_x, past_b, past_decay, state_scale = past
-    scaled, norms, gated, bc = exchanges
+    _scaled, _norms, gated, bc = exchanges
     INNER: gl.constexpr = sizes.INNER
     UNITS_OF_LAYER: gl.constexpr = units_of_scan(sizes.BITS, sizes.D)
     limits, row, channel, at, of_thread = kept
@@ -290,7 +293,7 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     rate, skip = load_rates(rates, layer, head, sizes)
     factors = weight_factors(scales, layer, inner, sizes)
     first = layer * UNITS_OF_LAYER
-    polls = polled(scaled + (tid >> 5) * 128 + fragment), polled(norms + tid)
+    polls = polled_input(exchanges, tid, fragment, p, sizes)
     tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
     # The chunk's tokens and the states, while sums and B, C and dt are on their way.
     tid, lane = again(tid), again(lane)
@@ -313,10 +316,13 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     states, keys = ordered(states[0], states[1], nothing), ordered(keys[0], keys[1], nothing)
     tid, lane = again(tid), again(lane)
     warp_row, quarter = (tid >> 5) & 1, (tid >> 6) & 3
+    bc = copy_of(bc, p, bc_copies(2, 16), 4 * 2 * BC_PLACES)
     from_bc = polled(bc + warp_row * sizes.S + quarter * 32 + (lane & 3) * 4)
     from_dt = polled(bc + 4 * sizes.S + head * 2 + warp_row)
     later = turn * (4 * 2 * BC_PLACES)
-    query, first_b, second_b, dt = poll_digits(from_bc + later, from_dt + later, limits[0], limits[1])
+    query, first_b, second_b, dt = poll_digits(
+        from_bc + later, from_dt + later, limits[0], limits[1]
+    )
     of_states = multiply(states[0], states[1], query, zero, True)
     of_keys = multiply(keys[0], keys[1], query, zero, True)
     _put_shares(shares, of_states, of_keys, multiply(first_b, second_b, query, zero, True), lane)
