@@ -152,6 +152,19 @@ def _entry(lane):
 
 
 @gluon.jit
+def _channel(tid):
+    """Which of a program's 32 channels a thread has an output of."""
+    return ((tid >> 3) & 3) + (tid >> 6) * 4
+
+
+@gluon.jit
+def _factor_of_states(state_scale, layer, tid, p, old, last, sizes: gl.constexpr):
+    """What the numbers of a channel's states count by the last token (2, 2, 16, 8), none 0."""
+    place = layer * (2 * sizes.INNER) + ((tid >> 5) & 1) * sizes.INNER + p * 32 + _channel(tid)
+    return _to_lanes(gl.load(state_scale + place, mask=old, other=0.0) * gl.exp(last))
+
+
+@gluon.jit
 def _load_keys(past_b, layer, tid, slot, sizes: gl.constexpr):
     """B of the chunk's tokens before `slot`, a warp's quarter of S of its row: rows of A."""
     WORDS: gl.constexpr = sizes.S // 2
@@ -180,7 +193,7 @@ def _load_values(past, layer, tid, slot, p, head, sizes: gl.constexpr):
     there = token < _of_two(slot)
     decay = gl.load(past_decay + _decays_at(layer, row, head, sizes) + token, mask=there, other=0.0)
     weight = gl.where(there, gl.exp(_of_two(last) - decay), 0.0)
-    channel = p * 32 + ((tid >> 3) & 3) + (tid >> 6) * 4
+    channel = p * 32 + _channel(tid)
     place = _of_two(layer * (2 * CHUNK * INNER) + row * (CHUNK * INNER) + channel) + token * INNER
     value = gl.load(past_x + place, mask=there, other=0.0).to(gl.float32) * weight
     value = gl.permute(gl.reshape(value, [2, 2, 2, 2, 2, 2, 8, 2]), [3, 0, 1, 2, 4, 5, 6, 7])
@@ -300,12 +313,8 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     slot = of_thread % CHUNK
     keys = _load_keys(past_b, layer, tid, slot, sizes)
     values, last = _load_values(past, layer, tid, slot, p, head, sizes)
-    mine = p * 32 + ((tid >> 3) & 3) + (tid >> 6) * 4
     old = of_thread >= CHUNK
-    factor = gl.load(
-        state_scale + layer * (2 * INNER) + ((tid >> 5) & 1) * INNER + mine, mask=old, other=0.0
-    )
-    factor = _to_lanes(factor * gl.exp(last))
+    factor = _factor_of_states(state_scale, layer, tid, p, old, last, sizes)
     newest, z = summed(
         bars, layer, tiles, norm, shifts, factors, lane, (part_x, part_z, part_s), sizes
     )
@@ -336,7 +345,8 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     clear_half(to_gated + ((layer - 1) & 3) * (2 * GATED_PLACES), SAME)
     mbarrier.arrive(bars.index(8 + (layer & 1)), count=1)
     remember_input(conv, layer, row, inner, at, newest, sizes)
-    token = past_x + layer * (2 * CHUNK * INNER) + (warp_row * CHUNK + slot) * INNER + mine
+    token = past_x + layer * (2 * CHUNK * INNER) + (warp_row * CHUNK + slot) * INNER
+    token += p * 32 + _channel(tid)
     store_rounded(token, _to_threads(own), (tid & 7) == 0)
     place = past_decay + layer * (2 * sizes.H * CHUNK) + (warp_row * sizes.H + head) * CHUNK + slot
     once = ((tid & -33) == 0) & (p * 32 == head * sizes.P)
