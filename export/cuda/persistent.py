@@ -17,7 +17,6 @@ from typing import Any
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent, step
 from aim_export.cuda.kernels.persistent_common import (
-    bc_copies,
     gated_places,
     input_copies,
     programs_of,
@@ -138,17 +137,13 @@ class _PersistentBuilder(StepBuilder):
         self, geometry: Geometry, precision: Format, rows: int, tuning: Tuning, overlaps: bool
     ) -> None:
         super().__init__(geometry, precision, rows, tuning, overlaps)
-        state_bits = 8 * DTYPE_BYTES[precision.state]
-        self.copies = {
-            "INPUT_COPIES": int(input_copies(rows, geometry.D)),
-            "BC_COPIES": int(bc_copies(rows, state_bits)),
-        }
-        of_input, of_bc = (copies * _DEPTH for copies in self.copies.values())
+        self.copies = int(input_copies(rows, geometry.D))
+        depth = self.copies * _DEPTH
         added = {
-            "scaled_exchange": Tensor("float16", (of_input, rows * scaled_places(geometry.D))),
-            "norm_exchange": Tensor("float32", (of_input, -(-rows // _GROUP) * 512)),
+            "scaled_exchange": Tensor("float16", (depth, rows * scaled_places(geometry.D))),
+            "norm_exchange": Tensor("float32", (depth, -(-rows // _GROUP) * 512)),
             "gated_exchange": Tensor("float16", (_DEPTH, rows * gated_places(geometry.D))),
-            "bc_exchange": Tensor("float32", (of_bc, rows * 320)),
+            "bc_exchange": Tensor("float32", (_DEPTH, rows * 320)),
             # What the head norms behind its product.
             "final_shift": Tensor(precision.activation, (rows, geometry.D)),
             "shifted_logits": Tensor("float32", (rows, geometry.V)),
@@ -198,7 +193,7 @@ class _PersistentBuilder(StepBuilder):
             R=self.rows,
             D=self.g.D,
             INNER=self.g.inner,
-            **self.copies,
+            COPIES=self.copies,
             BLOCK=(8192 if wide(self.g.D) else 4096) * min(self.rows, _GROUP),
         )
 

@@ -287,7 +287,7 @@ def persistent(
     scaled,  # exchanges, all ones between launches: (copies, DEPTH, R * 1024 or 1536) float16
     norms,  # (copies, DEPTH, 512) float32
     gated,  # (DEPTH, R * 2048 or 3072) float16
-    bc,  # (copies, DEPTH, R * 320) float32
+    bc,  # (DEPTH, R * 320) float32
     stalled,  # (4,) int32: [0] becomes 1 then, so that later launches do not wait as long again
     R: gl.constexpr,
     L: gl.constexpr,
@@ -337,8 +337,7 @@ def clear_exchanges(
     R: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
-    INPUT_COPIES: tl.constexpr,
-    BC_COPIES: tl.constexpr,
+    COPIES: tl.constexpr,  # of `scaled` and `norms`
     BLOCK: tl.constexpr,  # no fewer words than a copy of the largest exchange has of a group
 ):
     """Bring the exchanges to their state between launches, whatever a failed one left there.
@@ -357,22 +356,20 @@ def clear_exchanges(
     if program == 0:
         inside = at % (AT_A_TIME * SCALED // 2) // (32 * AT_A_TIME) < D // 64
         kept = tl.where(inside, empty, 0)
-        for copy in range(INPUT_COPIES):
+        for copy in range(COPIES):
             place = scaled.to(word, bitcast=True) + copy * (R * SCALED * 2) + at
             tl.store(place, kept, mask=at < R * SCALED * 2)
     elif program == 1:
         inside = at % _NORMS // 16 < SHARES // 16
         kept = tl.where(inside, empty, 0)
         PLACES: tl.constexpr = R // AT_A_TIME * _NORMS * 4
-        for copy in range(INPUT_COPIES):
+        for copy in range(COPIES):
             tl.store(norms.to(word, bitcast=True) + copy * PLACES + at, kept, mask=at < PLACES)
     elif program == 2:
         inside = at % (AT_A_TIME * GATED // 2) // (32 * AT_A_TIME) < INNER // 64
         kept = tl.where(inside, empty, 0)
         tl.store(gated.to(word, bitcast=True) + at, kept, mask=at < R * GATED * 2)
     elif program == 3:
-        for copy in range(BC_COPIES):
-            place = bc.to(word, bitcast=True) + copy * (R * _BC * 4) + at
-            tl.store(place, empty, mask=at < R * _BC * 4)
+        tl.store(bc.to(word, bitcast=True) + at, empty, mask=at < R * _BC * 4)
     else:
         tl.store(stalled + at, empty + 1, mask=at < 4)

@@ -20,10 +20,10 @@ NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and w
 GATED_PLACES = gl.constexpr(2048)  # a row, halves, as those of `scaled`
 BC_PLACES = gl.constexpr(320)  # a row, float32: B (R, S), C (R, S), dt (H, R)
 
-# Copies of what two rows hand over, by lanes which hold the same number: so many fewer programs ask
-# for the same lines at a time.
-BC_COPIES = gl.constexpr(8)
+# Copies of the layers' input and its norm, of two rows and of eight, by lanes which hold the same
+# number: so many fewer programs ask for the same lines at a time.
 INPUT_COPIES = gl.constexpr(4)
+INPUT_COPIES_OF_EIGHT = gl.constexpr(1)
 
 UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 
@@ -60,15 +60,17 @@ def of_two_halves(sizes):
 
 
 @gluon.constexpr_function
-def bc_copies(R, STATE_BITS):
-    """Copies of what programs of role `bc` hand over: programs of `scan` poll different ones."""
-    return BC_COPIES.value if R == 2 and STATE_BITS == 16 else 1
+def input_copies(R, D):
+    """Copies of the layers' input and its norm: `bc` polls the first, `scan` the others."""
+    if wide(D) or R > 8:
+        return 1
+    return INPUT_COPIES.value if R == 2 else INPUT_COPIES_OF_EIGHT.value
 
 
 @gluon.constexpr_function
-def input_copies(R, D):
-    """Copies of the layers' input and its norm: `bc` polls the first, `scan` the others."""
-    return INPUT_COPIES.value if R == 2 and D <= 1024 else 1
+def lanes_of_copies(R, D):
+    """The bits of a lane's number that say which copy it stores: some of `lanes_of_outputs`."""
+    return (input_copies(R, D) - 1) * (1 if R == 2 else 2)
 
 
 @gluon.constexpr_function
@@ -276,14 +278,6 @@ def polled(pointer):
     """Pointers (512,) as polls take them: (512, 4) int64."""
     zeros = gl.full([512, 4], 0, gl.int64, L4)
     return zeros + gl.expand_dims(pointer.to(gl.int64), 1)
-
-
-@gluon.jit
-def copy_of(pointer, number, COPIES: gl.constexpr, APART: gl.constexpr):
-    """What reader `number` polls, of copies APART elements apart."""
-    if COPIES > 1:
-        pointer += number % COPIES * APART
-    return pointer
 
 
 @gluon.jit

@@ -80,13 +80,13 @@ def _halves_operands(count, partial, addresses=1):
 
 
 @gluon.jit
-def poll_scaled(address, partial, start, stalled, R: gl.constexpr, NAP: gl.constexpr = True):
+def poll_scaled(address, partial, start, stalled, R: gl.constexpr):
     """Wait for a warp's 64 inputs of `in_proj` for R rows and its share of their norm.
 
     `address` and `partial` (512, 4) int64 have one address a thread. Returns the two groups of
     fragments (512, 4) int32, and (512, 4) float32 whose sum over axis 1 is a sum of squares.
     """
-    text: gl.constexpr = _halves_text((0, 64 * R), True, NAP)
+    text: gl.constexpr = _halves_text((0, 64 * R), True, True)
     operands: gl.constexpr = _halves_operands(2, True)
     return gl.inline_asm_elementwise(
         text,
@@ -258,15 +258,15 @@ def publish_digits(pointer, value, plain, MASK: gl.constexpr):
 
 
 @gluon.jit
-def places_of_copies(pointer, COPIES: gl.constexpr, APART: gl.constexpr):
-    """Pointers of a layout in which eight lanes have the same one, each COPIES of them at a copy of
-    its own, APART elements from the one before."""
-    if COPIES > 1:
+def places_of_copies(pointer, LANES: gl.constexpr, APART: gl.constexpr):
+    """Pointers that are the same in lanes but for bits LANES, there at a copy each, APART elements
+    from the one before."""
+    if LANES > 0:
         BYTES: gl.constexpr = APART * pointer.dtype.element_ty.primitive_bitwidth // 8
         place = gl.inline_asm_elementwise(
             "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, $2; mad.wide.u32 $0, l, $3, $1; }",
             "=l,l,r,r",
-            [pointer.to(gl.int64), COPIES - 1, BYTES],
+            [pointer.to(gl.int64), LANES, BYTES // (LANES & -LANES)],
             dtype=gl.int64,
             is_pure=False,
             pack=1,
@@ -275,17 +275,11 @@ def places_of_copies(pointer, COPIES: gl.constexpr, APART: gl.constexpr):
     return pointer
 
 
-@gluon.constexpr_function
-def storing(MASK, COPIES):
-    """MASK of the functions that store, where some of its lanes have a copy each."""
-    return MASK & ~(COPIES - 1)
-
-
 @gluon.jit
 def publish_half(pointer, value, MASK: gl.constexpr):
     """Store float32 as half, clamped to what one can hold, NaN as infinity.
 
-    Only lanes store whose number has no bit of MASK: the others hold copies.
+    Only lanes store whose number has no bit of MASK: the others hold the same number.
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred p, q; .reg .b16 h; .reg .b32 l; .reg .f32 v; mov.u32 l, %laneid;"

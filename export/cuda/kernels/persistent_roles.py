@@ -15,13 +15,12 @@ from aim_export.cuda.kernels.persistent_common import (
     GATED_PLACES,
     NORM_PLACES,
     SCALED_PLACES,
-    bc_copies,
     bc_outputs,
     bounds,
     convolution_before,
     factor_of,
     heads_apart,
-    input_copies,
+    lanes_of_copies,
     load_pair,
     load_single,
     of_two_halves,
@@ -43,7 +42,6 @@ from aim_export.cuda.kernels.persistent_exchange import (
     publish_digits,
     publish_float,
     publish_half,
-    storing,
 )
 from aim_export.cuda.kernels.persistent_products import (
     L4,
@@ -61,9 +59,6 @@ from aim_export.cuda.kernels.persistent_products import (
 )
 from aim_export.cuda.kernels.persistent_result import store_result
 from aim_export.cuda.kernels.persistent_wide import project_bc
-
-# Whether programs of role `bc` pause between polls.
-_BC_NAPS = gl.constexpr(True)
 
 
 @gluon.constexpr_function
@@ -130,14 +125,13 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     D: gl.constexpr = sizes.D
     R: gl.constexpr = sizes.R
     OUT: gl.constexpr = gl.SliceLayout(2, parts32(R))
-    SAME: gl.constexpr = lanes_of_outputs(R, 32)
+    COPIES: gl.constexpr = lanes_of_copies(R, D)
     tid, lane, fragment = threads(R)
     from_gated = polled(gated + (tid >> 5) * (64 * R) + fragment)
     limits = bounds(start, stalled)
     row = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(1, OUT)), 1)
     channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0)
     place = row * D + p * 32 + channel
-    COPIES: gl.constexpr = input_copies(R, D)
     to_scaled = scaled + p * (32 * R) + row * 32 + channel
     to_scaled = places_of_copies(to_scaled, COPIES, 4 * R * SCALED_PLACES)
     to_norms = places_of_copies(norm_places(norms, p, R), COPIES, 4 * NORM_PLACES)
@@ -167,8 +161,8 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
                 R,
                 COPIES,
             )
-        clear_half(to_scaled + turn * (R * SCALED_PLACES), storing(SAME, COPIES))
-        clear_float(to_norms + turn * NORM_PLACES, storing(31, COPIES))
+        clear_half(to_scaled + turn * (R * SCALED_PLACES), lanes_of_outputs(R, 32) & ~COPIES)
+        clear_float(to_norms + turn * NORM_PLACES, 31 & ~COPIES)
     last = scale + layers * (R * D)
     store_result(result, last, value, 0, here, p, stalled, sums_of_warps, sizes)
 
@@ -197,10 +191,10 @@ def step_input(begin, at, row, place, here, sizes: gl.constexpr):
 
 
 @gluon.jit
-def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr, COPIES: gl.constexpr = 1):
-    """Publish the next layer's input and each warp's share of its norm."""
-    publish_half(to_scaled, value * scale, storing(lanes_of_outputs(R, 32), COPIES))
-    publish_float(to_norms, sums_of_warps(value * value, R), storing(31, COPIES))
+def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr, COPIES: gl.constexpr = 0):
+    """Publish the next layer's input and each warp's share of its norm, by lanes COPIES a copy."""
+    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32) & ~COPIES)
+    publish_float(to_norms, sums_of_warps(value * value, R), 31 & ~COPIES)
 
 
 @gluon.jit
@@ -240,8 +234,7 @@ def place_of_bc(
 @gluon.jit
 def publish_bc(to_bc, value, is_dt, layer, sizes: gl.constexpr):
     """Hand over B, C or dt; what halves multiply by is no more than one can hold."""
-    COPIES: gl.constexpr = bc_copies(sizes.R, sizes.STATE_BITS)
-    SAME: gl.constexpr = storing(lanes_of_outputs(rows_at_a_time(sizes.R), 16), COPIES)
+    SAME: gl.constexpr = lanes_of_outputs(rows_at_a_time(sizes.R), 16)
     place = to_bc + (layer & 3) * (sizes.R * BC_PLACES)
     if of_two_halves(sizes):
         publish_digits(place, value, is_dt, SAME)
@@ -282,7 +275,6 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
     to_bc = place_of_bc(bc, p * OUTPUTS, row, output, S, R, of_two_halves(sizes))
-    to_bc = places_of_copies(to_bc, bc_copies(R, sizes.STATE_BITS), 4 * R * BC_PLACES)
     at = gl.load(position + row).to(gl.int32)
     there = (row >= 0) & (output < 2 * S)
     loaded = gl.minimum(output, E - 2 * INNER - 1)
@@ -319,7 +311,6 @@ def _project16(ring, layer, turn, polls, limits, parts, sizes: gl.constexpr):
         limits[0],
         limits[1],
         R,
-        _BC_NAPS,
     )
     tile = multiply(a2, a3, second, multiply(a0, a1, first, zero))
     return summed16(tile, norm, lane, parts, sizes)

@@ -24,10 +24,8 @@ from aim_export.cuda.kernels.persistent_common import (
     GATED_PLACES,
     UNITS,
     again,
-    bc_copies,
     bounds,
     convolution_before,
-    copy_of,
     polled,
     polled_input,
     power_of_e,
@@ -325,7 +323,6 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     states, keys = ordered(states[0], states[1], nothing), ordered(keys[0], keys[1], nothing)
     tid, lane = again(tid), again(lane)
     warp_row, quarter = (tid >> 5) & 1, (tid >> 6) & 3
-    bc = copy_of(bc, p, bc_copies(2, 16), 4 * 2 * BC_PLACES)
     from_bc = polled(bc + warp_row * sizes.S + quarter * 32 + (lane & 3) * 4)
     from_dt = polled(bc + 4 * sizes.S + head * 2 + warp_row)
     later = turn * (4 * 2 * BC_PLACES)
