@@ -47,10 +47,12 @@ _PROGRAMS = 114
 # AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
 _PACES = {
     2: (6200, 8500, 10000),
-    8: (7500, 9700, 13600),
+    8: (5500, 7800, 11000),
     16: (11000, 11500, 18500),
     32: (15000, 14000, 23000),
 }
+# Of two rows whose states are float16.
+_SHORT_PACES = (5200, 7000, 8400)
 # Of two rows of a wide model, with 8-bit weights and else, by AiM-XL.
 _WIDE_PACES = (15500, 32000)
 _DEPTH = 4
@@ -70,7 +72,8 @@ def programs(g: Geometry) -> int:
 def _pace(g: Geometry, precision: Format, rows: int) -> int:
     if wide(g.D):
         return _WIDE_PACES[0 if precision.quantised else 1]
-    of_bytes, narrow, broad = _PACES[rows]
+    short = rows == 2 and precision.state == "float16"
+    of_bytes, narrow, broad = _SHORT_PACES if short else _PACES[rows]
     if precision.quantised:
         return of_bytes
     return narrow if g.D <= NARROW else broad

@@ -20,10 +20,9 @@ NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and w
 GATED_PLACES = gl.constexpr(2048)  # a row, halves, as those of `scaled`
 BC_PLACES = gl.constexpr(320)  # a row, float32: B (R, S), C (R, S), dt (H, R)
 
-# Copies of the layers' input and its norm, of two rows and of eight, by lanes which hold the same
-# number: so many fewer programs ask for the same lines at a time.
+# Copies of two rows' input of a layer and its norm, by lanes which hold the same number: so many
+# fewer programs ask for the same lines at a time.
 INPUT_COPIES = gl.constexpr(4)
-INPUT_COPIES_OF_EIGHT = gl.constexpr(1)
 
 UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 
@@ -62,15 +61,7 @@ def of_two_halves(sizes):
 @gluon.constexpr_function
 def input_copies(R, D):
     """Copies of the layers' input and its norm: `bc` polls the first, `scan` the others."""
-    if wide(D) or R > 8:
-        return 1
-    return INPUT_COPIES.value if R == 2 else INPUT_COPIES_OF_EIGHT.value
-
-
-@gluon.constexpr_function
-def lanes_of_copies(R, D):
-    """The bits of a lane's number that say which copy it stores: some of `lanes_of_outputs`."""
-    return (input_copies(R, D) - 1) * (1 if R == 2 else 2)
+    return INPUT_COPIES.value if R == 2 and not wide(D) else 1
 
 
 @gluon.constexpr_function

@@ -258,15 +258,15 @@ def publish_digits(pointer, value, plain, MASK: gl.constexpr):
 
 
 @gluon.jit
-def places_of_copies(pointer, LANES: gl.constexpr, APART: gl.constexpr):
-    """Pointers that are the same in lanes but for bits LANES, there at a copy each, APART elements
+def places_of_copies(pointer, COPIES: gl.constexpr, APART: gl.constexpr):
+    """Pointers that are the same in COPIES lanes side by side, there at a copy each, APART elements
     from the one before."""
-    if LANES > 0:
+    if COPIES > 1:
         BYTES: gl.constexpr = APART * pointer.dtype.element_ty.primitive_bitwidth // 8
         place = gl.inline_asm_elementwise(
             "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, $2; mad.wide.u32 $0, l, $3, $1; }",
             "=l,l,r,r",
-            [pointer.to(gl.int64), LANES, BYTES // (LANES & -LANES)],
+            [pointer.to(gl.int64), COPIES - 1, BYTES],
             dtype=gl.int64,
             is_pure=False,
             pack=1,

@@ -20,7 +20,7 @@ from aim_export.cuda.kernels.persistent_common import (
     convolution_before,
     factor_of,
     heads_apart,
-    lanes_of_copies,
+    input_copies,
     load_pair,
     load_single,
     of_two_halves,
@@ -125,7 +125,8 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     D: gl.constexpr = sizes.D
     R: gl.constexpr = sizes.R
     OUT: gl.constexpr = gl.SliceLayout(2, parts32(R))
-    COPIES: gl.constexpr = lanes_of_copies(R, D)
+    COPIES: gl.constexpr = input_copies(R, D)
+    SAME: gl.constexpr = lanes_of_outputs(R, 32) & ~(COPIES - 1)
     tid, lane, fragment = threads(R)
     from_gated = polled(gated + (tid >> 5) * (64 * R) + fragment)
     limits = bounds(start, stalled)
@@ -161,8 +162,8 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
                 R,
                 COPIES,
             )
-        clear_half(to_scaled + turn * (R * SCALED_PLACES), lanes_of_outputs(R, 32) & ~COPIES)
-        clear_float(to_norms + turn * NORM_PLACES, 31 & ~COPIES)
+        clear_half(to_scaled + turn * (R * SCALED_PLACES), SAME)
+        clear_float(to_norms + turn * NORM_PLACES, 32 - COPIES)
     last = scale + layers * (R * D)
     store_result(result, last, value, 0, here, p, stalled, sums_of_warps, sizes)
 
@@ -191,10 +192,10 @@ def step_input(begin, at, row, place, here, sizes: gl.constexpr):
 
 
 @gluon.jit
-def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr, COPIES: gl.constexpr = 0):
-    """Publish the next layer's input and each warp's share of its norm, by lanes COPIES a copy."""
-    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32) & ~COPIES)
-    publish_float(to_norms, sums_of_warps(value * value, R), 31 & ~COPIES)
+def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr, COPIES: gl.constexpr = 1):
+    """Publish the next layer's input and each warp's share of its norm, in COPIES copies."""
+    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32) & ~(COPIES - 1))
+    publish_float(to_norms, sums_of_warps(value * value, R), 32 - COPIES)
 
 
 @gluon.jit

@@ -17,7 +17,6 @@ from aim_export.cuda.kernels.persistent_common import (
     factor_of,
     heads_apart,
     polled,
-    polled_input,
     ready,
     silu,
     store_rounded,
@@ -124,7 +123,7 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
     _units, _halves, bars = ring
     begin, _modulation, conv, rates, past, scales, _result = pointers
     _past_x, _past_b, past_decay, _state_scale = past
-    _scaled, _norms, gated, bc = exchanges
+    scaled, norms, gated, bc = exchanges
     UNITS_OF_LAYER: gl.constexpr = sizes.BITS // 4 + 2  # weights' and two of states
     limits = bounds(start, stalled)
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
@@ -148,7 +147,7 @@ def scan_role_eight(shared, pointers, exchanges, p, layers, start, stalled, size
         of_head = load_rates(rates, layer, head, sizes)
         factors = weight_factors(scales, layer, inner, sizes)
         first = layer * UNITS_OF_LAYER
-        polls = polled_input(exchanges, tid, fragment, p, sizes)
+        polls = polled(scaled + (tid >> 5) * (64 * R) + fragment), polled(norms + tid)
         tiles, norm = project(ring, first, layer, turn, polls, limits, zero, sizes)
         # The chunk's tokens and the states, while sums and B, C and dt are on their way.
         tid, lane = again(tid), again(lane)
