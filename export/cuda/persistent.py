@@ -47,7 +47,7 @@ _PROGRAMS = 114
 # AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
 _PACES = {
     2: (6200, 8500, 10000),
-    8: (5500, 7800, 11000),
+    8: (5500, 9700, 11000),
     16: (11000, 11500, 18500),
     32: (15000, 14000, 23000),
 }

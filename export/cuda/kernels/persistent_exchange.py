@@ -52,11 +52,14 @@ def _halves_text(offsets, partial, nap, beyond=()):
     address = 4 * count + (4 if partial else 0)
     last = address + (4 if beyond else 0)
     text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: "
+    loads = _loads(offsets, address, 0) + _loads(beyond, last, len(offsets))
     if partial:
-        # Ahead of the others, or the assembler may have it wait for them: in a register of theirs.
+        # Ahead of the others, or the assembler has it wait for them: in a register of theirs. Wide
+        # models poll so often enough.
         word = 4 * count
-        text += f"ld.relaxed.gpu.global.b32 ${word}, [${last + 4}];"
-    text += _loads(offsets, address, 0) + _loads(beyond, last, len(offsets))
+        share = f"ld.relaxed.gpu.global.b32 ${word}, [${last + 4}];"
+        loads = loads + share if beyond else share + loads
+    text += loads
     text += "mov.b32 m, 0;"
     for i in range(count):
         a, b, c, d = (f"${4 * i + k}" for k in range(4))
@@ -114,9 +117,9 @@ def poll_scaled_wide(address, beyond, partial, start, stalled, R: gl.constexpr):
 
 
 @gluon.jit
-def poll_gated(address, start, stalled, R: gl.constexpr):
+def poll_gated(address, start, stalled, R: gl.constexpr, NAP: gl.constexpr):
     """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32."""
-    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, False)
+    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, NAP)
     operands: gl.constexpr = _halves_operands(4, False)
     return gl.inline_asm_elementwise(
         text,
@@ -146,14 +149,14 @@ def poll_gated_wide(address, start, stalled, R: gl.constexpr):
 
 
 @gluon.jit
-def poll_words(address, active, start, stalled):
+def poll_words(address, active, start, stalled, NAP: gl.constexpr):
     """Wait for 16 bytes of 32-bit numbers in threads where `active` is set; zeros elsewhere."""
     text: gl.constexpr = (
         "{ .reg .pred p, q, a; .reg .b32 n; setp.ne.s32 a, $8, 0;"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
         "L: @a ld.relaxed.gpu.global.v4.b32 {$0,$1,$2,$3}, [$4+0];"
         "setp.ne.b32 p, $0, -1; setp.ne.and.b32 p, $1, -1, p;"
-        "setp.ne.and.b32 p, $2, -1, p; setp.ne.and.b32 p, $3, -1, p;" + _end(12, 16, False) + " }"
+        "setp.ne.and.b32 p, $2, -1, p; setp.ne.and.b32 p, $3, -1, p;" + _end(12, 16, NAP) + " }"
     )
     return gl.inline_asm_elementwise(
         text,
@@ -192,7 +195,7 @@ def poll_row(address, number, start, stalled):
 
 
 @gluon.constexpr_function
-def _digits_text():
+def _digits_text(nap):
     """PTX of `poll_digits`: words c of C and b of B, whose lower half is the first digit."""
     c, b = [f"c{i}" for i in range(8)], [f"b{i}" for i in range(8)]
     text = "{ .reg .pred p, q; .reg .b32 n, m, s, " + ", ".join((*c, *b)) + ";"
@@ -207,7 +210,7 @@ def _digits_text():
     steps += [f"max.u32 ${i}, ${i}, ${i + 4};" for i in range(4)]
     steps += ["max.u32 $0, $0, $1;", "max.u32 $2, $2, $3;", "max.u32 $0, $0, $2;"]
     text += "".join(steps) + "mov.b32 m, $12; max.u32 m, m, $0; setp.ne.b32 p, m, -1;"
-    text += _end(24, 28, False)
+    text += _end(24, 28, nap)
     for i in range(4):
         text += f"prmt.b32 ${i}, {c[2 * i]}, {c[2 * i + 1]}, s;"
         # Rows q and q + 8 in the tensor cores' order, in which each has every second register.
@@ -217,7 +220,7 @@ def _digits_text():
 
 
 @gluon.jit
-def poll_digits(address, number, start, stalled):
+def poll_digits(address, number, start, stalled, NAP: gl.constexpr):
     """Wait for a lane's eight numbers each of B and C, as `publish_digits` stores them, and for one
     number more.
 
@@ -226,7 +229,7 @@ def poll_digits(address, number, start, stalled):
     the upper eight and the second in the lower, twice (512, 4), all int32, and (512, 4) float32
     that begins with the number.
     """
-    text: gl.constexpr = _digits_text()
+    text: gl.constexpr = _digits_text(NAP)
     return gl.inline_asm_elementwise(
         text,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,r,r,r,r,"

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
+    NAP_BC,
     NORM_PLACES,
     SCALED_PLACES,
     UNITS,
@@ -337,7 +338,9 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     newest, z = summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
     x = silu(before + newest * tap)
     state = _states(units.index(_slot_of_states(bars, first + WEIGHTS, sizes)))
-    bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
+    naps: gl.constexpr = False if wide(sizes.D) else NAP_BC
+    from_bc += turn * (4 * 2 * BC_PLACES)
+    bcs.store(poll_words(from_bc, active, limits[0], limits[1], naps))
     if wide(sizes.D):
         release(bars, STATES, layer)
     from_state, attended, score, dt = _attend(bcs, scores, state, key, value, head, S)
