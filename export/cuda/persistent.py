@@ -4,19 +4,21 @@ Behind it stand the launches of `aim_export.cuda.step` that follow the layers. I
 bucket comes before those of as many rows and fewer that take none of this: a runtime passes over
 them where its GPU can run this one.
 
-Two rows are for formats whose states are float32, eight and groups of eight for those whose states
-are float16. Models wider than 1024 have two rows alone.
+Two rows are for formats whose states are float32 or float16, eight and groups of eight for the
+latter. Models wider than 1024 have two rows of float32 states alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import persistent, step
 from aim_export.cuda.kernels.persistent_common import (
     gated_places,
+    input_copies,
     programs_of,
     row_shares,
     scaled_places,
@@ -30,7 +32,7 @@ from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Program
 
 # Rows by the type of the states, and whose tuning serves what is around the layers: products for
 # the tensor cores want no fewer than 16 rows, of which eight are left out.
-ROWS: Mapping[str, tuple[int, ...]] = {"float32": (2,), "float16": (8, 16, 32)}
+ROWS: Mapping[str, tuple[int, ...]] = {"float32": (2,), "float16": (2, 8, 16, 32)}
 _TUNED_AS = {2: 2, 8: 16, 16: 16, 32: 32}
 # More rows than these go through the layers in groups of so many.
 _GROUP = 8
@@ -45,10 +47,12 @@ _PROGRAMS = 114
 # AiM-L, of more that of the wider; the others are in proportion to what is to be loaded.
 _PACES = {
     2: (6200, 8500, 10000),
-    8: (7500, 9700, 13600),
+    8: (5500, 9700, 11000),
     16: (11000, 11500, 18500),
     32: (15000, 14000, 23000),
 }
+# Of two rows whose states are float16.
+_SHORT_PACES = (5200, 7000, 8400)
 # Of two rows of a wide model, with 8-bit weights and else, by AiM-XL.
 _WIDE_PACES = (15500, 32000)
 _DEPTH = 4
@@ -68,15 +72,21 @@ def programs(g: Geometry) -> int:
 def _pace(g: Geometry, precision: Format, rows: int) -> int:
     if wide(g.D):
         return _WIDE_PACES[0 if precision.quantised else 1]
-    of_bytes, narrow, broad = _PACES[rows]
+    short = rows == 2 and precision.state == "float16"
+    of_bytes, narrow, broad = _SHORT_PACES if short else _PACES[rows]
     if precision.quantised:
         return of_bytes
     return narrow if g.D <= NARROW else broad
 
 
-def tuning_of(rows: int, tunings: Mapping[int, Tuning]) -> Tuning | None:
-    """Of `tunings`, by rows, that for what is around the layers of a bucket of `rows` rows."""
-    return tunings.get(_TUNED_AS[rows])
+def tuning_of(rows: int, state: str, tunings: Mapping[int, Tuning]) -> Tuning | None:
+    """Of `tunings`, by rows, that for what is around the layers of a bucket of `rows` rows.
+
+    Chunks of two rows are as long as those of more rows of the same states, so that images can move
+    between them.
+    """
+    found = tunings.get(_TUNED_AS[rows])
+    return replace(found, chunk=_CHUNK[state]) if found else None
 
 
 def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
@@ -106,7 +116,9 @@ def persistent_buckets(
     """The kernel's buckets, if it can take the model and some GPU of `capabilities` can it."""
     if not set(CAPABILITIES) & set(capabilities):
         return ()
-    found = ((rows, tuning_of(rows, tunings)) for rows in ROWS.get(precision.state, ()))
+    found = (
+        (rows, tuning_of(rows, precision.state, tunings)) for rows in ROWS.get(precision.state, ())
+    )
     return tuple(
         _PersistentBuilder(geometry, precision, rows, tuning, overlaps=True).bucket()
         for rows, tuning in found
@@ -128,9 +140,11 @@ class _PersistentBuilder(StepBuilder):
         self, geometry: Geometry, precision: Format, rows: int, tuning: Tuning, overlaps: bool
     ) -> None:
         super().__init__(geometry, precision, rows, tuning, overlaps)
+        self.copies = int(input_copies(rows, geometry.D))
+        depth = self.copies * _DEPTH
         added = {
-            "scaled_exchange": Tensor("float16", (_DEPTH, rows * scaled_places(geometry.D))),
-            "norm_exchange": Tensor("float32", (_DEPTH, -(-rows // _GROUP) * 512)),
+            "scaled_exchange": Tensor("float16", (depth, rows * scaled_places(geometry.D))),
+            "norm_exchange": Tensor("float32", (depth, -(-rows // _GROUP) * 512)),
             "gated_exchange": Tensor("float16", (_DEPTH, rows * gated_places(geometry.D))),
             "bc_exchange": Tensor("float32", (_DEPTH, rows * 320)),
             # What the head norms behind its product.
@@ -182,6 +196,7 @@ class _PersistentBuilder(StepBuilder):
             R=self.rows,
             D=self.g.D,
             INNER=self.g.inner,
+            COPIES=self.copies,
             BLOCK=(8192 if wide(self.g.D) else 4096) * min(self.rows, _GROUP),
         )
 

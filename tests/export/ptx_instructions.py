@@ -357,10 +357,10 @@ def _move(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
 
 @handles("prmt")
 def _permute(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    a, b = (lanes.get(name, "u4") for name in item.operands[1:3])
-    choice = int(item.operands[3], 0)
+    a, b, choice = (lanes.get(name, "u4") for name in item.operands[1:])
     raw = np.stack([a, b], axis=1).view("u1")
-    picked = raw[:, [choice >> 4 * place & 7 for place in range(4)]]
+    places = np.stack([choice >> 4 * place & 7 for place in range(4)], axis=1)
+    picked = np.take_along_axis(raw, places, axis=1)
     lanes.set(item.operands[0], np.ascontiguousarray(picked).view("u4").reshape(-1), mask)
 
 

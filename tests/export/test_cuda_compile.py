@@ -617,7 +617,8 @@ class TestAllLayersInOneLaunch:
         ("size", "precision", "rows"),
         [
             *(("B", "fp16", 2), ("B", "int8", 2), ("XL", "fp16", 2), ("XL", "int8", 2)),
-            *(("B", "fp16-state16", 8), ("B", "int8-state16", 8), ("B", "fp16-state16", 16)),
+            *(("B", "fp16-state16", 2), ("B", "int8-state16", 2), ("B", "fp16-state16", 8)),
+            *(("B", "int8-state16", 8), ("B", "fp16-state16", 16)),
             *(("B", "fp16-state16", 32), ("B", "int8-state16", 32)),
         ],
     )
@@ -658,15 +659,18 @@ class TestAllLayersInOneLaunch:
                 assert grid[0] * grid[1] * grid[2] <= 114
 
     def test_rows(self) -> None:
-        """Two where the states are float32, eight and groups of eight where they are float16."""
-        for precision, rows in (
-            *(("fp16", [2]), ("int8", [2])),
-            *(("fp16-state16", [8, 16, 32]), ("int8-state16", [8, 16, 32])),
+        """Two; where the states are float16 eight and groups of eight besides, if D is not wide."""
+        for precision, rows, of_wide in (
+            *(("fp16", [2], [2]), ("int8", [2], [2])),
+            *(("fp16-state16", [2, 8, 16, 32], []), ("int8-state16", [2, 8, 16, 32], [])),
         ):
             assert [bucket.rows for bucket in in_one_launch("L", precision)] == rows
-            assert [bucket.rows for bucket in in_one_launch("XL", precision)] == [
-                count for count in rows if count == 2
-            ]
+            assert [bucket.rows for bucket in in_one_launch("XL", precision)] == of_wide
+
+    def test_images_move_between_its_buckets(self) -> None:
+        for precision in ("fp16-state16", "int8-state16"):
+            first, *others = in_one_launch("L", precision)
+            assert all(movable(first, other) for other in others)
 
     @pytest.mark.parametrize(
         ("size", "precision", "rows"),

@@ -29,7 +29,7 @@ from aim_export.cuda.bundle import add_engines
 from aim_export.cuda.persistent import CAPABILITIES
 
 # Rows of the buckets whose layers are one launch.
-PRECISIONS = {"fp16": [2], "fp16-state16": [8, 16, 32]}
+PRECISIONS = {"fp16": [2], "fp16-state16": [2, 8, 16, 32]}
 GUIDED = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
 # Relative to the norm of the scores.
 TOLERANCE = 5e-3

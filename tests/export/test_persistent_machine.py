@@ -26,7 +26,8 @@ from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
 
 CASES = (
-    *(("fp16", 2), ("int8", 2), ("fp16-state16", 8), ("int8-state16", 8)),
+    *(("fp16", 2), ("int8", 2), ("fp16-state16", 2), ("int8-state16", 2)),
+    *(("fp16-state16", 8), ("int8-state16", 8)),
     *(("fp16-state16", 16), ("fp16-state16", 32), ("int8-state16", 32)),
 )
 # Two heads, which is no multiple of four; places of the exchanges stay empty.
@@ -162,7 +163,9 @@ def test_the_heads_weights_are_asked_for_ahead() -> None:
     assert sorted(piece for piece in machine.prefetched if piece[1] > 128) == sorted(pieces)
 
 
-@pytest.mark.parametrize(("precision", "rows"), [("fp16", 2), ("fp16-state16", 8)])
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("fp16", 2), ("fp16-state16", 2), ("fp16-state16", 8)]
+)
 def test_the_chunks_tokens_are_asked_for_ahead(precision: str, rows: int) -> None:
     """Those of every layer and row that are there, and no others."""
     geometry = replace(GEOMETRY, D=128)
@@ -185,11 +188,12 @@ def test_the_chunks_tokens_are_asked_for_ahead(precision: str, rows: int) -> Non
     assert set(range(decays[0], decays[1], 128)) <= asked
 
 
-def test_no_states_are_read_in_first_chunks() -> None:
-    played = Played("fp16-state16")
+@pytest.mark.parametrize(("rows", "positions"), [(2, (7, 15)), (8, (0, 1, 2, 3, 7, 11, 14, 15))])
+def test_no_states_are_read_in_first_chunks(rows: int, positions: tuple[int, ...]) -> None:
+    played = Played("fp16-state16", rows)
     played.arrays["state"].view(np.uint16)[:] = 0x7E00  # not a number
     played.arrays["state_scale"][:] = np.nan
-    played.put((0, 1, 2, 3, 7, 11, 14, 15))
+    played.put(positions)
     unread = {name: np.zeros_like(played.arrays[name]) for name in ("state", "state_scale")}
     wanted = step(GEOMETRY, played.arrays | unread)
     played.launch()
@@ -209,17 +213,21 @@ def test_bits_do_not_depend_on_the_order_of_programs_nor_on_other_rows() -> None
         assert (first.arrays[name] == third.arrays[name]).all(), name
 
 
-@pytest.mark.parametrize("name", ["state", "past_b", "ring"])
-def test_what_is_no_number_stays_in_its_row(name: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [*((8, name) for name in ("state", "past_b", "ring")), (2, "state"), (2, "ring")],
+)
+def test_what_is_no_number_stays_in_its_row(rows: int, name: str) -> None:
     """It is handed over, and the launch ends."""
-    played, other = Played("fp16-state16"), Played("fp16-state16")
-    played.arrays[name][1, 5].reshape(-1)[:] = np.nan
+    played, other = Played("fp16-state16", rows), Played("fp16-state16", rows)
+    spoilt = 5 if rows == 8 else 0
+    played.arrays[name][1, spoilt].reshape(-1)[:] = np.nan
     played.launch()
     other.launch()
-    for row in range(8):
+    for row in range(rows):
         same = played.arrays["hidden"][row] == other.arrays["hidden"][row]
-        assert same.all() == (row != 5), row
-    assert not np.isfinite(played.arrays["hidden"][5]).any()
+        assert same.all() == (row != spoilt), row
+    assert not np.isfinite(played.arrays["hidden"][spoilt]).any()
     assert not played.arrays["stalled"].any()
 
 

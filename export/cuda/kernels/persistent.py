@@ -35,6 +35,7 @@ from aim_export.cuda.kernels.persistent_common import (
     Sizes,
     gated_places,
     norm_shares,
+    of_two_halves,
     out_programs,
     scaled_places,
     wide,
@@ -48,6 +49,7 @@ from aim_export.cuda.kernels.persistent_roles import bc_role, out_role
 from aim_export.cuda.kernels.persistent_scan import scan_role
 from aim_export.cuda.kernels.persistent_scan_eight import scan_role_eight
 from aim_export.cuda.kernels.persistent_scan_groups import scan_role_groups
+from aim_export.cuda.kernels.persistent_scan_two import SHARES, scan_role_two
 from aim_export.cuda.kernels.persistent_wide_producer import producer_wide
 from aim_export.cuda.kernels.persistent_wide_roles import roles_wide
 
@@ -91,12 +93,16 @@ def _descriptors(in_proj, out_proj, state, L: gl.constexpr, sizes: gl.constexpr)
 
 
 @gluon.jit
-def _shared_memory(R: gl.constexpr, WIDE: gl.constexpr):
+def _shared_memory(sizes: gl.constexpr):
     """The ring as the producer sees it, and what the roles have, with the ring as they see it."""
+    R: gl.constexpr = sizes.R
+    WIDE: gl.constexpr = wide(sizes.D)
     BARS: gl.constexpr = _bars(R, WIDE)
     filled, ring, pairs = _ring(BARS)
     if WIDE:
         shared = _shared_memory_wide(ring)
+    elif of_two_halves(sizes):
+        shared = _shared_memory_two_halves(ring)
     elif R == 2:
         shared = _shared_memory_two(ring)
     elif R == 8:
@@ -135,10 +141,24 @@ def _shared_memory_two(ring):
     part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
     part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
-    part_16 = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], stored_parts(2, 16))
+    part_3 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
+    part_4 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
     scores = gl.allocate_shared_memory(gl.float32, [2, 32], ROWS)
     of_scan = ring, bcs, part_0, part_1, part_2, scores
-    return of_scan, (ring, part_0, part_1), (ring, part_16.index(0), part_16.index(1))
+    return of_scan, (ring, part_0, part_1), (ring, part_3, part_4)
+
+
+@gluon.jit
+def _shared_memory_two_halves(ring):
+    """The same for two rows whose states are halves."""
+    part_0 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_1 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_2 = gl.allocate_shared_memory(gl.float32, [2, 32, 16], stored_parts(2, 32))
+    part_3 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
+    part_4 = gl.allocate_shared_memory(gl.float32, [2, 16, 16], stored_parts(2, 16))
+    shares = gl.allocate_shared_memory(gl.float32, [2, 2, 2, 16, 8], SHARES)
+    of_scan = ring, part_0, part_1, part_2, shares
+    return of_scan, (ring, part_0, part_1), (ring, part_3, part_4)
 
 
 @gluon.jit
@@ -196,7 +216,9 @@ def consumer(
     if wide(sizes.D):
         roles_wide(shared, pointers, exchanges, pid, layers, start, stalled, sizes)
     elif pid < SCAN:
-        if sizes.R == 2:
+        if of_two_halves(sizes):
+            scan_role_two(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
+        elif sizes.R == 2:
             scan_role(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
         elif sizes.R == 8:
             scan_role_eight(of_scan, pointers, exchanges, pid, layers, start, stalled, sizes)
@@ -253,7 +275,7 @@ def persistent(
     a,  # (L, H) float32
     d,  # (L, H) float32
     ring,  # (L, R, K, X) float32, updated
-    state,  # (L, R, H, P, S) float32, or float16 where there are eight rows
+    state,  # (L, R, H, P, S) float32, or float16, as more than two rows have it
     state_scale,  # (L, R, H, P) float32, what a channel of float16 counts
     past_x,  # (L, R, C, I) of the states' type, updated
     past_b,  # (L, R, C, S), likewise
@@ -262,8 +284,8 @@ def persistent(
     hidden,  # (R, D) float16, written: the last layer's output times scale[L]
     shares,  # (2, R, SHARES) float32, written: of the sums of its squares, plain and times norm_f
     status,  # (R,) int32: becomes STALLED when a wait took too long
-    scaled,  # exchanges, all ones between launches: (DEPTH, R * 1024 or 1536) float16
-    norms,  # (DEPTH, 512) float32
+    scaled,  # exchanges, all ones between launches: (copies, DEPTH, R * 1024 or 1536) float16
+    norms,  # (copies, DEPTH, 512) float32
     gated,  # (DEPTH, R * 2048 or 3072) float16
     bc,  # (DEPTH, R * 320) float32
     stalled,  # (4,) int32: [0] becomes 1 then, so that later launches do not wait as long again
@@ -290,7 +312,7 @@ def persistent(
     )
     pid, layers = gl.program_id(0), gl.where(gl.load(stalled) == 0, L, 0)
     memory = _descriptors(in_proj, out_proj, state, L, sizes)
-    filled, shared = _shared_memory(R, wide(D))
+    filled, shared = _shared_memory(sizes)
     begin = (token, position, (word_table, word_scales, position_table, class_embedding))
     conv, rates = (ring, conv_weight, conv_bias), (dt_bias, a, d)
     past, scales = (past_x, past_b, past_decay, state_scale), (in_proj_scales, out_proj_scales)
@@ -315,7 +337,8 @@ def clear_exchanges(
     R: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
-    BLOCK: tl.constexpr,  # no fewer words than the largest exchange has of a group of rows
+    COPIES: tl.constexpr,  # of `scaled` and `norms`
+    BLOCK: tl.constexpr,  # no fewer words than a copy of the largest exchange has of a group
 ):
     """Bring the exchanges to their state between launches, whatever a failed one left there.
 
@@ -333,12 +356,15 @@ def clear_exchanges(
     if program == 0:
         inside = at % (AT_A_TIME * SCALED // 2) // (32 * AT_A_TIME) < D // 64
         kept = tl.where(inside, empty, 0)
-        tl.store(scaled.to(word, bitcast=True) + at, kept, mask=at < R * SCALED * 2)
+        for copy in range(COPIES):
+            place = scaled.to(word, bitcast=True) + copy * (R * SCALED * 2) + at
+            tl.store(place, kept, mask=at < R * SCALED * 2)
     elif program == 1:
         inside = at % _NORMS // 16 < SHARES // 16
         kept = tl.where(inside, empty, 0)
-        mask = at < R // AT_A_TIME * _NORMS * 4
-        tl.store(norms.to(word, bitcast=True) + at, kept, mask=mask)
+        PLACES: tl.constexpr = R // AT_A_TIME * _NORMS * 4
+        for copy in range(COPIES):
+            tl.store(norms.to(word, bitcast=True) + copy * PLACES + at, kept, mask=at < PLACES)
     elif program == 2:
         inside = at % (AT_A_TIME * GATED // 2) // (32 * AT_A_TIME) < INNER // 64
         kept = tl.where(inside, empty, 0)

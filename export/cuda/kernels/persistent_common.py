@@ -1,7 +1,6 @@
 """What the roles of the persistent step share: sizes, waiting for the ring, the convolution."""
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
-# ruff: noqa: D103
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -20,6 +19,14 @@ SCALED_PLACES = gl.constexpr(1024)  # a row, halves: box, half of it, row, 32
 NORM_PLACES = gl.constexpr(512)  # float32: reader's warp, writer's parity and warp, row
 GATED_PLACES = gl.constexpr(2048)  # a row, halves, as those of `scaled`
 BC_PLACES = gl.constexpr(320)  # a row, float32: B (R, S), C (R, S), dt (H, R)
+
+# Copies of two rows' input of a layer and its norm, by lanes which hold the same number: so many
+# fewer programs ask for the same lines at a time.
+INPUT_COPIES = gl.constexpr(4)
+
+# Whether programs of two rows pause between polls: `out`, and `scan` when it waits for B, C and dt.
+NAP_OUT = gl.constexpr(True)
+NAP_BC = gl.constexpr(True)
 
 UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 
@@ -47,6 +54,18 @@ class Sizes(NamedTuple):
 def rows_at_a_time(R):
     """Rows of a group: more than eight go through a role in groups of eight."""
     return min(R, 8)
+
+
+@gluon.constexpr_function
+def of_two_halves(sizes):
+    """Whether there are two rows whose states are halves (`persistent_scan_two`)."""
+    return sizes.R == 2 and sizes.STATE_BITS == 16
+
+
+@gluon.constexpr_function
+def input_copies(R, D):
+    """Copies of the layers' input and its norm: `bc` polls the first, `scan` the others."""
+    return INPUT_COPIES.value if R == 2 and not wide(D) else 1
 
 
 @gluon.constexpr_function
@@ -145,17 +164,52 @@ def paced(last, T):
 
 
 @gluon.jit
+def power_of_e(value):
+    """exp(value), 0 where that is subnormal: without the instructions which that would take."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.rn.f32 t, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, t; }",
+        "=f,f",
+        [value],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def silu(value):
-    return value / (1.0 + gl.exp(-value))
+    """value / (1 + exp(-value)), likewise."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.rn.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+        "add.rn.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; mul.rn.f32 $0, $1, t; }",
+        "=f,f",
+        [value],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _over(value, divisor):
+    """value / divisor, of divisors between 1e-30 and 1e30."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; rcp.approx.ftz.f32 t, $2; mul.rn.f32 $0, $1, t; }",
+        "=f,f,f",
+        [value, divisor],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
 def softplus(value):
     """As `common.softplus`."""
-    power = gl.exp(gl.minimum(value, 20.0))
+    power = power_of_e(gl.minimum(value, 20.0))
     total = 1.0 + power
     kept = gl.where(total == 1.0, 1.0, total - 1.0)
-    small = gl.where(total == 1.0, power, gl.log(total) * (power / kept))
+    small = gl.where(total == 1.0, power, gl.log(total) * _over(power, kept))
     return gl.where(value > 20.0, value, small)
 
 
@@ -219,6 +273,19 @@ def polled(pointer):
     """Pointers (512,) as polls take them: (512, 4) int64."""
     zeros = gl.full([512, 4], 0, gl.int64, L4)
     return zeros + gl.expand_dims(pointer.to(gl.int64), 1)
+
+
+@gluon.jit
+def polled_input(exchanges, tid, fragment, p, sizes: gl.constexpr):
+    """Where a thread of program `p` of role `scan` polls the first layer's input and its norm."""
+    scaled, norms, _gated, _bc = exchanges
+    COPIES: gl.constexpr = input_copies(sizes.R, sizes.D)
+    R: gl.constexpr = sizes.R
+    if COPIES > 1:
+        copy = 1 + p % (COPIES - 1)
+        scaled += copy * (4 * R * SCALED_PLACES)
+        norms += copy * (4 * NORM_PLACES)
+    return polled(scaled + (tid >> 5) * (64 * R) + fragment), polled(norms + tid)
 
 
 @gluon.jit

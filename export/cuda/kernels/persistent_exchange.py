@@ -51,11 +51,15 @@ def _halves_text(offsets, partial, nap, beyond=()):
     count = len(offsets) + len(beyond)
     address = 4 * count + (4 if partial else 0)
     last = address + (4 if beyond else 0)
-    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: " + _loads(offsets, address, 0)
-    text += _loads(beyond, last, len(offsets))
+    text = "{ .reg .pred p, q; .reg .b32 m, t, n;\nL: "
+    loads = _loads(offsets, address, 0) + _loads(beyond, last, len(offsets))
     if partial:
+        # Ahead of the others, or the assembler has it wait for them: in a register of theirs. Wide
+        # models poll so often enough.
         word = 4 * count
-        text += f"ld.relaxed.gpu.global.b32 ${word}, [${last + 4}];"
+        share = f"ld.relaxed.gpu.global.b32 ${word}, [${last + 4}];"
+        loads = loads + share if beyond else share + loads
+    text += loads
     text += "mov.b32 m, 0;"
     for i in range(count):
         a, b, c, d = (f"${4 * i + k}" for k in range(4))
@@ -113,9 +117,9 @@ def poll_scaled_wide(address, beyond, partial, start, stalled, R: gl.constexpr):
 
 
 @gluon.jit
-def poll_gated(address, start, stalled, R: gl.constexpr):
+def poll_gated(address, start, stalled, R: gl.constexpr, NAP: gl.constexpr):
     """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32."""
-    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, False)
+    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, NAP)
     operands: gl.constexpr = _halves_operands(4, False)
     return gl.inline_asm_elementwise(
         text,
@@ -145,14 +149,14 @@ def poll_gated_wide(address, start, stalled, R: gl.constexpr):
 
 
 @gluon.jit
-def poll_words(address, active, start, stalled):
+def poll_words(address, active, start, stalled, NAP: gl.constexpr):
     """Wait for 16 bytes of 32-bit numbers in threads where `active` is set; zeros elsewhere."""
     text: gl.constexpr = (
         "{ .reg .pred p, q, a; .reg .b32 n; setp.ne.s32 a, $8, 0;"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
         "L: @a ld.relaxed.gpu.global.v4.b32 {$0,$1,$2,$3}, [$4+0];"
         "setp.ne.b32 p, $0, -1; setp.ne.and.b32 p, $1, -1, p;"
-        "setp.ne.and.b32 p, $2, -1, p; setp.ne.and.b32 p, $3, -1, p;" + _end(12, 16, False) + " }"
+        "setp.ne.and.b32 p, $2, -1, p; setp.ne.and.b32 p, $3, -1, p;" + _end(12, 16, NAP) + " }"
     )
     return gl.inline_asm_elementwise(
         text,
@@ -190,11 +194,95 @@ def poll_row(address, number, start, stalled):
     )
 
 
+@gluon.constexpr_function
+def _digits_text(nap):
+    """PTX of `poll_digits`: words c of C and b of B, whose lower half is the first digit."""
+    c, b = [f"c{i}" for i in range(8)], [f"b{i}" for i in range(8)]
+    text = "{ .reg .pred p, q; .reg .b32 n, m, s, " + ", ".join((*c, *b)) + ";"
+    text += "mov.u32 s, %laneid; and.b32 s, s, 4; setp.ne.s32 p, s, 0;"
+    text += "selp.b32 s, 0x7632, 0x5410, p;\nL: "
+    for words, offset in ((c[:4], 1024), (c[4:], 1088), (b[:4], 0), (b[4:], 64)):
+        text += f"ld.relaxed.gpu.global.v4.b32 {{{','.join(words)}}}, [$16+{offset}];"
+    text += "ld.relaxed.gpu.global.b32 $12, [$20];"
+    # Any word of all ones is the largest.
+    pairs = [*zip(c[::2], c[1::2], strict=True), *zip(b[::2], b[1::2], strict=True)]
+    steps = [f"max.u32 ${i}, {one}, {other};" for i, (one, other) in enumerate(pairs)]
+    steps += [f"max.u32 ${i}, ${i}, ${i + 4};" for i in range(4)]
+    steps += ["max.u32 $0, $0, $1;", "max.u32 $2, $2, $3;", "max.u32 $0, $0, $2;"]
+    text += "".join(steps) + "mov.b32 m, $12; max.u32 m, m, $0; setp.ne.b32 p, m, -1;"
+    text += _end(24, 28, nap)
+    for i in range(4):
+        text += f"prmt.b32 ${i}, {c[2 * i]}, {c[2 * i + 1]}, s;"
+        # Rows q and q + 8 in the tensor cores' order, in which each has every second register.
+        text += f"prmt.b32 ${4 + 2 * i}, {b[2 * i]}, {b[2 * i + 1]}, 0x5410;"
+        text += f"prmt.b32 ${5 + 2 * i}, {b[2 * i]}, {b[2 * i + 1]}, 0x7632;"
+    return text + "mov.b32 $13, 0; mov.b32 $14, 0; mov.b32 $15, 0; }"
+
+
+@gluon.jit
+def poll_digits(address, number, start, stalled, NAP: gl.constexpr):
+    """Wait for a lane's eight numbers each of B and C, as `publish_digits` stores them, and for one
+    number more.
+
+    `address` (512, 4) int64 is that of four of B; four more are 64 bytes behind, C is 1024. Returns
+    C as columns of mma, the first digit in even and the second in odd ones, B as rows, the first in
+    the upper eight and the second in the lower, twice (512, 4), all int32, and (512, 4) float32
+    that begins with the number.
+    """
+    text: gl.constexpr = _digits_text(NAP)
+    return gl.inline_asm_elementwise(
+        text,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,r,r,r,r,"
+        "l,l,l,l",
+        [address, number, start, stalled],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.float32),
+        is_pure=False,
+        pack=4,
+    )
+
+
+@gluon.jit
+def publish_digits(pointer, value, plain, MASK: gl.constexpr):
+    """`publish_bounded` of two halves, the second next to what the first leaves; one number where
+    `plain` is set."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b16 h, k; .reg .b32 l, w; .reg .f32 v, t; mov.u32 l, %laneid;"
+        "and.b32 l, l, $4; setp.eq.u32 p, l, 0; max.f32 v, $2, 0fC77FE000;"
+        "min.f32 v, v, 0f477FE000; setp.nan.f32 q, $2, $2; selp.f32 v, 0f7F800000, v, q;"
+        "cvt.rn.f16.f32 h, v; cvt.f32.f16 t, h; sub.rn.f32 t, v, t; cvt.rn.f16.f32 k, t;"
+        "mov.b32 w, {h, k}; mov.b32 l, v; setp.ne.s32 q, $3, 0; selp.b32 w, l, w, q;"
+        "@p st.relaxed.gpu.global.b32 [$1], w; mov.b32 $0, 0; }",
+        "=r,l,f,r,r",
+        [pointer.to(gl.int64), value, plain.to(gl.int32), MASK],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def places_of_copies(pointer, COPIES: gl.constexpr, APART: gl.constexpr):
+    """Pointers that are the same in COPIES lanes side by side, there at a copy each, APART elements
+    from the one before."""
+    if COPIES > 1:
+        BYTES: gl.constexpr = APART * pointer.dtype.element_ty.primitive_bitwidth // 8
+        place = gl.inline_asm_elementwise(
+            "{ .reg .b32 l; mov.u32 l, %laneid; and.b32 l, l, $2; mad.wide.u32 $0, l, $3, $1; }",
+            "=l,l,r,r",
+            [pointer.to(gl.int64), COPIES - 1, BYTES],
+            dtype=gl.int64,
+            is_pure=False,
+            pack=1,
+        )
+        pointer = place.to(pointer.dtype, bitcast=True)
+    return pointer
+
+
 @gluon.jit
 def publish_half(pointer, value, MASK: gl.constexpr):
     """Store float32 as half, clamped to what one can hold, NaN as infinity.
 
-    Only lanes store whose number has no bit of MASK: the others hold copies.
+    Only lanes store whose number has no bit of MASK: the others hold the same number.
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred p, q; .reg .b16 h; .reg .b32 l; .reg .f32 v; mov.u32 l, %laneid;"

@@ -290,6 +290,6 @@ def _bc(shared, pointers, exchanges, p, now, weights, of_outputs, limits, sizes:
     else:
         value = silu(convolved(past, newest, taps))
     to_bc = place_of_bc(bc + group * (ROWS * BC_PLACES), p * 16, of_group, output, S, ROWS)
-    publish_bc(to_bc, value, layer, sizes)
+    publish_bc(to_bc, value, p * 16 >= 2 * S, layer, sizes)
     is_b = p * 16 < S
     remember_bc(pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes)

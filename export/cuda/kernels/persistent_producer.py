@@ -73,7 +73,8 @@ def fill_states(
     """Fetch states of 32 channels, if some row's chunk is not its first.
 
     A unit holds those of both rows, or of four rows from FIRST on whose states are halves: in
-    blocks of 64 lines of 128 bytes. `row` is the line where row 0 begins.
+    blocks of 64 lines of 128 bytes. Those of two rows of halves fill half of it. `row` is the line
+    where row 0 begins.
     """
     _boxes, blocks, bars = ring
     LINES: gl.constexpr = sizes.S * sizes.STATE_BITS // 1024  # of a channel
@@ -81,8 +82,9 @@ def fill_states(
     slot = unit % UNITS
     full = bars.index(slot)
     if begun:
-        mbarrier.expect(full, 32768)
-        for block in gl.static_range(4):
+        COUNT: gl.constexpr = min(4, sizes.R * BLOCKS)
+        mbarrier.expect(full, COUNT * 8192)
+        for block in gl.static_range(COUNT):
             if PACE > 0:
                 last = paced(last, PACE)
             at = row + (FIRST + block // BLOCKS) * (sizes.INNER * LINES) + (block % BLOCKS) * 64
@@ -155,27 +157,28 @@ def _feed_scan(
     _boxes, _blocks, bars = ring
     INNER: gl.constexpr = sizes.INNER
     row = layer * (INNER + sizes.X + sizes.H) + pid * 32
-    at = (layer * (2 * INNER) + pid * 32) * 4
+    at = (layer * (2 * INNER) + pid * 32) * (sizes.STATE_BITS // 8)
+    EACH: gl.constexpr = PACE // (sizes.BITS + sizes.STATE_BITS // 8)
     if sizes.BITS == 16:
         unit = layer * 5
         _wait_for_states(bars, layer)
-        last = _fill(ring, unit, in_weights, row, 0, last, PACE // 20, UNITS)
+        last = _fill(ring, unit, in_weights, row, 0, last, EACH, UNITS)
         _wait_for_last_weights(bars, layer)
-        last = _fill(ring, unit + 1, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+        last = _fill(ring, unit + 1, in_weights, row + 16, 0, last, EACH, UNITS)
         row += INNER
-        last = _fill(ring, unit + 2, in_weights, row, 0, last, PACE // 20, UNITS)
-        last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, PACE // 20, UNITS)
+        last = _fill(ring, unit + 2, in_weights, row, 0, last, EACH, UNITS)
+        last = _fill(ring, unit + 3, in_weights, row + 16, 0, last, EACH, UNITS)
         begun = begun_before(position, layer, begun, sizes)
-        last = fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, PACE // 20)
+        last = fill_states(ring, unit + 4, states, at, last, begun, 0, sizes, EACH)
     else:
         unit = layer * 3
         _wait_for_weights(bars, layer)
-        last = _fill(ring, unit, in_weights, row, 0, last, PACE // 12, UNITS, 8)
+        last = _fill(ring, unit, in_weights, row, 0, last, EACH, UNITS, 8)
         row += INNER
-        last = _fill(ring, unit + 1, in_weights, row, 0, last, PACE // 12, UNITS, 8)
+        last = _fill(ring, unit + 1, in_weights, row, 0, last, EACH, UNITS, 8)
         _wait_for_states(bars, layer)
         begun = begun_before(position, layer, begun, sizes)
-        last = fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, PACE // 12)
+        last = fill_states(ring, unit + 2, states, at, last, begun, 0, sizes, EACH)
     return last, begun
 
 

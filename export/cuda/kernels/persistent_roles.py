@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
     GATED_PLACES,
+    NAP_OUT,
     NORM_PLACES,
     SCALED_PLACES,
     bc_outputs,
@@ -20,8 +21,10 @@ from aim_export.cuda.kernels.persistent_common import (
     convolution_before,
     factor_of,
     heads_apart,
+    input_copies,
     load_pair,
     load_single,
+    of_two_halves,
     polled,
     rows_at_a_time,
     silu,
@@ -33,17 +36,19 @@ from aim_export.cuda.kernels.persistent_common import (
 from aim_export.cuda.kernels.persistent_exchange import (
     clear_float,
     clear_half,
+    places_of_copies,
     poll_gated,
     poll_scaled,
     publish_bounded,
+    publish_digits,
     publish_float,
     publish_half,
 )
 from aim_export.cuda.kernels.persistent_products import (
     L4,
-    inverse_rms,
     lanes_of_outputs,
     multiply,
+    normed_sums,
     parts16,
     parts32,
     put16,
@@ -98,7 +103,7 @@ def project_out(weights, gated, limits, lane, parts, gate, sizes: gl.constexpr):
     a4, a5, a6, a7 = weights[0][1]
     b0, b1, b2, b3 = weights[1][0]
     b4, b5, b6, b7 = weights[1][1]
-    g0, g1, g2, g3 = poll_gated(gated, limits[0], limits[1], R)
+    g0, g1, g2, g3 = poll_gated(gated, limits[0], limits[1], R, NAP_OUT if R == 2 else False)
     ta = multiply(a2, a3, g1, multiply(a0, a1, g0, zero, PACKED), PACKED)
     ta = ta + multiply(a6, a7, g3, multiply(a4, a5, g2, zero, PACKED), PACKED)
     tb = multiply(b2, b3, g1, multiply(b0, b1, g0, zero, PACKED), PACKED)
@@ -106,8 +111,8 @@ def project_out(weights, gated, limits, lane, parts, gate, sizes: gl.constexpr):
     sums = squares(g0, g1, g2, g3, lane, zero, R)
     put32(part_o, results(ta, lane, R), results(tb, lane, R), R)
     put_sums(part_s, sums, R, 32)
-    out = gl.sum(part_o.load(PARTS), axis=2)
-    return gate * out * inverse_rms(part_s, sizes.INNER, sizes.EPS, R, PARTS)
+    out, rms = normed_sums(part_o, part_s, sizes.INNER, sizes.EPS, R, PARTS)
+    return gate * out * rms
 
 
 @gluon.jit
@@ -121,7 +126,8 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     D: gl.constexpr = sizes.D
     R: gl.constexpr = sizes.R
     OUT: gl.constexpr = gl.SliceLayout(2, parts32(R))
-    SAME: gl.constexpr = lanes_of_outputs(R, 32)
+    COPIES: gl.constexpr = input_copies(R, D)
+    SAME: gl.constexpr = lanes_of_outputs(R, 32) & ~(COPIES - 1)
     tid, lane, fragment = threads(R)
     from_gated = polled(gated + (tid >> 5) * (64 * R) + fragment)
     limits = bounds(start, stalled)
@@ -129,11 +135,12 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
     channel = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OUT)), 0)
     place = row * D + p * 32 + channel
     to_scaled = scaled + p * (32 * R) + row * 32 + channel
-    to_norms = norm_places(norms, p, R)
+    to_scaled = places_of_copies(to_scaled, COPIES, 4 * R * SCALED_PLACES)
+    to_norms = places_of_copies(norm_places(norms, p, R), COPIES, 4 * NORM_PLACES)
     at = gl.load(begin[1] + row).to(gl.int32)
     here = p * 32 + channel
     value = step_input(begin, at, row, place, here, sizes)
-    hand_over(value, gl.load(scale + place), to_scaled, to_norms, R)
+    hand_over(value, gl.load(scale + place), to_scaled, to_norms, R, COPIES)
     for layer in range(layers):
         turn = layer & 3
         gate_value = gl.load(gate + layer * (R * D) + place)
@@ -154,9 +161,10 @@ def out_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.c
                 to_scaled + following * (R * SCALED_PLACES),
                 to_norms + following * NORM_PLACES,
                 R,
+                COPIES,
             )
         clear_half(to_scaled + turn * (R * SCALED_PLACES), SAME)
-        clear_float(to_norms + turn * NORM_PLACES, 31)
+        clear_float(to_norms + turn * NORM_PLACES, 32 - COPIES)
     last = scale + layers * (R * D)
     store_result(result, last, value, 0, here, p, stalled, sums_of_warps, sizes)
 
@@ -185,10 +193,10 @@ def step_input(begin, at, row, place, here, sizes: gl.constexpr):
 
 
 @gluon.jit
-def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr):
-    """Publish the next layer's input and each warp's share of its norm."""
-    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32))
-    publish_float(to_norms, sums_of_warps(value * value, R), 31)
+def hand_over(value, scale, to_scaled, to_norms, R: gl.constexpr, COPIES: gl.constexpr = 1):
+    """Publish the next layer's input and each warp's share of its norm, in COPIES copies."""
+    publish_half(to_scaled, value * scale, lanes_of_outputs(R, 32) & ~(COPIES - 1))
+    publish_float(to_norms, sums_of_warps(value * value, R), 32 - COPIES)
 
 
 @gluon.jit
@@ -206,12 +214,18 @@ def sums_of_warps(numbers, R: gl.constexpr):
 
 
 @gluon.jit
-def place_of_bc(bc, begin, row, output, S: gl.constexpr, R: gl.constexpr):
+def place_of_bc(
+    bc, begin, row, output, S: gl.constexpr, R: gl.constexpr, DIGITS: gl.constexpr = False
+):
     """Where outputs among B, C and dt are handed over, in the first layer's places.
 
-    `begin` is the first one of the program.
+    `begin` is the first one of the program. With DIGITS the order of 32 of B or C is such that four
+    lanes read 64 bytes side by side: of each one's eight the first four, then the others.
     """
     kind = begin // S
+    if DIGITS:
+        four = ((output >> 2) & 1) * 16 + ((output >> 3) & 3) * 4
+        output = gl.where(begin < 2 * S, (output & -32) + four + (output & 3), output)
     return bc + gl.where(
         begin >= 2 * S,
         2 * R * S + (output - 2 * S) * R + row,
@@ -220,11 +234,13 @@ def place_of_bc(bc, begin, row, output, S: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
-def publish_bc(to_bc, value, layer, sizes: gl.constexpr):
+def publish_bc(to_bc, value, is_dt, layer, sizes: gl.constexpr):
     """Hand over B, C or dt; what halves multiply by is no more than one can hold."""
     SAME: gl.constexpr = lanes_of_outputs(rows_at_a_time(sizes.R), 16)
     place = to_bc + (layer & 3) * (sizes.R * BC_PLACES)
-    if sizes.R == 2:
+    if of_two_halves(sizes):
+        publish_digits(place, value, is_dt, SAME)
+    elif sizes.R == 2:
         publish_float(place, value, SAME)
     else:
         publish_bounded(place, value, SAME)
@@ -260,7 +276,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
     is_b = p * OUTPUTS < S
     head = gl.minimum(gl.maximum(output - 2 * S, 0), sizes.H - 1)
     mixed = gl.minimum(INNER + output, X - 1)  # among the convolution's channels
-    to_bc = place_of_bc(bc, p * OUTPUTS, row, output, S, R)
+    to_bc = place_of_bc(bc, p * OUTPUTS, row, output, S, R, of_two_halves(sizes))
     at = gl.load(position + row).to(gl.int32)
     there = (row >= 0) & (output < 2 * S)
     loaded = gl.minimum(output, E - 2 * INNER - 1)
@@ -277,7 +293,7 @@ def bc_role(shared, pointers, exchanges, p, layers, start, stalled, sizes: gl.co
             value = softplus(newest + bias)
         else:
             value = silu(before + newest * tap)
-        publish_bc(to_bc, value, layer, sizes)
+        publish_bc(to_bc, value, is_dt, layer, sizes)
         remember_bc(pointers, layer, row, output, mixed, at, newest, value, there, is_b, sizes)
 
 
@@ -311,8 +327,8 @@ def summed16(tile, norm, lane, parts, sizes: gl.constexpr):
     sums = shared_sums(norm, R)
     put16(part_b, results(tile, lane, R), R)
     put_sums(part_s, sums, R, 16)
-    rms = inverse_rms(part_s, sizes.D, sizes.EPS, R, PARTS)
-    return gl.sum(part_b.load(PARTS), axis=2) * rms
+    total, rms = normed_sums(part_b, part_s, sizes.D, sizes.EPS, R, PARTS)
+    return total * rms
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
+    NAP_BC,
     NORM_PLACES,
     SCALED_PLACES,
     UNITS,
@@ -23,6 +24,7 @@ from aim_export.cuda.kernels.persistent_common import (
     heads_apart,
     load_pair,
     polled,
+    polled_input,
     polled_where,
     ready,
     silu,
@@ -38,9 +40,9 @@ from aim_export.cuda.kernels.persistent_exchange import (
 )
 from aim_export.cuda.kernels.persistent_products import (
     L4,
-    inverse_rms,
     lanes_of_outputs,
     multiply,
+    normed_sums,
     parts32,
     put32,
     put_sums,
@@ -150,7 +152,7 @@ def _kept(tile, lane, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
+def summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.constexpr):
     """The warps' shares together: x before the convolution and z behind silu, (2, 32)."""
     WIDE: gl.constexpr = wide(sizes.D)
     zt, vt, xt, ut = tiles
@@ -163,8 +165,8 @@ def _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes: gl.co
     put_sums(part_s, sums, 2, 32)
     if WIDE:
         release(bars, OTHERS, layer)
-    rms = inverse_rms(part_s, sizes.D, sizes.EPS, 2, PARTS)
-    newest = gl.sum(part_x.load(PARTS), axis=2) * rms * factor_x + shift_x
+    newest, rms = normed_sums(part_x, part_s, sizes.D, sizes.EPS, 2, PARTS)
+    newest = newest * rms * factor_x + shift_x
     return newest, silu(gl.sum(part_z.load(PARTS), axis=2) * rms * factor_z + shift_z)
 
 
@@ -251,19 +253,19 @@ def _store_decay(pointer, value, mine):
 
 
 @gluon.jit
-def _places(p, row, channel, exchanges, AGAIN: gl.constexpr):
+def _places(p, row, channel, exchanges, AGAIN: gl.constexpr, sizes: gl.constexpr):
     """A thread's lane, its row and channel, and where it polls and hands over.
 
     With AGAIN as if they were others than before. For weights of 8 bits they are found in every
     layer: kept, they push others out of the registers, by which a step of AiM-B takes 7 % longer.
     For those of 16 bits keeping them is 1 to 2 % faster.
     """
-    scaled, norms, gated, bc = exchanges
+    _scaled, _norms, gated, bc = exchanges
     tid, lane, fragment = threads(2)
     if AGAIN:
         tid, lane, fragment = again(tid), again(lane), again(fragment)
         row, channel = again(row), again(channel)
-    polls = polled(scaled + (tid >> 5) * 128 + fragment), polled(norms + tid)
+    polls = polled_input(exchanges, tid, fragment, p, sizes)
     return lane, row, channel, polls, polled(bc + tid * 4), gated + p * 64 + row * 32 + channel
 
 
@@ -314,7 +316,7 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     slot = at % CHUNK
     old = at >= CHUNK
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D))
+    own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D), sizes)
     lane, own_row, own_channel, polls, from_bc, to_gated = own
     inner = p * 32 + own_channel
     everywhere = (own_row + own_channel) >= 0
@@ -333,10 +335,12 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     key, value = _chunk(places, (past_x, past_b), layer, decays, p, sizes)
     parts = part_x, part_z, part_s
     factors = factor_z, factor_x
-    newest, z = _summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
+    newest, z = summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
     x = silu(before + newest * tap)
     state = _states(units.index(_slot_of_states(bars, first + WEIGHTS, sizes)))
-    bcs.store(poll_words(from_bc + turn * (4 * 2 * BC_PLACES), active, limits[0], limits[1]))
+    naps: gl.constexpr = False if wide(sizes.D) else NAP_BC
+    from_bc += turn * (4 * 2 * BC_PLACES)
+    bcs.store(poll_words(from_bc, active, limits[0], limits[1], naps))
     if wide(sizes.D):
         release(bars, STATES, layer)
     from_state, attended, score, dt = _attend(bcs, scores, state, key, value, head, S)
