@@ -263,7 +263,7 @@ def _pick_text():
 
 @gluon.jit
 def attended(held, weights, slot, BULK: gl.constexpr):
-    """The tokens that `hold_values` holds, or `BULK` `hold_bulk`, times `weights`: (WARPS, P)."""
+    """What `hold_values` holds, or the copy engine has brought, times `weights`: (WARPS, P)."""
     zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
     weights = gl.reshape(weights, [THREADS, 2, 4])
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
