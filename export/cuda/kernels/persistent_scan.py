@@ -316,7 +316,7 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     slot = at % CHUNK
     old = at >= CHUNK
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    own = _places(p, row, channel, exchanges, sizes.BITS == 8 or wide(sizes.D), sizes)
+    own = _places(p, row, channel, exchanges, True, sizes)
     lane, own_row, own_channel, polls, from_bc, to_gated = own
     inner = p * 32 + own_channel
     everywhere = (own_row + own_channel) >= 0
