@@ -24,10 +24,6 @@ BC_PLACES = gl.constexpr(320)  # a row, float32: B (R, S), C (R, S), dt (H, R)
 # fewer programs ask for the same lines at a time.
 INPUT_COPIES = gl.constexpr(4)
 
-# Whether programs of two rows pause between polls: `out`, and `scan` when it waits for B, C and dt.
-NAP_OUT = gl.constexpr(True)
-NAP_BC = gl.constexpr(True)
-
 UNITS = gl.constexpr(6)  # of 32 KiB in the ring; programs of role `bc` use two
 
 

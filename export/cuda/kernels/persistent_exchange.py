@@ -117,9 +117,12 @@ def poll_scaled_wide(address, beyond, partial, start, stalled, R: gl.constexpr):
 
 
 @gluon.jit
-def poll_gated(address, start, stalled, R: gl.constexpr, NAP: gl.constexpr):
-    """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32."""
-    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, NAP)
+def poll_gated(address, start, stalled, R: gl.constexpr):
+    """Wait for a warp's 128 inputs of `out_proj`: four groups of fragments (512, 4) int32.
+
+    Programs of two rows pause between polls: those of all hold each other up.
+    """
+    text: gl.constexpr = _halves_text((0, 64 * R, 2048 * R, 2112 * R), False, R == 2)
     operands: gl.constexpr = _halves_operands(4, False)
     return gl.inline_asm_elementwise(
         text,
@@ -150,7 +153,10 @@ def poll_gated_wide(address, start, stalled, R: gl.constexpr):
 
 @gluon.jit
 def poll_words(address, active, start, stalled, NAP: gl.constexpr):
-    """Wait for 16 bytes of 32-bit numbers in threads where `active` is set; zeros elsewhere."""
+    """Wait for 16 bytes of 32-bit numbers in threads where `active` is set; zeros elsewhere.
+
+    With NAP they pause between polls.
+    """
     text: gl.constexpr = (
         "{ .reg .pred p, q, a; .reg .b32 n; setp.ne.s32 a, $8, 0;"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
@@ -195,7 +201,7 @@ def poll_row(address, number, start, stalled):
 
 
 @gluon.constexpr_function
-def _digits_text(nap):
+def _digits_text():
     """PTX of `poll_digits`: words c of C and b of B, whose lower half is the first digit."""
     c, b = [f"c{i}" for i in range(8)], [f"b{i}" for i in range(8)]
     text = "{ .reg .pred p, q; .reg .b32 n, m, s, " + ", ".join((*c, *b)) + ";"
@@ -210,7 +216,7 @@ def _digits_text(nap):
     steps += [f"max.u32 ${i}, ${i}, ${i + 4};" for i in range(4)]
     steps += ["max.u32 $0, $0, $1;", "max.u32 $2, $2, $3;", "max.u32 $0, $0, $2;"]
     text += "".join(steps) + "mov.b32 m, $12; max.u32 m, m, $0; setp.ne.b32 p, m, -1;"
-    text += _end(24, 28, nap)
+    text += _end(24, 28, True)
     for i in range(4):
         text += f"prmt.b32 ${i}, {c[2 * i]}, {c[2 * i + 1]}, s;"
         # Rows q and q + 8 in the tensor cores' order, in which each has every second register.
@@ -220,7 +226,7 @@ def _digits_text(nap):
 
 
 @gluon.jit
-def poll_digits(address, number, start, stalled, NAP: gl.constexpr):
+def poll_digits(address, number, start, stalled):
     """Wait for a lane's eight numbers each of B and C, as `publish_digits` stores them, and for one
     number more.
 
@@ -229,7 +235,7 @@ def poll_digits(address, number, start, stalled, NAP: gl.constexpr):
     the upper eight and the second in the lower, twice (512, 4), all int32, and (512, 4) float32
     that begins with the number.
     """
-    text: gl.constexpr = _digits_text(NAP)
+    text: gl.constexpr = _digits_text()
     return gl.inline_asm_elementwise(
         text,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,r,r,r,r,"

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
     GATED_PLACES,
-    NAP_OUT,
     NORM_PLACES,
     SCALED_PLACES,
     bc_outputs,
@@ -103,7 +102,7 @@ def project_out(weights, gated, limits, lane, parts, gate, sizes: gl.constexpr):
     a4, a5, a6, a7 = weights[0][1]
     b0, b1, b2, b3 = weights[1][0]
     b4, b5, b6, b7 = weights[1][1]
-    g0, g1, g2, g3 = poll_gated(gated, limits[0], limits[1], R, NAP_OUT if R == 2 else False)
+    g0, g1, g2, g3 = poll_gated(gated, limits[0], limits[1], R)
     ta = multiply(a2, a3, g1, multiply(a0, a1, g0, zero, PACKED), PACKED)
     ta = ta + multiply(a6, a7, g3, multiply(a4, a5, g2, zero, PACKED), PACKED)
     tb = multiply(b2, b3, g1, multiply(b0, b1, g0, zero, PACKED), PACKED)

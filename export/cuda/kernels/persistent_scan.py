@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
-    NAP_BC,
     NORM_PLACES,
     SCALED_PLACES,
     UNITS,
@@ -253,18 +252,16 @@ def _store_decay(pointer, value, mine):
 
 
 @gluon.jit
-def _places(p, row, channel, exchanges, AGAIN: gl.constexpr, sizes: gl.constexpr):
+def _places(p, row, channel, exchanges, sizes: gl.constexpr):
     """A thread's lane, its row and channel, and where it polls and hands over.
 
-    With AGAIN as if they were others than before. For weights of 8 bits they are found in every
-    layer: kept, they push others out of the registers, by which a step of AiM-B takes 7 % longer.
-    For those of 16 bits keeping them is 1 to 2 % faster.
+    As if they were others than before: kept from layer to layer, they push others out of the
+    registers, by which a step takes 3 to 7 % longer.
     """
     _scaled, _norms, gated, bc = exchanges
     tid, lane, fragment = threads(2)
-    if AGAIN:
-        tid, lane, fragment = again(tid), again(lane), again(fragment)
-        row, channel = again(row), again(channel)
+    tid, lane, fragment = again(tid), again(lane), again(fragment)
+    row, channel = again(row), again(channel)
     polls = polled_input(exchanges, tid, fragment, p, sizes)
     return lane, row, channel, polls, polled(bc + tid * 4), gated + p * 64 + row * 32 + channel
 
@@ -316,7 +313,7 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     slot = at % CHUNK
     old = at >= CHUNK
     zero = gl.full([512, 4], 0.0, gl.float32, L4)
-    own = _places(p, row, channel, exchanges, True, sizes)
+    own = _places(p, row, channel, exchanges, sizes)
     lane, own_row, own_channel, polls, from_bc, to_gated = own
     inner = p * 32 + own_channel
     everywhere = (own_row + own_channel) >= 0
@@ -338,9 +335,8 @@ def scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr)
     newest, z = summed(bars, layer, tiles, norm, shifts, factors, lane, parts, sizes)
     x = silu(before + newest * tap)
     state = _states(units.index(_slot_of_states(bars, first + WEIGHTS, sizes)))
-    naps: gl.constexpr = False if wide(sizes.D) else NAP_BC
     from_bc += turn * (4 * 2 * BC_PLACES)
-    bcs.store(poll_words(from_bc, active, limits[0], limits[1], naps))
+    bcs.store(poll_words(from_bc, active, limits[0], limits[1], not wide(sizes.D)))
     if wide(sizes.D):
         release(bars, STATES, layer)
     from_state, attended, score, dt = _attend(bcs, scores, state, key, value, head, S)

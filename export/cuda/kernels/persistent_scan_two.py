@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from aim_export.cuda.kernels.persistent_common import (
     BC_PLACES,
     GATED_PLACES,
-    NAP_BC,
     UNITS,
     again,
     bounds,
@@ -328,7 +327,7 @@ def _scan_token(shared, pointers, exchanges, p, layer, kept, sizes: gl.constexpr
     from_dt = polled(bc + 4 * sizes.S + head * 2 + warp_row)
     later = turn * (4 * 2 * BC_PLACES)
     query, first_b, second_b, dt = poll_digits(
-        from_bc + later, from_dt + later, limits[0], limits[1], NAP_BC
+        from_bc + later, from_dt + later, limits[0], limits[1]
     )
     of_states = multiply(states[0], states[1], query, zero, True)
     of_keys = multiply(keys[0], keys[1], query, zero, True)
