@@ -89,13 +89,12 @@ def tuning_of(rows: int, state: str, tunings: Mapping[int, Tuning]) -> Tuning | 
     return replace(found, chunk=_CHUNK[state]) if found else None
 
 
-def fits(g: Geometry, precision: Format, tuning: Tuning) -> bool:
+def fits(g: Geometry, precision: Format) -> bool:
     """Whether the kernel can take a model in a format."""
     return (
         precision.activation == "float16"
         and precision.state == precision.history
         and precision.state in ROWS
-        and tuning.chunk == _CHUNK[precision.state]
         and g.S == 128
         and g.P % 32 == 0
         and g.H <= 64
@@ -122,7 +121,7 @@ def persistent_buckets(
     return tuple(
         _PersistentBuilder(geometry, precision, rows, tuning, overlaps=True).bucket()
         for rows, tuning in found
-        if tuning is not None and fits(geometry, precision, tuning)
+        if tuning is not None and fits(geometry, precision)
     )
 
 

@@ -51,9 +51,10 @@ def register_bucket(
     out_proj = cuts.out_proj
     if not fits(cuts.in_proj, geometry.D, rows):
         return None
-    if isinstance(out_proj, RegisterTile) and (
-        geometry.D % (_LINES // out_proj.shares) or not fits(out_proj, geometry.inner, rows)
-    ):
+    if isinstance(out_proj, RegisterTile):
+        if geometry.D % (_LINES // out_proj.shares) or not fits(out_proj, geometry.inner, rows):
+            return None
+    elif geometry.D % out_proj.outputs or geometry.inner % (32 * out_proj.num_warps):
         return None
     if not set(WARPGROUP) & set(capabilities):
         return None

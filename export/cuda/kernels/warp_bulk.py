@@ -83,12 +83,21 @@ def _begin_text(COUNT):
 
 
 @gluon.constexpr_function
+def _told(size):
+    """PTX: tell the barrier m of so many bytes, when all lanes have seen its phase before.
+
+    None at all would end the phase at once.
+    """
+    text = "bar.warp.sync 0xffffffff; @f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], "
+    return text + f"{size}; bar.warp.sync 0xffffffff;"
+
+
+@gluon.constexpr_function
 def _states_text(ITEM, FIRST, LAST):
     """PTX: copies of the pieces FIRST to LAST of a warp's state ($1), if there are any ($2)."""
     text = "{ .reg .b32 t, w, l, i, k, s, d, e, n, m; .reg .pred p, f; .reg .b64 a;"
     text += _barrier_text(ITEM) + f"mul.lo.u32 n, $2, {(LAST - FIRST) * _PIECE.value};"
-    text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], n; bar.warp.sync 0xffffffff;"
-    text += "mad.lo.u32 i, w, 8, l; shr.u32 d, i, 1; and.b32 e, i, 1;"
+    text += _told("n") + "mad.lo.u32 i, w, 8, l; shr.u32 d, i, 1; and.b32 e, i, 1;"
     text += f"mad.lo.u32 s, d, {_PIECE.value}, s; mad.lo.u32 d, e, {_ODD.value}, s;"
     text += f"mad.wide.u32 a, i, {_PIECE.value}, $1; mul.lo.u32 n, $2, {LAST - FIRST};"
     text += f"sub.u32 k, l, {FIRST}; setp.lt.u32 p, k, n;"
@@ -103,8 +112,7 @@ def _tokens_text(INNER, ITEM, FIRST, LAST):
     text += _barrier_text(ITEM) + f"add.u32 m, m, {_OF_TOKENS.value};"
     text += "add.u32 n, $2, 3; sub.u32 n, n, w; shr.u32 n, n, 2;"
     text += f"min.u32 k, n, {FIRST}; min.u32 n, n, {LAST}; sub.u32 t, n, k;"
-    text += f"mul.lo.u32 t, t, {TOKEN.value};"
-    text += "@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], t; bar.warp.sync 0xffffffff;"
+    text += f"mul.lo.u32 t, t, {TOKEN.value};" + _told("t")
     text += f"setp.lt.u32 p, l, n; setp.ge.and.u32 p, l, {FIRST}, p; mad.lo.u32 k, l, 4, w;"
     text += f"mad.lo.u32 s, l, {TOKEN.value}, s; mad.lo.u32 s, w, {_SHARE.value}, s;"
     text += f"add.u32 d, s, {_TOKENS.value}; mad.wide.u32 a, k, {2 * INNER}, $1;"
