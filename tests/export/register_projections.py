@@ -1,0 +1,50 @@
+"""What tests of projections by registers share: launches on `ptx_machine`, and right products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from triton.runtime.jit import JITFunction
+
+from aim_export.cuda.launch import KernelSpec
+
+from .ptx_compiled import compiled
+
+EPS = 1e-5
+# Relative to the norm: results are float32, their sums in another order; or halves.
+FULL, HALF = 1e-6, 1e-3
+
+random = np.random.default_rng(0)
+
+
+def launch(
+    function: JITFunction, memory: dict[str, np.ndarray], grid: tuple[int, int], **constants: Any
+) -> dict[str, np.ndarray]:
+    """The memory after a launch, which is the same in whatever order warps come."""
+    types = tuple(str(value.dtype) for value in memory.values())
+    spec = KernelSpec(function, types, tuple(constants.items()), 8, scratch=128)
+    scratch = np.zeros(128 * grid[0] * grid[1], "u1")
+    machine = compiled(spec, (128, 128))  # of wgmma four warps run in step, and no more
+    found = []
+    for seed in (0, 1):
+        found.append({key: value.copy() for key, value in memory.items()})
+        machine.run([*found[-1].values(), scratch.copy()], grid, seed)
+    assert all((value == found[1][key]).all() for key, value in found[0].items())
+    return found[0]
+
+
+def normal(*shape: int, dtype: str = "f4") -> np.ndarray:
+    return random.normal(size=shape).astype(dtype)
+
+
+def weights(outputs: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """And what their rows count."""
+    values = random.integers(-128, 128, (outputs, width)).astype("i1")
+    return values, np.abs(normal(outputs)) / np.float32(100)
+
+
+def product(rows: np.ndarray, weight: np.ndarray, scales: np.ndarray, sums: np.ndarray) -> Any:
+    """Of rows over the root mean square whose sums of squares there are, in float64."""
+    total = rows.astype("f8") @ weight.astype("f8").T * scales
+    return total / np.sqrt(sums.astype("f8").sum(1, keepdims=True) / rows.shape[1] + EPS)
