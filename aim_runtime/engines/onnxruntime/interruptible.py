@@ -55,6 +55,10 @@ def interruptible(work: Callable[[], T], stop: Callable[[], None]) -> T:
     result: list[T] = []
     failure: list[BaseException] = []
     done = threading.Event()
+    # Waited for here: an event's `wait` gives up a lock and takes it again, and an exception that a
+    # signal raises between the two ends as "release unlocked lock" in its place.
+    working = threading.Lock()
+    working.acquire()
 
     def run() -> None:
         try:
@@ -63,13 +67,14 @@ def interruptible(work: Callable[[], T], stop: Callable[[], None]) -> T:
             failure.append(error)
         finally:
             done.set()
+            working.release()
 
     # No daemon: Python waits for its end. Up to 3.13 the interpreter's end would unwind a thread
     # that comes back from a library, through C++ that does not allow it, and abort the process.
     worker = threading.Thread(target=run, name="aim-work")
     try:
         worker.start()  # waits for the thread to run: a signal may come here too
-        while not done.wait(_LOOK_SECONDS):
+        while not working.acquire(timeout=_LOOK_SECONDS):
             pass
     except BaseException:
         stop()
