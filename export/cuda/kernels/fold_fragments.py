@@ -236,19 +236,6 @@ def store_integers(target, sums):
 
 
 @gluon.jit
-def exp(values):
-    """exp of float32, 0 where that is below 2**-126: one instruction for what takes five."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;",
-        "=f,f",
-        [values * 1.4426950408889634],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def load_tokens(past_x, past_decay, INNER: gl.constexpr):
     """The chunk's dt * x (P, CHUNK), of memory, and how much of it is left, (1, CHUNK).
 

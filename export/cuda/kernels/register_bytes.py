@@ -25,19 +25,18 @@ from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_fo
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
 from aim_export.cuda.kernels.register_weights import (
     DEPTH,
+    LINES_TILE,
+    SUMS,
+    WARPS,
+    ask,
     begun,
     exchanged,
     half_of_sum,
     looked_at,
+    prepare,
 )
 from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
 from aim_export.cuda.kernels.warp_fragments import constraints
-
-WARPS = gl.constexpr(8)
-_ROWS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
-_LINES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-# Eight outputs of four pairs of rows, which a warp stores at a time, lie in banks of their own.
-_SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 
 
 @gluon.constexpr_function
@@ -156,48 +155,6 @@ def _operand(words, ROWS: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def _prepare(
-    rows,  # (R, WIDTH) float16
-    R: gl.constexpr,
-    WIDTH: gl.constexpr,
-    ROWS: gl.constexpr,
-    HALVES: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The rows' descriptor, where they are to come, and barriers: one more than there are stages.
-
-    The last is for rows that there are not, which are 0: the copy engine is asked for those so
-    that it fetches the descriptor before it is wanted.
-    """
-    PART: gl.constexpr = WIDTH // HALVES
-    stages, bars = none(), none()
-    for _ in gl.static_range(STAGES):
-        stages += (gl.allocate_shared_memory(gl.float16, [HALVES, ROWS, DEPTH], _ROWS_TILE),)
-    for _ in gl.static_range(STAGES + 1):
-        bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(bar, count=1)
-        bars += (bar,)
-    for stage in gl.static_range(STAGES + 1):
-        mbarrier.expect(bars[stage], 2 * HALVES * ROWS * DEPTH)
-    source = tma.make_tensor_descriptor(
-        rows, [HALVES, R, PART], [PART, WIDTH, 1], [HALVES, ROWS, DEPTH], _ROWS_TILE
-    )
-    tma.async_copy_global_to_shared(source, [0, R, 0], bars[STAGES], stages[0])
-    return source, stages, bars
-
-
-@gluon.jit
-def _ask(prepared, first_row, STAGES: gl.constexpr):
-    """Set the rows of the first steps on their way."""
-    source, stages, bars = prepared
-    for step in gl.static_range(STAGES):
-        place = [0, first_row, step * DEPTH]
-        tma.async_copy_global_to_shared(source, place, bars[step], stages[step])
-    # Else the assembler puts arithmetic ahead of the copies that waits for other loads.
-    gl.thread_barrier()
-
-
-@gluon.jit
 def _begin_total(ROWS: gl.constexpr, HALVES: gl.constexpr):
     layout: gl.constexpr = _product_layout(ROWS, HALVES)
     return gl.zeros([lines_of(HALVES), HALVES * ROWS], gl.float32, layout)
@@ -220,7 +177,7 @@ def _add(
     source, stages, bars = prepared
     for step in gl.static_range(FIRST, LAST):
         weights = _operand(words[step], ROWS, HALVES)
-        lines = stages[step % STAGES]._reinterpret(gl.float16, [HALVES * ROWS, DEPTH], _LINES_TILE)
+        lines = stages[step % STAGES]._reinterpret(gl.float16, [HALVES * ROWS, DEPTH], LINES_TILE)
         mbarrier.wait(bars[step % STAGES], step // STAGES & 1)
         total = warpgroup_mma(weights, lines.permute((1, 0)), total, is_async=True)
         if step > 0:
@@ -241,7 +198,7 @@ def _sum(total, ROWS: gl.constexpr, HALVES: gl.constexpr):
     total = warpgroup_mma_wait(0, deps=[total])
     # These may be put where other warps' products still read.
     gl.thread_barrier()
-    sums = gl.allocate_shared_memory(gl.float32, [HALVES * ROWS, LINES], _SUMS)
+    sums = gl.allocate_shared_memory(gl.float32, [HALVES * ROWS, LINES], SUMS)
     sums.store(gl.permute(total, [1, 0]))
     result = sums.slice(0, ROWS).load(_results_layout(HALVES))
     for part in gl.static_range(1, HALVES):
@@ -290,11 +247,11 @@ def bytes_in_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, E, D, HALVES)
     begin_next(OVERLAPS)
-    prepared = _prepare(scaled, R, D, ROWS, HALVES, STAGES)
+    prepared = prepare(scaled, R, D, ROWS, HALVES, STAGES)
     words = _in_order(loaded, STEPS)
     mbarrier.wait(prepared[2][STAGES], 0)
     wait_for_last(OVERLAPS)
-    _ask(prepared, first_row, STAGES)
+    ask(prepared, first_row, STAGES)
     sums = _sums_of_squares(partials, first_row, ROWS, PARTS, HALVES)
     total = _begin_total(ROWS, HALVES)
     total = _add(*(total, prepared, words, first_row), *(0, MIDDLE, STEPS, ROWS, HALVES, STAGES))
@@ -339,11 +296,11 @@ def bytes_out_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, D, INNER, HALVES)
     begin_next(OVERLAPS)
-    prepared = _prepare(gated, R, INNER, ROWS, HALVES, STAGES)
+    prepared = prepare(gated, R, INNER, ROWS, HALVES, STAGES)
     words = _in_order(loaded, STEPS)
     mbarrier.wait(prepared[2][STAGES], 0)
     wait_for_last(OVERLAPS)
-    _ask(prepared, first_row, STAGES)
+    ask(prepared, first_row, STAGES)
     sums = _sums_of_squares(squares, first_row, ROWS, PARTS, HALVES)
     total = _begin_total(ROWS, HALVES)
     total = _add(*(total, prepared, words, first_row), *(0, MIDDLE, STEPS, ROWS, HALVES, STAGES))
@@ -384,11 +341,11 @@ def bytes_head(
     STEPS: gl.constexpr = D // (HALVES * DEPTH)
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, V, D, HALVES)
-    prepared = _prepare(hidden, R, D, ROWS, HALVES, STAGES)
+    prepared = prepare(hidden, R, D, ROWS, HALVES, STAGES)
     words = _in_order(loaded, STEPS)
     mbarrier.wait(prepared[2][STAGES], 0)
     begin_dependents(OVERLAPS)
-    _ask(prepared, first_row, STAGES)
+    ask(prepared, first_row, STAGES)
     row, output = _places(first_row, first, ROWS, HALVES)
     factor = gl.load(scales + output, mask=output < V, other=0.0)
     total = _begin_total(ROWS, HALVES)

@@ -38,9 +38,9 @@ DEPTH = gl.constexpr(64)
 LINES = gl.constexpr(64)
 WARPS = gl.constexpr(8)
 _ROWS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
-_LINES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+LINES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 # Eight outputs of four pairs of rows, which a warp stores at a time, lie in banks of their own.
-_SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 
 
 @gluon.constexpr_function
@@ -184,41 +184,41 @@ def _halves(loaded, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _prepare(
+def prepare(
     rows,  # (R, WIDTH) float16
     R: gl.constexpr,
     WIDTH: gl.constexpr,
     ROWS: gl.constexpr,
-    SHARES: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    """The rows' descriptor, where they are to come, and barriers: one more than there are steps.
+    """The rows' descriptor, of PARTS of the sum, where they are to come, and barriers.
 
-    The last is for rows that there are not, which are 0: the copy engine is asked for those so
-    that it fetches the descriptor before it is wanted.
+    Of these there is one more than there are stages. The last is for rows that there are not, which
+    are 0: the copy engine is asked for those so that it fetches the descriptor before it is wanted.
     """
-    PARTS: gl.constexpr = 2 * SHARES
     PART: gl.constexpr = WIDTH // PARTS
     stages, bars = none(), none()
-    for _ in gl.static_range(PART // DEPTH):
+    for _ in gl.static_range(STAGES):
         stages += (gl.allocate_shared_memory(gl.float16, [PARTS, ROWS, DEPTH], _ROWS_TILE),)
-    for _ in gl.static_range(PART // DEPTH + 1):
+    for _ in gl.static_range(STAGES + 1):
         bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(bar, count=1)
         bars += (bar,)
-    for step in gl.static_range(PART // DEPTH + 1):
-        mbarrier.expect(bars[step], 2 * PARTS * ROWS * DEPTH)
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.expect(bars[stage], 2 * PARTS * ROWS * DEPTH)
     source = tma.make_tensor_descriptor(
         rows, [PARTS, R, PART], [PART, WIDTH, 1], [PARTS, ROWS, DEPTH], _ROWS_TILE
     )
-    tma.async_copy_global_to_shared(source, [0, R, 0], bars[PART // DEPTH], stages[0])
+    tma.async_copy_global_to_shared(source, [0, R, 0], bars[STAGES], stages[0])
     return source, stages, bars
 
 
 @gluon.jit
-def _ask(prepared, first_row, STEPS: gl.constexpr):
-    """Set all rows on their way."""
+def ask(prepared, first_row, STAGES: gl.constexpr):
+    """Set the rows of the first steps on their way."""
     source, stages, bars = prepared
-    for step in gl.static_range(STEPS):
+    for step in gl.static_range(STAGES):
         place = [0, first_row, step * DEPTH]
         tma.async_copy_global_to_shared(source, place, bars[step], stages[step])
     # Else the assembler puts arithmetic ahead of the copies that waits for other loads.
@@ -232,7 +232,7 @@ def _sum(total, ROWS: gl.constexpr, SHARES: gl.constexpr):
     layout: gl.constexpr = _results_layout(SHARES)
     # These may be put where other warps' products still read.
     gl.thread_barrier()
-    sums = gl.allocate_shared_memory(gl.float32, [2 * SHARES * ROWS, LINES], _SUMS)
+    sums = gl.allocate_shared_memory(gl.float32, [2 * SHARES * ROWS, LINES], SUMS)
     sums.store(gl.permute(total, [1, 0]))
     result = gl.zeros([ROWS, OUTPUTS], gl.float32, layout)
     for part in gl.static_range(2 * SHARES):
@@ -257,13 +257,13 @@ def _multiply(
     _, stages, bars = prepared
     STEPS: gl.constexpr = WIDTH // (2 * SHARES * DEPTH)
     COLUMNS: gl.constexpr = SHARES * ROWS
-    _ask(prepared, first_row, STEPS)
+    ask(prepared, first_row, STEPS)
     # Lanes and warps have the rows that they have of results.
     layout: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
     sums = load_partials(partials, first_row, ROWS, PARTS, layout)
     total = gl.zeros([LINES, 2 * COLUMNS], gl.float32, _product_layout(COLUMNS))
     for step in gl.static_range(STEPS):
-        lines = stages[step]._reinterpret(gl.float16, [2 * COLUMNS, DEPTH], _LINES_TILE)
+        lines = stages[step]._reinterpret(gl.float16, [2 * COLUMNS, DEPTH], LINES_TILE)
         mbarrier.wait(bars[step], 0)
         total = warpgroup_mma(halves[step], lines.permute((1, 0)), total, is_async=True)
     norm = inverse_rms(sums, WIDTH, EPS, _results_layout(SHARES))
@@ -301,7 +301,7 @@ def register_in_proj(
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, E, D, SHARES)
     begin_next(OVERLAPS)
-    prepared = _prepare(scaled, R, D, ROWS, SHARES)
+    prepared = prepare(scaled, R, D, ROWS, 2 * SHARES, STEPS)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
     inside = gl.expand_dims(output < E, 0)
@@ -340,7 +340,7 @@ def register_out_proj(
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, D, INNER, SHARES)
     begin_next(OVERLAPS)
-    prepared = _prepare(gated, R, INNER, ROWS, SHARES)
+    prepared = prepare(gated, R, INNER, ROWS, 2 * SHARES, STEPS)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)

@@ -32,7 +32,6 @@ from aim_export.cuda.kernels.fold_fragments import (
     STATE,
     added,
     along,
-    exp,
     halves,
     integers,
     lines_of,
@@ -42,7 +41,7 @@ from aim_export.cuda.kernels.fold_fragments import (
     store_integers,
     tiled,
 )
-from aim_export.cuda.kernels.persistent_common import none
+from aim_export.cuda.kernels.persistent_common import none, power_of_e
 from aim_export.cuda.kernels.warp_fragments import CHUNK, LINE, WARPS, P, S, bits
 
 _SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
@@ -91,8 +90,9 @@ def _found(held, stage, AHEAD: gl.constexpr):
     words, x = words_ahead(held, stage), tokens_ahead(held, stage)
     channel, column = factors_ahead(held, stage)
     sums, last, last_of_all = sums_ahead(held, stage)
-    channel = gl.expand_dims(channel * exp(last_of_all), 1)
-    return words, channel, gl.expand_dims(column, 0), (x, gl.expand_dims(exp(last - sums), 0))
+    channel = gl.expand_dims(channel * power_of_e(last_of_all), 1)
+    left = power_of_e(last - sums)
+    return words, channel, gl.expand_dims(column, 0), (x, gl.expand_dims(left, 0))
 
 
 @gluon.jit
