@@ -507,6 +507,7 @@ def _add_in_memory(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> 
 def _matrix_halves(lanes: Lanes, address: np.ndarray, number: int, turned: bool) -> np.ndarray:
     """Where each thread's two halves of matrix `number` are; eight threads know its lines."""
     lines = address.reshape(-1, 32)[:, 8 * number : 8 * number + 8]
+    assert not (lines % np.uint64(16)).any(), "a matrix's line is not aligned"
     q, pair = np.arange(32)[:, None] // 4, 2 * (np.arange(32)[:, None] % 4) + np.arange(2)
     line, column = (pair, q) if turned else (q, pair)
     return (lines[:, line] + (2 * column).astype(np.uint64)).reshape(-1)
@@ -551,6 +552,7 @@ def _publish_map(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> No
 @handles("mbarrier.init")
 def _init_barrier(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     at = _first(lanes, lanes.address(item.operands[0]), mask)
+    assert at % 8 == 0, "a barrier is not aligned"
     lanes.program.new_barrier(at, int(item.operands[1]))
 
 
@@ -590,7 +592,9 @@ def _copy_of_a_thread(lanes: Lanes, item: Instruction, mask: np.ndarray | None) 
     to, source = (lanes.address(text) for text in item.operands[:2])
     size = lanes.get(item.operands[3 if len(item.operands) > 3 else 2], "u4")
     active = np.ones(lanes.threads, bool) if mask is None else mask
-    for offset in range(0, int(item.operands[2], 0), 4):
+    whole = int(item.operands[2], 0)
+    assert not ((to | source)[active] % np.uint64(whole)).any(), f"not aligned: {item}"
+    for offset in range(0, whole, 4):
         words, there = np.zeros(lanes.threads, "u4"), active & (size > offset)
         words[there] = lanes.program.machine.memory.load(source[there] + np.uint64(offset), 4)
         lanes.program.shared.store(to[active] + np.uint64(offset), words[active], 4)
@@ -642,6 +646,9 @@ def _copy_box(
 ) -> None:
     """To shared memory, or from there if there is no barrier."""
     map_ = program.machine.maps[source]
+    starts = [map_["global_address"], map_["global_stride 0"], map_.get("global_stride 1", 0)]
+    assert not any(start % 16 for start in starts), "a map's lines are not aligned"
+    assert bar is None or bar % 8 == 0
     size = _ELEMENTS[map_["elemtype"]]
     lines, planes = map_["box_dim 1"], map_.get("box_dim 2", 1)
     assert map_["swizzle_mode"] == 3
