@@ -186,14 +186,15 @@ def random_tokenizer() -> VQTokenizer:
 def operations(item: Launch) -> float:
     """Floating-point operations of a launch: those of its products, as they are computed."""
     c = dict(item.kernel.constants)
-    images = item.grid[2] if item.kernel.function.__name__ != "picture" else item.grid[1]
+    name = item.kernel.function.__name__
+    images = item.grid[1 if name.startswith("picture") else 2]
     images = c.get("IMAGES", images)
     if "TAPS" in c:
         places = 4 if c["UPSAMPLE"] else 1
         return 2.0 * images * places * c["PIXELS"] * c["TAPS"] ** 2 * c["INPUTS"] * c["OUTPUTS"]
-    if item.kernel.function.__name__ == "picture":
+    if name.startswith("picture"):
         return 2.0 * images * c["PIXELS"] * 9 * c["INPUTS"] * 3
-    if item.kernel.function.__name__ == "attention":
+    if name == "attention":
         return 4.0 * images * c["CELLS"] ** 2 * c["CHANNELS"]
     return 0.0
 

@@ -27,6 +27,8 @@ from aim_export.cuda.decoder_tiles import (
     WARPGROUP_PART,
     Storage,
     WarpgroupTile,
+    norm_cut,
+    picture_lines,
     picture_tile,
     power_of_two_in,
     product_tile,
@@ -37,6 +39,7 @@ from aim_export.cuda.decoder_weights import DecoderWeights
 from aim_export.cuda.kernels import convolution
 from aim_export.cuda.kernels import decoder as kernels
 from aim_export.cuda.kernels.convolution_warpgroup import convolution_warpgroup
+from aim_export.cuda.kernels.picture_at_once import picture_at_once
 from aim_export.cuda.launch import ABSENT, ABSENT_BUFFER, KernelSpec, Launcher, with_scratch
 from aim_export.cuda.stored import StoredTensor
 from aim_export.cuda.targets import CAPABILITIES, WARPGROUP
@@ -62,8 +65,6 @@ SMALL_NORM = 16 * 16
 # besides the first four: as many multiply, four finish, and with the one that fetches come three
 # that do nothing.
 _DESCRIPTORS, _WORKERS = 512, 12
-# Groups of a norm that a program of `norm_factors` takes.
-GROUPS_A_PROGRAM = 4
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class _BucketLowering:
                 # Only a map that will be doubled is itself read by a 3x3 convolution.
                 again = self._upsamples(self.blocks[index + 1 :]) > 0
                 x = self._upsample(x, name, border=again)
-        self._picture(self._normalised(x, "decoder.norm_out"))
+        self._picture(x)
         return DecoderBucket(self.images, self.buffers, tuple(self.launches))
 
     @staticmethod
@@ -265,25 +266,27 @@ class _BucketLowering:
 
     def _picture(self, x: Map) -> None:
         tile = picture_tile(self.storage, x.channels)
-        self._launch(
-            kernels.picture,
-            (-(-x.cells // tile.m), self.images),
-            x=x.buffer,
-            weight=self.weights.matrix("decoder.conv_out", x.channels, outputs=tile.n),
-            bias=self.weights.vector("decoder.conv_out.bias", length=tile.n),
-            image_bytes="image",
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            PIXELS=x.cells,
-            WIDTH=x.width,
-            INPUTS=x.channels,
-            X_PIXELS=x.pixels,
-            X_PITCH=x.pitch,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=tile.k,
-            OVERLAPS=True,
-        )
+        lines = None
+        if self.warpgroups:
+            lines = picture_lines(self.storage, self.images, (x.height, x.width), x.channels)
+        given: dict[str, Any] = {
+            "weight": self.weights.matrix("decoder.conv_out", x.channels, outputs=tile.n),
+            "bias": self.weights.vector("decoder.conv_out.bias", length=tile.n),
+            **{"image_bytes": "image", "PIXELS": x.cells, "WIDTH": x.width, "INPUTS": x.channels},
+            "OVERLAPS": True,
+        }
+        if lines:
+            self._norm_factors(x, "decoder.norm_out")
+            grid = x.height // lines, self.images
+            given |= {"x": x.buffer, "factors": "factors", "LINES": lines, **x.as_constants("X")}
+            given |= {"num_warps": max(4, x.width // 32), "num_stages": 1}
+            self._launch(picture_at_once, grid, **given, capabilities=WARPGROUP)
+            return
+        x = self._normalised(x, "decoder.norm_out")
+        given |= {"x": x.buffer, "X_PIXELS": x.pixels, "X_PITCH": x.pitch}
+        given |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        given |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        self._launch(kernels.picture, (-(-x.cells // tile.m), self.images), **given)
 
     # Convolutions and norms
 
@@ -389,18 +392,18 @@ class _BucketLowering:
             "offset": self.weights.vector(f"{name}.bias"),
             "EPS": self.norms.eps * self.scale**2,
             **{"PLACES": places, "PART": part, "OVERLAPS": True},
-            "BLOCK_T": min(triton.next_power_of_2(parts), 128),
+            "BLOCK_T": min(triton.next_power_of_2(parts), norm_cut(x.cells)[1]),
         }
 
     def _norm_factors(self, x: Map, name: str) -> None:
-        groups = self.norms.groups
+        groups, together = self.norms.groups, norm_cut(x.cells)[0]
         self._launch(
             kernels.norm_factors,
-            (groups // GROUPS_A_PROGRAM, self.images),
+            (groups // together, self.images),
             **self._norm_of(x, name),
             factors=self._reserve("factors", "float32", self.images * 2 * x.channels),
             PIXELS=x.cells // self.moments.places,
-            BLOCK_G=GROUPS_A_PROGRAM,
+            BLOCK_G=together,
             BLOCK_C=triton.next_power_of_2(x.channels // groups),
         )
 

@@ -20,6 +20,11 @@ PROGRAMS = 120
 LARGE_MAP = 128 * 128
 # Multiprocessors of the GPUs of compute capability 9.0 that were measured.
 MULTIPROCESSORS = 132
+# Groups of a norm that a program of `norm_factors` takes, and parts of the statistics that it reads
+# at once. From LARGE_MAP on there are 128 parts or more, which few programs would go through again
+# and again, waiting each time: there a program takes one group, and as many values at once.
+GROUPS_A_PROGRAM, PARTS_AT_ONCE = 4, 128
+LARGE_GROUPS_A_PROGRAM, LARGE_PARTS_AT_ONCE = 1, 512
 # Pixels from which on a map's convolutions are those of `convolution_warpgroup`, and pixels whose
 # statistics that takes together.
 WARPGROUP_MAP = 64 * 64
@@ -72,6 +77,13 @@ def power_of_two_in(value: int) -> int:
 def statistics_part(storage: Storage, cells: int) -> int:
     """Pixels whose mean and deviations a convolution takes together, in every bucket."""
     return 128 if storage == "float16" and cells >= LARGE_MAP else 64
+
+
+def norm_cut(cells: int) -> tuple[int, int]:
+    """Groups a program of `norm_factors` and parts at once, in every bucket: sums go by them."""
+    if cells >= LARGE_MAP:
+        return LARGE_GROUPS_A_PROGRAM, LARGE_PARTS_AT_ONCE
+    return GROUPS_A_PROGRAM, PARTS_AT_ONCE
 
 
 def product_tile(
@@ -136,6 +148,21 @@ def warpgroup_tile(
         if tiles(m, n) >= PROGRAMS or (m, n) == (128, 64):
             return WarpgroupTile(m, n, stages, weight_stages, min(tiles(m, n), MULTIPROCESSORS))
     return None
+
+
+def picture_lines(storage: Storage, images: int, size: tuple[int, int], inputs: int) -> int | None:
+    """Lines of a map that a program of `picture_at_once` takes, None if it does not suit the map.
+
+    It suits it in every bucket or in none. A program reads a line beyond each end of its own, and a
+    multiprocessor has room for one: they are as few lines as make no more programs than that.
+    """
+    height, width = size
+    if storage != "float16" or inputs not in (64, 128) or width not in (64, 128, 256) or height % 2:
+        return None
+    lines = 2
+    while images * (height // lines) > MULTIPROCESSORS and height % (2 * lines) == 0:
+        lines *= 2
+    return lines
 
 
 def picture_tile(storage: Storage, inputs: int) -> Tile:

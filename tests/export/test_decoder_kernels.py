@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from aim_export.cuda import decoder, decoder_tiles, decoder_weights
+from aim_export.cuda.compile import compile_kernels
 from aim_export.cuda.decoder import HALF_SCALE, DecoderPart, lower_decoder
 from aim_export.cuda.decoder_network import PREFIX, GroupNorms, decoder_tensors, group_norms
 from aim_export.cuda.decoder_tiles import Storage, Tile
@@ -44,6 +45,7 @@ from aim_export.cuda.kernels import decoder as kernels
 from aim_export.cuda.kernels import packing
 from aim_export.cuda.launch import TRITON_TYPES, KernelSpec
 from aim_export.cuda.stored import StoredTensor
+from aim_export.cuda.targets import CAPABILITIES
 
 Memory = dict[str, np.ndarray]
 
@@ -127,7 +129,9 @@ def convolution(
     return over(kernel, grid, x, "packed", "bias", y, y, "moments")
 
 
-def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[Launch[KernelSpec]]:
+def norm(
+    x: str, y: str, channels: int, places: int = 1, side: int = 1, groups: int = 8
+) -> list[Launch[KernelSpec]]:
     """GroupNorm and swish from map ``x`` to bordered map ``y``."""
     height, width = HEIGHT * side, WIDTH * side
     factors = spec(
@@ -139,8 +143,8 @@ def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[
         EPS=1e-6,
         PLACES=places,
         PART=PART,
-        BLOCK_T=2,
-        BLOCK_G=8,
+        BLOCK_T=16 // groups,
+        BLOCK_G=groups,
         BLOCK_C=4,
     )
     apply = spec(
@@ -157,7 +161,7 @@ def norm(x: str, y: str, channels: int, places: int = 1, side: int = 1) -> list[
     )
     grid = (channels // 32, math.ceil(height * width / TILE), IMAGES)
     return [
-        over(factors, (4, IMAGES), "moments", "gain", "offset", "factors"),
+        over(factors, (32 // groups, IMAGES), "moments", "gain", "offset", "factors"),
         over(apply, grid, x, "factors", y),
     ]
 
@@ -188,8 +192,10 @@ def pack(
     return over(kernel, grid, "weight", "packed")
 
 
-@pytest.mark.parametrize(("pairs", "block_m"), [(True, TILE), (False, TILE), (True, 64)])
-def test_convolution_norm_and_swish(pairs: bool, block_m: int) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "block_m", "groups"), [(True, TILE, 8), (False, TILE, 8), (True, 64, 1)]
+)
+def test_convolution_norm_and_swish(pairs: bool, block_m: int, groups: int) -> None:
     inputs, outputs = 48, 96
     x, weight = normal(1, IMAGES, inputs, HEIGHT, WIDTH), normal(2, outputs, inputs, 3, 3)
     # A mean far from zero, where naive sums of squares would lose the deviation.
@@ -207,7 +213,7 @@ def test_convolution_norm_and_swish(pairs: bool, block_m: int) -> None:
         [
             pack("pack_weight", outputs, inputs, 3),
             convolution("x", "y", inputs, outputs, 3, scale=0.5, PAIRS=pairs, BLOCK_M=block_m),
-            *norm("y", "z", outputs),
+            *norm("y", "z", outputs, groups=groups),
         ],
         memory,
     )
@@ -402,7 +408,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "product_tile", product_tile)
     monkeypatch.setattr(decoder_tiles, "PROGRAMS", 1)
     monkeypatch.setattr(decoder_weights, "PACK_BLOCK", 128)
-    monkeypatch.setattr(decoder, "GROUPS_A_PROGRAM", 32)
+    monkeypatch.setattr(decoder_tiles, "GROUPS_A_PROGRAM", 32)
 
 
 def tensors_of(tokenizer: VQTokenizer) -> dict[str, StoredTensor]:
@@ -635,8 +641,15 @@ def test_of_each_size_the_bucket_for_some_gpus_comes_first(published_size: Decod
     assert list(buckets[1::2]) == of_every_gpu(published_size)
     for bucket in buckets[::2]:
         launches = list(flat(bucket.launches))
-        special = [item for item in launches if item.kernel.capabilities]
+        *special, last = [item for item in launches if item.kernel.capabilities]
         assert len(special) == 20
+        assert last == launches[-1]
+        assert last.kernel.function.__name__ == "picture_at_once"
+        names = ["x/256/128", "factors", "decoder/decoder.conv_out", "decoder/vectors", "image"]
+        assert [argument.name for argument in last.arguments] == names
+        # A multiprocessor has room for one program.
+        assert last.grid == (256 // dict(last.kernel.constants)["LINES"], bucket.images, 1)
+        assert math.prod(last.grid) == 128
         for item in special:
             sizes = dict(item.kernel.constants)
             assert item.grid == (sizes["PROGRAMS"], 1, 1)
@@ -644,8 +657,44 @@ def test_of_each_size_the_bucket_for_some_gpus_comes_first(published_size: Decod
             assert tiles * sizes["IMAGES"] * (4 if sizes["UPSAMPLE"] else 1) >= 120
             assert bucket.buffers[item.arguments[-1].name].size >= 512 * item.grid[0]
         for one, two in pairwise(launches):
-            if one.kernel.capabilities and two.kernel.capabilities:
+            if {one, two} <= {*special}:
                 assert one.arguments[-1] != two.arguments[-1]
+
+
+def test_a_picture_is_summed_alike_in_every_bucket(published_size: DecoderPart) -> None:
+    """Statistics are combined in one order however many images there are, and so is the last
+    convolution; of this a program takes other numbers of lines (`test_picture_machine`)."""
+    found = []
+    for bucket in published_size.buckets:
+        launches = [item.kernel for item in flat(bucket.launches)]
+        norms = [dict(kernel.constants) for kernel in launches if "GROUPS" in kernel.parameters]
+        for sizes in norms:
+            # As many values at once: a group of large maps, with all parts of a map of 256x256.
+            if "BLOCK_G" in sizes and sizes["PIXELS"] * sizes["PLACES"] >= 128 * 128:
+                assert sizes["BLOCK_G"] == 1
+                parts = sizes["PLACES"] * sizes["PIXELS"] // sizes["PART"]
+                assert sizes["BLOCK_T"] == parts <= 512
+        last = {**dict(launches[-1].constants), "LINES": None}
+        found.append((norms, launches[-1].function.__name__, last))
+    assert found[0] == found[2] == found[4]
+    assert found[1] == found[3] == found[5]
+    assert found[0][1] != found[1][1]
+
+
+def test_large_maps_norms_compile_for_every_gpu_the_last_launch_for_its_own(
+    published_size: DecoderPart,
+) -> None:
+    kernels = {
+        item.kernel.id: item.kernel
+        for item in flat(published_size.buckets[1].launches)
+        if dict(item.kernel.constants).get("BLOCK_G") == 1
+    }
+    *_, last = flat(published_size.buckets[0].launches)
+    found = compile_kernels([*kernels.values(), last.kernel], CAPABILITIES, workers=1)
+    assert len(found) == len(kernels) * len(CAPABILITIES) + 1
+    # One program a multiprocessor.
+    assert 227 << 9 < found[last.kernel.id, 90].shared < 227 << 10
+    assert {dict(kernel.constants)["BLOCK_T"] for kernel in kernels.values()} == {128, 256, 512}
 
 
 def test_without_such_gpus_there_are_no_such_buckets() -> None:
