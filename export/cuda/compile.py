@@ -163,7 +163,8 @@ def _compile(kernel: KernelSpec, capability: int) -> Binary:
     else:
         raise CompileError(f"it takes {compiled.metadata.shared} bytes of shared memory")
     metadata = compiled.metadata
-    if constants.get("BULK") and metadata.shared != BYTES.value:
+    copied = BYTES.value if constants.get("BULK") else kernel.copied
+    if copied not in (0, metadata.shared):
         raise CompileError("its shared memory does not lie where its copies go")
     if metadata.global_scratch_size > kernel.scratch or metadata.profile_scratch_size:
         raise CompileError("it needs more scratch memory than a launch has a place for")

@@ -53,6 +53,8 @@ class KernelSpec:
         resident: whether all programs of a launch must run at a time, since they wait for each
             other.
         capabilities: compute capabilities that it is compiled for; None for all.
+        copied: bytes of shared memory that it has if all of that is one allocation, where it copies
+            to by addresses from the beginning; 0 if it copies nowhere so.
     """
 
     function: JITFunction
@@ -65,6 +67,7 @@ class KernelSpec:
     scratch: int = 0
     resident: bool = False
     capabilities: tuple[int, ...] | None = None
+    copied: int = 0
 
     def __post_init__(self) -> None:
         pointers = [name for name in self.parameters if name not in dict(self.constants)]
@@ -123,6 +126,7 @@ class Launcher:
         num_stages: int | None = None,
         registers: int | None = None,
         capabilities: tuple[int, ...] | None = None,
+        copied: int = 0,
         **given: str | Argument | int | float | bool,
     ) -> Launch[KernelSpec]:
         """One launch of `function` over `grid` programs, of one to three dimensions.
@@ -134,6 +138,7 @@ class Launcher:
             num_stages: likewise.
             registers: likewise.
             capabilities: likewise.
+            copied: likewise.
             given: by the names of the kernel's parameters, for a pointer a buffer or weight (by
                 name, an `Argument` to start further in, or `ABSENT`), for a `constexpr` its value.
 
@@ -170,6 +175,7 @@ class Launcher:
             self.num_stages if num_stages is None else num_stages,
             registers,
             capabilities=capabilities,
+            copied=copied,
         )
         x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1, 1)[:3]
         return Launch(kernel, (x, y, z), tuple(arguments.values()))

@@ -13,13 +13,13 @@ from triton.runtime.jit import JITFunction
 
 from aim_export.cuda.geometry import Geometry
 from aim_export.cuda.kernels import register_bytes
-from aim_export.cuda.kernels.register_weights import DEPTH
+from aim_export.cuda.kernels.row_copies import bytes_of
+from aim_export.cuda.kernels.row_tiles import DEPTH
 from aim_export.cuda.launch import KernelSpec
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
 from aim_export.cuda.tuning import BytesCuts, BytesTile, Tuning
-from aim_export.cuda.warpgroup import described
 from aim_runtime.engines.cuda.plan import Bucket
 
 # The least width: of narrower models weights are few, and little is gained by having them ahead.
@@ -28,8 +28,6 @@ _NARROWEST = 768
 _LONGEST = 1024
 # Fewer stages would leave products waiting for rows.
 _STAGES = 4
-# Bytes of shared memory for barriers, and of the copy engine's descriptor of a program's rows.
-_SPARE, _DESCRIPTOR = 4096, 128
 
 
 def stages_of(tile: BytesTile, width: int) -> int:
@@ -37,8 +35,8 @@ def stages_of(tile: BytesTile, width: int) -> int:
     steps, left = divmod(width, tile.halves * DEPTH.value)
     if left or width > _LONGEST * tile.halves:
         return 0
-    room = min(SHARED_MEMORY[target] for target in WARPGROUP) - _SPARE
-    stages = min(steps, room // (2 * tile.halves * tile.rows * DEPTH.value))
+    room, lines = min(SHARED_MEMORY[target] for target in WARPGROUP), tile.halves * tile.rows
+    stages = next(n for n in range(steps, -1, -1) if bytes_of(lines, n) <= room)
     return stages if stages >= _STAGES else 0
 
 
@@ -69,6 +67,9 @@ class _BytesBuilder(StepBuilder):
     ) -> None:
         self._cuts = cuts
         super().__init__(geometry, precision, rows, tuning.scanning(cuts.scan), overlaps=True)
+        self.early, self.tiled = True, frozenset(("scaled", "gated"))
+        if self._head_of_bytes():
+            self.tiled |= {"hidden"}
 
     def _outputs_of_out_proj(self) -> int:
         return register_bytes.lines_of(self._cuts.out_proj.halves)
@@ -83,9 +84,16 @@ class _BytesBuilder(StepBuilder):
         given = self._into_out_proj() | {"scales": self._scales("out_proj")}
         return self._by_bytes(register_bytes.bytes_out_proj, cut, (g.D, g.inner), given)
 
-    def _head(self) -> SpecLaunch:
+    def _head_of_bytes(self) -> BytesTile | None:
+        """The head's cut, if there is one that suits."""
         g, cut = self.g, self._cuts.head
         if cut is None or not stages_of(cut, g.D) or self.rows % cut.rows or g.V % 4:
+            return None
+        return cut
+
+    def _head(self) -> SpecLaunch:
+        g, cut = self.g, self._head_of_bytes()
+        if cut is None:
             return super()._head()
         given: dict[str, Any] = {name: name for name in ("hidden", "logits")}
         given |= {"weight": "word_table", "scales": self._scales("word_table")}
@@ -99,7 +107,8 @@ class _BytesBuilder(StepBuilder):
         outputs, width = sizes
         # Programs with the same weights beside each other.
         grid = self.rows // tile.rows, -(-outputs // register_bytes.lines_of(tile.halves))
-        launch = self.launch(
+        stages = stages_of(tile, width)
+        return self.launch(
             function,
             grid,
             num_warps=register_bytes.WARPS.value,
@@ -107,6 +116,7 @@ class _BytesBuilder(StepBuilder):
             R=self.rows,
             ROWS=tile.rows,
             HALVES=tile.halves,
-            STAGES=stages_of(tile, width),
+            STAGES=stages,
+            copied=bytes_of(tile.halves * tile.rows, stages),
+            capabilities=WARPGROUP,
         )
-        return described(self, launch, _DESCRIPTOR)

@@ -16,7 +16,7 @@ from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
 from aim_export.cuda.targets import BULK, CAPABILITIES, SHARED_MEMORY
-from aim_export.cuda.tuning import HeldTile, Tile, Tuning
+from aim_export.cuda.tuning import HeldTile, ScanCut, Tile, Tuning
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Repeat
 
 # Programs of `fold`, most of which find nothing to do most of the time: enough to fill a GPU.
@@ -56,7 +56,8 @@ class StepBuilder:
     ) -> None:
         self.g, self.precision, self.rows, self.tuning = geometry, precision, rows, tuning
         self.overlaps = overlaps
-        self.early = False  # whether `out_proj` lets the next layer begin before it has its input
+        # Whether `scan` lets `out_proj` begin before it has its input, and buffers in tiles.
+        self.early, self.tiled = False, frozenset[str]()
         if not tuning.dot and geometry.X % tuning.in_proj.outputs:
             raise ValueError(f"a tile of {tuning.in_proj.outputs} does not divide {geometry.X}")
         self.block = triton.next_power_of_2(geometry.D)
@@ -94,8 +95,7 @@ class StepBuilder:
 
     def _outputs_of_out_proj(self) -> int:
         """Of a program."""
-        held_out = self.held_out_proj
-        return held_out.outputs if held_out else self.tuning.out_proj.outputs
+        return (self.held_out_proj or self.tuning.out_proj).outputs
 
     def _scans_by_warps(self) -> bool:
         """Whether `warp_scan` and `warp_fold` suit model, format and rows."""
@@ -226,6 +226,7 @@ class StepBuilder:
             PARTS=self.norm_parts,
             HAS_SCALES=self.precision.quantised,
             POSITION_OFFSET=self.g.position_offset,
+            TILED="scaled" in self.tiled,
             OVERLAPS=self.overlaps,
         )
 
@@ -276,9 +277,9 @@ class StepBuilder:
         shared: dict[str, Any] = {name: name for name in _SCANNED}
         shared |= {name: self._if_there(name) for name in _SCANNED_IN_SHORT}
         shared |= {"INNER": g.inner, "X": g.X, "H": g.H, "K": g.K, "QUERIES": self.queries}
-        shared |= {"OVERLAPS": self.overlaps}
+        shared |= {"TILED": "gated" in self.tiled, "OVERLAPS": self.overlaps}
         if self.scans_by_warps:
-            return self._scan_by_warps(shared)
+            return self._scan_by_warps(cut, shared)
         return self.launch(
             scan.scan,
             (g.H // self.heads, self.rows),
@@ -292,10 +293,10 @@ class StepBuilder:
             STAGES=min(cut.stages, self.heads),
         )
 
-    def _scan_by_warps(self, shared: dict[str, Any]) -> SpecLaunch:
-        warps, rows = warp_fragments.WARPS.value, max(self.scan_cut.bulk_rows, 1)
+    def _scan_by_warps(self, cut: ScanCut, shared: dict[str, Any]) -> SpecLaunch:
+        warps, rows = warp_fragments.WARPS.value, max(cut.bulk_rows, 1)
         grid, own = (self.g.H // warps, self.rows // rows), _SCAN_OPTIONS[rows]
-        shared |= {"ROWS": rows, "BULK": self.scan_cut.bulk_rows > 0, "PACE": self.scan_cut.pace}
+        shared |= {"ROWS": rows, "BULK": cut.bulk_rows > 0, "PACE": cut.pace, "EARLY": self.early}
         return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **own, **shared)
 
     def _if_there(self, buffer: str) -> str | Argument:
@@ -310,8 +311,7 @@ class StepBuilder:
     def _out_proj(self) -> SpecLaunch:
         g, shared = self.g, self._into_out_proj() | self._scaled("out_proj")
         if tile := self.held_out_proj:
-            early = {"EARLY": self.early}
-            return self._held(held.held_out_proj, tile, g.D, g.inner, shared | early)
+            return self._held(held.held_out_proj, tile, g.D, g.inner, shared)
         cut = self.tuning.out_proj
         return self.launch(
             step.out_proj,
@@ -353,6 +353,7 @@ class StepBuilder:
             D=self.g.D,
             BLOCK=self.block,
             EPS=self.g.norm_eps,
+            TILED="hidden" in self.tiled,
             OVERLAPS=self.overlaps,
         )
 

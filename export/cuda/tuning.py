@@ -122,12 +122,12 @@ class RegisterCuts:
 
     Attributes:
         in_proj: that of the first projection.
-        out_proj: that of the second, whose weights may be in shared memory.
+        out_proj: that of the second.
         scan: that of 8-bit states.
     """
 
     in_proj: RegisterTile
-    out_proj: RegisterTile | HeldTile
+    out_proj: RegisterTile
     scan: ScanCut
 
 
@@ -295,12 +295,12 @@ TUNING: Mapping[int, Tuning] = {
         held_head=HeldTile(tiles=4, groups=2),
         registers=RegisterCuts(
             in_proj=RegisterTile(rows=16, shares=1),
-            out_proj=HeldTile(tiles=2, groups=2, pieces=2),
-            scan=replace(_BYTES_OF_FEW, pace=4),
+            out_proj=RegisterTile(rows=16, shares=2),
+            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
         registers_narrow=RegisterCuts(
             in_proj=RegisterTile(rows=16, shares=2),
-            out_proj=RegisterTile(rows=16, shares=4),
+            out_proj=RegisterTile(rows=16, shares=2),
             scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
     ),
@@ -323,8 +323,8 @@ TUNING: Mapping[int, Tuning] = {
             scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
         registers_narrow=RegisterCuts(
-            in_proj=RegisterTile(rows=32, shares=2),
-            out_proj=RegisterTile(rows=16, shares=4),
+            in_proj=RegisterTile(rows=32, shares=1),
+            out_proj=RegisterTile(rows=16, shares=2),
             scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
         ),
     ),
@@ -348,7 +348,7 @@ TUNING: Mapping[int, Tuning] = {
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=None,
-            scan=replace(_BYTES_OF_MANY, bulk_rows=1, pace=4),
+            scan=replace(_BYTES_OF_MANY, bulk_rows=1, pace=2),
         ),
     ),
     128: Tuning(
@@ -372,7 +372,7 @@ TUNING: Mapping[int, Tuning] = {
             scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=2),
         ),
         bytes_narrow=BytesCuts(
-            in_proj=BytesTile(rows=64, halves=1),
+            in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=128, halves=1),
             scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),

@@ -103,11 +103,6 @@ class _WarpgroupBuilder(StepBuilder):
             DEPTH=tile.depth,
             STAGES=tile.stages,
         )
-        return described(self, launch, _DESCRIPTORS)
-
-
-def described(builder: StepBuilder, launch: SpecLaunch, size: int) -> SpecLaunch:
-    """`launch` with a buffer of its own for its programs' descriptors, of `size` bytes each."""
-    name = f"descriptors_of_{launch.kernel.function.__name__}"
-    builder.buffers[name] = Tensor("uint8", (size * math.prod(launch.grid),))
-    return with_scratch(launch, name, scratch=size, capabilities=WARPGROUP)
+        name = f"descriptors_of_{function.__name__}"
+        self.buffers[name] = Tensor("uint8", (_DESCRIPTORS * math.prod(launch.grid),))
+        return with_scratch(launch, name, scratch=_DESCRIPTORS, capabilities=WARPGROUP)

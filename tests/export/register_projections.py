@@ -19,17 +19,20 @@ random = np.random.default_rng(0)
 
 
 def launch(
-    function: JITFunction, memory: dict[str, np.ndarray], grid: tuple[int, int], **constants: Any
+    function: JITFunction,
+    memory: dict[str, np.ndarray],
+    grid: tuple[int, int],
+    copied: int,
+    **constants: Any,
 ) -> dict[str, np.ndarray]:
     """The memory after a launch, which is the same in whatever order warps come."""
     types = tuple(str(value.dtype) for value in memory.values())
-    spec = KernelSpec(function, types, tuple(constants.items()), 8, scratch=128)
-    scratch = np.zeros(128 * grid[0] * grid[1], "u1")
+    spec = KernelSpec(function, types, tuple(constants.items()), 8, copied=copied)
     machine = compiled(spec, (128, 128))  # of wgmma four warps run in step, and no more
     found = []
     for seed in (0, 1):
         found.append({key: value.copy() for key, value in memory.items()})
-        machine.run([*found[-1].values(), scratch.copy()], grid, seed)
+        machine.run([*found[-1].values()], grid, seed)
     assert all((value == found[1][key]).all() for key, value in found[0].items())
     return found[0]
 

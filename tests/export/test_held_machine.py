@@ -91,10 +91,9 @@ def test_in_proj(bits: int, tiles: int, groups: int, pieces: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
-    ("tiles", "groups", "pieces", "early"),
-    [(1, 1, 1, True), (1, 2, 2, False), (1, 4, 1, False), (2, 2, 2, True), (2, 4, 2, False)],
+    ("tiles", "groups", "pieces"), [(1, 1, 1), (1, 2, 2), (1, 4, 1), (2, 2, 2), (2, 4, 2)]
 )
-def test_out_proj(bits: int, tiles: int, groups: int, pieces: int, early: bool) -> None:
+def test_out_proj(bits: int, tiles: int, groups: int, pieces: int) -> None:
     weight, scales = weights(D, INNER, bits)
     memory = {
         "weight": weight,
@@ -110,8 +109,7 @@ def test_out_proj(bits: int, tiles: int, groups: int, pieces: int, early: bool) 
     found = launch(
         *("held_out_proj", memory, (D // (16 * tiles), R // (8 * groups))),
         **{"D": D, "INNER": INNER, "PARTS": 8, "EPS": EPS, "HAS_SCALES": bits == 8},
-        **{"TILES": tiles, "GROUPS": groups, "PIECES": pieces, "EARLY": early},
-        **{"OVERLAPS": True},
+        **{"TILES": tiles, "GROUPS": groups, "PIECES": pieces, "OVERLAPS": True},
     )
     total = product(memory["gated"], weight, scales, memory["squares"])
     wanted = memory["residual"] + memory["gate"].astype("f8") * total

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .interpreter import Interpreter, Memory, interpreter_process
+from .tiled_rows import lined
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
@@ -306,6 +307,7 @@ def scan_launches(
         CONVOLVES=convolves,
         HEADS=heads,
         STAGES=1,
+        TILED=False,
         OVERLAPS=False,
     )
     fold = one(
@@ -574,6 +576,7 @@ def test_embed(interpreter: Interpreter, offset: int, table: torch.dtype) -> Non
         PARTS=3,
         HAS_SCALES=table == torch.int8,
         POSITION_OFFSET=offset,
+        TILED=False,
         OVERLAPS=False,
     )
     found = interpreter.run([item], memory)
@@ -631,12 +634,80 @@ def test_final_norm(interpreter: Interpreter) -> None:
         "hidden": unset(R, D),
     }
     memory["residual"][1] = 1e-4  # where epsilon counts
-    constants = {"D": D, "BLOCK": 64, "EPS": EPS, "OVERLAPS": False}
+    constants = {"D": D, "BLOCK": 64, "EPS": EPS, "TILED": False, "OVERLAPS": False}
     found = interpreter.run([one(step.final_norm, memory, R, **constants)], memory)
 
     wanted = normed_twice(memory)
     for row in range(R):
         close(found["hidden"][row], wanted[row])
+
+
+def test_rows_in_tiles(interpreter: Interpreter) -> None:
+    """What is around the layers writes the same numbers to tiles."""
+    rows, width = 10, 128
+    memory: Memory = {
+        "token": torch.zeros(rows, dtype=torch.int64),
+        "position": torch.arange(1, rows + 1),
+        "word_table": normal(71, V, width),
+        "word_scales": unset(1),
+        "position_table": normal(72, rows + 1, width),
+        "class_embedding": unset(rows, width),
+        "scale": normal(73, rows, width),
+        "residual": normal(74, rows, width),
+        "scaled": unset(rows, width, dtype=torch.float16),
+        "partials": unset(rows, 2),
+        "norm": normal(75, width),
+        "modulation": normal(76, rows, 2, width),
+        "final_weight": normal(77, width),
+        "hidden": unset(rows, width, dtype=torch.float16),
+    }
+    shared = {"D": width, "BLOCK": 128, "OVERLAPS": False}
+    of_embed = {"PARTS": 2, "HAS_SCALES": False, "POSITION_OFFSET": 0}
+    for kernel, own, name in (
+        (step.embed, of_embed, "scaled"),
+        (step.final_norm, {"EPS": EPS}, "hidden"),
+    ):
+        plain, tiles = (
+            interpreter.run([one(kernel, memory, rows, **shared, **own, TILED=tiled)], memory)[name]
+            for tiled in (False, True)
+        )
+        assert plain.isfinite().all()
+        found = lined(tiles.numpy().reshape(width // 64, rows, 64))
+        assert (found == plain.numpy()).all()
+
+
+def test_scan_of_rows_in_tiles(interpreter: Interpreter) -> None:
+    rows, heads, channels = 10, 4, 32
+    inner = heads * channels
+    width = inner + 2 * S
+    memory: Memory = {
+        "projected": normal(81, rows, inner + width + heads),
+        "conv_weight": normal(82, K, width),
+        "conv_bias": normal(83, width),
+        "dt_bias": normal(84, heads),
+        "a": -normal(85, heads).abs(),
+        "d": normal(86, heads),
+        "position": torch.zeros(rows, dtype=torch.int64),
+        "ring": unset(rows, K, width),
+        "state": unset(rows, heads, channels, S),
+        "state_scale": unset(rows, heads, channels),
+        "column_scale": unset(rows, heads, S, dtype=torch.float16),
+        "past_x": unset(rows, 16, inner),
+        "past_b": unset(rows, 16, S),
+        "past_decay": unset(rows, heads, 16),
+        "past_c": unset(1),
+        "gated": unset(rows, inner, dtype=torch.float16),
+        "squares": unset(rows, 2),
+    }
+    sizes = {"INNER": inner, "X": width, "H": heads, "P": channels, "S": S, "K": K, "CHUNK": 16}
+    cut = {"QUERIES": 0, "CONVOLVES": True, "HEADS": 2, "STAGES": 1, "OVERLAPS": False}
+    plain, tiles = (
+        interpreter.run([one(scan.scan, memory, (2, rows), **sizes, **cut, TILED=tiled)], memory)
+        for tiled in (False, True)
+    )
+    assert plain["gated"].isfinite().all()
+    found = lined(tiles["gated"].numpy().reshape(inner // 64, rows, 64))
+    assert (found == plain["gated"].numpy()).all()
 
 
 def normed_twice(memory: Memory) -> Tensor:

@@ -16,6 +16,7 @@ from aim_export.cuda.launch import KernelSpec
 from .persistent_reference import silu
 from .ptx_compiled import compiled, error
 from .ptx_machine import Machine
+from .tiled_rows import lined
 
 R, H, P, S, K, C, Q, WARPS = 4, 8, 64, 128, 4, 32, 16, 4
 INNER = H * P
@@ -101,27 +102,35 @@ def expected(before: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
 
 
 def scanned(
-    before: dict[str, np.ndarray], bulk: bool, rows: int, pace: int
+    before: dict[str, np.ndarray], bulk: bool, rows: int, pace: int, beside: bool
 ) -> dict[str, np.ndarray]:
-    """What is left, where lines come no sooner than somebody waits for them."""
+    """What is left, where lines come no sooner than somebody waits for them.
+
+    With `beside` as kernels with weights in registers want it.
+    """
     after = {name: value.copy() for name, value in before.items()}
     constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "ROWS": rows, "BULK": bulk}
-    constants["PACE"] = pace
+    constants |= {"PACE": pace, "TILED": beside, "EARLY": beside}
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
     kernel.run(list(after.values()), (H // WARPS, R // rows), late=True)
+    if beside:
+        after["gated"] = lined(after["gated"].reshape(INNER // 64, R, 64))
     return after
 
 
-# Whether the copy engine brings states and tokens, rows a program, and its pace.
-FORMS = [(False, 1, 4), (True, 1, 8), (True, 1, 4), (True, 2, 4), (True, 2, 2)]
+# Whether the copy engine brings states and tokens, rows a program, its pace, and for whom it is.
+FORMS = [
+    *((False, 1, 4, False), (False, 1, 4, True), (True, 1, 8, False), (True, 1, 4, True)),
+    *((True, 2, 4, False), (True, 2, 2, True)),
+]
 
 
 @pytest.mark.parametrize("at", [[0, 32, 5, 40], [31, 2, 63, 64], [80, 100, 95, 255]])
 def test_scan(at: list[int]) -> None:
     """Copies by threads against float64, and every other form to the bit."""
     before = memory(at)
-    after = scanned(before, bulk=False, rows=1, pace=8)
+    after = scanned(before, bulk=False, rows=1, pace=8, beside=False)
     for form in FORMS:
         for name, value in scanned(before, *form).items():
             assert value.tobytes() == after[name].tobytes(), (name, form)

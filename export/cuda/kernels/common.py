@@ -41,9 +41,10 @@ def begin_next(OVERLAPS: tl.constexpr):
     - `scan`, behind `in_proj`: states, tokens and ring, as the step before has left them, and
       positions, as its `sample` has, which `embed` waits for before `in_proj` may start.
     - `in_proj`, `fold` and `final_norm`, behind `out_proj`: weights, conditioning and positions.
-    - `out_proj`, behind `scan`: the residual, as the `out_proj` before has left it. So `scan` does
-      not call this. When it is past its wait all projections of the layer before have ended, and
-      those that follow may write descriptors where these had theirs.
+    - `out_proj`, behind `scan`: weights and conditioning where weights go to registers, and `scan`
+      calls this. Elsewhere the residual too, as the `out_proj` before has left it, and `scan` does
+      not: when it is past its wait all projections of the layer before have ended, and those that
+      follow may write descriptors where these had theirs.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()

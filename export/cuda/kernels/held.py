@@ -369,7 +369,6 @@ def held_out_proj(
     TILES: gl.constexpr,
     GROUPS: gl.constexpr,
     PIECES: gl.constexpr,  # 2 if half of the weights are on their way at a time
-    EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
 ):
     """`step.out_proj`, 8 * GROUPS rows and 16 * TILES outputs a program."""
@@ -386,9 +385,8 @@ def held_out_proj(
     scale_value = gl.load(scale + at)
     value = gl.load(residual + at)  # as the layer before left it
     factor = gl.load(scales + output) if HAS_SCALES else 1.0
-    begin_next(OVERLAPS and EARLY)
     _hold_rest(held, weight, first, D, INNER, W, PIECES)
-    begin_dependents(OVERLAPS, BEGUN=EARLY)
+    begin_dependents(OVERLAPS)
     rows = _load_rows(gated, first_row, INNER, GROUPS, W)
     sums = _load_partials(squares, first_row, 8 * GROUPS, PARTS, W)
     total = _products(held, rows, INNER, TILES, GROUPS, W)

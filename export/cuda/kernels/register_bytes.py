@@ -15,8 +15,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -24,18 +22,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
 from aim_export.cuda.kernels.register_weights import (
-    DEPTH,
-    LINES_TILE,
     SUMS,
     WARPS,
-    ask,
     begun,
-    exchanged,
     half_of_sum,
     looked_at,
-    prepare,
 )
+from aim_export.cuda.kernels.row_copies import ask, ask_step, lines_of_step, prepare
 from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
+from aim_export.cuda.kernels.row_tiles import DEPTH, place_of
 from aim_export.cuda.kernels.warp_fragments import constraints
 
 
@@ -70,15 +65,10 @@ def _results_layout(HALVES):
 
 @gluon.constexpr_function
 def _bytes_in_order():
-    """PTX: 16 weights each of two rows, to the bytes of four tensor cores' fragments, plus 128."""
+    """PTX: 16 weights each of two rows, the bytes of four tensor cores' fragments, plus 128."""
     text = begun()
-    for row in range(2):
-        for lane in range(4):  # bytes 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 are lane j's
-            first, sides = 8 + 4 * row + lane // 2, ("0x5410", "0x7632")
-            text += f"prmt.b32 w{lane}, ${first}, ${first + 2}, {sides[lane % 2]};"
-        text += exchanged(["w0", "w1", "w2", "w3"])
-        for step in range(4):
-            text += f"xor.b32 ${4 * row + step}, w{step}, 0x80808080;"
+    for word in range(8):
+        text += f"xor.b32 ${word}, ${8 + word}, 0x80808080;"
     return text + looked_at(8)
 
 
@@ -165,29 +155,24 @@ def _add(
     total,
     prepared,
     words,
-    first_row,
     FIRST: gl.constexpr,
     LAST: gl.constexpr,
     STEPS: gl.constexpr,
+    R: gl.constexpr,
     ROWS: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Add the products of the steps from FIRST to LAST, of STEPS in all."""
-    source, stages, bars = prepared
     for step in gl.static_range(FIRST, LAST):
         weights = _operand(words[step], ROWS, HALVES)
-        lines = stages[step % STAGES]._reinterpret(gl.float16, [HALVES * ROWS, DEPTH], LINES_TILE)
-        mbarrier.wait(bars[step % STAGES], step // STAGES & 1)
-        total = warpgroup_mma(weights, lines.permute((1, 0)), total, is_async=True)
+        lines = lines_of_step(prepared, step, ROWS, HALVES, STAGES)
+        total = warpgroup_mma(weights, lines, total, is_async=True)
         if step > 0:
             total = warpgroup_mma_wait(1, deps=[total])
         if step > 0 and step - 1 + STAGES < STEPS:
-            free, bar = stages[(step - 1) % STAGES], bars[(step - 1) % STAGES]
             gl.thread_barrier()  # the other warps' products have been there too
-            mbarrier.expect(bar, 2 * HALVES * ROWS * DEPTH)
-            place = [0, first_row, (step - 1 + STAGES) * DEPTH]
-            tma.async_copy_global_to_shared(source, place, bar, free)
+            ask_step(prepared, step - 1 + STAGES, STEPS, R, ROWS, HALVES, STAGES)
     return total
 
 
@@ -227,7 +212,7 @@ def _places(first_row, first, ROWS: gl.constexpr, HALVES: gl.constexpr):
 def bytes_in_proj(
     weight,  # (E, D) int8
     scales,  # (E,) float32, what its rows count
-    scaled,  # (R, D) float16
+    scaled,  # (D / 64, R, 64) float16, as in `row_tiles`
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
     projected,  # (R, E) float32: z | x B C | dt
@@ -247,23 +232,20 @@ def bytes_in_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, E, D, HALVES)
     begin_next(OVERLAPS)
-    prepared = prepare(scaled, R, D, ROWS, HALVES, STAGES)
+    prepared = prepare(scaled, first_row, ROWS, HALVES, STAGES)
     words = _in_order(loaded, STEPS)
-    mbarrier.wait(prepared[2][STAGES], 0)
     wait_for_last(OVERLAPS)
-    ask(prepared, first_row, STAGES)
+    ask(prepared, STEPS, R, ROWS, HALVES, STAGES)
     sums = _sums_of_squares(partials, first_row, ROWS, PARTS, HALVES)
     total = _begin_total(ROWS, HALVES)
-    total = _add(*(total, prepared, words, first_row), *(0, MIDDLE, STEPS, ROWS, HALVES, STAGES))
+    total = _add(*(total, prepared, words), *(0, MIDDLE, STEPS, R, ROWS, HALVES, STAGES))
     # Before there are no registers for these.
     row, output = _places(first_row, first, ROWS, HALVES)
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0)
     factor = gl.load(scales + output, mask=output < E, other=0.0)
-    total = _add(
-        *(total, prepared, words, first_row), *(MIDDLE, STEPS, STEPS, ROWS, HALVES, STAGES)
-    )
+    total = _add(*(total, prepared, words), *(MIDDLE, STEPS, STEPS, R, ROWS, HALVES, STAGES))
     norm = inverse_rms(sums, D, EPS, _results_layout(HALVES))
     result = _sum(total, ROWS, HALVES) * norm * gl.expand_dims(factor, 0)
     gl.store(projected + at, result + shift.to(gl.float32), mask=inside)
@@ -273,12 +255,12 @@ def bytes_in_proj(
 def bytes_out_proj(
     weight,  # (D, I) int8, the gated norm's weight inside
     scales,  # (D,) float32, what its rows count
-    gated,  # (R, I) float16
+    gated,  # (I / 64, R, 64) float16, as in `row_tiles`
     squares,  # (R, PARTS) float32
     gate,  # (R, D) float32
     scale,  # (R, D) float32, of the layer that follows
     residual,  # (R, D) float32, updated
-    scaled,  # (R, D) float16
+    scaled,  # (D / 64, R, 64) float16, likewise
     partials,  # (R, D * HALVES / 128) float32
     R: gl.constexpr,
     D: gl.constexpr,  # a multiple of 128 / HALVES
@@ -296,14 +278,13 @@ def bytes_out_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, D, INNER, HALVES)
     begin_next(OVERLAPS)
-    prepared = prepare(gated, R, INNER, ROWS, HALVES, STAGES)
+    prepared = prepare(gated, first_row, ROWS, HALVES, STAGES)
     words = _in_order(loaded, STEPS)
-    mbarrier.wait(prepared[2][STAGES], 0)
     wait_for_last(OVERLAPS)
-    ask(prepared, first_row, STAGES)
+    ask(prepared, STEPS, R, ROWS, HALVES, STAGES)
     sums = _sums_of_squares(squares, first_row, ROWS, PARTS, HALVES)
     total = _begin_total(ROWS, HALVES)
-    total = _add(*(total, prepared, words, first_row), *(0, MIDDLE, STEPS, ROWS, HALVES, STAGES))
+    total = _add(*(total, prepared, words), *(0, MIDDLE, STEPS, R, ROWS, HALVES, STAGES))
     # Before there are no registers for these.
     row, output = _places(first_row, first, ROWS, HALVES)
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
@@ -311,14 +292,13 @@ def bytes_out_proj(
     scale_value = gl.load(scale + at)
     value = gl.load(residual + at)  # as the layer before left it
     factor = gl.load(scales + output)
-    total = _add(
-        *(total, prepared, words, first_row), *(MIDDLE, STEPS, STEPS, ROWS, HALVES, STAGES)
-    )
+    total = _add(*(total, prepared, words), *(MIDDLE, STEPS, STEPS, R, ROWS, HALVES, STAGES))
     norm = inverse_rms(sums, INNER, EPS, _results_layout(HALVES))
     result = _sum(total, ROWS, HALVES) * norm * gl.expand_dims(factor, 0)
     value += gate_value * result
     gl.store(residual + at, value)
-    store_rounded(scaled + at, value * scale_value, True)
+    place = place_of(gl.expand_dims(row, 1), gl.expand_dims(output, 0), R, D, True)
+    store_rounded(scaled + place, value * scale_value, True)
     shares = gl.sum(value * value, axis=1)
     gl.store(partials + row * (D // lines_of(HALVES)) + gl.program_id(1), shares)
 
@@ -327,7 +307,7 @@ def bytes_out_proj(
 def bytes_head(
     weight,  # (V, D) int8
     scales,  # (V,) float32, what its rows count
-    hidden,  # (R, D) float16
+    hidden,  # (D / 64, R, 64) float16, as in `row_tiles`
     logits,  # (R, V) float32
     R: gl.constexpr,
     D: gl.constexpr,  # a multiple of 64 * HALVES, at most 1024 * HALVES
@@ -341,15 +321,14 @@ def bytes_head(
     STEPS: gl.constexpr = D // (HALVES * DEPTH)
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, V, D, HALVES)
-    prepared = prepare(hidden, R, D, ROWS, HALVES, STAGES)
+    prepared = prepare(hidden, first_row, ROWS, HALVES, STAGES)
     words = _in_order(loaded, STEPS)
-    mbarrier.wait(prepared[2][STAGES], 0)
     begin_dependents(OVERLAPS)
-    ask(prepared, first_row, STAGES)
+    ask(prepared, STEPS, R, ROWS, HALVES, STAGES)
     row, output = _places(first_row, first, ROWS, HALVES)
     factor = gl.load(scales + output, mask=output < V, other=0.0)
     total = _begin_total(ROWS, HALVES)
-    total = _add(*(total, prepared, words, first_row), *(0, STEPS, STEPS, ROWS, HALVES, STAGES))
+    total = _add(*(total, prepared, words), *(0, STEPS, STEPS, R, ROWS, HALVES, STAGES))
     at = gl.expand_dims(row * V, 1) + gl.expand_dims(output, 0)
     result = _sum(total, ROWS, HALVES) * gl.expand_dims(factor, 0)
     gl.store(logits + at, result, mask=gl.expand_dims(output < V, 0))

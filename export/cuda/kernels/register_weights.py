@@ -21,24 +21,20 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from aim_export.cuda.kernels.common import begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
+from aim_export.cuda.kernels.row_copies import ask, lines_of_step, prepare
 from aim_export.cuda.kernels.row_norms import inverse_rms, load_partials
+from aim_export.cuda.kernels.row_tiles import DEPTH, place_of
 from aim_export.cuda.kernels.warp_fragments import constraints
 
-# The sum's step: numbers of a line of a swizzled tile.
-DEPTH = gl.constexpr(64)
 # Lines of wgmma's first operand.
 LINES = gl.constexpr(64)
 WARPS = gl.constexpr(8)
-_ROWS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
-LINES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 # Eight outputs of four pairs of rows, which a warp stores at a time, lie in banks of their own.
 SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 
@@ -88,24 +84,9 @@ def half_of_sum(lines):
 
 
 @gluon.constexpr_function
-def exchanged(words):
-    """PTX: of four registers the i-th becomes what lane i of the four has for this one."""
-    text = ""
-    for mask, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
-        for low, high in pairs:
-            a, b = words[low], words[high]
-            text += f"selp.b32 t, {a}, {b}, p{mask};"
-            text += f"shfl.sync.bfly.b32 t, t, {mask}, 0x1f, 0xffffffff;"
-            text += f"selp.b32 {a}, t, {a}, p{mask}; selp.b32 {b}, {b}, t, p{mask};"
-    return text
-
-
-@gluon.constexpr_function
 def begun():
-    """PTX: the registers of what follows, and which lane this is."""
-    text = "{ .reg .b32 w<4>; .reg .b32 t, c, k; .reg .pred p1, p2; mov.u32 t, %laneid;"
-    text += "and.b32 c, t, 1; setp.ne.u32 p1, c, 0; and.b32 c, t, 2; setp.ne.u32 p2, c, 0;"
-    return text + "mov.b32 c, 0x64646464; mov.b32 k, 0x64806480;"
+    """PTX: the registers of what follows."""
+    return "{ .reg .b32 t, c, k; .reg .pred p; mov.b32 c, 0x64646464; mov.b32 k, 0x64806480;"
 
 
 @gluon.constexpr_function
@@ -114,7 +95,7 @@ def looked_at(registers):
     text = "mov.b32 t, $0;"
     for register in range(1, registers):
         text += f"xor.b32 t, t, ${register};"
-    return text + "setp.eq.u32 p1, t, 0x2545f491; @p1 pmevent 0; }"
+    return text + "setp.eq.u32 p, t, 0x2545f491; @p pmevent 0; }"
 
 
 @gluon.constexpr_function
@@ -122,13 +103,9 @@ def _fragments_of_bytes():
     """PTX: 16 weights each of two rows, to four tensor cores' fragments of four registers."""
     text = begun()
     for row in range(2):
-        for lane in range(4):  # bytes 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 are lane j's
-            first, sides = 16 + 4 * row + lane // 2, ("0x5410", "0x7632")
-            text += f"prmt.b32 w{lane}, ${first}, ${first + 2}, {sides[lane % 2]};"
-        text += exchanged(["w0", "w1", "w2", "w3"])
         for step in range(4):  # a byte plus 128 is the lower byte of the half 1024 + 128 + byte
             low, high = f"${4 * step + 2 * row}", f"${4 * step + 2 * row + 1}"
-            text += f"xor.b32 t, w{step}, 0x80808080; prmt.b32 {low}, t, c, 0x4140;"
+            text += f"xor.b32 t, ${16 + 4 * row + step}, 0x80808080; prmt.b32 {low}, t, c, 0x4140;"
             text += f"prmt.b32 {high}, t, c, 0x4342; sub.rn.f16x2 {low}, {low}, k;"
             text += f"sub.rn.f16x2 {high}, {high}, k;"
     return text + looked_at(16)
@@ -184,48 +161,6 @@ def _halves(loaded, STEPS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def prepare(
-    rows,  # (R, WIDTH) float16
-    R: gl.constexpr,
-    WIDTH: gl.constexpr,
-    ROWS: gl.constexpr,
-    PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The rows' descriptor, of PARTS of the sum, where they are to come, and barriers.
-
-    Of these there is one more than there are stages. The last is for rows that there are not, which
-    are 0: the copy engine is asked for those so that it fetches the descriptor before it is wanted.
-    """
-    PART: gl.constexpr = WIDTH // PARTS
-    stages, bars = none(), none()
-    for _ in gl.static_range(STAGES):
-        stages += (gl.allocate_shared_memory(gl.float16, [PARTS, ROWS, DEPTH], _ROWS_TILE),)
-    for _ in gl.static_range(STAGES + 1):
-        bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(bar, count=1)
-        bars += (bar,)
-    for stage in gl.static_range(STAGES + 1):
-        mbarrier.expect(bars[stage], 2 * PARTS * ROWS * DEPTH)
-    source = tma.make_tensor_descriptor(
-        rows, [PARTS, R, PART], [PART, WIDTH, 1], [PARTS, ROWS, DEPTH], _ROWS_TILE
-    )
-    tma.async_copy_global_to_shared(source, [0, R, 0], bars[STAGES], stages[0])
-    return source, stages, bars
-
-
-@gluon.jit
-def ask(prepared, first_row, STAGES: gl.constexpr):
-    """Set the rows of the first steps on their way."""
-    source, stages, bars = prepared
-    for step in gl.static_range(STAGES):
-        place = [0, first_row, step * DEPTH]
-        tma.async_copy_global_to_shared(source, place, bars[step], stages[step])
-    # Else the assembler puts arithmetic ahead of the copies that waits for other loads.
-    gl.thread_barrier()
-
-
-@gluon.jit
 def _sum(total, ROWS: gl.constexpr, SHARES: gl.constexpr):
     """What is wanted of a product, added up: (ROWS, LINES / SHARES) in `_results_layout`."""
     OUTPUTS: gl.constexpr = LINES // SHARES
@@ -247,6 +182,7 @@ def _multiply(
     halves,
     first_row,
     partials,
+    R: gl.constexpr,
     WIDTH: gl.constexpr,
     PARTS: gl.constexpr,
     EPS: gl.constexpr,
@@ -254,18 +190,16 @@ def _multiply(
     SHARES: gl.constexpr,
 ):
     """Rows over their rms, times weights: float32 in `_results_layout`."""
-    _, stages, bars = prepared
     STEPS: gl.constexpr = WIDTH // (2 * SHARES * DEPTH)
     COLUMNS: gl.constexpr = SHARES * ROWS
-    ask(prepared, first_row, STEPS)
+    ask(prepared, STEPS, R, ROWS, 2 * SHARES, STEPS)
     # Lanes and warps have the rows that they have of results.
     layout: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [WARPS, 1], [1, 0])
     sums = load_partials(partials, first_row, ROWS, PARTS, layout)
     total = gl.zeros([LINES, 2 * COLUMNS], gl.float32, _product_layout(COLUMNS))
     for step in gl.static_range(STEPS):
-        lines = stages[step]._reinterpret(gl.float16, [2 * COLUMNS, DEPTH], LINES_TILE)
-        mbarrier.wait(bars[step], 0)
-        total = warpgroup_mma(halves[step], lines.permute((1, 0)), total, is_async=True)
+        lines = lines_of_step(prepared, step, ROWS, 2 * SHARES, STEPS)
+        total = warpgroup_mma(halves[step], lines, total, is_async=True)
     norm = inverse_rms(sums, WIDTH, EPS, _results_layout(SHARES))
     total = warpgroup_mma_wait(0, deps=[total])
     return _sum(total, ROWS, SHARES) * norm
@@ -283,7 +217,7 @@ def _places(first_row, first, ROWS: gl.constexpr, SHARES: gl.constexpr):
 def register_in_proj(
     weight,  # (E, D) int8
     scales,  # (E,) float32, what its rows count
-    scaled,  # (R, D) float16
+    scaled,  # (D / 64, R, 64) float16, as in `row_tiles`
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
     projected,  # (R, E) float32: z | x B C | dt
@@ -301,16 +235,15 @@ def register_in_proj(
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, E, D, SHARES)
     begin_next(OVERLAPS)
-    prepared = prepare(scaled, R, D, ROWS, 2 * SHARES, STEPS)
+    prepared = prepare(scaled, first_row, ROWS, 2 * SHARES, STEPS)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
     inside = gl.expand_dims(output < E, 0)
     at = gl.expand_dims(row * E, 1) + gl.expand_dims(output, 0)
     shift = gl.load(shifted + at, mask=inside, other=0.0).to(gl.float32)
     factor = gl.load(scales + output, mask=output < E, other=0.0)
-    mbarrier.wait(prepared[2][STEPS], 0)
     wait_for_last(OVERLAPS)
-    total = _multiply(*(prepared, halves, first_row, partials), *(D, PARTS, EPS, ROWS, SHARES))
+    total = _multiply(*(prepared, halves, first_row, partials), *(R, D, PARTS, EPS, ROWS, SHARES))
     total = total * gl.expand_dims(factor, 0) + shift
     gl.store(projected + at, total, mask=inside)
 
@@ -319,12 +252,12 @@ def register_in_proj(
 def register_out_proj(
     weight,  # (D, I) int8, the gated norm's weight inside
     scales,  # (D,) float32, what its rows count
-    gated,  # (R, I) float16
+    gated,  # (I / 64, R, 64) float16, as in `row_tiles`
     squares,  # (R, PARTS) float32
     gate,  # (R, D) float32
     scale,  # (R, D) float32, of the layer that follows
     residual,  # (R, D) float32, updated
-    scaled,  # (R, D) float16
+    scaled,  # (D / 64, R, 64) float16, likewise
     partials,  # (R, D * SHARES / 64) float32
     R: gl.constexpr,
     D: gl.constexpr,  # a multiple of 64 / SHARES
@@ -340,19 +273,21 @@ def register_out_proj(
     first, first_row = gl.program_id(0) * (LINES // SHARES), gl.program_id(1) * ROWS
     loaded = _load_weights(weight, first, D, INNER, SHARES)
     begin_next(OVERLAPS)
-    prepared = prepare(gated, R, INNER, ROWS, 2 * SHARES, STEPS)
+    prepared = prepare(gated, first_row, ROWS, 2 * SHARES, STEPS)
     halves = _halves(loaded, STEPS, SHARES * ROWS)
     row, output = _places(first_row, first, ROWS, SHARES)
     at = gl.expand_dims(row * D, 1) + gl.expand_dims(output, 0)
     gate_value = gl.load(gate + at)
     scale_value = gl.load(scale + at)
-    value = gl.load(residual + at)  # as the layer before left it
     factor = gl.load(scales + output)
-    mbarrier.wait(prepared[2][STEPS], 0)
     wait_for_last(OVERLAPS)
-    total = _multiply(*(prepared, halves, first_row, squares), *(INNER, PARTS, EPS, ROWS, SHARES))
+    value = gl.load(residual + at)
+    total = _multiply(
+        *(prepared, halves, first_row, squares), *(R, INNER, PARTS, EPS, ROWS, SHARES)
+    )
     value += gate_value * total * gl.expand_dims(factor, 0)
     gl.store(residual + at, value)
-    store_rounded(scaled + at, value * scale_value, True)
+    place = place_of(gl.expand_dims(row, 1), gl.expand_dims(output, 0), R, D, True)
+    store_rounded(scaled + place, value * scale_value, True)
     shares = gl.sum(value * value, axis=1)
     gl.store(partials + row * (D * SHARES // LINES) + gl.program_id(0), shares)

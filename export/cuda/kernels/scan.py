@@ -14,6 +14,7 @@ import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents, silu, softplus, store_rounded
 from aim_export.cuda.kernels.error_feedback import no_feedback, renewed
+from aim_export.cuda.kernels.row_tiles import place_of
 from aim_export.cuda.kernels.short_states import (
     in_digits,
     in_thirds,
@@ -242,6 +243,14 @@ def remember(
 
 
 @triton.jit
+def keep_newest(newest, x, b, inner, states, INNER: tl.constexpr):
+    """Keep the convolution's newest inputs: x of a program's heads and, once a row, B."""
+    store_rounded(newest + inner, x)
+    if tl.program_id(0) == 0:
+        store_rounded(newest + INNER + states, b)
+
+
+@triton.jit
 def scan(
     projected,  # (R, E) float32, from `in_proj`
     conv_weight,  # (K, X) float32, oldest first
@@ -271,6 +280,7 @@ def scan(
     CONVOLVES: tl.constexpr,
     HEADS: tl.constexpr,  # heads a program, divides H
     STAGES: tl.constexpr,  # heads whose state is on its way at a time
+    TILED: tl.constexpr,  # whether `gated` is in `row_tiles`
     OVERLAPS: tl.constexpr,
 ):
     """One token through HEADS states of a row, of which below position CHUNK there are none yet."""
@@ -302,13 +312,12 @@ def scan(
     )
     y *= scale
     if CONVOLVES:
-        store_rounded(newest + inner, x)
-        if group == 0:
-            store_rounded(newest + INNER + states, b)
+        keep_newest(newest, x, b, inner, states, INNER)
         x, b = convolved(x, x_memory), convolved(b, b_memory)
         z, dt = silu(z), softplus(dt + bias)
     y, decay = attend(y, x, z, b, c, dt, rate, skip, x_then, b_then, decay_then, slot, CHUNK)
-    store_rounded(gated + row * INNER + inner, y, inner >= 0)
+    place = place_of(row.to(tl.int32), inner, tl.num_programs(1), INNER, TILED)
+    store_rounded(gated + place, y, inner >= 0)
     tl.store(squares + row * (H // HEADS) + group, tl.sum(tl.sum(y * y, axis=1), axis=0))
     past = past_x, past_b, past_decay, past_c
     remember(past, x, b, c, dt, decay, row, heads, inner, slot, INNER, H, S, CHUNK, QUERIES)

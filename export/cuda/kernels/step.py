@@ -24,6 +24,7 @@ import triton.language as tl
 
 from aim_export.cuda.kernels.common import begin_dependents, silu, softplus, store_rounded
 from aim_export.cuda.kernels.products import inverse_rms, load_ahead, load_partials, multiply
+from aim_export.cuda.kernels.row_tiles import place_of
 
 
 @triton.jit
@@ -113,6 +114,7 @@ def embed(
     PARTS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     POSITION_OFFSET: tl.constexpr,
+    TILED: tl.constexpr,  # whether `scaled` is in `row_tiles`
     OVERLAPS: tl.constexpr,
 ):
     """The input of the first layer: the class at position 0, else the token and its place."""
@@ -132,7 +134,8 @@ def embed(
         value += tl.load(position_table + place * D + channels, mask=inside, other=0.0)
     tl.store(residual + row * D + channels, value, mask=inside)
     factor = tl.load(scale + row * D + channels, mask=inside, other=0.0)
-    store_rounded(scaled + row * D + channels, value * factor, inside)
+    place = place_of(row, channels, tl.num_programs(0), D, TILED)
+    store_rounded(scaled + place, value * factor, inside)
     parts = tl.arange(0, triton.next_power_of_2(PARTS))
     squares = tl.where(parts == 0, tl.sum(value * value, axis=0), 0.0)
     tl.store(partials + row * PARTS + parts, squares, mask=parts < PARTS)
@@ -276,6 +279,7 @@ def final_norm(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    TILED: tl.constexpr,  # whether `hidden` is in `row_tiles`
     OVERLAPS: tl.constexpr,
 ):
     """The stack's norm, the head's norm and its modulation, for one row."""
@@ -290,7 +294,8 @@ def final_norm(
     value = tl.load(residual + row * D + channels, mask=inside, other=0.0)
     value *= weight / tl.sqrt(tl.sum(value * value, axis=0) / D + EPS)
     value /= tl.sqrt(tl.sum(value * value, axis=0) / D + EPS)
-    store_rounded(hidden + row * D + channels, value * scale + shift, inside)
+    place = place_of(row, channels, tl.num_programs(0), D, TILED)
+    store_rounded(hidden + place, value * scale + shift, inside)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.common import begin_dependents, begin_next
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
+from aim_export.cuda.kernels.row_tiles import place_of
 from aim_export.cuda.kernels.warp_bulk import (
     arrived,
     begin_copies,
@@ -86,12 +87,24 @@ def _inputs(exchanged, of_state, of_ring, newest):
 
 
 @gluon.jit
-def _finish(results, row, first_head, y, share, x, INNER: gl.constexpr, H: gl.constexpr):
-    """`gated` and `squares` of a row's heads."""
+def _finish(
+    results,
+    row,
+    rows,
+    first_head,
+    y,
+    share,
+    x,
+    INNER: gl.constexpr,
+    H: gl.constexpr,
+    TILED: gl.constexpr,
+):
+    """`gated` and `squares` of a row's heads, of so many `rows`."""
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     channels = channels_of(heads)
     y = (y + gl.expand_dims(share[0], 1) * x) * share[1]
-    store_rounded(results[0] + row * INNER + channels, y, channels >= 0)
+    place = place_of(row.to(gl.int32), channels, rows, INNER, TILED)
+    store_rounded(results[0] + place, y, channels >= 0)
     gl.store(results[1] + row * H + heads, gl.sum(y * y, axis=1))
 
 
@@ -109,10 +122,13 @@ def scan_in_bulk(
     QUERIES: gl.constexpr,
     ROWS: gl.constexpr,
     PACE: gl.constexpr,
+    TILED: gl.constexpr,
+    EARLY: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """ROWS rows of a program, one after the other: pointers as those of `scan_of_bytes`."""
     row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
+    begin_next(OVERLAPS and EARLY)
     at = gl.load(position + row).to(gl.int32)
     following = row + gl.num_programs(1)
     if ROWS > 1:
@@ -126,7 +142,7 @@ def scan_in_bulk(
     of_ring = load_ring(weights, memory, row, first_head, at, INNER, X, K)
     # What goes to registers is asked for before copies are waited for.
     set_others(state, past_x, at % CHUNK, at >= CHUNK, INNER, PACE)
-    begin_dependents(OVERLAPS)
+    begin_dependents(OVERLAPS, BEGUN=EARLY)
     newest = _newest(projected, row, first_head, INNER, X, H)
     for item in gl.static_range(ROWS):
         kept, asked, left, share = _inputs(exchanged, of_state, of_ring, newest)
@@ -148,7 +164,10 @@ def scan_in_bulk(
             set_tokens(past_x, next_at % CHUNK, INNER, item + 1)
             tokens = fill_tokens(tokens, next_at % CHUNK)
             of_state = load_state(weights, memory, following, first_head, next_at, INNER, H)
-        _finish(results, row, first_head, y, share, kept[3], INNER, H)
+        _finish(
+            *(results, row, gl.num_programs(1) * ROWS, first_head),
+            *(y, share, kept[3], INNER, H, TILED),
+        )
         keep(memory, row, first_head, at, (of_this[1], of_this[3]), kept, INNER, X, H, K, QUERIES)
         if item + 1 < ROWS:
             row, at = following, next_at

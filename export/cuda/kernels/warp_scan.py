@@ -13,8 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from aim_export.cuda.kernels.common import begin_dependents
+from aim_export.cuda.kernels.common import begin_dependents, begin_next
 from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
+from aim_export.cuda.kernels.row_tiles import place_of
 from aim_export.cuda.kernels.warp_bulk_scan import scan_in_bulk
 from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, LINE, WARPS, P, S
 from aim_export.cuda.kernels.warp_inputs import (
@@ -49,11 +50,14 @@ def _scan(
     K: gl.constexpr,
     QUERIES: gl.constexpr,
     PACE: gl.constexpr,
+    TILED: gl.constexpr,
+    EARLY: gl.constexpr,
     OVERLAPS: gl.constexpr,
 ):
     """A row of a program, with copies of 16 bytes: pointers as those of `scan_of_bytes`."""
     gated, squares = results
     row, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * WARPS
+    begin_next(OVERLAPS and EARLY)
     at = gl.load(position + row).to(gl.int32)
     slot = at % CHUNK
     # Everything up to the wait was written a step ago or earlier. What else there is to load is
@@ -66,7 +70,7 @@ def _scan(
     if PACE >= 8:
         of_tokens, of_heads, factors = load_state(weights, memory, row, first_head, at, INNER, H)
         of_x, of_both = load_ring(weights, memory, row, first_head, at, INNER, X, K)
-    begin_dependents(OVERLAPS)
+    begin_dependents(OVERLAPS, BEGUN=EARLY)
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     both = gl.arange(0, 2 * S, BOTH)
     channels = channels_of(heads)
@@ -87,7 +91,8 @@ def _scan(
     x = silu(of_x[0] + new_x * of_x[1])
     y += attended(values, shares, slot, False)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
-    store_rounded(gated + row * INNER + channels, y, channels >= 0)
+    place = place_of(row.to(gl.int32), channels, gl.num_programs(1), INNER, TILED)
+    store_rounded(gated + place, y, channels >= 0)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))
     kept = bc, dt, decay, x
     keep(memory, row, first_head, at, (new_x, new_bc), kept, INNER, X, H, K, QUERIES)
@@ -120,6 +125,8 @@ def scan_of_bytes(
     ROWS: gl.constexpr,
     BULK: gl.constexpr,
     PACE: gl.constexpr,
+    TILED: gl.constexpr,  # whether `gated` is in `row_tiles`
+    EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
 ):
     """One token through the states of a row's heads; the grid is (H / WARPS, R / ROWS).
@@ -133,10 +140,11 @@ def scan_of_bytes(
     if BULK:
         scan_in_bulk(
             *(projected, weights, position, memory, results),
-            *(INNER, X, H, K, QUERIES, ROWS, PACE, OVERLAPS),
+            *(INNER, X, H, K, QUERIES, ROWS, PACE, TILED, EARLY, OVERLAPS),
         )
     else:
         gl.static_assert(ROWS == 1)
         _scan(
-            projected, weights, position, memory, results, INNER, X, H, K, QUERIES, PACE, OVERLAPS
+            *(projected, weights, position, memory, results),
+            *(INNER, X, H, K, QUERIES, PACE, TILED, EARLY, OVERLAPS),
         )
