@@ -145,9 +145,14 @@ def draft_plan(
 
 
 def _check_sizes(model: ModelCard, precision: str) -> None:
-    for name, size in (("head_dim", model.head_dim), ("d_state", model.d_state)):
-        if size & (size - 1) or size < 16:
-            raise ExportError(f"the kernels want a power of two from 16 for {name}, not {size}")
+    # Products of bytes are of 32 at a time.
+    least = 32 if FORMATS[precision].state == "int8" else 16
+    for name, size, lowest in (("head_dim", model.head_dim, 16), ("d_state", model.d_state, least)):
+        if size & (size - 1) or size < lowest:
+            raise ExportError(
+                f"the kernels of {precision} want a power of two from {lowest} for {name}, not "
+                f"{size}"
+            )
     if model.d_model % 64:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")
     heads = 2 * model.d_model // model.head_dim

@@ -26,7 +26,7 @@ from aim_runtime.engines.cuda.plan import Bucket
 _NARROWEST = 768
 # Numbers of a half of the sum, or of all of it, that a thread's registers hold besides all else.
 _LONGEST = 1024
-# Fewer stages would leave products waiting for rows.
+# Fewer stages would leave products waiting for rows, and have no room for sums of 128 outputs.
 _STAGES = 4
 
 

@@ -56,7 +56,7 @@ class StepBuilder:
     ) -> None:
         self.g, self.precision, self.rows, self.tuning = geometry, precision, rows, tuning
         self.overlaps = overlaps
-        # Whether `scan` lets `out_proj` begin before it has its input, and buffers in tiles.
+        # Whether `warp_scan` lets `out_proj` begin before it has its input, and buffers in tiles.
         self.early, self.tiled = False, frozenset[str]()
         if not tuning.dot and geometry.X % tuning.in_proj.outputs:
             raise ValueError(f"a tile of {tuning.in_proj.outputs} does not divide {geometry.X}")

@@ -573,7 +573,7 @@ def test_kernels_for_a_bundle_fail_without_pytorch_as_with_it(
         (["--bundle", "text", "--cuda"], "text"),
         (["--bundle", "packed.zip", "--cuda", *one], "unpack it first"),
         (["--bundle", "damaged", "--cuda", *one], "step.weights"),
-        (["--bundle", "narrow", "--cuda", *one], "the kernels want"),
+        (["--bundle", "narrow", "--cuda", *one], "fp16 want a power of two from 16"),
         (["--bundle", "renamed", "--cuda", *one], "have no 'word_table'"),
         (["--bundle", str(wide_bundle), "--cuda", *one], "no registers"),
         (["--bundle", str(wide_bundle), "--cuda", "--cuda-precision", "fp7"], "fp7"),

@@ -160,6 +160,14 @@ def test_layers_of_two_heads(interpreter: Interpreter, small: Path, tmp_path: Pa
     assert error(scores, found.scores[:2]) <= TOLERANCE["fp32"]
 
 
+def test_states_of_bytes_want_columns_for_a_product(small: Path, tmp_path: Path) -> None:
+    made, _ = export_bundle(small, tmp_path / "small")
+    model = dataclasses.replace(made.manifest.model, d_state=16)
+    engines._check_sizes(model, "fp16-state16")
+    with pytest.raises(ExportError, match=r"fp16-state8 want a power of two from 32 for d_state"):
+        engines._check_sizes(model, "fp16-state8")
+
+
 def test_int8_wants_four_heads(small: Path, tmp_path: Path) -> None:
     made, _ = export_bundle(small, tmp_path / "small")
     with pytest.raises(ExportError, match=r"int8 want a multiple of 4 heads .*, not 2"):

@@ -35,16 +35,17 @@ def begin_dependents(OVERLAPS: tl.constexpr, BEGUN: tl.constexpr = False):
 def begin_next(OVERLAPS: tl.constexpr):
     """Let the next launch start; `wait_for_last` has to follow, or `begin_dependents`, `BEGUN`.
 
-    The next one may start while the last but one still runs: before its wait it may read nothing
-    that this one or that wrote. What a step's launches read ahead of theirs:
+    The next one may start while the last but one still runs and, where that one did so too, all
+    back to the last that did not: before its wait it may read nothing that any of them wrote. What
+    a step's launches read ahead of theirs:
 
     - `scan`, behind `in_proj`: states, tokens and ring, as the step before has left them, and
       positions, as its `sample` has, which `embed` waits for before `in_proj` may start.
     - `in_proj`, `fold` and `final_norm`, behind `out_proj`: weights, conditioning and positions.
-    - `out_proj`, behind `scan`: weights and conditioning where weights go to registers, and `scan`
-      calls this. Elsewhere the residual too, as the `out_proj` before has left it, and `scan` does
-      not: when it is past its wait all projections of the layer before have ended, and those that
-      follow may write descriptors where these had theirs.
+    - `out_proj`, behind `scan`: weights and conditioning where weights go to registers, and the
+      scan of a head a warp calls this. Elsewhere the residual too, as the `out_proj` before has
+      left it, and `scan` does not: when it is past its wait all projections of the layer before
+      have ended, and those that follow may write descriptors where these had theirs.
     """
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()

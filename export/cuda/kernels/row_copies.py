@@ -26,8 +26,8 @@ _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 def bytes_of(LINES, STAGES):
     """What a program allocates for stages of LINES = PARTS * ROWS lines.
 
-    As much as two stages at least: what is summed up is put there in the end, and must not take
-    more, for what is all of a program's memory lies at its beginning.
+    As much as two stages at least: what two halves of a sum, or its shares, add up is put there in
+    the end, and must not take more, for what is all of a program's memory lies at its beginning.
     """
     return max(STAGES, 2) * LINES * _LINE.value + _BARRIERS.value
 
