@@ -149,9 +149,10 @@ def _check_sizes(model: ModelCard, precision: str) -> None:
     least = 32 if FORMATS[precision].state == "int8" else 16
     for name, size, lowest in (("head_dim", model.head_dim, 16), ("d_state", model.d_state, least)):
         if size & (size - 1) or size < lowest:
+            others = "; those of fp16-state16 want 16" if size == 16 else ""
             raise ExportError(
                 f"the kernels of {precision} want a power of two from {lowest} for {name}, not "
-                f"{size}"
+                f"{size}{others}"
             )
     if model.d_model % 64:
         raise ExportError(f"the kernels want a multiple of 64 for d_model, not {model.d_model}")

@@ -68,7 +68,7 @@ def small_checkpoint(folder: Path, d_model: int) -> Path:
         )
     )
     config = ModelConfig(
-        vocab_size=32, num_classes=3, num_tokens=9, d_model=d_model, num_layers=1, d_state=16
+        vocab_size=32, num_classes=3, num_tokens=9, d_model=d_model, num_layers=1, d_state=32
     )
     names = {"class_names": ["cat", "dog", "red panda"]}
     return save_checkpoint(folder / "small.safetensors", AiM(config).initialise(), tokenizer, names)
