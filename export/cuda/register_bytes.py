@@ -36,7 +36,7 @@ def stages_of(tile: BytesTile, width: int) -> int:
     if left or width > _LONGEST * tile.halves:
         return 0
     room, lines = min(SHARED_MEMORY[target] for target in WARPGROUP), tile.halves * tile.rows
-    stages = next(n for n in range(steps, -1, -1) if bytes_of(lines, n) <= room)
+    stages = next((n for n in range(steps, 0, -1) if bytes_of(lines, n) <= room), 0)
     return stages if stages >= _STAGES else 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from aim_export import export_bundle
 from aim_training.checkpoint import save_checkpoint
 from aim_training.config import ModelConfig, TokenizerConfig
 from aim_training.model import AiM
@@ -29,3 +30,10 @@ def save_small(path: Path, config: ModelConfig, class_names: list[str]) -> Path:
             if "adaLN" in name:  # it starts with every gate closed
                 parameter.normal_(0.0, 0.5)
     return save_checkpoint(path, model, VQTokenizer(tokenizer), {"class_names": class_names})
+
+
+def export_small(folder: Path, config: ModelConfig) -> Path:
+    """The bundle of such a checkpoint, in `folder`."""
+    names = [f"class {index}" for index in range(config.num_classes)]
+    export_bundle(save_small(folder / "model.safetensors", config, names), folder / "bundle")
+    return folder / "bundle"

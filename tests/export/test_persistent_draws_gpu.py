@@ -13,19 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from aim_runtime import Batcher, Generator
 from aim_runtime.bundle import add_engine
 from aim_runtime.engines.cuda import CudaEngine
-from aim_runtime.engines.gpu import libcuda
 from aim_training.config import ModelConfig
 
-from .small_checkpoint import save_small
+from .gpus import needs_gpu
+from .small_checkpoint import export_small
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
-from aim_export import export_bundle
 from aim_export.cuda.bundle import add_engines
 from aim_export.cuda.persistent import CAPABILITIES
 
@@ -35,15 +33,7 @@ GUIDED = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
 # Relative to the norm of the scores.
 TOLERANCE = 5e-3
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        libcuda.unavailable_reason() is not None
-        or not torch.cuda.is_available()
-        or torch.cuda.get_device_capability() != divmod(CAPABILITIES[0], 10),
-        reason="needs a GPU of compute capability 9.0",
-    ),
-]
+pytestmark = needs_gpu(CAPABILITIES)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +46,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(
         vocab_size=64, num_classes=5, num_tokens=64, d_model=256, num_layers=4, d_state=128
     )
-    folder = tmp_path_factory.mktemp("persistent")
-    names = [f"class {index}" for index in range(5)]
-    checkpoint = save_small(folder / "model.safetensors", config, names)
-    export_bundle(checkpoint, folder / "bundle")
+    made = export_small(tmp_path_factory.mktemp("persistent"), config)
     with pytest.MonkeyPatch.context() as patch:
         # Of so narrow a model as well, for which 32 rows do not pay.
         patch.setattr("aim_export.cuda.bundle.pays", lambda *_: True)
-        add_engines(folder / "bundle", precisions=list(PRECISIONS), capabilities=CAPABILITIES)
-    return folder / "bundle"
+        add_engines(made, precisions=list(PRECISIONS), capabilities=CAPABILITIES)
+    return made
 
 
 def without(bundle: Path, out: Path, rows: Container[int]) -> Path:

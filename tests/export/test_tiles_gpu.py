@@ -10,18 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from aim_runtime import Generator
 from aim_runtime.engines.cuda import CudaEngine
-from aim_runtime.engines.gpu import libcuda
 from aim_training.config import ModelConfig
 
-from .small_checkpoint import save_small
+from .gpus import needs_gpu
+from .small_checkpoint import export_small
 
 pytest.importorskip("triton", reason="Triton, which the kernels are written in, is not installed")
 
-from aim_export import export_bundle
 from aim_export.cuda.bundle import add_engines
 from aim_export.cuda.targets import WARPGROUP
 
@@ -32,15 +30,7 @@ IMAGES = [8, 16, 32, 64]
 # Relative to the norm of the scores.
 TOLERANCE = 1e-2
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        libcuda.unavailable_reason() is not None
-        or not torch.cuda.is_available()
-        or torch.cuda.get_device_capability() not in [divmod(target, 10) for target in WARPGROUP],
-        reason="needs a GPU of compute capability 9.0",
-    ),
-]
+pytestmark = needs_gpu(WARPGROUP)
 
 
 @pytest.fixture(scope="module", params=[512, 768], ids=["512 wide", "768 wide"])
@@ -54,12 +44,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         num_layers=2,
         d_state=128,
     )
-    folder = tmp_path_factory.mktemp("tiles")
-    names = [f"class {index}" for index in range(5)]
-    checkpoint = save_small(folder / "model.safetensors", config, names)
-    export_bundle(checkpoint, folder / "bundle")
-    add_engines(folder / "bundle", precisions=PRECISIONS, capabilities=WARPGROUP)
-    return folder / "bundle"
+    made = export_small(tmp_path_factory.mktemp("tiles"), config)
+    add_engines(made, precisions=PRECISIONS, capabilities=WARPGROUP)
+    return made
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
