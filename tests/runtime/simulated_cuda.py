@@ -7,7 +7,9 @@ buffer. They are found when they are loaded, by `find(code, symbol)`: `code` hol
 the bundle has for the kernel, so that a test may put into it which specialisation is meant.
 
 Streams are lazy: nothing runs before somebody waits for it. A host that reads too early, or reuses
-memory that a copy still needs, therefore gets wrong bytes every time instead of now and then.
+memory that a copy still needs, therefore gets wrong bytes every time instead of now and then. A
+device that is `ahead` has done all that a stream was given whenever somebody waits for part of it:
+so it shows a host that queues work on what it has not read yet.
 Misuse (no current device, memory that was freed, a buffer overrun, a copy from unpinned memory)
 raises AssertionError.
 """
@@ -69,10 +71,12 @@ class SimulatedDevice:
         capability: tuple[int, int] = (9, 0),
         memory: int = 1 << 30,
         resident: int = 1 << 20,
+        ahead: bool = False,
     ) -> None:
         self.name = "simulated GPU"
         self.label = "cuda:0"
         self.capability = capability
+        self.ahead = ahead
         self.fail: BackendError | None = None
         self.launches: list[DeviceLaunch] = []  # every kernel that ran, in order
         self.captures = 0
@@ -274,8 +278,10 @@ class SimulatedStream:
         self.run_until(self._done + len(self._work))
 
     def run_until(self, count: int) -> None:
-        """Do the work up to the `count`-th item ever added."""
+        """Do the work up to the `count`-th item ever added, or all there is."""
         self._device.check_current()
+        if self._device.ahead:
+            count = self._done + len(self._work)
         while self._done < count:
             self._work.pop(0)()
             self._done += 1
