@@ -246,18 +246,19 @@ class Generator:
             if progress is not None:
                 progress(done, tokens.size + len(tokens) * decoding)
 
-        # What is both drawn and decoded at a time need not wait for the host between the two.
-        at_once = len(tokens) <= min(engine.decode_batch, request.batching.batch_size)
-        pictures = images if at_once else None
-        with contextlib.closing(self._draw(request, engine, tokens, cancel, pictures)) as steps:
+        def decoded(count: int) -> None:
+            report(tokens.size + count * decoding)
+            if count < len(tokens):
+                check_cancel(cancel)
+
+        # Images that are drawn at a time need not wait for the host before they are decoded.
+        pictures = images if len(tokens) <= request.batching.batch_size else None
+        draw = functools.partial(engine.draw, pictures=pictures, decoded=decoded)
+        with contextlib.closing(self._draw(request, draw, tokens, cancel)) as steps:
             for _, done in steps:
                 report(done)
-        for start in range(0, len(tokens), engine.decode_batch):
-            check_cancel(cancel)
-            stop = min(start + engine.decode_batch, len(tokens))
-            if pictures is None:
-                images[start:stop] = engine.decode(tokens[start:stop])
-            report(tokens.size + stop * decoding)
+        if pictures is None:
+            engine.decode_into(tokens, images, decoded)
         return self._result(request, tokens, images, time.perf_counter() - started)
 
     def stream(
@@ -414,12 +415,11 @@ class Generator:
     def _draw(
         self,
         request: Request,
-        engine: Engine,
+        draw: Callable[..., collections.abc.Generator[NDArray[np.int64]]],
         tokens: NDArray[np.int64],
         cancel: threading.Event | None,
-        pictures: NDArray[np.uint8] | None = None,
     ) -> collections.abc.Generator[tuple[int, int]]:
-        """Fill `tokens` (N, T) batch by batch, block by block; then those of one batch `pictures`.
+        """Fill `tokens` (N, T) batch by batch, block by block, by an engine's `draw`.
 
         Yields for each block how many steps it took and how many tokens are decided by now.
         """
@@ -429,7 +429,7 @@ class Generator:
             ids = np.array(request.classes[batch], np.int64)  # (n,)
             noise = functools.partial(uniforms, request.seeds[batch], steps)  # (n, T)
             done = 0
-            with contextlib.closing(engine.draw(ids, noise, request.options, pictures)) as blocks:
+            with contextlib.closing(draw(ids, noise, request.options)) as blocks:
                 for block in blocks:  # (n, k)
                     size = block.shape[1]
                     tokens[batch, done : done + size] = block
@@ -442,7 +442,7 @@ class Generator:
     ) -> collections.abc.Generator[Preview]:
         tokens = self._undecided(request)
         since = 0  # steps since the last preview
-        with contextlib.closing(self._draw(request, engine, tokens, cancel)) as blocks:
+        with contextlib.closing(self._draw(request, engine.draw, tokens, cancel)) as blocks:
             for size, done in blocks:
                 since += size
                 if since >= every or done == tokens.size:

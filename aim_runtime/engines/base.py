@@ -38,6 +38,9 @@ Conditioning = Mapping[str, Any]
 """What the prologue computed, by name; the values belong to the engine that made them."""
 Noise = Callable[[], NDArray[np.float64]]
 """Makes the noise (n, T) of images."""
+Decoded = Callable[[int], None]
+"""Called after each batch of decoded images with how many there are by now; what it raises ends the
+work."""
 
 
 class Rows(ABC):
@@ -132,6 +135,7 @@ class Engine(ABC):
         noise: NDArray[np.float64] | Noise,
         options: SamplingOptions,
         pictures: NDArray[np.uint8] | None = None,
+        decoded: Decoded = lambda _: None,
     ) -> collections.abc.Generator[NDArray[np.int64]]:
         """Draw the tokens of images that advance together, and their pixels.
 
@@ -140,7 +144,7 @@ class Engine(ABC):
         engine has nothing to do without. Yields the next tokens of all images as they are
         decided, in blocks (n, k) of k >= 1 steps that make T together; closing it stops the work
         and frees the memory. `pictures` (n, height, width, 3) is filled once they are, as by
-        `decode`. Arguments are checked by the call itself.
+        `decode_into`, and `decoded` called as there. Arguments are checked by the call itself.
         Raises ValueError for arguments of another shape or out of range; on the way BackendError
         when the backend fails or the scores are not finite.
         """
@@ -155,11 +159,8 @@ class Engine(ABC):
         made = partial(_checked_noise, noise, wanted)
         if pictures is None:
             return self._draw(class_ids, made, options)
-        shape = (len(class_ids), model.image_height, model.image_width, 3)
-        if pictures.dtype != np.uint8 or pictures.shape != shape:
-            found = f"{pictures.dtype} of shape {pictures.shape}"
-            raise ValueError(f"pictures is {found}; it must be uint8 of {shape}")
-        return self._draw_pictures(class_ids, made, options, pictures)
+        self._check_pixels("pictures", pictures, len(class_ids))
+        return self._draw_pictures(class_ids, made, options, pictures, decoded)
 
     def slots(self, rows: int) -> Slots:
         """Make room for images that advance together, `rows` rows of them at most.
@@ -203,10 +204,22 @@ class Engine(ABC):
 
     def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Turn `tokens` (n, T) into images (n, height, width, 3)."""
-        check_process(self._process)
-        model = self.manifest.model
-        _check_integers("tokens", tokens, (len(tokens), model.num_tokens), model.vocab_size)
+        self._check_tokens(tokens)
         return self._decode(tokens)
+
+    def decode_into(
+        self,
+        tokens: NDArray[np.int64],
+        images: NDArray[np.uint8],
+        decoded: Decoded = lambda _: None,
+    ) -> None:
+        """Fill `images` (n, height, width, 3) as `decode` turns `tokens` (n, T) into them.
+
+        Pixels may be written to while they are decoded. Raises what `decoded` raises.
+        """
+        self._check_tokens(tokens)
+        self._check_pixels("images", images, len(tokens))
+        self._decode_into(tokens, images, decoded)
 
     def _draw(
         self, class_ids: NDArray[np.int64], noise: Noise, options: SamplingOptions
@@ -228,6 +241,7 @@ class Engine(ABC):
         noise: Noise,
         options: SamplingOptions,
         pictures: NDArray[np.uint8],
+        decoded: Decoded,
     ) -> collections.abc.Generator[NDArray[np.int64]]:
         """`draw` with checked arguments, `pictures` among them: first the tokens, then the pixels.
 
@@ -238,10 +252,19 @@ class Engine(ABC):
             for block in drawing:
                 blocks.append(block)
                 yield block
-        tokens = np.concatenate(blocks, axis=1)  # (n, T)
+        self._decode_into(np.concatenate(blocks, axis=1), pictures, decoded)
+
+    def _decode_into(
+        self, tokens: NDArray[np.int64], images: NDArray[np.uint8], decoded: Decoded
+    ) -> None:
+        """`decode_into` with checked arguments, `decode_batch` images at a time.
+
+        Engines whose device decodes while the host copies replace it.
+        """
         for start in range(0, len(tokens), self.decode_batch):
-            part = slice(start, start + self.decode_batch)
-            pictures[part] = self._decode(tokens[part])
+            part = slice(start, min(start + self.decode_batch, len(tokens)))
+            images[part] = self._decode(tokens[part])
+            decoded(part.stop)
 
     def _slots(self, rows: int) -> Slots:
         """`slots` with checked arguments."""
@@ -260,6 +283,18 @@ class Engine(ABC):
     def _memory_share_mib(self) -> int:
         """Of what was free when the first request was planned: the next are planned alike."""
         return share_mib()
+
+    def _check_tokens(self, tokens: NDArray[np.int64]) -> None:
+        check_process(self._process)
+        model = self.manifest.model
+        _check_integers("tokens", tokens, (len(tokens), model.num_tokens), model.vocab_size)
+
+    def _check_pixels(self, name: str, pixels: NDArray[np.uint8], images: int) -> None:
+        model = self.manifest.model
+        shape = (images, model.image_height, model.image_width, 3)
+        if pixels.dtype != np.uint8 or pixels.shape != shape:
+            found = f"{pixels.dtype} of shape {pixels.shape}"
+            raise ValueError(f"{name} is {found}; it must be uint8 of {shape}")
 
     @abstractmethod
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:

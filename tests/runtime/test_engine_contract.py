@@ -249,8 +249,11 @@ def test_pictures_are_those_of_the_tokens(case: Case, n: int) -> None:
             case.engine.draw(classes, noise, options, wrong)
     for _ in range(2):
         pictures[:] = 77
-        tokens = np.concatenate(list(case.engine.draw(classes, noise, options, pictures)), axis=1)
+        there: list[int] = []
+        drawing = case.engine.draw(classes, noise, options, pictures, there.append)
+        tokens = np.concatenate(list(drawing), axis=1)
         assert np.array_equal(tokens, expected)
+        assert (there, there[-1]) == (sorted(set(there)), n)
         decoded = case.engine.decode(tokens) if decoded is None else decoded
         assert np.array_equal(pictures, decoded)
 
@@ -372,6 +375,27 @@ def test_decode(case: Case) -> None:
     alone = case.engine.decode(tokens[2:])
     assert np.abs(images[2:].astype(int) - alone).max() <= PIXEL_TOLERANCE
     assert not np.array_equal(images[0], images[1])
+    into, there = np.full_like(images, 77), list[int]()
+    case.engine.decode_into(tokens, into, there.append)
+    assert np.array_equal(into, images)
+    assert (there, there[-1]) == (sorted(set(there)), 3)
+    case.engine.decode_into(tokens[:0], into[:0], there.append)
+    for wrong in (into[:2], into[:, 1:], into.astype(np.int8)):
+        with pytest.raises(ValueError, match=r"^images is .*; it must be uint8 of \(3, "):
+            case.engine.decode_into(tokens, wrong)
+
+
+def test_what_is_told_of_images_may_end_the_work(case: Case) -> None:
+    tokens = case.tokens(3)
+    expected = case.engine.decode(tokens)
+
+    def stop(images: int) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            case.engine.decode_into(tokens, np.empty_like(expected), stop)
+    assert np.array_equal(case.engine.decode(tokens), expected)
 
 
 def test_a_request_is_planned(case: Case) -> None:

@@ -2,8 +2,8 @@
 
 `aim export --cuda` compiles the kernels ahead of time and writes a launch plan, which the modules
 here call the plan (`plan` has its types). `plan_reader` reads and checks it, `weights` and
-`program` load what it names, `workspace` has a request's buffers and captured graphs, `step` and
-`engine` draw with them.
+`program` load what it names, `workspace` has a request's buffers and captured graphs, `step`,
+`decoding` and `engine` draw with them.
 """
 
 from __future__ import annotations

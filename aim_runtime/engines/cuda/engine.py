@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aim_runtime.bundle import Bundle
-from aim_runtime.engines.base import Conditioning, Noise
-from aim_runtime.engines.cuda import slots, step, weights, workspace
-from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Bucket, DecoderBucket
+from aim_runtime.engines.base import Conditioning, Decoded, Noise
+from aim_runtime.engines.cuda import decoding, slots, step, weights, workspace
+from aim_runtime.engines.cuda.plan import Bucket, DecoderBucket
 from aim_runtime.engines.cuda.plan_reader import read_plan
 from aim_runtime.engines.cuda.program import Kernels
 from aim_runtime.engines.cuda.workspace import ProgramWorkspace
 from aim_runtime.engines.gpu.architecture import describe
-from aim_runtime.engines.gpu.device import Device, Event, OutOfDeviceMemory, Spaced
+from aim_runtime.engines.gpu.device import Device, Event, OutOfDeviceMemory
 from aim_runtime.engines.gpu.engine import GpuEngine
 from aim_runtime.engines.slots import Slots
 from aim_runtime.errors import BackendError
@@ -78,63 +78,70 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         noise: Noise,
         options: SamplingOptions,
         pictures: NDArray[np.uint8],
+        decoded: Decoded,
     ) -> Generator[NDArray[np.int64]]:
         """The decoder waits behind the last step: it has begun before the host sees its tokens."""
         n, rows_per_image = len(class_ids), options.rows_per_image
-        decoder = _decoder_bucket(self._decoder, n)
-        bucket = self._bucket(n, rows_per_image)
+        no_class = self.manifest.model.num_classes
+        decoder, count = decoding.next_run(self._decoder, n)
+        blocks: list[NDArray[np.int64]] = []
+        behind: list[decoding.Decoding] = []  # of the first `count` images, once it is queued
+        done = 0
         with ExitStack() as leases:
-            steps = leases.enter_context(self._step_lease(bucket, rows_per_image))
-            decoding: ProgramWorkspace | None = None
-            if n <= decoder.images:
-                with suppress(OutOfDeviceMemory):
-                    decoding = leases.enter_context(self._decoder_lease(decoder))
-            if decoding is None:
-                leases.close()
-                yield from super()._draw_pictures(class_ids, noise, options, pictures)
-                return
-            follow = partial(_decode_behind, steps, decoding, n * self.manifest.model.num_tokens)
-            no_class = self.manifest.model.num_classes
-            yield from step.draw(self._device, steps, class_ids, noise, options, no_class, follow)
-            with self._device.current():
-                decoding.stream.synchronize()
-            pictures[:] = decoding.host["image"][:n]
+            steps = leases.enter_context(
+                self._step_lease(self._bucket(n, rows_per_image), rows_per_image)
+            )
+
+            def follow(end: Event) -> None:
+                with suppress(OutOfDeviceMemory):  # what is not decoded here will be after this
+                    leased = leases.enter_context(self._decoder_lease(decoder))
+                    bring = partial(decoding.hand_over, leased, steps)
+                    behind.append(decoding.Decoding(self._device, leased, bring, pictures[:count]))
+                    leased.stream.wait_for(end)
+                    behind[0].queue()
+
+            drawing = step.draw(self._device, steps, class_ids, noise, options, no_class, follow)
+            for block in leases.enter_context(closing(drawing)):
+                if not blocks:  # memory is slow at the first touch: now, while the device draws
+                    pictures.fill(0)
+                blocks.append(block)
+                yield block
+            with suppress(OutOfDeviceMemory):
+                for size in behind[0].batches() if behind else ():
+                    done += size
+                    decoded(done)
+        tokens = np.concatenate(blocks, axis=1)  # (n, T)
+        self._decode_into(tokens[done:], pictures[done:], lambda more: decoded(done + more))
 
     def _prologue(self, class_ids: NDArray[np.int64]) -> Conditioning:
         return {"class_id": class_ids}  # the device computes the rest when rows start
 
     def _decode(self, tokens: NDArray[np.int64]) -> NDArray[np.uint8]:
         model = self.manifest.model
-        shape = (len(tokens), model.image_height, model.image_width, 3)
-        images = np.empty(shape, np.uint8)
+        images = np.empty((len(tokens), model.image_height, model.image_width, 3), np.uint8)
+        self._decode_into(tokens, images, lambda _: None)
+        return images
+
+    def _decode_into(
+        self, tokens: NDArray[np.int64], images: NDArray[np.uint8], decoded: Decoded
+    ) -> None:
+        """A batch is queued before the host copies the last; smaller ones where memory is short."""
         buckets, done = list(self._decoder), 0
         while done < len(tokens):
-            bucket = _decoder_bucket(buckets, len(tokens) - done)
-            size = min(bucket.images, len(tokens) - done)
+            bucket, count = decoding.next_run(buckets, len(tokens) - done)
+            part = slice(done, done + count)
             try:
-                self._decode_batch(bucket, tokens[done : done + size], images[done : done + size])
+                with self._decoder_lease(bucket) as leased:
+                    bring = partial(decoding.upload, leased, tokens[part])
+                    work = decoding.Decoding(self._device, leased, bring, images[part])
+                    for size in work.batches():
+                        done += size
+                        decoded(done)
             except OutOfDeviceMemory:
                 buckets = [smaller for smaller in buckets if smaller.images < bucket.images]
                 if not buckets:
                     needed = workspace.allocated_size(bucket.buffers)
                     raise self._too_little("decoding an image", needed) from None
-                continue
-            done += size
-        return images
-
-    def _decode_batch(
-        self, bucket: DecoderBucket[str], tokens: NDArray[np.int64], images: NDArray[np.uint8]
-    ) -> None:
-        """Decode `tokens` (n, T), n up to the bucket's, into `images` (n, height, width, 3)."""
-        with self._decoder_lease(bucket) as leased:
-            leased.host["tokens"][: len(tokens)] = tokens
-            leased.host["tokens"][len(tokens) :] = tokens[0]
-            with self._device.current():
-                leased.upload("tokens")
-                leased.run("decode")
-                leased.download("image")
-                leased.stream.synchronize()
-            images[:] = leased.host["image"][: len(images)]
 
     def _decoder_lease(
         self, bucket: DecoderBucket[str]
@@ -142,15 +149,8 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
         """Buffers for `bucket` for a while. Raises OutOfDeviceMemory when it is entered."""
 
         def make() -> ProgramWorkspace:
-            return ProgramWorkspace(
-                self._device,
-                self._kernels,
-                bucket.buffers,
-                self._weights.addresses,
-                {"decode": bucket.launches},
-                {"tokens": "tokens", "image": "image"},
-                {},
-            )
+            shared = self._weights.addresses
+            return decoding.make_workspace(self._device, self._kernels, bucket, shared)
 
         return self._pool.lease(("decoder", bucket.images), make)
 
@@ -253,28 +253,3 @@ class CudaEngine(GpuEngine[ProgramWorkspace]):
                 "export it again with 'aim export --cuda'"
             )
         return buckets
-
-
-def _decode_behind(
-    steps: ProgramWorkspace, decoding: ProgramWorkspace, tokens: int, end: Event
-) -> None:
-    """Queue the decoding of the first so many `tokens` of `steps`, which are there at its `end`."""
-    size = tokens * DTYPE_BYTES["int64"]
-    source, target = (Spaced(work.addresses["tokens"], size) for work in (steps, decoding))
-    decoding.stream.wait_for(end)
-    decoding.stream.copy(1, size, source, target)
-    decoding.run("decode")
-    decoding.download("image")
-
-
-def _decoder_bucket(buckets: Sequence[DecoderBucket[str]], images: int) -> DecoderBucket[str]:
-    """The smallest that holds `images` images, or a smaller one where over a quarter would be idle.
-
-    Full buckets of 4 take a seventh longer for an image than those of 16, and alone an image takes
-    half as long again as in one of 4.
-    """
-    fitting = [bucket for bucket in buckets if bucket.images >= images]
-    smaller = [bucket for bucket in buckets if bucket.images < images]
-    if not fitting or (smaller and 4 * images < 3 * fitting[0].images):
-        return smaller[-1]
-    return fitting[0]
