@@ -273,7 +273,7 @@ def test_forced_rows(engine: CudaEngine) -> None:
     assert np.array_equal(drawn(engine, [2], 2.0), counted([2]))
 
 
-@pytest.mark.parametrize("images", [1, 2, 5, 9])
+@pytest.mark.parametrize("images", [1, 2, 5, 9, 15])
 def test_images(engine: CudaEngine, images: int) -> None:
     tokens = np.random.default_rng(images).integers(0, VOCAB, (images, TOKENS))
     expected = np.broadcast_to(tokens[:, 0, None, None, None], (images, *PIXELS))
