@@ -23,7 +23,6 @@ from aim_export.cuda.register_bytes import bytes_bucket
 from aim_export.cuda.register_weights import register_bucket
 from aim_export.cuda.step import step_bucket
 from aim_export.cuda.step_tensors import weight_table
-from aim_export.cuda.targets import BULK
 from aim_export.cuda.tuning import TUNING, Tile, Tuning
 from aim_export.cuda.warpgroup import warpgroup_bucket
 from aim_runtime.engines.cuda.plan import (
@@ -50,7 +49,6 @@ def bucket_of(g: Geometry, precision: str, rows: int, tuning: Tuning) -> Bucket[
     for of_one_kind in (warpgroup_bucket, register_bucket, bytes_bucket):
         if found := of_one_kind(g, FORMATS[precision], rows, tuning, (target,)):
             return found
-    tuning = tuning if target in BULK else tuning.for_any()
     return step_bucket(g, FORMATS[precision], rows, tuning)
 
 

@@ -206,16 +206,10 @@ def _buckets(
 def _launches_a_layer(
     geometry: Geometry, formats: Format, rows: int, tuning: Tuning, capabilities: Sequence[int]
 ) -> list[Bucket[KernelSpec]]:
-    """Buckets of `rows` rows, with the scan and the largest held tiles that each GPU can take."""
+    """Buckets of `rows` rows, with the largest held tiles that each GPU can take."""
     found, left = [], set(capabilities)
-    largest, for_any = tuning.held_of(geometry.D), tuning.for_any()
-    for of_scan, cuts in (
-        (tuning, largest),
-        (for_any, largest),
-        (for_any, tuning.held_narrow),
-        (for_any, None),
-    ):
-        cut = replace(of_scan, held=cuts, held_narrow=cuts)
+    for cuts in (tuning.held_of(geometry.D), tuning.held_narrow, None):
+        cut = replace(tuning, held=cuts, held_narrow=cuts)
         bucket = step_bucket(geometry, formats, rows, cut)
         bound = [kernel for item in flat(bucket.step) if (kernel := item.kernel).capabilities]
         served = {c for c in left if all(c in (kernel.capabilities or ()) for kernel in bound)}

@@ -124,7 +124,7 @@ def constants_for(kernel: KernelSpec, capability: int) -> dict[str, Any]:
         # With no launch ahead there is nobody whom requests would hold up.
         constants |= {"OVERLAPS": False, **({"PIECES": 1} if "PIECES" in constants else {})}
     if capability not in BULK and "BULK" in constants:
-        constants |= {"BULK": False, "PACE": 8}
+        constants |= {"BULK": False, "PACE": 8, "TOGETHER": False}
     if capability not in WARPGROUP and "AHEAD" in constants:
         constants |= {"AHEAD": 1 if capability in ROOMY else 0, "GROUP": False}
     return constants

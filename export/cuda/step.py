@@ -15,7 +15,7 @@ from aim_export.cuda.kernels.warp_fold import fold_of_bytes
 from aim_export.cuda.launch import ABSENT, KernelSpec, Launcher
 from aim_export.cuda.precision import Format
 from aim_export.cuda.step_tensors import buffer_table, weight_table
-from aim_export.cuda.targets import BULK, CAPABILITIES, SHARED_MEMORY
+from aim_export.cuda.targets import CAPABILITIES, SHARED_MEMORY
 from aim_export.cuda.tuning import HeldTile, ScanCut, Tile, Tuning
 from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket, Launch, Program, Repeat
 
@@ -27,9 +27,6 @@ _FOLD_STAGES, _FOLD_REGISTERS = {"int8": 1}, {"int8": 168}
 # States asked for ahead by a program of `fold_of_bytes`, whose products are by wgmma: what GPUs of
 # 9.0 have. Others have less of both (`compile.constants_for`).
 _BYTES_FOLDED: dict[str, Any] = {"AHEAD": 2, "GROUP": True}
-# Of `warp_scan` with one row or two a program. Of two, four run at a time with as many registers;
-# GPUs other than these have no form of it.
-_SCAN_OPTIONS: dict[int, dict[str, Any]] = {1: {}, 2: {"registers": 128, "capabilities": BULK}}
 # What a scan reads and writes, and what it does besides where states are not float32.
 _SCANNED = (
     *("projected", "conv_weight", "conv_bias", "dt_bias", "a", "d", "position", "ring", "state"),
@@ -294,10 +291,11 @@ class StepBuilder:
         )
 
     def _scan_by_warps(self, cut: ScanCut, shared: dict[str, Any]) -> SpecLaunch:
-        warps, rows = warp_fragments.WARPS.value, max(cut.bulk_rows, 1)
-        grid, own = (self.g.H // warps, self.rows // rows), _SCAN_OPTIONS[rows]
-        shared |= {"ROWS": rows, "BULK": cut.bulk_rows > 0, "PACE": cut.pace, "EARLY": self.early}
-        return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **own, **shared)
+        warps = warp_fragments.WARPS.value
+        grid = self.g.H // warps, self.rows
+        shared |= {"BULK": cut.bulk, "PACE": cut.pace, "TOGETHER": cut.together}
+        shared |= {"EARLY": self.early}
+        return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **shared)
 
     def _if_there(self, buffer: str) -> str | Argument:
         return buffer if buffer in self.buffers else ABSENT

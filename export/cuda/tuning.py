@@ -30,19 +30,22 @@ class ScanCut:
         stages: heads whose state is on its way at a time, the one at hand included.
         num_warps: warps a program.
         chunk: C of these states, if it is not that of `Tuning`.
-        bulk_rows: rows that a program of `kernels.warp_scan` takes, one after another, where the
-            copy engine brings states and tokens; 0 for copies by threads, and more than one for
-            `targets.BULK` alone.
+        bulk: whether the copy engine brings states and tokens to `kernels.warp_scan`.
         pace: KB that a warp of such a program asks for at a time while the launch ahead runs, on
             `targets.BULK`: 1, 2, 4, or 8 for all at once.
+        together: whether it asks for tokens with the last KB of states, of these alone.
+        ahead: the first rows, whose states `in_proj` has brought into the L2 cache where its
+            programs wait with their weights (`kernels.register_bytes`).
     """
 
     heads: int = 1
     stages: int = 1
     num_warps: int = 4
     chunk: int | None = None
-    bulk_rows: int = 0
+    bulk: bool = False
     pace: int = 8
+    together: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,14 +220,6 @@ class Tuning:
         """The same with another cut of 8-bit states."""
         return replace(self, scan={**self.scan, "int8": of_bytes})
 
-    def for_any(self) -> Tuning:
-        """The same with no scan that only some GPUs have a form of: of two rows a program."""
-        cuts = {
-            state: replace(cut, bulk_rows=0) if cut.bulk_rows > 1 else cut
-            for state, cut in self.scan.items()
-        }
-        return replace(self, scan=cuts)
-
     def chunk_of(self, state: str) -> int:
         """C of states of the type `state`."""
         return self.scan[state].chunk or self.chunk
@@ -296,12 +291,12 @@ TUNING: Mapping[int, Tuning] = {
         registers=RegisterCuts(
             in_proj=RegisterTile(rows=16, shares=1),
             out_proj=RegisterTile(rows=16, shares=2),
-            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
+            scan=replace(_BYTES_OF_FEW, bulk=True, pace=4),
         ),
         registers_narrow=RegisterCuts(
             in_proj=RegisterTile(rows=16, shares=2),
             out_proj=RegisterTile(rows=16, shares=2),
-            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
+            scan=replace(_BYTES_OF_FEW, bulk=True, pace=4),
         ),
     ),
     32: Tuning(
@@ -312,7 +307,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=4, stages=3, num_warps=4),
             "float16": ScanCut(heads=4, stages=4, num_warps=2),
-            "int8": replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
+            "int8": replace(_BYTES_OF_FEW, bulk=True, pace=4),
         },
         held=HeldCuts(HeldTile(tiles=4, groups=4, pieces=2), HeldTile(tiles=2, groups=2, pieces=2)),
         held_narrow=HeldCuts(HeldTile(tiles=2, groups=4), HeldTile(tiles=1, groups=2)),
@@ -320,12 +315,12 @@ TUNING: Mapping[int, Tuning] = {
         registers=RegisterCuts(
             in_proj=RegisterTile(rows=32, shares=1),
             out_proj=RegisterTile(rows=32, shares=2),
-            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
+            scan=replace(_BYTES_OF_FEW, bulk=True, pace=4),
         ),
         registers_narrow=RegisterCuts(
             in_proj=RegisterTile(rows=32, shares=1),
             out_proj=RegisterTile(rows=16, shares=2),
-            scan=replace(_BYTES_OF_FEW, bulk_rows=1, pace=4),
+            scan=replace(_BYTES_OF_FEW, bulk=True, pace=2),
         ),
     ),
     64: Tuning(
@@ -336,19 +331,19 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=4, stages=3, num_warps=2),
-            "int8": replace(_BYTES_OF_MANY, bulk_rows=1),
+            "int8": replace(_BYTES_OF_MANY, bulk=True, pace=4, together=True),
         },
         bytes=BytesCuts(
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=64, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk_rows=1, pace=4),
+            scan=replace(_BYTES_OF_MANY, bulk=True, pace=4, ahead=6),
         ),
         bytes_narrow=BytesCuts(
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=None,
-            scan=replace(_BYTES_OF_MANY, bulk_rows=1, pace=2),
+            scan=replace(_BYTES_OF_MANY, bulk=True, pace=2, ahead=8),
         ),
     ),
     128: Tuning(
@@ -359,7 +354,7 @@ TUNING: Mapping[int, Tuning] = {
         scan={
             "float32": ScanCut(heads=8, stages=2, num_warps=4),
             "float16": ScanCut(heads=8, stages=3, num_warps=2),
-            "int8": replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
+            "int8": replace(_BYTES_OF_MANY, bulk=True, pace=4, together=True),
         },
         warpgroup=WarpgroupCuts(
             in_proj=WarpgroupTile(rows=128, outputs=64, depth=64, stages=6),
@@ -369,13 +364,13 @@ TUNING: Mapping[int, Tuning] = {
             in_proj=BytesTile(rows=128, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=128, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=2),
+            scan=replace(_BYTES_OF_MANY, bulk=True, pace=4, together=True, ahead=13),
         ),
         bytes_narrow=BytesCuts(
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=128, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk_rows=2, pace=4),
+            scan=replace(_BYTES_OF_MANY, bulk=True, pace=4, together=True, ahead=12),
         ),
     ),
 }

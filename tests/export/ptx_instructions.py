@@ -190,6 +190,12 @@ def _nothing(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     """What needs nothing here, or is done elsewhere."""
 
 
+@handles("createpolicy.fractional")
+def _make_policy(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
+    """Of caches, which there are none of."""
+    lanes.set(item.operands[0], np.zeros(lanes.threads, "u8"), mask)
+
+
 # Numbers
 
 
@@ -313,7 +319,9 @@ def _count_bits(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> Non
 def _divide(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
     a, b = (lanes.get(name, kind_of(item.opcode)) for name in item.operands[1:])
     with np.errstate(all="ignore"):
-        lanes.set(item.operands[0], a / b, mask)
+        # Of whole numbers towards zero, as float64 has it exactly.
+        result = a / b if a.dtype.kind == "f" else np.trunc(a / b).astype(a.dtype)
+    lanes.set(item.operands[0], result, mask)
 
 
 @handles("cvt")
@@ -551,20 +559,26 @@ def _publish_map(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> No
 
 @handles("mbarrier.init")
 def _init_barrier(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    at = _first(lanes, lanes.address(item.operands[0]), mask)
-    assert at % 8 == 0, "a barrier is not aligned"
-    lanes.program.new_barrier(at, int(item.operands[1]))
+    address = lanes.address(item.operands[0])
+    for at in map(int, address if mask is None else address[mask]):
+        assert at % 8 == 0, "a barrier is not aligned"
+        lanes.program.new_barrier(at, int(item.operands[1]))
 
 
 @handles("mbarrier.arrive")
 def _arrive(lanes: Lanes, item: Instruction, mask: np.ndarray | None) -> None:
-    assert mask is None or mask.sum() == 1
-    barrier = lanes.program.barriers[_first(lanes, lanes.address(item.operands[1]), mask)]
-    if "expect_tx" in item.opcode:
-        barrier.bytes += _first(lanes, lanes.get(item.operands[2], "u4"), mask)
-    barrier.pending -= 1
-    assert barrier.pending >= 0
-    barrier.settle()
+    """Of each warp's first thread, or of one thread in all."""
+    active = np.zeros(lanes.threads, bool) if mask is None else mask.copy()
+    active[0] |= mask is None
+    assert (active.reshape(-1, 32).sum(1) <= 1).all(), f"of many threads of a warp: {item}"
+    address = lanes.address(item.operands[1])
+    told = lanes.get(item.operands[2], "u4") if "expect_tx" in item.opcode else 0 * address
+    for thread in np.flatnonzero(active):
+        barrier = lanes.program.barriers[int(address[thread])]
+        barrier.bytes += int(told[thread])
+        barrier.pending -= 1
+        assert barrier.pending >= 0
+        barrier.settle()
 
 
 @handles("mbarrier.try_wait")

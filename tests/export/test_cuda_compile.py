@@ -139,35 +139,47 @@ def served(bucket: Bucket[KernelSpec]) -> set[int]:
     return set(CAPABILITIES).intersection(*bound)
 
 
+BY_THREADS = (False, 8, False)
+
+
 @pytest.mark.parametrize(
     ("size", "precision", "rows", "target", "form"),
     [
-        *(("L", "fp16-state8", 16, 90, (1, False, 8)), ("L", "int8-state8", 16, 90, (1, True, 4))),
-        *(("B", "int8-state8", 16, 90, (1, True, 4)), ("B", "int8-state8", 32, 90, (1, True, 4))),
-        *(("L", "fp16-state8", 32, 90, (1, True, 4)), ("L", "int8-state8", 32, 90, (1, True, 4))),
-        *(("L", "fp16-state8", 32, 80, (1, False, 8)), ("XL", "int8-state8", 32, 90, (1, True, 4))),
-        *(("L", "fp16-state8", 64, 90, (1, True, 8)), ("L", "int8-state8", 64, 90, (1, True, 4))),
-        *(("L", "int8-state8", 64, 120, (1, False, 8)), ("B", "int8-state8", 64, 90, (1, True, 2))),
-        *(("L", "fp16-state8", 128, 90, (2, True, 4)), ("B", "int8-state8", 128, 90, (2, True, 4))),
+        *(("L", "fp16-state8", 16, 90, BY_THREADS), ("L", "int8-state8", 16, 90, (True, 4, False))),
+        *(("B", "int8-state8", 16, 90, (True, 4, False)), ("L", "fp16-state8", 32, 80, BY_THREADS)),
+        ("B", "int8-state8", 32, 90, (True, 2, False)),
+        ("L", "fp16-state8", 32, 90, (True, 4, False)),
+        ("L", "int8-state8", 32, 90, (True, 4, False)),
+        ("XL", "int8-state8", 32, 90, (True, 4, False)),
+        ("L", "fp16-state8", 64, 90, (True, 4, True)),
+        ("L", "int8-state8", 64, 90, (True, 4, False)),
         *(
-            ("L", "fp16-state8", 128, 80, (1, False, 8)),
-            ("L", "int8-state8", 128, 90, (2, True, 2)),
+            ("L", "int8-state8", 64, 120, BY_THREADS),
+            ("B", "int8-state8", 64, 90, (True, 2, False)),
         ),
-        ("L", "int8-state8", 128, 120, (1, False, 8)),
+        *(
+            ("L", "fp16-state8", 128, 90, (True, 4, True)),
+            ("L", "fp16-state8", 128, 80, BY_THREADS),
+        ),
+        *(
+            ("L", "int8-state8", 128, 90, (True, 4, True)),
+            ("L", "int8-state8", 128, 120, BY_THREADS),
+        ),
+        ("B", "int8-state8", 128, 90, (True, 4, True)),
     ],
 )
 def test_forms_of_the_scan(
-    size: str, precision: str, rows: int, target: int, form: tuple[int, bool, int]
+    size: str, precision: str, rows: int, target: int, form: tuple[bool, int, bool]
 ) -> None:
-    """Rows of a program, by the copy engine or not, and its pace, of a GPU's first bucket."""
+    """By the copy engine or not, its pace, and tokens with states, of a GPU's first bucket."""
     found = engines._buckets(PUBLISHED[size], FORMATS[precision], CAPABILITIES)
     bucket = next(item for item in found if item.rows == rows and target in served(item))
     (launch,) = {
         item for item in flat(bucket.step) if item.kernel.function is warp_scan.scan_of_bytes
     }
     constants = constants_for(launch.kernel, target)
-    assert (constants["ROWS"], constants["BULK"], constants["PACE"]) == form
-    assert launch.grid == (PUBLISHED[size].H // 4, rows // form[0], 1)
+    assert (constants["BULK"], constants["PACE"], constants["TOGETHER"]) == form
+    assert launch.grid == (PUBLISHED[size].H // 4, rows, 1)
 
 
 @pytest.mark.parametrize(
@@ -209,18 +221,14 @@ def test_what_a_gpu_asks_for_ahead_of_a_fold(target: int, form: tuple[int, bool]
 
 
 def test_the_scan_by_the_copy_engine_and_without() -> None:
-    """Of two rows for the former alone; a kernel of one row is compiled as each GPU takes it."""
-    scans = []
-    for rows in (64, 128):
-        bucket = step_bucket(GOLDEN, FORMATS["fp16-state8"], rows, TUNING[rows])
-        scans.append(kernel_of(bucket, warp_scan.scan_of_bytes))
-    found = compile_kernels(scans, CAPABILITIES, workers=2)
-    shared = {key: binary.shared for key, binary in found.items()}
-    one, two = (kernel.id for kernel in scans)
-    assert shared[one, 90] == shared.pop((two, 90)) == warp_bulk.BYTES.value
+    """A kernel is compiled as each GPU takes it."""
+    bucket = step_bucket(GOLDEN, FORMATS["fp16-state8"], 64, TUNING[64])
+    scan_of_bytes = kernel_of(bucket, warp_scan.scan_of_bytes)
+    found = compile_kernels([scan_of_bytes], CAPABILITIES, workers=2)
+    shared = {target: binary.shared for (_, target), binary in found.items()}
+    assert shared[90] == warp_bulk.BYTES.value
     # Two programs of a processor of 12.0, with the 1,024 bytes that each takes besides.
-    assert shared[one, 80] == shared[one, 120] <= SHARED_MEMORY[120] // 2 - 512
-    assert set(shared) == {(one, target) for target in CAPABILITIES}
+    assert shared[80] == shared[120] <= SHARED_MEMORY[120] // 2 - 512
 
 
 @pytest.mark.parametrize(
@@ -463,9 +471,9 @@ class TestProjectionsByWarpgroups:
     def test_they_come_before_what_every_gpu_runs(self) -> None:
         """A runtime takes the first bucket of as many rows that its GPU can run."""
         found = engines._buckets(PUBLISHED["L"], FORMATS["fp16-state8"], CAPABILITIES)
-        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 16, 32, 32, 64, 128, 128, 128]
-        # By wgmma; with a scan of two rows a program; what every GPU runs.
-        assert [served(bucket) for bucket in found[8:]] == [{90}, {90}, set(CAPABILITIES)]
+        assert [bucket.rows for bucket in found] == [1, 2, 4, 16, 16, 32, 32, 64, 128, 128]
+        # By wgmma; what every GPU runs.
+        assert [served(bucket) for bucket in found[8:]] == [{90}, set(CAPABILITIES)]
         assert all(movable(found[8], bucket) for bucket in found[9:])
 
 

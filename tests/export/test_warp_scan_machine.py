@@ -102,27 +102,29 @@ def expected(before: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
 
 
 def scanned(
-    before: dict[str, np.ndarray], bulk: bool, rows: int, pace: int, beside: bool
+    before: dict[str, np.ndarray], bulk: bool, pace: int, together: bool, beside: bool
 ) -> dict[str, np.ndarray]:
     """What is left, where lines come no sooner than somebody waits for them.
 
     With `beside` as kernels with weights in registers want it.
     """
     after = {name: value.copy() for name, value in before.items()}
-    constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "ROWS": rows, "BULK": bulk}
-    constants |= {"PACE": pace, "TILED": beside, "EARLY": beside}
+    constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "BULK": bulk}
+    constants |= {"PACE": pace, "TOGETHER": together, "TILED": beside, "EARLY": beside}
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
-    kernel.run(list(after.values()), (H // WARPS, R // rows), late=True)
+    kernel.run(list(after.values()), (H // WARPS, R), late=True)
     if beside:
         after["gated"] = lined(after["gated"].reshape(INNER // 64, R, 64))
     return after
 
 
-# Whether the copy engine brings states and tokens, rows a program, its pace, and for whom it is.
+# Whether the copy engine brings states and tokens, how much is asked for at a time, whether tokens
+# are asked for with states, and for whom it is.
 FORMS = [
-    *((False, 1, 4, False), (False, 1, 4, True), (True, 1, 8, False), (True, 1, 4, True)),
-    *((True, 2, 4, False), (True, 2, 2, True)),
+    *((False, 4, False, False), (False, 4, False, True), (True, 8, False, False)),
+    *((True, 4, False, True), (True, 4, True, True), (True, 2, False, False)),
+    *((True, 2, True, False), (True, 1, False, True)),
 ]
 
 
@@ -130,7 +132,7 @@ FORMS = [
 def test_scan(at: list[int]) -> None:
     """Copies by threads against float64, and every other form to the bit."""
     before = memory(at)
-    after = scanned(before, bulk=False, rows=1, pace=8, beside=False)
+    after = scanned(before, bulk=False, pace=8, together=False, beside=False)
     for form in FORMS:
         for name, value in scanned(before, *form).items():
             assert value.tobytes() == after[name].tobytes(), (name, form)

@@ -42,10 +42,9 @@ def _barrier_text(STAGE, LINES, STAGES):
 
 @gluon.constexpr_function
 def _begin_text(LINES, STAGES):
-    """PTX: make the barriers."""
-    text = _barrier_text(0, LINES, STAGES)
-    for stage in range(STAGES):
-        text += f"@p mbarrier.init.shared::cta.b64 [m+{8 * stage}], 1;"
+    """PTX: make the barriers, a thread each."""
+    text = _barrier_text(0, LINES, STAGES) + f"setp.lt.u32 p, t, {STAGES};"
+    text += "mad.lo.u32 m, t, 8, m; @p mbarrier.init.shared::cta.b64 [m], 1;"
     return text + "@p fence.mbarrier_init.release.cluster; mov.b32 $0, 0; }"
 
 

@@ -3,11 +3,11 @@
 Each warp sets a share of a program's copies on their way, one a lane. Shared memory is one
 allocation, which lies at its beginning, since copies take addresses that only assembly can make:
 
-- **States**: eight channels a piece, 1 KB, those of odd q behind those of even q and 64 bytes
-  further on, so that the eight lanes that read at a time read from different banks.
-- **Tokens**: 512 bytes each, those of lanes j side by side and 32 bytes further on for each j.
-- Scores, for each row of a program and warp the barriers that count its copies' bytes, of states
-  and of tokens, and what the warps exchange of B and C.
+- **States**: half of a head's channels a piece, 4 KB, those of odd q behind those of even q and 64
+  bytes further on, so that the eight lanes that read at a time read from different banks.
+- **Tokens**: 512 bytes each, those of lanes j side by side and 16 bytes further on for each j.
+- For each row of a program the barriers that count its copies' bytes, of each warp's states and of
+  all tokens, scores, and what the warps exchange of B and C.
 
 What the launch ahead reads waits for all that was asked of memory before, even where the L2 cache
 has it. So of its first row a warp may ask for PACE KB at a time, of the state and then of tokens;
@@ -25,7 +25,6 @@ from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
     LINE,
-    LINES,
     THREAD,
     THREADS,
     WARPS,
@@ -33,126 +32,132 @@ from aim_export.cuda.kernels.warp_fragments import (
     S,
     constraints,
     lanes,
+    line_of,
 )
 
-_PIECE = gl.constexpr(P.value * S.value // 8)  # bytes of eight channels
-_PIECES = gl.constexpr(8)  # of a head's state, and the most tokens of a warp
-_ODD = gl.constexpr(4 * WARPS.value * _PIECE.value + 64)
-_TOKENS = gl.constexpr(8 * WARPS.value * _PIECE.value + 64)
-ROWS = gl.constexpr(2)  # the most that a program takes, one after the other
+_PIECES = gl.constexpr(8)  # KB of a head's state, and the most tokens of a warp
+_HALF = gl.constexpr(P.value * S.value // 2)  # bytes of half of a head's channels
+_ODD = gl.constexpr(WARPS.value * _HALF.value + 64)
+_TOKENS = gl.constexpr(2 * WARPS.value * _HALF.value + 64)
 TOKEN = gl.constexpr(2 * WARPS.value * P.value)  # bytes
-_SHARE = gl.constexpr(CHUNK.value // 4 * TOKEN.value + 32)  # bytes of a lane's tokens
+_SHARE = gl.constexpr(CHUNK.value // 4 * TOKEN.value + 16)  # bytes of a lane's tokens
 _BLOCK = gl.constexpr(2 * S.value)  # words
 _BLOCKS = gl.constexpr(-(-(_TOKENS.value + 4 * _SHARE.value) // (4 * _BLOCK.value)) + 1)
 SCORES = gl.constexpr(4 * _BLOCK.value * (_BLOCKS.value - 1) - 4 * CHUNK.value)
-_OF_TOKENS = gl.constexpr(8 * ROWS.value * WARPS.value)  # from states' barriers to those of tokens
-_BARRIERS = gl.constexpr(SCORES.value - 2 * _OF_TOKENS.value)
+_BARRIERS = gl.constexpr(SCORES.value - 8 * (WARPS.value + 2))
+# PTX: copies, and how their lines are kept. They are read once: the L2 cache gives them up first,
+# and keeps what launches leave for each other.
+_COPY = gl.constexpr(
+    "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+)
+_POLICY = gl.constexpr("createpolicy.fractional.L2::evict_first.b64 h, 1.0;")
 # What a program allocates: if it is all that a kernel has, it lies where assembly looks for it.
 BYTES = gl.constexpr(4 * _BLOCK.value * _BLOCKS.value)
 
 
 @gluon.constexpr_function
-def _at_once(PACE, OF_TOKENS):
-    """Pieces of a warp's state, or tokens, that are on their way at a time."""
-    return min(2 * PACE if OF_TOKENS else PACE, _PIECES.value)
+def _rounds(PACE):
+    """In how many rounds a warp's states are asked for, and its tokens."""
+    return _PIECES.value // PACE, max(1, _PIECES.value // (2 * PACE))
 
 
 @gluon.constexpr_function
-def _phase(PACE, OF_TOKENS, COUNT):
-    """The parity of the barrier's phase that ends with the first COUNT pieces or tokens."""
-    return (COUNT // _at_once(PACE, OF_TOKENS) - 1) % 2
+def _barrier_text():
+    """PTX: m, where a program's barriers are, and n, that of a warp's states.
 
-
-@gluon.constexpr_function
-def _barrier_text(ITEM):
-    """PTX: m, where warp w's barrier of a program's row ITEM is; s, where memory begins."""
-    text = "mov.u32 t, %tid.x; shr.u32 w, t, 5; and.b32 l, t, 31; setp.eq.u32 f, l, 0;"
-    offset = _BARRIERS.value + 8 * WARPS.value * ITEM
-    return text + f"mov.u32 s, global_smem; mad.lo.u32 m, w, 8, s; add.u32 m, m, {offset};"
-
-
-@gluon.constexpr_function
-def _begin_text(COUNT):
-    """PTX: a warp's barriers, by its first lane."""
-    text = "{ .reg .b32 t, w, l, s, m; .reg .pred f;"
-    for item in range(COUNT):
-        text += _barrier_text(item) + "@f mbarrier.init.shared::cta.b64 [m], 1;"
-        text += f"@f mbarrier.init.shared::cta.b64 [m+{_OF_TOKENS.value}], 1;"
-    text += "@f fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff;"
-    return text + "mov.u32 $0, s; }"
-
-
-@gluon.constexpr_function
-def _told(size):
-    """PTX: tell the barrier m of so many bytes, when all lanes have seen its phase before.
-
-    None at all would end the phase at once.
+    Behind those of each warp's states is one of all warps' tokens. f is a warp's first lane.
     """
-    text = "bar.warp.sync 0xffffffff; @f mbarrier.arrive.expect_tx.shared::cta.b64 _, [m], "
-    return text + f"{size}; bar.warp.sync 0xffffffff;"
+    text = ".reg .b32 l, w, m, n; .reg .pred f; mov.u32 w, %tid.x; and.b32 l, w, 31;"
+    text += "shr.u32 w, w, 5; setp.eq.u32 f, l, 0; mov.u32 m, global_smem;"
+    return text + f"add.u32 m, m, {_BARRIERS.value}; mad.lo.u32 n, w, 8, m;"
 
 
 @gluon.constexpr_function
-def _states_text(ITEM, FIRST, LAST):
-    """PTX: copies of the pieces FIRST to LAST of a warp's state ($1), if there are any ($2)."""
-    text = "{ .reg .b32 t, w, l, i, k, s, d, e, n, m; .reg .pred p, f; .reg .b64 a;"
-    text += _barrier_text(ITEM) + f"mul.lo.u32 n, $2, {(LAST - FIRST) * _PIECE.value};"
-    text += _told("n") + "mad.lo.u32 i, w, 8, l; shr.u32 d, i, 1; and.b32 e, i, 1;"
-    text += f"mad.lo.u32 s, d, {_PIECE.value}, s; mad.lo.u32 d, e, {_ODD.value}, s;"
-    text += f"mad.wide.u32 a, i, {_PIECE.value}, $1; mul.lo.u32 n, $2, {LAST - FIRST};"
-    text += f"sub.u32 k, l, {FIRST}; setp.lt.u32 p, k, n;"
-    text += "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    return text + f" [d], [a], {_PIECE.value}, [m]; mov.u32 $0, l; }}"
+def _begin_text():
+    """PTX: the barriers."""
+    text = "{" + _barrier_text() + ".reg .pred a; mov.u32 l, %tid.x; setp.eq.u32 a, l, 0;"
+    text += "@f mbarrier.init.shared::cta.b64 [n], 1;"
+    text += f"@a mbarrier.init.shared::cta.b64 [m+{8 * WARPS.value}], {WARPS.value};"
+    return text + "@f fence.mbarrier_init.release.cluster; mov.u32 $0, global_smem; }"
 
 
 @gluon.constexpr_function
-def _tokens_text(INNER, ITEM, FIRST, LAST):
-    """PTX: copies of a warp's tokens FIRST to LAST, which are every fourth of $2 tokens ($1)."""
-    text = "{ .reg .b32 t, w, l, k, s, d, n, m; .reg .pred p, f; .reg .b64 a;"
-    text += _barrier_text(ITEM) + f"add.u32 m, m, {_OF_TOKENS.value};"
-    text += "add.u32 n, $2, 3; sub.u32 n, n, w; shr.u32 n, n, 2;"
-    text += f"min.u32 k, n, {FIRST}; min.u32 n, n, {LAST}; sub.u32 t, n, k;"
-    text += f"mul.lo.u32 t, t, {TOKEN.value};" + _told("t")
-    text += f"setp.lt.u32 p, l, n; setp.ge.and.u32 p, l, {FIRST}, p; mad.lo.u32 k, l, 4, w;"
-    text += f"mad.lo.u32 s, l, {TOKEN.value}, s; mad.lo.u32 s, w, {_SHARE.value}, s;"
-    text += f"add.u32 d, s, {_TOKENS.value}; mad.wide.u32 a, k, {2 * INNER}, $1;"
-    text += "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    return text + f" [d], [a], {TOKEN.value}, [m]; mov.u32 $0, l; }}"
+def _told(barrier, size):
+    """PTX: tell a barrier of so many bytes, when all lanes have seen its phase before."""
+    text = "bar.warp.sync 0xffffffff;"
+    return text + f"@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {size};"
+
+
+@gluon.constexpr_function
+def _states_text(FIRST, LAST):
+    """PTX: the KB FIRST to LAST of a warp's state ($1), if there are any ($2)."""
+    text = "{" + _barrier_text() + ".reg .b32 s, t; .reg .b64 a, h; .reg .pred p;"
+    text += _POLICY.value
+    text += f"mul.lo.u32 t, $2, {1024 * (LAST - FIRST)};" + _told("n", "t")
+    text += "setp.ne.and.u32 p, $2, 0, f; mov.u32 s, global_smem;"
+    text += f"mad.lo.u32 s, w, {_HALF.value}, s; mad.wide.u32 a, w, {2 * _HALF.value}, $1;"
+    size = 1024 * min(LAST - FIRST, _PIECES.value // 2)
+    for begin in range(1024 * FIRST, 1024 * LAST, size):
+        half, within = divmod(begin, _HALF.value)
+        text += _COPY.value + f" [s+{half * _ODD.value + within}], [a+{begin}], {size}, [n], h;"
+    return text + "mov.u32 $0, l; }"
+
+
+@gluon.constexpr_function
+def _tokens_text(INNER, FIRST, LAST):
+    """PTX: a warp's tokens FIRST to LAST, which are every fourth of $2 tokens ($1).
+
+    The last of them for the barrier of all warps' tokens, others for that of the warp's states.
+    """
+    text = "{" + _barrier_text() + ".reg .b32 s, c, t, d; .reg .b64 a, h; .reg .pred p;"
+    text += _POLICY.value
+    if _PIECES.value == LAST:
+        text += f"add.u32 n, m, {8 * WARPS.value};"
+    text += "add.u32 c, $2, 3; sub.u32 c, c, w; shr.u32 c, c, 2;"
+    text += f"min.u32 t, c, {FIRST}; min.u32 c, c, {LAST}; sub.u32 t, c, t;"
+    text += f"mul.lo.u32 t, t, {TOKEN.value};" + _told("n", "t")
+    text += f"setp.lt.u32 p, l, c; setp.ge.and.u32 p, l, {FIRST}, p;"
+    # Token 16 g + 4 j + i is number 4 g + i of lanes j.
+    text += f"mov.u32 s, global_smem; and.b32 t, l, 3; mad.lo.u32 s, t, {_SHARE.value}, s;"
+    text += f"and.b32 t, l, 4; add.u32 t, t, w; mad.lo.u32 d, t, {TOKEN.value}, s;"
+    text += f"mad.lo.u32 t, l, 4, w; mad.wide.u32 a, t, {2 * INNER}, $1;"
+    text += _COPY.value + f" [d+{_TOKENS.value}], [a], {TOKEN.value}, [n], h;"
+    return text + "mov.u32 $0, l; }"
 
 
 @gluon.constexpr_function
 def _zeros_text():
     """PTX: zeros in place of the tokens from $2 on, at $1 a lane's share."""
     text = "{ .reg .b32 l, z; .reg .pred p; mov.b32 z, 0; mov.u32 l, %laneid; and.b32 l, l, 3;"
+    text += "shl.b32 l, l, 2; sub.s32 l, $2, l;"
     for i in range(CHUNK.value // 4):
-        text += f"setp.ge.s32 p, l, $2; @p st.shared.v4.b32 [$1+{i * TOKEN.value}], {{z,z,z,z}};"
-        text += "add.s32 l, l, 4;"
+        text += f"setp.le.s32 p, l, {i % 4 + i // 4 * 16};"
+        text += f"@p st.shared.v4.b32 [$1+{i * TOKEN.value}], {{z,z,z,z}};"
     return text + "mov.b32 $0, $1; }"
 
 
 @gluon.jit
-def begin_copies(COUNT: gl.constexpr):
-    """Make room for copies of COUNT rows: where a thread finds states and tokens, (THREADS,)."""
+def begin_copies():
+    """Make room for copies: where a thread finds states and tokens, (THREADS,)."""
     q, j = lanes()
     begin = gl.inline_asm_elementwise(
-        _begin_text(COUNT), "=r,r", [q], dtype=gl.int32, is_pure=False, pack=1
+        _begin_text(), "=r,r", [q], dtype=gl.int32, is_pure=False, pack=1
     )
+    # All warps count on one of the barriers.
+    gl.thread_barrier()
     warp = gl.arange(0, THREADS, THREAD) // 32
-    piece = 8 * warp + q
-    states = begin + piece // 2 * _PIECE + piece % 2 * _ODD + 16 * j
-    return states, begin + _TOKENS + j * _SHARE + warp * (2 * P) + 16 * q
+    states = begin + warp * _HALF + q // 2 * (_HALF // 4) + q % 2 * _ODD + 16 * j
+    return states, begin + _TOKENS + j * _SHARE + warp * (2 * P) + 16 * line_of(q)
 
 
 @gluon.jit
-def set_states(
-    state, old, ITEM: gl.constexpr, FIRST: gl.constexpr = 0, LAST: gl.constexpr = _PIECES
-):
-    """Set a program's states of row ITEM on their way, or these pieces of each of them.
+def set_states(state, old, FIRST: gl.constexpr = 0, LAST: gl.constexpr = _PIECES):
+    """Set a program's states on their way, or these KB of each of them.
 
     `state` points to the first head's state; none is copied that is not `old`.
     """
     gl.inline_asm_elementwise(
-        _states_text(ITEM, FIRST, LAST),
+        _states_text(FIRST, LAST),
         "=r,l,r",
         [state.to(gl.int64), old.to(gl.int32)],
         dtype=gl.int32,
@@ -166,16 +171,15 @@ def set_tokens(
     past_x,
     slot,
     INNER: gl.constexpr,
-    ITEM: gl.constexpr,
     FIRST: gl.constexpr = 0,
     LAST: gl.constexpr = _PIECES,
 ):
-    """Set a program's `slot` tokens of row ITEM on their way, or these of each warp's.
+    """Set a program's `slot` tokens on their way, or these of each warp's.
 
     `past_x` points to the first token's share of these heads.
     """
     gl.inline_asm_elementwise(
-        _tokens_text(INNER, ITEM, FIRST, LAST),
+        _tokens_text(INNER, FIRST, LAST),
         "=r,l,r",
         [past_x.to(gl.int64), slot],
         dtype=gl.int32,
@@ -186,26 +190,36 @@ def set_tokens(
 
 @gluon.jit
 def set_first(state, past_x, slot, old, INNER: gl.constexpr, PACE: gl.constexpr):
-    """Set PACE KB of each warp's first row on their way; `set_others` has to follow."""
-    set_states(state, old, 0, 0, _at_once(PACE, False))
-    if PACE >= _PIECES:
-        set_tokens(past_x, slot, INNER, 0)
+    """Set PACE KB of each warp's share on their way; `set_others` has to follow."""
+    set_states(state, old, 0, PACE)
+    if PACE == _PIECES:
+        set_tokens(past_x, slot, INNER)
 
 
 @gluon.jit
-def set_others(state, past_x, slot, old, INNER: gl.constexpr, PACE: gl.constexpr):
+def set_others(
+    state,
+    past_x,
+    slot,
+    old,
+    INNER: gl.constexpr,
+    PACE: gl.constexpr,
+    TOGETHER: gl.constexpr,
+):
     """Ask for the others whenever those ahead are there; the last are still on their way then."""
-    PIECES: gl.constexpr = _at_once(PACE, False)
-    TOKENS: gl.constexpr = _at_once(PACE, True)
     if PACE < _PIECES:
-        for piece in gl.static_range(PIECES, _PIECES, PIECES):
-            _wait(slot, 0, False, False, _phase(PACE, False, piece))
-            set_states(state, old, 0, piece, piece + PIECES)
-        _wait(slot, 0, False, False, _phase(PACE, False, _PIECES))
-        for token in gl.static_range(0, _PIECES, TOKENS):
-            if token > 0:
-                _wait(slot, 0, True, False, _phase(PACE, True, token))
-            set_tokens(past_x, slot, INNER, 0, token, token + TOKENS)
+        OF_STATES: gl.constexpr = _rounds(PACE)[0]
+        for number in gl.static_range(1, OF_STATES):
+            _wait(slot, False, (number - 1) % 2)
+            set_states(state, old, number * PACE, (number + 1) * PACE)
+        if TOGETHER:
+            set_tokens(past_x, slot, INNER)
+        else:
+            OF_TOKENS: gl.constexpr = _rounds(PACE)[1]
+            TOKENS: gl.constexpr = _PIECES // OF_TOKENS
+            for number in gl.static_range(OF_TOKENS):
+                _wait(slot, False, (OF_STATES + number - 1) % 2)
+                set_tokens(past_x, slot, INNER, number * TOKENS, (number + 1) * TOKENS)
 
 
 @gluon.jit
@@ -218,40 +232,30 @@ def fill_tokens(tokens, slot):
 
 @gluon.jit
 def shared_of_all():
-    """What is exchanged of B and C (2 S,) and of scores (CHUNK / 4, 4), float32."""
+    """What is exchanged of B and C (2 S,) and of scores (CHUNK,), float32."""
     held = gl.allocate_shared_memory(gl.float32, [_BLOCKS, _BLOCK], LINE)
     lines: gl.constexpr = _BLOCKS * (_BLOCK // CHUNK)
-    scores = held._reinterpret(gl.float32, [lines, CHUNK // 4, 4], LINES)
+    scores = held._reinterpret(gl.float32, [lines, CHUNK], LINE)
     scores = scores.index(SCORES // (4 * CHUNK))
     return held.index(_BLOCKS - 1), scores
 
 
 @gluon.constexpr_function
-def _wait_text(ITEM, OF_TOKENS, OF_ALL, PHASE):
-    """PTX: wait for a phase of the own barrier of a row's states or tokens, or of all warps'."""
-    text = "{ .reg .pred p, f; .reg .b32 t, w, l, s, m;" + _barrier_text(ITEM)
-    if OF_ALL:
-        text += f"add.u32 m, s, {_BARRIERS.value + 8 * WARPS.value * ITEM};"
-    for warp in range(WARPS.value if OF_ALL else 1):
-        at = 8 * warp + (_OF_TOKENS.value if OF_TOKENS else 0)
-        text += f"WAIT{warp}: mbarrier.try_wait.parity.shared::cta.b64 p, [m+{at}], {PHASE};"
-        text += f"@!p bra WAIT{warp};"
+def _wait_text(OF_TOKENS):
+    """PTX: wait for the phase $2 of the barrier of tokens, or of the warp's states."""
+    text = "{" + _barrier_text() + ".reg .pred p;"
+    at = f"m+{8 * WARPS.value}" if OF_TOKENS else "n"
+    text += f"WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [{at}], $2; @!p bra WAIT;"
     return text + "mov.b32 $0, $1; }"
 
 
 @gluon.jit
-def _wait(
-    value,
-    ITEM: gl.constexpr,
-    OF_TOKENS: gl.constexpr,
-    OF_ALL: gl.constexpr,
-    PHASE: gl.constexpr,
-):
+def _wait(value, OF_TOKENS: gl.constexpr, phase):
     """The same `value`, when what `_wait_text` waits for is there."""
     return gl.inline_asm_elementwise(
-        _wait_text(ITEM, OF_TOKENS, OF_ALL, PHASE),
-        "=r,r",
-        [value],
+        _wait_text(OF_TOKENS),
+        "=r,r,r",
+        [value, phase],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -264,14 +268,14 @@ def _read_text(OFFSET):
 
 
 @gluon.jit
-def arrived(places, ITEM: gl.constexpr, OF_TOKENS: gl.constexpr, PACE: gl.constexpr):
-    """The same places (THREADS,), when a row's states of the warp or tokens of all are there.
-
-    Of several phases the last alone is waited for: a barrier of all warps must lie between
-    `set_others` and this, for another warp's phases but the last are over then.
-    """
-    PHASE: gl.constexpr = _phase(PACE, OF_TOKENS, _PIECES) if ITEM == 0 else 0
-    return _wait(places, ITEM, OF_TOKENS, OF_TOKENS, PHASE)
+def arrived(places, OF_TOKENS: gl.constexpr, PACE: gl.constexpr, TOGETHER: gl.constexpr):
+    """The same places (THREADS,), when states of the warp or tokens of all are there."""
+    # Of paced states `set_others` has waited for the last.
+    if OF_TOKENS or PACE == _PIECES:
+        places = _wait(places, OF_TOKENS, 0)
+    elif TOGETHER:
+        places = _wait(places, False, (_rounds(PACE)[0] - 1) % 2)
+    return places
 
 
 @gluon.jit

@@ -1,10 +1,12 @@
 """Fragments of the tensor cores' products, for the scan of a head a warp.
 
-Lanes are named by them: lane = 4 q + j. A lane has channels 8 q + 2 j and the next of its warp's
-head. A *fragment* is four words of a thread, which it has copied to shared memory or loaded itself,
-16 bytes at a time, and which one product takes as A: a row's or token's, so that rows q and q + 8
-of A are two halves of these bytes. Of a result then c0 is right in the columns that hold what the
-first half is multiplied by, and c3 in those of the second.
+Lanes are named by them: lane = 4 q + j. Lanes of q have a *line* of eight channels of their warp's
+head, number `line_of(q)`, so that lines of even q are a half of a head and those of odd q the
+other; a lane has channels 2 j and the next of it. A *fragment* is four words of a thread, which it
+has copied to shared memory or loaded itself, 16 bytes at a time, and which one product takes as A:
+a row's or token's, so that rows q and q + 8 of A are two halves of these bytes. Of a result then c0
+is right in the columns that hold what the first half is multiplied by, and c3 in those of the
+second.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -37,7 +39,7 @@ def of_heads(registers, lanes):
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [WARPS.value, width])
 
 
-CHANNELS = gl.constexpr(of_heads((1,), (2, 4, 8, 16, 32)))
+CHANNELS = gl.constexpr(of_heads((1,), (2, 4, 32, 8, 16)))
 
 
 @gluon.constexpr_function
@@ -107,6 +109,12 @@ def lanes():
     return thread // 4 % 8, thread % 4
 
 
+@gluon.jit
+def line_of(q):
+    """Which eight channels of a head lanes of q have."""
+    return q % 2 * 4 + q // 2
+
+
 @gluon.constexpr_function
 def constraints(kind, results, *operands):
     """Of assembly: so many results of a kind, then operands of kinds."""
@@ -120,4 +128,6 @@ def constraints(kind, results, *operands):
 def of_lanes(mine):
     """A lane's two channels, the first of (THREADS, 4): (WARPS, P)."""
     pair, _same = gl.split(gl.permute(gl.reshape(mine, [THREADS, 2, 2]), [0, 2, 1]))
+    # Of warp, q, whether it is odd, channel of a line.
+    pair = gl.permute(gl.reshape(pair, [WARPS, 4, 2, 8]), [0, 2, 1, 3])
     return gl.convert_layout(gl.reshape(pair, [WARPS, P]), CHANNELS, assert_trivial=True)

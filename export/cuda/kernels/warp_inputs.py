@@ -24,12 +24,19 @@ def channels_of(heads):
 
 
 @gluon.jit
+def load_once(pointers, there):
+    """What is read once a step: the L2 cache gives it up before what launches leave each other."""
+    return gl.load(pointers, mask=there, other=0.0, eviction_policy="evict_first")
+
+
+@gluon.jit
 def before(ring, weight, bias, channels, at, X: gl.constexpr, K: gl.constexpr):
     """What the convolution adds to the newest input's share, and that input's tap."""
     total = gl.load(bias + channels)
     for back in gl.static_range(1, K):
-        slot = ring + (at - back + K) % K * X + channels
-        past = gl.load(slot, mask=(channels >= 0) & (at >= back), other=0.0).to(gl.float32)
+        slot = (at - back + K).to(gl.uint32) % K * X
+        there = channels * 0 + back <= at
+        past = load_once(ring + (channels + slot.to(gl.int32)), there).to(gl.float32)
         total += past * gl.load(weight + (K - 1 - back) * X + channels)
     return total, gl.load(weight + (K - 1) * X + channels)
 
@@ -39,7 +46,7 @@ def load_columns(column_scale, first_head, old):
     """What the states' columns count, (WARPS, S)."""
     cells = gl.expand_dims(first_head + gl.arange(0, WARPS, gl.SliceLayout(1, COLUMNS)), 1) * S
     cells += gl.expand_dims(gl.arange(0, S, gl.SliceLayout(0, COLUMNS)), 0)
-    return gl.load(column_scale + cells, mask=(cells >= 0) & old, other=0.0).to(gl.float32)
+    return load_once(column_scale + cells, (cells >= 0) & old).to(gl.float32)
 
 
 @gluon.jit
@@ -101,7 +108,7 @@ def load_state(
     channels = channels_of(heads)
     keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
     of_heads = load_heads(weights[3], weights[4], weights[2], past_decay, heads, slot)
-    scale = gl.load(memory[2] + row * INNER + channels, mask=(channels >= 0) & old, other=0.0)
+    scale = load_once(memory[2] + row * INNER + channels, (channels >= 0) & old)
     columns = load_columns(memory[3] + row * (H * S), first_head, old)
     return (keys, decays), of_heads, (scale, columns)
 

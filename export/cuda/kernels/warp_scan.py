@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from aim_export.cuda.kernels.common import begin_dependents, begin_next
-from aim_export.cuda.kernels.persistent_common import silu, softplus, store_rounded
+from aim_export.cuda.kernels.persistent_common import power_of_e, silu, softplus, store_rounded
 from aim_export.cuda.kernels.row_tiles import place_of
 from aim_export.cuda.kernels.warp_bulk_scan import scan_in_bulk
 from aim_export.cuda.kernels.warp_fragments import CHANNELS, CHUNK, LINE, WARPS, P, S
@@ -84,12 +84,13 @@ def _scan(
     decay = dt * rate + last
     pairs, c, own = exchange(gl.allocate_shared_memory(gl.float32, [2 * S], LINE), bc)
     scores = share_scores(scores_of(of_tokens[0], pairs, False))
-    shares = weights_of(scores, left_of(of_tokens[1], decay), slot)
+    shares = weights_of(scores, left_of(of_tokens[1], decay))
     high, low, unit = digits_of(c * factors[1])
     async_copy.wait_group(0)
-    y = from_states(states, high, low) * (unit * gl.expand_dims(gl.exp(decay), 1) * factors[0])
+    y = from_states(states, high, low)
     x = silu(of_x[0] + new_x * of_x[1])
-    y += attended(values, shares, slot, False)
+    of_tokens = attended(values, shares, slot, False)
+    y = gl.fma(y, unit * gl.expand_dims(power_of_e(decay), 1) * factors[0], of_tokens)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
     place = place_of(row.to(gl.int32), channels, gl.num_programs(1), INNER, TILED)
     store_rounded(gated + place, y, channels >= 0)
@@ -122,17 +123,17 @@ def scan_of_bytes(
     H: gl.constexpr,
     K: gl.constexpr,
     QUERIES: gl.constexpr,
-    ROWS: gl.constexpr,
     BULK: gl.constexpr,
     PACE: gl.constexpr,
+    TOGETHER: gl.constexpr,  # whether tokens are asked for with the last KB of states
     TILED: gl.constexpr,  # whether `gated` is in `row_tiles`
     EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
 ):
-    """One token through the states of a row's heads; the grid is (H / WARPS, R / ROWS).
+    """One token through the states of a row's heads; the grid is (H / WARPS, R).
 
-    With `BULK` the copy engine brings states and tokens, and a program may take two rows. A warp
-    asks for PACE KB of these at a time, or 8 for all of them, while the launch ahead still runs.
+    With `BULK` the copy engine brings states and tokens. A warp asks for PACE KB of these at a
+    time, or 8 for all of them, while the launch ahead still runs.
     """
     weights = conv_weight, conv_bias, dt_bias, a, d
     memory = ring, state, state_scale, column_scale, past_x, past_b, past_decay, past_c
@@ -140,10 +141,9 @@ def scan_of_bytes(
     if BULK:
         scan_in_bulk(
             *(projected, weights, position, memory, results),
-            *(INNER, X, H, K, QUERIES, ROWS, PACE, TILED, EARLY, OVERLAPS),
+            *(INNER, X, H, K, QUERIES, PACE, TOGETHER, TILED, EARLY, OVERLAPS),
         )
     else:
-        gl.static_assert(ROWS == 1)
         _scan(
             *(projected, weights, position, memory, results),
             *(INNER, X, H, K, QUERIES, PACE, TILED, EARLY, OVERLAPS),

@@ -2,8 +2,8 @@
 
 C, times the columns' factors, is two digits to the base 254, of mma.m16n8k32. A lane has four
 columns of the state, a *word* of each digit, and multiplies by it in column q of B alone: so digits
-stay where they are made, and the sum over the lanes of a row is the product. Rows of A are channels
-8 q + g, g the number of the product.
+stay where they are made, and the sum over the lanes of a row is the product. Row q of A is channel
+g of the line of lanes q, in product number g.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -25,6 +25,7 @@ from aim_export.cuda.kernels.warp_fragments import (
     copy,
     fragment,
     lanes,
+    line_of,
     of_heads,
     of_lanes,
     places,
@@ -40,7 +41,7 @@ _WORDS = gl.constexpr(P.value * S.value // 4)  # of a state
 def hold_states(state, head, old, PACE: gl.constexpr):
     """Set the states of WARPS heads from `head` on their way, if they are `old`.
 
-    Fragments are of channel 8 q + g, for each g one of either half of its columns. PACE KB of a
+    Fragments are of channel g of a line, for each g one of either half of its columns. PACE KB of a
     warp are asked for at a time.
     """
     COUNT: gl.constexpr = 2 * PACE
@@ -48,7 +49,7 @@ def hold_states(state, head, old, PACE: gl.constexpr):
     for part in gl.static_range(16 // COUNT):
         number, thread, word = places(COUNT)
         number += part * COUNT
-        at = thread // 32 * _WORDS + thread // 4 % 8 * (2 * S) + thread % 4 * 4 + word
+        at = thread // 32 * _WORDS + line_of(thread // 4 % 8) * (2 * S) + thread % 4 * 4 + word
         words = (state.to(gl.pointer_type(gl.int32)) + head * _WORDS) + at
         words += number // 2 * (S // 4) + number % 2 * 16
         held = room(COUNT)
@@ -104,6 +105,14 @@ def _largest(value):
 
 
 @gluon.jit
+def _inverse(value):
+    """1 / value, of values that are not subnormal."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _digits(value, factor):
     """Two digits to the base 254 of value * factor, in the lower bytes."""
     value = value * factor
@@ -119,8 +128,8 @@ def digits_of(query):
     a, b, c, d = _each(query)
     largest = gl.maximum(gl.maximum(gl.abs(a), gl.abs(b)), gl.maximum(gl.abs(c), gl.abs(d)))
     largest = _largest(largest)
-    unit = gl.where(largest > 0.0, largest / 127.0, 1.0)
-    factor = 1.0 / unit
+    unit = gl.where(largest > 1e-30, largest * (1.0 / 127.0), 1.0)
+    factor = _inverse(unit)
     high_a, low_a = _digits(a, factor)
     high_b, low_b = _digits(b, factor)
     high_c, low_c = _digits(c, factor)

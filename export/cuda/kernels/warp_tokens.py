@@ -2,9 +2,8 @@
 
 - **Scores**, B times C, are shared by all heads of a row: a warp makes those of eight tokens, of
   mma.m16n8k16 with C as two halves, the second of what the first leaves: 22 bits.
-- **Values**, dt * x: those of eight tokens are A of mma.m16n8k8 as 16 channels by tokens, in the
-  tensor cores' format of 19 bits, in which halves are exact and scores of any size fit. A score is
-  two of its numbers, in even and in odd columns.
+- **Values**, dt * x: those of 16 tokens are A of mma.m16n8k16 as 16 channels by tokens. What a
+  token is weighed with is two halves, in even and in odd columns.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -14,12 +13,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from aim_export.cuda.kernels.common import HALF_LIMIT
-from aim_export.cuda.kernels.persistent_common import bits, none
+from aim_export.cuda.kernels.persistent_common import bits, none, power_of_e
 from aim_export.cuda.kernels.warp_bulk import SCORES, TOKEN, fragment_at
 from aim_export.cuda.kernels.warp_fragments import (
     CHUNK,
     FRAGMENT,
-    LINES,
+    LINE,
     THREAD,
     THREADS,
     WARPS,
@@ -29,6 +28,7 @@ from aim_export.cuda.kernels.warp_fragments import (
     copy,
     fragment,
     lanes,
+    line_of,
     of_heads,
     of_lanes,
     places,
@@ -40,20 +40,24 @@ VALUES = gl.constexpr(CHUNK.value // 4)  # fragments of a thread
 SCORED = gl.constexpr(of_heads((1, 4), (8, 16, 2, 32, 64)))  # a lane's share of C for scores
 
 
-_SLOTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 0, bit] for bit in bits(VALUES.value)],
-        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        [[bit, 0, 0, 0] for bit in bits(WARPS.value)],
+@gluon.constexpr_function
+def _of_slots():
+    """(WARPS, 8, CHUNK): of 16 tokens a lane has 4 j to 4 j + 3."""
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 16]],
+        [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[bit, 0, 0] for bit in bits(WARPS.value)],
         [],
-        [WARPS.value, 8, 4, VALUES.value],
+        [WARPS.value, 8, CHUNK.value],
     )
-)
+
+
+_SLOTS = gl.constexpr(_of_slots())
 
 
 @gluon.jit
 def hold_values(past_x, slot, INNER: gl.constexpr, PACE: gl.constexpr):
-    """Set the tokens' dt * x of WARPS heads on their way: of tokens 4 i + j eight channels each.
+    """Set the tokens' dt * x of WARPS heads on their way: of its tokens a line a lane.
 
     `past_x` points to the first of these tokens, and of them to the first head; those from `slot`
     on are not there. Paced as `hold_states` is, behind it.
@@ -63,12 +67,13 @@ def hold_values(past_x, slot, INNER: gl.constexpr, PACE: gl.constexpr):
     for part in gl.static_range(VALUES // COUNT):
         number, thread, word = places(COUNT)
         number += part * COUNT
-        at = thread % 4 * (INNER // 2) + thread // 32 * (P // 2) + thread // 4 % 8 * 4 + word
-        words = (past_x.to(gl.pointer_type(gl.int32)) + at) + number * (2 * INNER)
+        token = thread % 4 * 4 + number % 4 + number // 4 * 16
+        at = thread // 32 * (P // 2) + line_of(thread // 4 % 8) * 4 + word
+        words = past_x.to(gl.pointer_type(gl.int32)) + at + token * (INNER // 2)
         held = room(COUNT)
         if PACE < 8:
             wait_for_copies()
-        copy(held, words, (number * 4 + thread % 4 + word * 0) < slot, COUNT)
+        copy(held, words, token + word * 0 < slot, COUNT)
         parts += (held,)
     return parts
 
@@ -89,28 +94,18 @@ def load_keys(past_b, slot):
 
 
 @gluon.jit
-def _tokens():
-    """(1, 1, 4, CHUNK / 4): the token 4 i + j."""
-    j = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, _SLOTS))))
-    i = gl.arange(0, VALUES, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, _SLOTS))))
-    j = gl.expand_dims(gl.expand_dims(gl.expand_dims(j, 0), 1), 3)
-    return j + 4 * gl.expand_dims(gl.expand_dims(gl.expand_dims(i, 0), 1), 2)
-
-
-@gluon.jit
 def _heads_of_slots(values):
-    """(WARPS,) as (WARPS, 1, 1, 1)."""
-    layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, _SLOTS))
-    values = gl.convert_layout(values, gl.SliceLayout(1, layout), assert_trivial=True)
-    return gl.expand_dims(gl.expand_dims(gl.expand_dims(values, 1), 2), 3)
+    """(WARPS,) as (WARPS, 1)."""
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, _SLOTS))
+    return gl.expand_dims(gl.convert_layout(values, layout, assert_trivial=True), 1)
 
 
 @gluon.jit
 def load_decays(past_decay, heads, slot):
-    """The tokens' sums of dt * a (WARPS, 1, 4, CHUNK / 4)."""
-    token = _tokens()
+    """The tokens' sums of dt * a (WARPS, CHUNK), and whatever stands behind them up to a fourth."""
+    token = gl.expand_dims(gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(1, _SLOTS))), 0)
     at = _heads_of_slots(heads) * CHUNK + token
-    return gl.load(past_decay + at, mask=(at >= 0) & (token < slot), other=0.0)
+    return gl.load(past_decay + at, mask=at * 0 + token // 4 * 4 < slot, other=0.0)
 
 
 @gluon.jit
@@ -154,6 +149,7 @@ def _score_text(BULK):
         text += f"setp.eq.u32 p, l, {quarter}; selp.f32 s, t, {'s' if quarter else 'z'}, p;"
     for lane in (1, 2):
         text += f"shfl.sync.bfly.b32 t, s, {lane}, 0x1f, 0xffffffff; add.f32 s, s, t;"
+    text += "mul.rn.f32 s, s, 0f3D800000;"
     if BULK:
         # It goes to all warps at once, from one lane.
         text += "setp.eq.u32 p, l, 0; mov.u32 l, %tid.x; .reg .b32 g; mov.u32 g, global_smem;"
@@ -180,67 +176,72 @@ def scores_of(keys, pairs, BULK: gl.constexpr):
 
 @gluon.jit
 def share_scores(scores):
-    """Those of `scores_of` for all warps: (CHUNK / 4, 4) in shared memory, the tokens in order."""
-    scores = gl.max(gl.reshape(scores, [8 * WARPS, 16]), axis=1)
-    shared = gl.allocate_shared_memory(gl.float32, [CHUNK // 4, 4], LINES)
-    shared.store(gl.reshape(scores, [CHUNK // 4, 4]))
+    """Those of `scores_of` for all warps: (CHUNK,) in shared memory, the tokens in order."""
+    scores = gl.max(gl.reshape(scores, [CHUNK, 16]), axis=1)
+    shared = gl.allocate_shared_memory(gl.float32, [CHUNK], LINE)
+    shared.store(scores)
     return shared
 
 
 @gluon.jit
 def left_of(decays, decay):
-    """What is left at the newest token of each token's share (WARPS, 1, 4, CHUNK / 4)."""
-    return gl.exp(_heads_of_slots(decay) - decays)
+    """What is left at the newest token of each token's share (WARPS, CHUNK)."""
+    # Sums only fall; what stands behind the tokens must not become infinite here.
+    return power_of_e(gl.minimum(_heads_of_slots(decay) - decays, 0.0))
 
 
 @gluon.jit
-def weights_of(shared, left, slot):
-    """What the tokens' dt * x are weighed with (WARPS, 8, 4, CHUNK / 4), from the scores of all."""
-    scores = shared.permute([1, 0]).load(gl.SliceLayout(0, gl.SliceLayout(0, _SLOTS)))
-    scores = gl.expand_dims(gl.expand_dims(scores, 0), 0)
-    weights = gl.where(_tokens() < slot, scores * left, 0.0)
-    return weights + gl.full([WARPS, 8, 4, VALUES], 0.0, gl.float32, _SLOTS)
+def weights_of(shared, left):
+    """What the tokens' dt * x are weighed with (THREADS, 8), from the scores of all.
+
+    Tokens that are not there have a score of zero, as their keys have.
+    """
+    scores = shared.load(gl.SliceLayout(0, gl.SliceLayout(1, _SLOTS)))
+    weights = gl.expand_dims(gl.expand_dims(scores, 0) * left, 1)
+    weights += gl.full([WARPS, 8, CHUNK], 0.0, gl.float32, _SLOTS)
+    weights = gl.permute(gl.reshape(weights, [WARPS, 8, 2, 4, 4]), [0, 1, 3, 2, 4])
+    return gl.reshape(weights, [THREADS, 2, 4])
 
 
 @gluon.constexpr_function
 def _attend_text():
-    """PTX: to four tiles are added dt * x of 16 tokens, four words each, times their scores."""
-    text = "{ .reg .b16 h, k; .reg .f32 x, y; .reg .b32 a, b, c, d;"
+    """PTX: to four tiles are added dt * x of 16 tokens, four words each, times their weights."""
+    text = "{ .reg .b16 h, k; .reg .f32 x, y; .reg .b32 a, b, c, d, e<2>, f; .reg .pred p;"
+    text += "mov.u32 f, %laneid; and.b32 f, f, 4; setp.eq.u32 p, f, 0;"
+    for pair in range(2):
+        first, second = f"${32 + 2 * pair}", f"${33 + 2 * pair}"
+        text += f"cvt.rn.f16x2.f32 e{pair}, {second}, {first}; mov.b32 {{h, k}}, e{pair};"
+        text += f"cvt.f32.f16 x, h; cvt.f32.f16 y, k; sub.rn.f32 x, {first}, x;"
+        text += (
+            f"sub.rn.f32 y, {second}, y; cvt.rn.f16x2.f32 f, y, x; selp.b32 e{pair}, e{pair}, f, p;"
+        )
     for tile in range(4):
+        for pair, even, odd in ((0, "a", "b"), (8, "c", "d")):
+            both = f"${16 + pair + tile}, ${20 + pair + tile}"
+            text += f"prmt.b32 {even}, {both}, 0x5410; prmt.b32 {odd}, {both}, 0x7632;"
         out = ",".join(f"${4 * tile + i}" for i in range(4))
         total = ",".join(f"${36 + 4 * tile + i}" for i in range(4))
-        for pair in range(2):
-            for word, names in ((8 * pair, "ab"), (8 * pair + 4, "cd")):
-                text += f"mov.b32 {{h, k}}, ${16 + word + tile};"
-                text += "cvt.f32.f16 x, h; cvt.f32.f16 y, k;"
-                text += f"mov.b32 {names[0]}, x; mov.b32 {names[1]}, y;"
-            text += (
-                f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{out}}}, {{a,b,c,d}},"
-                f" {{${32 + 2 * pair},${33 + 2 * pair}}}, {{{total}}};"
-            )
-            total = out
+        text += f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{out}}}, {{a,b,c,d}},"
+        text += f" {{e0,e1}}, {{{total}}};"
     return text + " }"
 
 
 @gluon.jit
 def _attend(held, group: gl.constexpr, weights, slot, tiles, BULK: gl.constexpr):
     """Tiles (threads, 4), to which 16 tokens are added, times `weights` (threads, 4)."""
-    q, j = lanes()
-    kept = (weights.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
-    digits = gl.where(gl.expand_dims(q % 2 != 0, 1), weights - kept, kept)
-    digits = digits.to(gl.int32, bitcast=True)
+    _q, j = lanes()
     found = none()
     for i in gl.static_range(4):
         if BULK:
             found += (fragment_at(held, (4 * group + i) * TOKEN),)
         else:
-            there = gl.expand_dims(16 * group + 4 * i + j < slot, 1)
+            there = gl.expand_dims(16 * group + 4 * j + i < slot, 1)
             found += (gl.where(there, fragment(held, 4 * group + i), 0),)
     text: gl.constexpr = _attend_text()
     return gl.inline_asm_elementwise(
         text,
-        constraints("f", 16, "r", 20, "f", 16),
-        [found[0], found[1], found[2], found[3], digits, tiles[0], tiles[1], tiles[2], tiles[3]],
+        constraints("f", 16, "r", 16, "f", 20),
+        [found[0], found[1], found[2], found[3], weights, tiles[0], tiles[1], tiles[2], tiles[3]],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
         is_pure=True,
         pack=4,
@@ -253,11 +254,13 @@ def _pick_text():
     text = "{ .reg .b32 l, s; .reg .f32 a<8>; .reg .pred p, o; mov.u32 l, %laneid; and.b32 s, l, 2;"
     text += "setp.ne.u32 p, s, 0; and.b32 s, l, 1; setp.ne.u32 o, s, 0;"
     for i in range(8):
-        text += f"add.f32 a{i}, ${4 + 2 * i}, ${5 + 2 * i};"
+        text += f"add.rn.f32 a{i}, ${4 + 2 * i}, ${5 + 2 * i};"
     for kept in range(4):
         text += f"selp.f32 a{kept}, a{kept + 4}, a{kept}, p;"
     for kept in range(2):
         text += f"selp.f32 a{kept}, a{kept + 2}, a{kept}, o;"
+    for kept in range(2):
+        text += f"mul.rn.f32 a{kept}, a{kept}, 0f41800000;"
     return text + "mov.f32 $0, a0; mov.f32 $1, a1; mov.f32 $2, a0; mov.f32 $3, a1; }"
 
 
@@ -265,7 +268,6 @@ def _pick_text():
 def attended(held, weights, slot, BULK: gl.constexpr):
     """What `hold_values` holds, or the copy engine has brought, times `weights`: (WARPS, P)."""
     zero = gl.full([THREADS, 4], 0.0, gl.float32, FRAGMENT)
-    weights = gl.reshape(weights, [THREADS, 2, 4])
     first, second = gl.split(gl.permute(weights, [0, 2, 1]))
     first = gl.convert_layout(first, FRAGMENT, assert_trivial=True)
     second = gl.convert_layout(second, FRAGMENT, assert_trivial=True)
