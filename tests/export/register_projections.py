@@ -10,10 +10,14 @@ from triton.runtime.jit import JITFunction
 from aim_export.cuda.launch import KernelSpec
 
 from .ptx_compiled import compiled
+from .ptx_machine import Machine
 
 EPS = 1e-5
 # Relative to the norm: results are float32, their sums in another order; or halves.
 FULL, HALF = 1e-6, 1e-3
+
+# What a launch may bring into the L2 cache for those behind it.
+_BROUGHT = ("next_weight", "state")
 
 random = np.random.default_rng(0)
 
@@ -25,7 +29,11 @@ def launch(
     copied: int,
     **constants: Any,
 ) -> dict[str, np.ndarray]:
-    """The memory after a launch, which is the same in whatever order warps come."""
+    """The memory after a launch, which is the same in whatever order warps come.
+
+    All of "next_weight" must have been brought into the cache, no byte of it twice. Which bytes of
+    "state" were is added, by "brought".
+    """
     types = tuple(str(value.dtype) for value in memory.values())
     spec = KernelSpec(function, types, tuple(constants.items()), 8, copied=copied)
     machine = compiled(spec, (128, 128))  # of wgmma four warps run in step, and no more
@@ -34,7 +42,18 @@ def launch(
         found.append({key: value.copy() for key, value in memory.items()})
         machine.run([*found[-1].values()], grid, seed)
     assert all((value == found[1][key]).all() for key, value in found[0].items())
-    return found[0]
+    brought = {name: _brought(machine, memory, name) for name in _BROUGHT if name in memory}
+    assert (brought.get("next_weight", np.ones(1)) == 1).all()
+    return found[0] | ({"brought": brought["state"]} if "state" in brought else {})
+
+
+def _brought(machine: Machine, memory: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """How often each byte of an array was brought into the cache."""
+    begin = list(machine.parameters.values())[list(memory).index(name)]
+    found = np.zeros(memory[name].nbytes, int)
+    for address, size in machine.prefetched:
+        found[max(0, address - begin) : max(0, address - begin + size)] += 1
+    return found
 
 
 def normal(*shape: int, dtype: str = "f4") -> np.ndarray:

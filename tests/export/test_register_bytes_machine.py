@@ -32,7 +32,7 @@ R, E = 128, 200
     [(64, 1, 768, 12, 12), (64, 2, 512, 16, 4), (128, 2, 1024, 16, 6)],
 )
 def test_in_proj(rows: int, halves: int, width: int, parts: int, stages: int) -> None:
-    weight, scales = weights(E, width)
+    (weight, scales), state = weights(E, width), 32 << 10
     memory = {
         "weight": weight,
         "scales": scales,
@@ -40,6 +40,9 @@ def test_in_proj(rows: int, halves: int, width: int, parts: int, stages: int) ->
         "partials": normal(R, parts) ** 2,
         "shifted": normal(R, E, dtype="f2"),
         "projected": np.full((R, E), np.nan, "f4"),
+        "next_weight": np.zeros(5008, "i1"),
+        "position": np.array([31, 32, 33, *[0] * (R - 3)]),
+        "state": np.zeros((R, state), "i1"),
     }
     found = launch(
         *(
@@ -49,8 +52,16 @@ def test_in_proj(rows: int, halves: int, width: int, parts: int, stages: int) ->
             bytes_of(halves * rows, stages),
         ),
         **{"R": R, "D": width, "E": E, "PARTS": parts, "EPS": EPS, "ROWS": rows},
-        **{"HALVES": halves, "STAGES": stages, "OVERLAPS": True},
+        **{"HALVES": halves, "STAGES": stages, "NEXT": 5008, "OVERLAPS": True},
+        **{"STATE": state, "CHUNK": 32, "STATES": 3},
     )
+    # Of three rows, of which the first has no state yet; a program looks at the first of its own.
+    programs = R // rows * -(-E * halves // 128)
+    share = 3 * 1024 * ((3 * state // 1024 + 3 * programs) // (3 * programs))
+    asked = np.arange(3 * state) // share * share // state > 0
+    brought = found.pop("brought")
+    assert (brought[: asked.size] == asked).all()
+    assert not brought[asked.size :].any()
     wanted = (
         product(lined(memory["scaled"]), weight, scales, memory["partials"]) + memory["shifted"]
     )
@@ -135,10 +146,17 @@ def test_bytes_are_in_order_before_the_wait(
         pytest.skip("this Triton has no disassembler")
     of_out = name == "bytes_out_proj"
     floats = ["float32"] * 3
-    types = ["int8", "float32", "float16", *floats, *["float32", "float16", "float32"] * of_out]
+    types = [
+        "int8",
+        "float32",
+        "float16",
+        *floats,
+        *(["float32", "float16", "float32"] if of_out else ["int8", "int64", "int8"]),
+    ]
     types[4] = "float32" if of_out else "float16"
     constants: dict[str, Any] = {"R": 128, "D": 1024, "PARTS": 16, "EPS": EPS, "ROWS": rows}
-    constants |= {"HALVES": halves, **({"INNER": 2048} if of_out else {"E": 4384})}
+    of_in = {"E": 4384, "NEXT": 1 << 21, "STATE": 1 << 18, "CHUNK": 32, "STATES": 32}
+    constants |= {"HALVES": halves, **({"INNER": 2048} if of_out else of_in)}
     constants |= {"STAGES": stages, "OVERLAPS": True}
     steps = constants.get("INNER", 1024) // (64 * halves)
     function = getattr(register_bytes, name)

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
+from aim_export.cuda.kernels.common import begin_dependents, begin_next, prefetch, wait_for_last
+from aim_export.cuda.kernels.into_cache import bring, part_of
 from aim_export.cuda.kernels.persistent_common import none, store_rounded
 from aim_export.cuda.kernels.register_weights import (
     SUMS,
@@ -105,11 +106,11 @@ def _load_weights(weight, first, N: gl.constexpr, WIDTH: gl.constexpr, HALVES: g
 
 
 @gluon.jit
-def _in_order(loaded, STEPS: gl.constexpr):
+def _in_order(loaded, FIRST: gl.constexpr, LAST: gl.constexpr):
     """What `_load_weights` has loaded, each byte in the thread whose operand it becomes."""
     TEXT: gl.constexpr = _bytes_in_order()
     words = none()
-    for step in gl.static_range(STEPS):
+    for step in gl.static_range(FIRST, LAST):
         words += (
             gl.inline_asm_elementwise(
                 TEXT,
@@ -209,6 +210,18 @@ def _places(first_row, first, ROWS: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
+def _bring(matrix, first_row, first, WIDTH: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr):
+    """Have a program's part of `matrix` (R, WIDTH) brought into the L2 cache."""
+    EACH: gl.constexpr = 64 * 8 // matrix.dtype.element_ty.primitive_bitwidth
+    COUNT: gl.constexpr = lines_of(HALVES) // EACH
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // COUNT, COUNT], [WARPS, 1], [1, 0])
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    output = first + EACH * gl.arange(0, COUNT, gl.SliceLayout(0, layout))
+    inside = gl.expand_dims(gl.minimum(output, WIDTH - 1), 0)
+    prefetch(matrix + gl.expand_dims(row * WIDTH, 1) + inside)
+
+
+@gluon.jit
 def bytes_in_proj(
     weight,  # (E, D) int8
     scales,  # (E,) float32, what its rows count
@@ -216,6 +229,9 @@ def bytes_in_proj(
     partials,  # (R, PARTS) float32, sums of squares of the residual
     shifted,  # (R, E), the product with the shift
     projected,  # (R, E) float32: z | x B C | dt
+    next_weight,  # what `out_proj` will read, NEXT bytes
+    position,  # (R,) int64
+    state,  # (R, STATE) int8, as `scan` will read those from position CHUNK on
     R: gl.constexpr,
     D: gl.constexpr,  # a multiple of 64 * HALVES, at most 1024 * HALVES
     E: gl.constexpr,  # a multiple of 4
@@ -224,6 +240,10 @@ def bytes_in_proj(
     ROWS: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
+    NEXT: gl.constexpr,  # a multiple of 16
+    STATE: gl.constexpr,  # bytes of a row, likewise
+    CHUNK: gl.constexpr,
+    STATES: gl.constexpr,  # rows whose states are brought into the L2 cache
     OVERLAPS: gl.constexpr,
 ):
     """`step.in_proj` without the convolution, of ROWS rows and 128 / HALVES outputs a program."""
@@ -232,8 +252,19 @@ def bytes_in_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, E, D, HALVES)
     begin_next(OVERLAPS)
+    _bring(shifted, first_row, first, E, ROWS, HALVES)
+    if STATES > 0:
+        first_part = part_of(STATES * STATE, 0, 3)
+        old = gl.load(position + gl.minimum(first_part[0] // STATE, STATES - 1)) >= CHUNK
+        bring(state, first_part, old)
     prepared = prepare(scaled, first_row, ROWS, HALVES, STAGES)
-    words = _in_order(loaded, STEPS)
+    words = _in_order(loaded, 0, MIDDLE)
+    if STATES > 0:
+        bring(state, part_of(STATES * STATE, 1, 3), old)
+    bring(next_weight, part_of(NEXT, 0, 1), True)
+    words += _in_order(loaded, MIDDLE, STEPS)
+    if STATES > 0:
+        bring(state, part_of(STATES * STATE, 2, 3), old)
     wait_for_last(OVERLAPS)
     ask(prepared, STEPS, R, ROWS, HALVES, STAGES)
     sums = _sums_of_squares(partials, first_row, ROWS, PARTS, HALVES)
@@ -278,8 +309,10 @@ def bytes_out_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, D, INNER, HALVES)
     begin_next(OVERLAPS)
+    _bring(gate, first_row, first, D, ROWS, HALVES)
+    _bring(scale, first_row, first, D, ROWS, HALVES)
     prepared = prepare(gated, first_row, ROWS, HALVES, STAGES)
-    words = _in_order(loaded, STEPS)
+    words = _in_order(loaded, 0, STEPS)
     wait_for_last(OVERLAPS)
     ask(prepared, STEPS, R, ROWS, HALVES, STAGES)
     sums = _sums_of_squares(squares, first_row, ROWS, PARTS, HALVES)
@@ -322,7 +355,7 @@ def bytes_head(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, V, D, HALVES)
     prepared = prepare(hidden, first_row, ROWS, HALVES, STAGES)
-    words = _in_order(loaded, STEPS)
+    words = _in_order(loaded, 0, STEPS)
     begin_dependents(OVERLAPS)
     ask(prepared, STEPS, R, ROWS, HALVES, STAGES)
     row, output = _places(first_row, first, ROWS, HALVES)
