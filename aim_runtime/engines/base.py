@@ -215,7 +215,7 @@ class Engine(ABC):
     ) -> None:
         """Fill `images` (n, height, width, 3) as `decode` turns `tokens` (n, T) into them.
 
-        Pixels may be written to while they are decoded. Raises what `decoded` raises.
+        Images may be written to at any time until they are. Raises what `decoded` raises.
         """
         self._check_tokens(tokens)
         self._check_pixels("images", images, len(tokens))

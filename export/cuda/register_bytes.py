@@ -79,7 +79,8 @@ class _BytesBuilder(StepBuilder):
         given = self._into_in_proj() | {"scales": self._scales("in_proj"), "E": g.E}
         given |= {"next_weight": "out_proj", "NEXT": g.D * g.inner, "position": "position"}
         given |= {"state": "state", "STATE": g.H * g.P * g.S, "CHUNK": self.chunk}
-        given |= {"STATES": self._cuts.scan.ahead if self.scans_by_warps else 0}
+        states = min(self._cuts.scan.ahead, self.rows) if self.scans_by_warps else 0
+        given |= {"STATES": states}
         return self._by_bytes(register_bytes.bytes_in_proj, cut, (g.E, g.D), given)
 
     def _out_proj(self) -> SpecLaunch:

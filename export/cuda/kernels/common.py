@@ -41,7 +41,8 @@ def begin_next(OVERLAPS: tl.constexpr):
 
     - `scan`, behind `in_proj`: states, tokens and ring, as the step before has left them, and
       positions, as its `sample` has, which `embed` waits for before `in_proj` may start.
-    - `in_proj`, `fold` and `final_norm`, behind `out_proj`: weights, conditioning and positions.
+    - `in_proj`, `fold` and `final_norm`, behind `out_proj`: weights, conditioning and positions;
+      what an `in_proj` brings into the L2 cache besides it does not read.
     - `out_proj`, behind `scan`: weights and conditioning where weights go to registers, and the
       scan of a head a warp calls this. Elsewhere the residual too, as the `out_proj` before has
       left it, and `scan` does not: when it is past its wait all projections of the layer before

@@ -231,7 +231,7 @@ def bytes_in_proj(
     projected,  # (R, E) float32: z | x B C | dt
     next_weight,  # what `out_proj` will read, NEXT bytes
     position,  # (R,) int64
-    state,  # (R, STATE) int8, as `scan` will read those from position CHUNK on
+    state,  # (R, STATE) bytes, as `scan` will read those from position CHUNK on
     R: gl.constexpr,
     D: gl.constexpr,  # a multiple of 64 * HALVES, at most 1024 * HALVES
     E: gl.constexpr,  # a multiple of 4
@@ -254,6 +254,7 @@ def bytes_in_proj(
     begin_next(OVERLAPS)
     _bring(shifted, first_row, first, E, ROWS, HALVES)
     if STATES > 0:
+        # Rows of one request are as far; of others, one row stands for a program's part.
         first_part = part_of(STATES * STATE, 0, 3)
         old = gl.load(position + gl.minimum(first_part[0] // STATE, STATES - 1)) >= CHUNK
         bring(state, first_part, old)

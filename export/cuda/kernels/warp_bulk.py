@@ -1,17 +1,17 @@
 """States and tokens of the scan of a head a warp by the bulk copy engine.
 
-Each warp sets a share of a program's copies on their way, one a lane. Shared memory is one
-allocation, which lies at its beginning, since copies take addresses that only assembly can make:
+Each warp sets its share of a program's copies on their way, states by its first lane and tokens one
+a lane. Shared memory is one allocation, which lies at its beginning, since copies take addresses
+that only assembly can make:
 
 - **States**: half of a head's channels a piece, 4 KB, those of odd q behind those of even q and 64
   bytes further on, so that the eight lanes that read at a time read from different banks.
 - **Tokens**: 512 bytes each, those of lanes j side by side and 16 bytes further on for each j.
-- For each row of a program the barriers that count its copies' bytes, of each warp's states and of
-  all tokens, scores, and what the warps exchange of B and C.
+- Barriers that count copies' bytes, one of each warp's own and one of all tokens, scores, and what
+  the warps exchange of B and C.
 
 What the launch ahead reads waits for all that was asked of memory before, even where the L2 cache
-has it. So of its first row a warp may ask for PACE KB at a time, of the state and then of tokens;
-8 is all of both at once.
+has it. So a warp may ask for PACE KB at a time, of the state and then of tokens; 8 is all of both.
 """
 
 # Triton reads these functions' sources: their parameters carry no annotations but `constexpr`.
@@ -83,7 +83,10 @@ def _begin_text():
 
 @gluon.constexpr_function
 def _told(barrier, size):
-    """PTX: tell a barrier of so many bytes, when all lanes have seen its phase before."""
+    """PTX: tell a barrier of so many bytes, when all lanes have seen its phase before.
+
+    Other lanes' copies may come first: the phase does not end before the arrival that this is.
+    """
     text = "bar.warp.sync 0xffffffff;"
     return text + f"@f mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {size};"
 
@@ -151,8 +154,8 @@ def begin_copies():
 
 
 @gluon.jit
-def set_states(state, old, FIRST: gl.constexpr = 0, LAST: gl.constexpr = _PIECES):
-    """Set a program's states on their way, or these KB of each of them.
+def set_states(state, old, FIRST: gl.constexpr, LAST: gl.constexpr):
+    """Set the KB FIRST to LAST of each of a program's states on their way.
 
     `state` points to the first head's state; none is copied that is not `old`.
     """

@@ -186,7 +186,8 @@ def share_scores(scores):
 @gluon.jit
 def left_of(decays, decay):
     """What is left at the newest token of each token's share (WARPS, CHUNK)."""
-    # Sums only fall; what stands behind the tokens must not become infinite here.
+    # Sums only fall; what stands behind the tokens must not become infinite here. Nor does a token
+    # whose sum is no number say so: it did when it was the newest.
     return power_of_e(gl.minimum(_heads_of_slots(decay) - decays, 0.0))
 
 
