@@ -149,3 +149,14 @@ def test_scan(at: list[int]) -> None:
             assert error(after["past_c"][row, asked], wanted["past_c"]) < 4e-4
         others = np.delete(after["past_c"][row], asked, 0) if asked >= 0 else after["past_c"][row]
         assert np.isnan(others).all()
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+def test_what_no_half_can_weigh_becomes_no_number(bulk: bool) -> None:
+    """And nobody else's: a row's sampler says so then, instead of drawing from something else."""
+    before = memory([5, 40, 7, 33])
+    before["past_b"][0, :5] = 60000
+    before["conv_bias"][INNER + S :] = 10  # of C
+    after = scanned(before, bulk=bulk, pace=8, together=False, beside=False)
+    assert np.isnan(after["gated"][0]).all()
+    assert np.isfinite(after["gated"][1:]).all()
