@@ -210,7 +210,9 @@ def _places(first_row, first, ROWS: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def _bring(matrix, first_row, first, WIDTH: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr):
+def _bring_lines(
+    matrix, first_row, first, WIDTH: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr
+):
     """Have a program's part of `matrix` (R, WIDTH) brought into the L2 cache."""
     EACH: gl.constexpr = 64 * 8 // matrix.dtype.element_ty.primitive_bitwidth
     COUNT: gl.constexpr = lines_of(HALVES) // EACH
@@ -252,7 +254,7 @@ def bytes_in_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, E, D, HALVES)
     begin_next(OVERLAPS)
-    _bring(shifted, first_row, first, E, ROWS, HALVES)
+    _bring_lines(shifted, first_row, first, E, ROWS, HALVES)
     if STATES > 0:
         # Rows of one request are as far; of others, one row stands for a program's part.
         first_part = part_of(STATES * STATE, 0, 3)
@@ -310,8 +312,8 @@ def bytes_out_proj(
     first_row, first = gl.program_id(0) * ROWS, gl.program_id(1) * lines_of(HALVES)
     loaded = _load_weights(weight, first, D, INNER, HALVES)
     begin_next(OVERLAPS)
-    _bring(gate, first_row, first, D, ROWS, HALVES)
-    _bring(scale, first_row, first, D, ROWS, HALVES)
+    _bring_lines(gate, first_row, first, D, ROWS, HALVES)
+    _bring_lines(scale, first_row, first, D, ROWS, HALVES)
     prepared = prepare(gated, first_row, ROWS, HALVES, STAGES)
     words = _in_order(loaded, 0, STEPS)
     wait_for_last(OVERLAPS)

@@ -38,21 +38,16 @@ from aim_export.cuda.kernels.warp_fragments import (
 
 VALUES = gl.constexpr(CHUNK.value // 4)  # fragments of a thread
 SCORED = gl.constexpr(of_heads((1, 4), (8, 16, 2, 32, 64)))  # a lane's share of C for scores
-
-
-@gluon.constexpr_function
-def _of_slots():
-    """(WARPS, 8, CHUNK): of 16 tokens a lane has 4 j to 4 j + 3."""
-    return gl.DistributedLinearLayout(
+# (WARPS, 8, CHUNK): of 16 tokens a lane has 4 j to 4 j + 3.
+_SLOTS = gl.constexpr(
+    gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 16]],
         [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
         [[bit, 0, 0] for bit in bits(WARPS.value)],
         [],
         [WARPS.value, 8, CHUNK.value],
     )
-
-
-_SLOTS = gl.constexpr(_of_slots())
+)
 
 
 @gluon.jit
@@ -193,7 +188,7 @@ def left_of(decays, decay):
 
 @gluon.jit
 def weights_of(shared, left):
-    """What the tokens' dt * x are weighed with (THREADS, 8), from the scores of all.
+    """What the tokens' dt * x are weighed with (THREADS, 2, 4), from the scores of all.
 
     Tokens that are not there have a score of zero, as their keys have.
     """
