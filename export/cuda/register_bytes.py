@@ -20,7 +20,7 @@ from aim_export.cuda.precision import Format
 from aim_export.cuda.step import SpecLaunch, StepBuilder
 from aim_export.cuda.targets import SHARED_MEMORY, WARPGROUP
 from aim_export.cuda.tuning import BytesCuts, BytesTile, Tuning
-from aim_runtime.engines.cuda.plan import Bucket
+from aim_runtime.engines.cuda.plan import DTYPE_BYTES, Argument, Bucket
 
 # The least width: of narrower models weights are few, and little is gained by having them ahead.
 _NARROWEST = 768
@@ -77,10 +77,11 @@ class _BytesBuilder(StepBuilder):
     def _in_proj(self) -> SpecLaunch:
         g, cut = self.g, self._cuts.in_proj
         given = self._into_in_proj() | {"scales": self._scales("in_proj"), "E": g.E}
-        given |= {"next_weight": "out_proj", "NEXT": g.D * g.inner, "position": "position"}
-        given |= {"state": "state", "STATE": g.H * g.P * g.S, "CHUNK": self.chunk}
-        states = min(self._cuts.scan.ahead, self.rows) if self.scans_by_warps else 0
-        given |= {"STATES": states}
+        given |= {"next_weight": "out_proj", "NEXT": g.D * g.inner}
+        ahead, state = self._cuts.scan.ahead if self.scans_by_warps else range(0), g.H * g.P * g.S
+        given |= {"STATE": state, "STATES": len(ahead), "CHUNK": self.chunk}
+        given["position"] = Argument("position", ahead.start * DTYPE_BYTES["int64"])
+        given["state"] = Argument("state", ahead.start * state)
         return self._by_bytes(register_bytes.bytes_in_proj, cut, (g.E, g.D), given)
 
     def _out_proj(self) -> SpecLaunch:

@@ -294,7 +294,7 @@ class StepBuilder:
         warps = warp_fragments.WARPS.value
         grid = self.g.H // warps, self.rows
         shared |= {"BULK": cut.bulk, "PACE": cut.pace, "TOGETHER": cut.together}
-        shared |= {"EARLY": self.early}
+        shared |= {"BESIDE": self.rows if cut.beside is None else cut.beside, "EARLY": self.early}
         return self.launch(warp_scan.scan_of_bytes, grid, num_warps=warps, **shared)
 
     def _if_there(self, buffer: str) -> str | Argument:

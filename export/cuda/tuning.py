@@ -34,8 +34,10 @@ class ScanCut:
         pace: KB that a warp of such a program asks for at a time while the launch ahead runs, on
             `targets.BULK`: 1, 2, 4, or 8 for all at once.
         together: whether it asks for tokens with the last KB of states, of these alone.
-        ahead: the first rows, whose states `in_proj` has brought into the L2 cache where its
-            programs wait with their weights (`kernels.register_bytes`).
+        beside: the first rows, whose programs begin beside `in_proj`, and so wait for it last; None
+            for all.
+        ahead: the rows whose states `in_proj` has brought into the L2 cache where its programs wait
+            with their weights (`kernels.register_bytes`); the first is even.
     """
 
     heads: int = 1
@@ -45,7 +47,8 @@ class ScanCut:
     bulk: bool = False
     pace: int = 8
     together: bool = False
-    ahead: int = 0
+    beside: int | None = None
+    ahead: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -337,13 +340,15 @@ TUNING: Mapping[int, Tuning] = {
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=64, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk=True, pace=4, ahead=6),
+            scan=replace(
+                _BYTES_OF_MANY, bulk=True, pace=2, together=True, beside=32, ahead=range(6)
+            ),
         ),
         bytes_narrow=BytesCuts(
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=None,
-            scan=replace(_BYTES_OF_MANY, bulk=True, pace=2, ahead=8),
+            scan=replace(_BYTES_OF_MANY, bulk=True, pace=1, together=True, ahead=range(40, 48)),
         ),
     ),
     128: Tuning(
@@ -364,13 +369,17 @@ TUNING: Mapping[int, Tuning] = {
             in_proj=BytesTile(rows=128, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=128, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk=True, pace=4, together=True, ahead=13),
+            scan=replace(
+                _BYTES_OF_MANY, bulk=True, pace=4, together=True, beside=66, ahead=range(100, 113)
+            ),
         ),
         bytes_narrow=BytesCuts(
             in_proj=BytesTile(rows=64, halves=2),
             out_proj=BytesTile(rows=32, halves=2),
             head=BytesTile(rows=128, halves=1),
-            scan=replace(_BYTES_OF_MANY, bulk=True, pace=4, together=True, ahead=12),
+            scan=replace(
+                _BYTES_OF_MANY, bulk=True, pace=4, together=True, beside=44, ahead=range(12)
+            ),
         ),
     ),
 }

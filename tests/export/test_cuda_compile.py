@@ -152,10 +152,10 @@ BY_THREADS = (False, 8, False)
         ("L", "int8-state8", 32, 90, (True, 4, False)),
         ("XL", "int8-state8", 32, 90, (True, 4, False)),
         ("L", "fp16-state8", 64, 90, (True, 4, True)),
-        ("L", "int8-state8", 64, 90, (True, 4, False)),
+        ("L", "int8-state8", 64, 90, (True, 2, True)),
         *(
             ("L", "int8-state8", 64, 120, BY_THREADS),
-            ("B", "int8-state8", 64, 90, (True, 2, False)),
+            ("B", "int8-state8", 64, 90, (True, 1, True)),
         ),
         *(
             ("L", "fp16-state8", 128, 90, (True, 4, True)),
@@ -589,6 +589,23 @@ class TestProjectionsOfBytes:
             launch = launches[function]
             assert (*launch.grid[:2], dict(launch.kernel.constants)["STAGES"]) == cut
         assert bucket.buffers["partials"].shape == (rows, out_proj[1])
+
+    @pytest.mark.parametrize("rows", [64, 128])
+    @pytest.mark.parametrize("size", "BL")
+    def test_states_that_are_brought_ahead(self, size: str, rows: int) -> None:
+        """Whole rows of the bucket, and these rows' positions."""
+        launches = {item.kernel.function: item for item in flat(of_bytes(size, rows).step)}
+        launch = launches[register_bytes.bytes_in_proj]
+        constants, row = dict(launch.kernel.constants), PUBLISHED[size].inner * PUBLISHED[size].S
+        position, state = (
+            next(argument.offset for argument in launch.arguments if argument.name == name)
+            for name in ("position", "state")
+        )
+        assert constants["STATE"] == row
+        assert state % row == 0
+        assert 0 < constants["STATES"] <= rows - state // row
+        assert position == 8 * (state // row)
+        assert position % POINTER_ALIGNMENT == 0
 
     @pytest.mark.parametrize(
         ("sizes", "precision", "rows", "capabilities", "suits"),

@@ -110,7 +110,8 @@ def scanned(
     """
     after = {name: value.copy() for name, value in before.items()}
     constants = {"INNER": INNER, "X": X, "H": H, "K": K, "QUERIES": Q, "BULK": bulk}
-    constants |= {"PACE": pace, "TOGETHER": together, "TILED": beside, "EARLY": beside}
+    constants |= {"PACE": pace, "TOGETHER": together, "BESIDE": 2 if beside else R}
+    constants |= {"TILED": beside, "EARLY": beside}
     types = tuple(str(value.dtype) for value in before.values())
     kernel = machine(types, (*constants.items(), ("OVERLAPS", True)))
     kernel.run(list(after.values()), (H // WARPS, R), late=True)

@@ -232,8 +232,8 @@ def bytes_in_proj(
     shifted,  # (R, E), the product with the shift
     projected,  # (R, E) float32: z | x B C | dt
     next_weight,  # what `out_proj` will read, NEXT bytes
-    position,  # (R,) int64
-    state,  # (R, STATE) bytes, as `scan` will read those from position CHUNK on
+    position,  # (STATES,) int64, of the rows whose states are brought
+    state,  # (STATES, STATE) bytes, as `scan` will read those from position CHUNK on
     R: gl.constexpr,
     D: gl.constexpr,  # a multiple of 64 * HALVES, at most 1024 * HALVES
     E: gl.constexpr,  # a multiple of 4

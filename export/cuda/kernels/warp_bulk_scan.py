@@ -6,7 +6,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from aim_export.cuda.kernels.common import begin_dependents, begin_next
+from aim_export.cuda.kernels.common import begin_dependents, begin_next, wait_for_last
 from aim_export.cuda.kernels.persistent_common import power_of_e, silu, softplus, store_rounded
 from aim_export.cuda.kernels.row_tiles import place_of
 from aim_export.cuda.kernels.warp_bulk import (
@@ -38,13 +38,19 @@ from aim_export.cuda.kernels.warp_tokens import (
 
 
 @gluon.jit
-def _newest(projected, first_head, INNER: gl.constexpr, X: gl.constexpr):
-    """A row's z, and the newest x, dt and B with C, as `in_proj` has left them."""
+def _newest(projected, first_head, wanted, others, INNER: gl.constexpr, X: gl.constexpr):
+    """A row's z, and the newest x, dt and B with C, as `in_proj` has left them.
+
+    If they are not `wanted`, `others`.
+    """
+    z, new_x, dt, bc = others
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     channels = channels_of(heads)
-    z, new_x = gl.load(projected + channels), gl.load(projected + INNER + channels)
-    dt = gl.load(projected + INNER + X + heads)
-    return z, new_x, dt, gl.load(projected + 2 * INNER + gl.arange(0, 2 * S, BOTH))
+    z = gl.load(projected + channels, mask=wanted, other=z)
+    new_x = gl.load(projected + INNER + channels, mask=wanted, other=new_x)
+    dt = gl.load(projected + INNER + X + heads, mask=wanted, other=dt)
+    both = projected + 2 * INNER + gl.arange(0, 2 * S, BOTH)
+    return z, new_x, dt, gl.load(both, mask=wanted, other=bc)
 
 
 @gluon.jit
@@ -61,6 +67,7 @@ def scan_in_bulk(
     QUERIES: gl.constexpr,
     PACE: gl.constexpr,
     TOGETHER: gl.constexpr,
+    BESIDE: gl.constexpr,
     TILED: gl.constexpr,
     EARLY: gl.constexpr,
     OVERLAPS: gl.constexpr,
@@ -78,10 +85,15 @@ def scan_in_bulk(
     tokens = fill_tokens(tokens, at % CHUNK)
     of_tokens, of_heads, factors = load_state(weights, memory, row, first_head, at, INNER, H)
     of_x, of_both = load_ring(weights, memory, row, first_head, at, INNER, X, K)
-    # What goes to registers is asked for before copies are waited for.
+    # What goes to registers is asked for before copies are waited for. `in_proj` has ended, or soon
+    # will have, when programs of later rows begin: those have what is newest by then too.
+    late = row >= BESIDE
+    if late:
+        wait_for_last(OVERLAPS)
+    newest = _newest(projected, first_head, late, (0.0, 0.0, 0.0, 0.0), INNER, X)
     set_others(state, past_x, at % CHUNK, at >= CHUNK, INNER, PACE, TOGETHER)
     begin_dependents(OVERLAPS, BEGUN=EARLY)
-    z, new_x, dt, new_bc = _newest(projected, first_head, INNER, X)
+    z, new_x, dt, new_bc = _newest(projected, first_head, row < BESIDE, newest, INNER, X)
     rate, skip, bias, last = of_heads
     bc = silu(of_both[0] + new_bc * of_both[1])
     dt = softplus(dt + bias)
@@ -101,7 +113,7 @@ def scan_in_bulk(
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     channels = channels_of(heads)
     place = place_of(row, channels, gl.num_programs(1), INNER, TILED)
-    store_rounded(results[0] + place, y, channels >= 0)
+    store_rounded(results[0] + place, y, True)
     gl.store(results[1] + row * H + heads, gl.sum(y * y, axis=1))
     kept = bc, dt, decay, x
     keep(memory, row, first_head, at, (new_x, new_bc), kept, INNER, X, H, K, QUERIES)

@@ -35,8 +35,7 @@ def before(ring, weight, bias, channels, at, X: gl.constexpr, K: gl.constexpr):
     total = gl.load(bias + channels)
     for back in gl.static_range(1, K):
         slot = (at - back + K).to(gl.uint32) % K * X
-        there = channels * 0 + back <= at
-        past = load_once(ring + (channels + slot.to(gl.int32)), there).to(gl.float32)
+        past = load_once(ring + (channels + slot.to(gl.int32)), back <= at).to(gl.float32)
         total += past * gl.load(weight + (K - 1 - back) * X + channels)
     return total, gl.load(weight + (K - 1) * X + channels)
 
@@ -46,14 +45,14 @@ def load_columns(column_scale, first_head, old):
     """What the states' columns count, (WARPS, S)."""
     cells = gl.expand_dims(first_head + gl.arange(0, WARPS, gl.SliceLayout(1, COLUMNS)), 1) * S
     cells += gl.expand_dims(gl.arange(0, S, gl.SliceLayout(0, COLUMNS)), 0)
-    return load_once(column_scale + cells, (cells >= 0) & old).to(gl.float32)
+    return load_once(column_scale + cells, old).to(gl.float32)
 
 
 @gluon.jit
 def load_heads(a, d, dt_bias, past_decay, heads, slot):
     """Of each head a, d, the bias of dt and the sum of dt * a up to the token before."""
     last = past_decay + heads * CHUNK + slot - 1
-    last = gl.load(last, mask=(heads >= 0) & (slot > 0), other=0.0)
+    last = gl.load(last, mask=slot > 0, other=0.0)
     return gl.load(a + heads), gl.load(d + heads), gl.load(dt_bias + heads), last
 
 
@@ -61,7 +60,7 @@ def load_heads(a, d, dt_bias, past_decay, heads, slot):
 def remember(past_x, past_decay, slot, heads, decay, value, INNER: gl.constexpr):
     """Put the token's dt * x (WARPS, P) and decay into its slot."""
     channel = channels_of(gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS)))
-    store_rounded(past_x + slot * INNER + channel, value, channel >= 0)
+    store_rounded(past_x + slot * INNER + channel, value, True)
     gl.store(past_decay + heads * CHUNK + slot, decay)
 
 
@@ -69,7 +68,7 @@ def remember(past_x, past_decay, slot, heads, decay, value, INNER: gl.constexpr)
 def remember_both(newest, past_b, past_c, new_bc, bc, slot, QUERIES: gl.constexpr):
     """Put the convolution's input, B, and C where it is one of a chunk's last QUERIES."""
     both = gl.arange(0, 2 * S, BOTH)
-    store_rounded(newest + both, new_bc, both >= 0)
+    store_rounded(newest + both, new_bc, True)
     store_rounded(past_b + slot * S + both, bc, both < S)
     if QUERIES > 0:
         place = slot - (CHUNK - QUERIES)
@@ -108,7 +107,7 @@ def load_state(
     channels = channels_of(heads)
     keys, decays = load_keys(past_b, slot), load_decays(past_decay, heads, slot)
     of_heads = load_heads(weights[3], weights[4], weights[2], past_decay, heads, slot)
-    scale = load_once(memory[2] + row * INNER + channels, (channels >= 0) & old)
+    scale = load_once(memory[2] + row * INNER + channels, old)
     columns = load_columns(memory[3] + row * (H * S), first_head, old)
     return (keys, decays), of_heads, (scale, columns)
 
@@ -152,7 +151,7 @@ def keep(
     heads = first_head + gl.arange(0, WARPS, gl.SliceLayout(1, CHANNELS))
     channels = channels_of(heads)
     ring = memory[0] + row * (K * X) + at % K * X
-    store_rounded(ring + channels, newest[0], channels >= 0)
+    store_rounded(ring + channels, newest[0], True)
     past_x = memory[4] + row * (CHUNK * INNER) + first_head * P
     past_decay = memory[6] + row * (H * CHUNK)
     remember(past_x, past_decay, slot, heads, decay, gl.expand_dims(dt, 1) * x, INNER)

@@ -93,7 +93,7 @@ def _scan(
     y = gl.fma(y, unit * gl.expand_dims(power_of_e(decay), 1) * factors[0], of_tokens)
     y = (y + gl.expand_dims(own * dt + skip, 1) * x) * silu(z)
     place = place_of(row.to(gl.int32), channels, gl.num_programs(1), INNER, TILED)
-    store_rounded(gated + place, y, channels >= 0)
+    store_rounded(gated + place, y, True)
     gl.store(squares + row * H + heads, gl.sum(y * y, axis=1))
     kept = bc, dt, decay, x
     keep(memory, row, first_head, at, (new_x, new_bc), kept, INNER, X, H, K, QUERIES)
@@ -126,6 +126,7 @@ def scan_of_bytes(
     BULK: gl.constexpr,
     PACE: gl.constexpr,
     TOGETHER: gl.constexpr,  # whether tokens are asked for with the last KB of states
+    BESIDE: gl.constexpr,  # the first rows, whose programs begin while the launch ahead runs
     TILED: gl.constexpr,  # whether `gated` is in `row_tiles`
     EARLY: gl.constexpr,  # whether the next launch begins before this one waits
     OVERLAPS: gl.constexpr,
@@ -141,7 +142,7 @@ def scan_of_bytes(
     if BULK:
         scan_in_bulk(
             *(projected, weights, position, memory, results),
-            *(INNER, X, H, K, QUERIES, PACE, TOGETHER, TILED, EARLY, OVERLAPS),
+            *(INNER, X, H, K, QUERIES, PACE, TOGETHER, BESIDE, TILED, EARLY, OVERLAPS),
         )
     else:
         _scan(
